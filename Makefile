@@ -1,0 +1,42 @@
+# Everything a newcomer needs: `make demo`, `make test`. Both make the environment first.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+# torch is only the reference that exports and parity are checked against. Its CPU build has no lock entry,
+# because its file (and so its hash) differs by index. Away from a machine that has it on disk:
+#   make test TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+TORCH_FLAGS ?=
+
+.PHONY: demo test test-fast lint environment lock clean
+
+environment: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet $(TORCH_FLAGS) $(TORCH)
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+demo: environment
+	$(BIN)/psyche demo --out runs/demo
+
+test: lint
+	$(BIN)/pytest
+
+test-fast: lint
+	$(BIN)/pytest -m "not slow"
+
+lint: environment
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Rewrites requirements.lock from pyproject.toml (needs uv: pip install uv).
+lock:
+	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --output-file requirements.lock
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
