@@ -1,0 +1,61 @@
+"""Log-probabilities of given tokens without ever holding the logits of a whole batch."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from psyche_jax.model.qwen2 import Execution, Qwen2
+
+
+class TokenScores(NamedTuple):
+    """`log_probs` and `entropy` (nats) of each position, float32 [batch, sequence]."""
+
+    log_probs: jax.Array
+    entropy: jax.Array
+
+
+def token_scores(
+    model: Qwen2,
+    hidden: jax.Array,
+    targets: jax.Array,
+    execution: Execution,
+    temperature: float = 1.0,
+    chunk_tokens: int = 2048,
+) -> TokenScores:
+    """Log-softmax of logits / temperature at `targets`, in float32, by chunks along the sequence.
+
+    Args:
+      model: gives the head.
+      hidden: [batch, sequence, width]; position t predicts `targets[:, t]`.
+      targets: int32 [batch, sequence].
+      temperature: the one that the tokens were sampled at.
+      chunk_tokens: how many positions' logits stand at once, over all rows; backward recomputes them.
+    """
+    batch, length = targets.shape
+    size = min(length, max(1, chunk_tokens // batch))
+    chunks = -(-length // size)
+    padding = chunks * size - length
+    hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    head = model.output_embedding.astype(hidden.dtype)
+
+    @jax.checkpoint
+    def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
+        logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
+        logits = execution.sharding.constrain(logits, "batch", "sequence", "vocab") / temperature
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        expected = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
+        return TokenScores(chosen - log_normalizer, log_normalizer - expected)
+
+    if chunks == 1:
+        return chunk(hidden, targets)
+    stacked = jax.lax.map(
+        lambda pair: chunk(*pair),
+        (
+            hidden.reshape(batch, chunks, size, -1).swapaxes(0, 1),
+            targets.reshape(batch, chunks, size).swapaxes(0, 1),
+        ),
+    )
+    return TokenScores(*(x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :length] for x in stacked))

@@ -1,0 +1,270 @@
+"""Qwen2.5 as a Flax NNX module: one decoder layer, whose parameters carry a leading axis of layers.
+
+Weights keep Hugging Face's orientation, [out, in], so that conversion copies and never transposes. Source of the
+architecture: the Qwen2.5 technical report (arXiv 2412.15115) and transformers' `modeling_qwen2.py`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from psyche_jax.model.attention import Source, attention, causal_mask
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.sharding import Sharding
+
+Parameters: TypeAlias = dict[str, Any]
+RematPolicy: TypeAlias = Literal["none", "full", "dots"]
+Extra = TypeVar("Extra")
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a program computes: the dtype of activations, what it recomputes in backward, where arrays lie."""
+
+    sharding: Sharding
+    compute_dtype: jnp.dtype
+    remat: RematPolicy = "none"
+
+
+class KVCache(NamedTuple):
+    """Keys and values of prompts (one row a prompt) and of what was decoded after them (one row a response).
+
+    `prompt_key`, `prompt_value`: [layers, prompts, prompt_length, kv_heads, head_dim];
+    `prompt_allowed`: bool [prompts, prompt_length], False on padding;
+    `key`, `value`: [layers, responses, response_length, kv_heads, head_dim].
+    """
+
+    prompt_key: jax.Array
+    prompt_value: jax.Array
+    prompt_allowed: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+
+class Linear(nnx.Module):
+    """Affine maps of all layers; `kernel` [layers, out, in], `bias` [layers, out] or absent."""
+
+    def __init__(
+        self, key: jax.Array, shape: tuple[int, int, int], axes: tuple[str, str], bias: bool, dtype: jnp.dtype
+    ) -> None:
+        layers, features, _ = shape
+        self.kernel = nnx.Param(
+            0.02 * jax.random.normal(key, shape, dtype), logical_axes=("layers", *axes)
+        )
+        self.bias = nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0])) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in] to [..., out], within a scan that has taken the leading axis away."""
+        y = jnp.einsum("...i,oi->...o", x, self.kernel[...].astype(x.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm, computed in float32; `scale` [(layers,) features]."""
+
+    def __init__(self, shape: tuple[int, ...], epsilon: float, dtype: jnp.dtype) -> None:
+        axes = ("layers", "activation_embed")[-len(shape) :]
+        self.scale = nnx.Param(jnp.ones(shape, dtype), logical_axes=axes)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalizes the last axis of `x`."""
+        x32 = x.astype(jnp.float32)
+        normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
+        return normal.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and SwiGLU with residuals."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> None:
+        layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
+        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        keys = jax.random.split(key, 7)
+        self.input_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
+        self.q_proj = Linear(keys[0], (layers, heads, width), ("heads", "embed"), True, dtype)
+        self.k_proj = Linear(keys[1], (layers, kv_heads, width), ("kv_heads", "embed"), True, dtype)
+        self.v_proj = Linear(keys[2], (layers, kv_heads, width), ("kv_heads", "embed"), True, dtype)
+        self.o_proj = Linear(keys[3], (layers, width, heads), ("embed", "heads"), False, dtype)
+        self.post_attention_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
+        self.gate_proj = Linear(keys[4], (layers, inner, width), ("mlp", "embed"), False, dtype)
+        self.up_proj = Linear(keys[5], (layers, inner, width), ("mlp", "embed"), False, dtype)
+        self.down_proj = Linear(keys[6], (layers, width, inner), ("embed", "mlp"), False, dtype)
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self,
+        x: jax.Array,
+        rotary: tuple[jax.Array, jax.Array],
+        attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Extra]],
+        sharding: Sharding,
+    ) -> tuple[jax.Array, Extra]:
+        """One layer on `x` [batch, sequence, width]; `attend(query, key, value)` gives its result and an extra."""
+        batch, length, width = x.shape
+        normal = self.input_norm(x)
+        query = rotate(self.q_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
+        key = rotate(self.k_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
+        value = self.v_proj(normal).reshape(batch, length, -1, self.head_dim)
+        query = sharding.constrain(query, "batch", "sequence", "heads", None)
+        key = sharding.constrain(key, "batch", "sequence", "kv_heads", None)
+        value = sharding.constrain(value, "batch", "sequence", "kv_heads", None)
+        mixed, extra = attend(query, key, value)
+        x = x + self.o_proj(mixed.reshape(batch, length, -1))
+        x = sharding.constrain(x, "batch", "sequence", "activation_embed")
+        normal = self.post_attention_norm(x)
+        inner = jax.nn.silu(self.gate_proj(normal)) * self.up_proj(normal)
+        x = x + self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp"))
+        return sharding.constrain(x, "batch", "sequence", "activation_embed"), extra
+
+
+class Qwen2(nnx.Module):
+    """The whole decoder. Its methods are pure functions of its parameters; see `build` and `bind`."""
+
+    def __init__(self, config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> None:
+        embed_key, layer_key, head_key = jax.random.split(key, 3)
+        shape = (config.vocab_size, config.hidden_size)
+        axes = ("vocab", "embed")
+        self.embedding = nnx.Param(0.02 * jax.random.normal(embed_key, shape, dtype), logical_axes=axes)
+        self.layers = DecoderLayer(config, layer_key, dtype)
+        self.final_norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
+        self.head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Param(0.02 * jax.random.normal(head_key, shape, dtype), logical_axes=axes)
+        )
+        self.config = config
+
+    @property
+    def output_embedding(self) -> jax.Array:
+        """The head's weights [vocab, width], which are the embedding's when tied."""
+        return (self.embedding if self.head is None else self.head)[...]
+
+    def __call__(
+        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution
+    ) -> jax.Array:
+        """Final hidden states [batch, sequence, width] of whole sequences, for training and scoring.
+
+        Args:
+          tokens, segments, positions: int32 [batch, sequence]; segment 0 is padding, and tokens of different
+            segments do not see each other.
+          execution: dtype, rematerialization, sharding.
+        """
+        hidden, _ = self._whole(tokens, segments, positions, execution, keep_cache=False)
+        return hidden
+
+    def prefill(
+        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As `__call__`, and the keys and values of all layers, [layers, batch, sequence, kv_heads, head_dim]."""
+        return self._whole(tokens, segments, positions, execution, keep_cache=True)
+
+    def decode(
+        self, tokens: jax.Array, positions: jax.Array, index: jax.Array, cache: KVCache, execution: Execution
+    ) -> tuple[jax.Array, KVCache]:
+        """One decoding step of every response.
+
+        Args:
+          tokens, positions: int32 [responses].
+          index: int32 scalar, how many tokens were decoded before this one: where its keys and values go.
+          cache: what to attend to; the responses of one prompt are consecutive rows.
+
+        Returns:
+          Hidden states [responses, width] and the cache with this token in it.
+        """
+        sharding = execution.sharding
+        x = self._embed(tokens[:, None], execution)
+        rotary = rotary_tables(positions[:, None], self.config, execution.compute_dtype)
+        decoded = jnp.arange(cache.key.shape[2]) <= index
+        graph, stacked = nnx.split(self.layers)
+
+        def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]) -> tuple[Any, None]:
+            x, keys, values = carry
+            parameters, layer_index, prompt_key, prompt_value = layer_inputs
+            layer = nnx.merge(graph, parameters)
+
+            def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+                start = (layer_index, 0, index, 0, 0)
+                new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
+                new_values = jax.lax.dynamic_update_slice(values, value[None], start)
+                prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
+                own = Source(new_keys[layer_index], new_values[layer_index], jnp.broadcast_to(
+                    decoded, (tokens.shape[0], 1, decoded.shape[0])))
+                return attention(query, (prompt, own)), (new_keys, new_values)
+
+            x, (keys, values) = layer(x, rotary, attend, sharding)
+            return (x, keys, values), None
+
+        layer_inputs = (stacked, jnp.arange(self.config.num_hidden_layers), cache.prompt_key, cache.prompt_value)
+        (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), layer_inputs)
+        return self.final_norm(x)[:, 0], cache._replace(key=keys, value=values)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., vocab] of `hidden` [..., width]: for a few positions only, never a whole batch."""
+        head = self.output_embedding.astype(hidden.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+
+    def _embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
+        x = self.embedding[...].astype(execution.compute_dtype)[tokens]
+        return execution.sharding.constrain(x, "batch", "sequence", "activation_embed")
+
+    def _whole(
+        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution, keep_cache: bool
+    ) -> tuple[jax.Array, Any]:
+        allowed = causal_mask(segments)
+        rotary = rotary_tables(positions, self.config, execution.compute_dtype)
+        graph, stacked = nnx.split(self.layers)
+
+        def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+            mixed = attention(query, (Source(key, value, allowed),))
+            return mixed, (key, value) if keep_cache else None
+
+        def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
+            return nnx.merge(graph, parameters)(x, rotary, attend, execution.sharding)
+
+        x, cache = jax.lax.scan(rematerialize(body, execution.remat), self._embed(tokens, execution), stacked)
+        return self.final_norm(x), cache
+
+
+def rotary_tables(
+    positions: jax.Array, config: ModelConfig, dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine [batch, sequence, 1, head_dim / 2] for `positions` [batch, sequence] (RoPE, arXiv 2104.09864)."""
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
+
+
+def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotary embedding of `x` [batch, sequence, heads, head_dim], halves paired as in Hugging Face's Qwen2."""
+    cosine, sine = rotary
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def rematerialize(body: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:
+    """Wrap a layer's function so that backward recomputes all of it, all but its matrix products, or nothing."""
+    if policy == "none":
+        return body
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(body, policy=saved, prevent_cse=False)
+
+
+def build(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+    """The module's structure and its abstract parameters, without any memory being taken."""
+    return nnx.split(nnx.eval_shape(lambda: Qwen2(config, jax.random.key(0), dtype)))
+
+
+def bind(config: ModelConfig, parameters: Parameters) -> Qwen2:
+    """The module with `parameters` (a nested dict of arrays) in it; usable inside a jitted function."""
+    return nnx.merge(build(config)[0], parameters)
+
+
+def initialize(config: ModelConfig, key: jax.Array, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
+    """Random parameters (normal, 0.02), created where they belong on the mesh."""
+    shardings = sharding.of_parameters(build(config, dtype)[1])
+    create = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Qwen2(config, key, dtype))), out_shardings=shardings)
+    return create(key)

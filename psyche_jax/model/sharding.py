@@ -1,0 +1,90 @@
+"""One mesh, two tables of rules: where each logical axis lies while training and while decoding."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+import jax
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from psyche_jax.errors import UsageError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
+
+# Training: parameters and optimizer state are spread over every device (FSDP), weights gathered layer by layer.
+TRAIN_RULES: Rules = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),
+        "sequence": None,
+        "layers": None,
+        "embed": "fsdp",
+        "vocab": "tensor",
+        "heads": "tensor",
+        "kv_heads": "tensor",
+        "mlp": "tensor",
+        "activation_embed": None,
+    }
+)
+# Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any.
+DECODE_RULES: Rules = MappingProxyType({**TRAIN_RULES, "embed": None})
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """A mesh and the table that maps logical axis names to its axes."""
+
+    mesh: Mesh
+    rules: Rules
+
+    def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
+        """The partition of an array whose dimensions have these logical names (None: not split)."""
+        return PartitionSpec(*(None if axis is None else self.rules[axis] for axis in axes))
+
+    def named(self, *axes: str | None) -> NamedSharding:
+        """The same as `spec`, bound to the mesh."""
+        return NamedSharding(self.mesh, self.spec(axes))
+
+    def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
+        """Fix how `array` lies on the mesh at this point of a program."""
+        return jax.lax.with_sharding_constraint(array, self.named(*axes))
+
+    def of_parameters(self, abstract_parameters: nnx.State) -> dict[str, Any]:
+        """NamedShardings of a model's parameters, as a plain nested dict of the same structure."""
+        axes = jax.tree.map(
+            lambda variable: self.named(*variable.get_metadata()["logical_axes"]),
+            abstract_parameters,
+            is_leaf=lambda node: isinstance(node, nnx.Variable),
+        )
+        return nnx.to_pure_dict(axes)
+
+    def __hash__(self) -> int:
+        return hash((self.mesh, tuple(self.rules.items())))
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None
+) -> Mesh:
+    """A mesh with the axes `data`, `fsdp` and `tensor`; one size may be -1, which takes the devices left.
+
+    Raises:
+      UsageError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
+    if sum(size == -1 for size in sizes.values()) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
+        raise UsageError(f"mesh: {asked}: sizes must be positive, and one at most may be -1 (all that is left)")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if len(devices) % known:
+        raise UsageError(f"mesh: {asked} does not divide the {len(devices)} devices there are")
+    shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
+    if math.prod(shape) != len(devices):
+        raise UsageError(
+            f"mesh: {asked} takes {math.prod(shape)} devices and there are {len(devices)}; "
+            "set one axis to -1 to take what is left"
+        )
+    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)

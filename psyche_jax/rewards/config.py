@@ -1,0 +1,157 @@
+"""What a rule may say in a config: one frozen dataclass a rule, told apart by the field `rule`.
+
+Each has a `weight`, which multiplies its value in the total, and a `name`, under which its own value is
+reported (by default the rule's). What a rule means is in `psyche_jax.rewards.reference`.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from psyche_jax.errors import UsageError
+
+LETTERS = string.ascii_uppercase
+FULL_WIDTH = 0xFEE0  # from "A" to "Ａ"
+MAX_NGRAM = 16
+MAX_STATES = 32767  # states are int16 in the tables
+
+PatternFlag = Literal["ASCII", "DOTALL", "IGNORECASE", "MULTILINE"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Rule:
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    rule: str
+    name: str = ""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.rule)
+        self._require(math.isfinite(self.weight), "weight", "must be a finite number")
+
+    def _require(self, met: bool, field: str, problem: str) -> None:
+        if not met:
+            raise UsageError(f"reward rule `{self.name}`: `{field}` {problem}; got {getattr(self, field)!r}")
+
+    def _to_tuple(self, field: str) -> None:
+        object.__setattr__(self, field, tuple(getattr(self, field)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternRule(_Rule):
+    """1 where `re.fullmatch(pattern, text, flags)` matches, else 0."""
+
+    rule: Literal["pattern"] = "pattern"
+    pattern: str
+    flags: tuple[PatternFlag, ...] = ()
+    require_stop: bool = False
+    """Whether a truncated response (one without a stop token) gets 0."""
+    max_states: int = 4096
+    """How many states the automaton may have before the pattern is refused."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._to_tuple("flags")
+        known = {"ASCII", "DOTALL", "IGNORECASE", "MULTILINE"}
+        self._require(set(self.flags) <= known, "flags", f"may hold {', '.join(sorted(known))}")
+        self._require(2 <= self.max_states <= MAX_STATES, "max_states", f"must be from 2 to {MAX_STATES}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerSetRule(_Rule):
+    """Credit for the option letters on the line after the last marker; see `reference.extract_letters`."""
+
+    rule: Literal["answer_set"] = "answer_set"
+    markers: tuple[str, ...] = ("答案：", "答案:")
+    answer_after: str | None = "</think>"
+    """A marker that stands before the last of these is a thought, not an answer. None: anywhere counts."""
+    letters: str = LETTERS
+    """Which letters are options. Any other letter makes the line no list."""
+    lower_case: bool = False
+    """Whether `a` counts as `A`."""
+    separators: str = "、,，;；和与及 \t\u3000"
+    """Characters that may stand anywhere on the line."""
+    closers: str = "。．.!！)）]】」』\"'”’*"  # noqa: RUF100
+    """Characters that may stand after the letters."""
+    credit: Literal["strict", "elastic"] = "strict"
+    require_stop: bool = False
+    """Whether a truncated response (one without a stop token) gets 0."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._to_tuple("markers")
+        self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, none empty")
+        if self.answer_after is not None:
+            self._require(bool(self.answer_after), "answer_after", "must not be empty (use null for none)")
+            clash = [m for m in self.markers if self.answer_after in m or m in self.answer_after]
+            self._require(not clash, "answer_after", f"must neither hold nor be part of a marker ({clash})")
+        options = set(self.letters)
+        self._require(
+            bool(options) and options <= set(LETTERS) and len(options) == len(self.letters),
+            "letters",
+            "must be distinct letters from A to Z",
+        )
+        self._require(self.credit in ("strict", "elastic"), "credit", "must be `strict` or `elastic`")
+        taken = options | {chr(ord(c) + FULL_WIDTH) for c in options}
+        taken |= {c.lower() for c in taken} if self.lower_case else set()
+        taken |= {"\r", "\n"}
+        self._require(not taken & set(self.separators), "separators", "must hold no letter and no line end")
+        taken |= set(self.separators)
+        self._require(
+            not taken & set(self.closers), "closers", "must hold no letter, no separator and no line end"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinkFormatRule(_Rule):
+    """1 where the response is one `<think>` thought `</think>`, an answer and a stop token, else 0."""
+
+    rule: Literal["think_format"] = "think_format"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthRule(_Rule):
+    """DAPO's soft overlong penalty: 0 up to `max_length - buffer` tokens, then falling to -1 at `max_length`."""
+
+    rule: Literal["length"] = "length"
+    max_length: int
+    buffer: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.max_length >= 1, "max_length", "must be at least 1")
+        self._require(0 <= self.buffer <= self.max_length, "buffer", "must be from 0 to max_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepetitionRule(_Rule):
+    """The share of token n-grams that occurred before (0 to 1): give it a negative weight."""
+
+    rule: Literal["repetition"] = "repetition"
+    ngram: int = 4
+    weight: float = -1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(1 <= self.ngram <= MAX_NGRAM, "ngram", f"must be from 1 to {MAX_NGRAM}")
+
+
+RuleConfig = Annotated[
+    PatternRule | AnswerSetRule | ThinkFormatRule | LengthRule | RepetitionRule, Field(discriminator="rule")
+]
+
+
+def check_rules(rules: Sequence[RuleConfig]) -> None:
+    """Raises UsageError where two rules share a name, or one has the name of no use: `total`."""
+    names = [rule.name for rule in rules]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"two reward rules are called `{name}`: give one of them another `name`")
