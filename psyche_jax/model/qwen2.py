@@ -52,10 +52,12 @@ class Linear(nnx.Module):
         self, key: jax.Array, shape: tuple[int, int, int], axes: tuple[str, str], bias: bool, dtype: jnp.dtype
     ) -> None:
         layers, features, _ = shape
-        self.kernel = nnx.Param(
-            0.02 * jax.random.normal(key, shape, dtype), logical_axes=("layers", *axes)
+        self.kernel = nnx.Param(0.02 * jax.random.normal(key, shape, dtype), logical_axes=("layers", *axes))
+        self.bias = (
+            nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0]))
+            if bias
+            else None
         )
-        self.bias = nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out], within a scan that has taken the leading axis away."""
@@ -83,7 +85,10 @@ class DecoderLayer(nnx.Module):
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> None:
         layers, width, inner = config.num_hidden_layers, config.hidden_size, config.intermediate_size
-        heads, kv_heads = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        heads, kv_heads = (
+            config.num_attention_heads * config.head_dim,
+            config.num_key_value_heads * config.head_dim,
+        )
         keys = jax.random.split(key, 7)
         self.input_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
         self.q_proj = Linear(keys[0], (layers, heads, width), ("heads", "embed"), True, dtype)
@@ -181,7 +186,9 @@ class Qwen2(nnx.Module):
         decoded = jnp.arange(cache.key.shape[2]) <= index
         graph, stacked = nnx.split(self.layers)
 
-        def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]) -> tuple[Any, None]:
+        def body(
+            carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]
+        ) -> tuple[Any, None]:
             x, keys, values = carry
             parameters, layer_index, prompt_key, prompt_value = layer_inputs
             layer = nnx.merge(graph, parameters)
@@ -191,14 +198,22 @@ class Qwen2(nnx.Module):
                 new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
                 new_values = jax.lax.dynamic_update_slice(values, value[None], start)
                 prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
-                own = Source(new_keys[layer_index], new_values[layer_index], jnp.broadcast_to(
-                    decoded, (tokens.shape[0], 1, decoded.shape[0])))
+                own = Source(
+                    new_keys[layer_index],
+                    new_values[layer_index],
+                    jnp.broadcast_to(decoded, (tokens.shape[0], 1, decoded.shape[0])),
+                )
                 return attention(query, (prompt, own)), (new_keys, new_values)
 
             x, (keys, values) = layer(x, rotary, attend, sharding)
             return (x, keys, values), None
 
-        layer_inputs = (stacked, jnp.arange(self.config.num_hidden_layers), cache.prompt_key, cache.prompt_value)
+        layer_inputs = (
+            stacked,
+            jnp.arange(self.config.num_hidden_layers),
+            cache.prompt_key,
+            cache.prompt_value,
+        )
         (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), layer_inputs)
         return self.final_norm(x)[:, 0], cache._replace(key=keys, value=values)
 
@@ -212,7 +227,12 @@ class Qwen2(nnx.Module):
         return execution.sharding.constrain(x, "batch", "sequence", "activation_embed")
 
     def _whole(
-        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution, keep_cache: bool
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        execution: Execution,
+        keep_cache: bool,
     ) -> tuple[jax.Array, Any]:
         allowed = causal_mask(segments)
         rotary = rotary_tables(positions, self.config, execution.compute_dtype)
@@ -229,11 +249,11 @@ class Qwen2(nnx.Module):
         return self.final_norm(x), cache
 
 
-def rotary_tables(
-    positions: jax.Array, config: ModelConfig, dtype: jnp.dtype
-) -> tuple[jax.Array, jax.Array]:
+def rotary_tables(positions: jax.Array, config: ModelConfig, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [batch, sequence, 1, head_dim / 2] for `positions` [batch, sequence] (RoPE, arXiv 2104.09864)."""
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
+    frequencies = config.rope_theta ** (
+        -jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    )
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
@@ -266,5 +286,7 @@ def bind(config: ModelConfig, parameters: Parameters) -> Qwen2:
 def initialize(config: ModelConfig, key: jax.Array, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
     """Random parameters (normal, 0.02), created where they belong on the mesh."""
     shardings = sharding.of_parameters(build(config, dtype)[1])
-    create = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Qwen2(config, key, dtype))), out_shardings=shardings)
+    create = jax.jit(
+        lambda key: nnx.to_pure_dict(nnx.state(Qwen2(config, key, dtype))), out_shardings=shardings
+    )
     return create(key)

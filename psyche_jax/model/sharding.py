@@ -77,7 +77,9 @@ def make_mesh(
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     if sum(size == -1 for size in sizes.values()) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
-        raise UsageError(f"mesh: {asked}: sizes must be positive, and one at most may be -1 (all that is left)")
+        raise UsageError(
+            f"mesh: {asked}: sizes must be positive, and one at most may be -1 (all that is left)"
+        )
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % known:
         raise UsageError(f"mesh: {asked} does not divide the {len(devices)} devices there are")

@@ -1,0 +1,228 @@
+"""Weights and tokenizers between Hugging Face folders and this package. Needs no torch."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from psyche_jax.errors import UserError
+from psyche_jax.files import read_json, write_json
+from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
+from psyche_jax.model.qwen2 import Parameters, build
+from psyche_jax.model.sharding import Sharding
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_LAYER_NAMES = {
+    "input_norm/scale": "input_layernorm.weight",
+    "q_proj/kernel": "self_attn.q_proj.weight",
+    "q_proj/bias": "self_attn.q_proj.bias",
+    "k_proj/kernel": "self_attn.k_proj.weight",
+    "k_proj/bias": "self_attn.k_proj.bias",
+    "v_proj/kernel": "self_attn.v_proj.weight",
+    "v_proj/bias": "self_attn.v_proj.bias",
+    "o_proj/kernel": "self_attn.o_proj.weight",
+    "post_attention_norm/scale": "post_attention_layernorm.weight",
+    "gate_proj/kernel": "mlp.gate_proj.weight",
+    "up_proj/kernel": "mlp.up_proj.weight",
+    "down_proj/kernel": "mlp.down_proj.weight",
+}
+_TOP_NAMES = {
+    "embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "head": "lm_head.weight",
+}
+_SHARD_BYTES = 4 * 2**30
+
+
+def tensor_names(path: str, layers: int) -> list[str]:
+    """Names in Hugging Face's files of the parameter at `path` ("layers/q_proj/kernel"): one for each layer."""
+    if path in _TOP_NAMES:
+        return [_TOP_NAMES[path]]
+    name = _LAYER_NAMES[path.removeprefix("layers/")]
+    return [f"model.layers.{layer}.{name}" for layer in range(layers)]
+
+
+class WeightFiles:
+    """The tensors of a model folder's safetensors, single or sharded with an index, read slice by slice."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = read_json(index).get("weight_map", {})
+            files = {name: folder / str(file) for name, file in weight_map.items()}
+            if absent := sorted({path.name for path in files.values() if not path.is_file()}):
+                raise UserError(f"{index}: names files that are absent: {', '.join(absent)}")
+        elif (folder / "model.safetensors").is_file():
+            files = {}
+        else:
+            raise UserError(f"{folder}: has no model.safetensors and no model.safetensors.index.json")
+        paths = sorted(set(files.values())) or [folder / "model.safetensors"]
+        self._slices: dict[str, Any] = {}
+        for path in paths:
+            try:
+                handle = safe_open(path, framework="np")
+                self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: is broken or cut short ({error}); copy it again") from None
+        if missing := sorted(set(files) - set(self._slices)):
+            raise UserError(f"{index}: names tensors that are in no file: {_listed(missing)}")
+        self.folder = folder
+
+    def check(self, config: ModelConfig) -> None:
+        """Compare names and shapes with what `config` needs.
+
+        Raises:
+          UserError: naming every missing, extra and mis-shaped tensor.
+        """
+        expected = dict(_expected_shapes(config))
+        # A tied model may carry its head a second time; old exports carry a buffer of RoPE frequencies.
+        found = {n for n in self._slices if not n.endswith("rotary_emb.inv_freq")}
+        if config.tie_word_embeddings:
+            found.discard("lm_head.weight")
+        faults = []
+        if missing := sorted(set(expected) - found):
+            faults.append(f"missing {_listed(missing)}")
+        if extra := sorted(found - set(expected)):
+            faults.append(f"extra {_listed(extra)}")
+        shapes = {name: tuple(self._slices[name].get_shape()) for name in found & set(expected)}
+        if wrong := sorted(f"{n} {shapes[n]}, not {expected[n]}" for n in shapes if shapes[n] != expected[n]):
+            faults.append(f"mis-shaped {_listed(wrong)}")
+        if faults:
+            raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(faults)}")
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """The part `index` of the tensor `name`."""
+        return self._slices[name][index] if index else self._slices[name][:]
+
+
+def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
+    """Read a model folder's weights straight to where they belong on the mesh.
+
+    Raises:
+      UserError: files are absent or broken, or tensors do not fit `config` (each named).
+    """
+    weights = WeightFiles(folder)
+    weights.check(config)
+    abstract = build(config, dtype)[1]
+    flat_shardings = traverse_util.flatten_dict(sharding.of_parameters(abstract), sep="/")
+    flat_shapes = traverse_util.flatten_dict(nnx.to_pure_dict(abstract), sep="/")
+
+    def place(path: str) -> jax.Array:
+        names = tensor_names(path, config.num_hidden_layers)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if not path.startswith("layers/"):
+                return weights.read(names[0], index).astype(dtype)
+            return np.stack([weights.read(name, index[1:]).astype(dtype) for name in names[index[0]]])
+
+        return jax.make_array_from_callback(flat_shapes[path].shape, flat_shardings[path], part)
+
+    return traverse_util.unflatten_dict({path: place(path) for path in flat_shapes}, sep="/")
+
+
+def write_weights(folder: Path, config: ModelConfig, parameters: Parameters) -> None:
+    """Write parameters as safetensors, in their own dtype, sharded with an index when over 4 GiB; and configs."""
+    flat = traverse_util.flatten_dict(parameters, sep="/")
+    dtype = str(next(iter(flat.values())).dtype)
+    tensors = {
+        name: (path, layer if path.startswith("layers/") else None)
+        for path in flat
+        for layer, name in enumerate(tensor_names(path, config.num_hidden_layers))
+    }
+    expected = dict(_expected_shapes(config))
+    item_size = np.dtype(jnp.dtype(dtype)).itemsize
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in expected:  # in the order of the layers
+        tensor_bytes = int(np.prod(expected[name])) * item_size
+        if size + tensor_bytes > _SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensor_bytes
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, start=1):
+        file = (
+            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        )
+        arrays = {}
+        for name in names:
+            path, layer = tensors[name]
+            arrays[name] = np.ascontiguousarray(flat[path] if layer is None else flat[path][layer])
+        save_file(arrays, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(int(np.prod(shape)) * item_size for shape in expected.values())
+        write_json(
+            folder / "model.safetensors.index.json",
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
+        )
+    write_json(folder / "config.json", hf_config(config, dtype))
+    write_json(folder / "generation_config.json", hf_generation_config(config))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer's files, chat template included.
+
+    Raises:
+      UserError: there is no fast tokenizer in `source`.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(
+            f"{source}: has no tokenizer.json; save it once with a fast tokenizer of transformers"
+        )
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The `transformers` tokenizer of a local folder; no code in the folder is run, nothing is downloaded.
+
+    Raises:
+      UserError: the folder's tokenizer is missing or broken.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: has no tokenizer.json")
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise bare Exceptions on broken files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from None
+
+
+def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every tensor of the model: the embedding, layer by layer, the final norm, the head."""
+    shapes = {
+        p: v.shape for p, v in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/").items()
+    }
+    stacked = [path for path in shapes if path.startswith("layers/")]
+    yield _TOP_NAMES["embedding"], shapes["embedding"]
+    for layer in range(config.num_hidden_layers):
+        for path in stacked:
+            yield tensor_names(path, config.num_hidden_layers)[layer], shapes[path][1:]
+    for path in ("final_norm/scale", "head"):
+        if path in shapes:
+            yield _TOP_NAMES[path], shapes[path]
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# Starts psyche on all workers of the TPU, in sessions that outlive the ssh connection.
+#
+#   tpu/run.sh [--restart] [--settings FILE] [--dry-run]
+#
+# Example:  tpu/run.sh --settings tpu/settings.env
+#
+#   --restart   first stop what runs there (it may write a checkpoint); without it, a running psyche is an error
+#
+# It continues the run in RUN_DIR if there is one. The log is ~/psyche/log on each worker, copied every minute
+# to RUN_DIR/logs/worker-N.log.
+# Exit codes: 0 started on every worker, 1 failed, 2 wrong use.
+# shellcheck source-path=SCRIPTDIR source=lib.sh
+. "$(dirname "$0")/lib.sh"
+begin "$@"
+RESTART=
+case ${REST[*]-} in '') ;; --restart) RESTART=yes ;; *) wrong_use "unknown argument '${REST[*]}'; see --help" ;; esac
+
+# Compiler flags by chip generation, of those that MaxText sets (benchmarks/xla_flags_library.py). libtpu 0.0.42.1
+# accepts them (compiled ahead of time, small FSDP program; an unknown flag is refused there). No speed was measured.
+# On v5e these are the defaults already (the same program came out, bit for bit), and its 16 GiB are full:
+# leaving it alone keeps what `psyche plan` says true. On the others the defaults gather weights synchronously;
+# async collective fusion hides FSDP's all-gathers behind the matmuls, for some more memory.
+ASYNC_GATHER='--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true
+ --xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
+ --xla_tpu_enable_async_collective_fusion_multiple_steps=true'
+if [ "$LIBTPU_FLAGS" = none ]; then LIBTPU_FLAGS=
+elif [ -z "$LIBTPU_FLAGS" ]; then
+  case $ACCELERATOR in
+    v5litepod-*) ;;
+    # v6e has more vector memory than the compiler uses by default; larger matmul tiles want it.
+    v6e-*) LIBTPU_FLAGS="$ASYNC_GATHER --xla_tpu_scoped_vmem_limit_kib=98304" ;;
+    v5p-* | v4-*) LIBTPU_FLAGS=$ASYNC_GATHER ;;
+  esac
+fi
+LIBTPU_FLAGS=${LIBTPU_FLAGS//$'\n'/}
+
+require_active
+wait_for_workers
+PSYCHE=("$VERB" --config "$CONFIG" --set "run.dir=$RUN_DIR")
+# Never by itself: four hosts that train apart, each thinking it is alone, would write over one another.
+[ "$WORKERS" = 1 ] || PSYCHE+=(--set distributed.initialize=always)
+for pair in $OVERRIDES; do PSYCHE+=(--set "$pair"); done
+
+if [ -n "$RESTART" ]; then
+  say "stopping what runs"
+  on_workers all 'bash psyche/worker.sh stop' || fail "cannot stop what runs: $(last_error)"
+fi
+START=(bash psyche/worker.sh start --run-dir "$RUN_DIR" --libtpu "$LIBTPU_FLAGS" -- "${PSYCHE[@]}")
+# All at once: JAX waits on every host for all the others.
+on_workers all "$(quote "${START[@]}")" >"$TMP/answers" || true
+[ -n "$DRY_RUN" ] || cat "$TMP/answers"
+absent=$(missing "$TMP/answers")
+if [ -z "$DRY_RUN" ] && [ -n "$absent" ]; then
+  grep -q 'runs already' "$TMP/answers" && fail "psyche runs already on worker $absent; tpu/run.sh --restart stops it first"
+  complained_of 'psyche/worker.sh: No such file' && fail "nothing is installed on worker $absent; run tpu/setup.sh"
+  fail "started on $((WORKERS - $(wc -w <<<"$absent"))) of $WORKERS workers, not on $absent: $(last_error); then use tpu/run.sh --restart"
+fi
+
+pause 15 # long enough for a wrong config or a missing package to show
+on_workers all 'bash psyche/worker.sh alive' >"$TMP/answers" || true
+[ -z "$DRY_RUN" ] || exit 0
+absent=$(missing "$TMP/answers")
+if [ -n "$absent" ]; then
+  on_workers "${absent%% *}" 'bash psyche/worker.sh log 15' >&2 || true
+  fail "psyche ended at once on worker $absent of $WORKERS; the end of a log is above"
+fi
+say "psyche $VERB runs on $WORKERS of $WORKERS workers; run: $RUN_DIR; next: tpu/babysit.sh or tpu/logs.sh --follow"
