@@ -28,9 +28,10 @@ recover() {
   [ "$failures" = 1 ] || back_off "$((failures - 1))" 60 1800
   quiet=0
   # Twice on the same TPU; if that does not help, the machine may be what is broken.
-  [ "$failures" -le 2 ] || "$HERE/delete.sh" --yes "${COMMON[@]}" || return 0
-  "$HERE/create.sh" "${COMMON[@]}" && "$HERE/setup.sh" "${COMMON[@]}" && "$HERE/run.sh" --restart "${COMMON[@]}" ||
-    say "recovery $failures did not work"
+  [ "$failures" -le 2 ] || "$HERE/delete.sh" --yes "${COMMON[@]}" || { say "cannot delete the TPU"; return 0; }
+  if "$HERE/create.sh" "${COMMON[@]}" && "$HERE/setup.sh" "${COMMON[@]}" && "$HERE/run.sh" --restart "${COMMON[@]}"
+  then say "recovery $failures: started"
+  else say "recovery $failures did not work"; fi
 }
 
 all_alive() {
@@ -47,14 +48,15 @@ while :; do
 
   if [ "$RUN_STATUS" = unknown ] || [ "$tpu" = UNKNOWN ]; then
     blind=$((blind + 1))
-    [ "$blind" -lt "$BLIND_LOOKS" ] || fail "gcloud gives no answer: $(last_error)"
-    say "no answer from gcloud ($(last_error)); looking again"
+    why=$([ "$tpu" = UNKNOWN ] && last_error || printf '%s' "$RUN_DIR/state.json: $RUN_ERROR")
+    [ "$blind" -lt "$BLIND_LOOKS" ] || fail "gave up: no answer $BLIND_LOOKS times in a row: $why"
+    say "no answer ($why); looking again"
     pause 60
     continue
   fi
   blind=0 quiet=$((quiet + 1))
   if [ "$RUN_STEP" -gt "$best" ]; then
-    [ "$best" = "$RUN_STEP" ] || say "step $RUN_STEP ($RUN_STATUS)"
+    say "step $RUN_STEP ($RUN_STATUS)"
     best=$RUN_STEP quiet=0 failures=0
   fi
 

@@ -1,6 +1,6 @@
 # Shared by the scripts in tpu/; sourced, not run. Written for bash 3.2 too (macOS).
 # shellcheck shell=bash disable=SC2034  # the sourcing scripts use what is set here
-set -euo pipefail
+set -euf -o pipefail # no globbing (-f): OVERRIDES is split at spaces, and may hold a * or [
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 ROOT=$(dirname "$HERE")
@@ -17,12 +17,13 @@ v4          us-central2-b  tpu-ubuntu2204-base  8  8
 KEYS=' PROJECT NAME ACCELERATOR CAPACITY BUCKET VERB CONFIG ZONE RUNTIME_VERSION RUN_DIR OVERRIDES SOURCE REPO
  BRANCH ENV_FILE SERVICE_ACCOUNT LIBTPU_FLAGS PYTHON MAX_FAILURES '
 
-say() { printf '%s\n' "$*"; }
+# In a dry run what is said is a comment between the commands.
+say() { printf '%s%s\n' "${DRY_RUN:+# }" "$*"; }
 fail() { printf '%s: error: %s\n' "$ME" "$*" >&2; exit 1; }
 wrong_use() { printf '%s: error: %s\n' "$ME" "$*" >&2; exit 2; }
 
 # The comment at the top of a script is its help.
-help() { sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; }
+help() { awk 'NR > 1 && !/^#/ { exit } NR > 1 && !/^# shellcheck/ { sub(/^# ?/, ""); print }' "$0"; }
 
 # begin ARGUMENTS: the common options, the settings, and a look at gcloud. What is left over goes to REST.
 begin() {
@@ -61,7 +62,7 @@ read_settings() {
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
     [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || wrong_use "$SETTINGS line $number is not KEY=value"
     key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
-    [[ $KEYS =~ [[:space:]]$key[[:space:]] ]] || wrong_use "$SETTINGS line $number: unknown setting $key"
+    [[ $KEYS =~ [[:space:]]${key}[[:space:]] ]] || wrong_use "$SETTINGS line $number: unknown setting $key"
     if [[ $value =~ ^\"(.*)\"[[:space:]]*$ || $value =~ ^\'(.*)\'[[:space:]]*$ ]]; then
       value=${BASH_REMATCH[1]}
     else
@@ -85,6 +86,7 @@ check_settings() {
   need NAME '[a-z]([a-z0-9-]{0,61}[a-z0-9])?' "lower-case letters, digits and hyphens, starting with a letter"
   need ACCELERATOR '(v5litepod|v6e|v5p|v4)-[1-9][0-9]*' "v5litepod-N, v6e-N, v5p-N or v4-N"
   while read -r prefix zone runtime one_host per_host; do
+    # shellcheck disable=SC2153  # ACCELERATOR is a setting, ACCELERATORS the table
     [ "$prefix" = "${ACCELERATOR%-*}" ] || continue
     : "${ZONE:=$zone}" "${RUNTIME_VERSION:=$runtime}"
     size=${ACCELERATOR##*-} EXPECTED=1
@@ -111,10 +113,12 @@ check_settings() {
     need REPO 'https://[^@[:space:]]+' "a public https:// address without a password; for a private one use SOURCE"
     need BRANCH '[A-Za-z0-9._/-]+' "a branch or tag"
   else
+    SOURCE=${SOURCE/#\~/$HOME}
     SOURCE=$(cd "$ROOT" && cd "${SOURCE:-.}" 2>/dev/null && pwd) || wrong_use "$SETTINGS: SOURCE is not a folder"
     [ -f "$SOURCE/$CONFIG" ] || wrong_use "$SETTINGS: CONFIG: no file $SOURCE/$CONFIG"
   fi
   [ -z "$SERVICE_ACCOUNT" ] || need SERVICE_ACCOUNT '[^@[:space:]]+@[^@[:space:]]+' "an e-mail address"
+  case ${ENV_FILE:=} in '' | /*) ;; '~'*) ENV_FILE=$HOME${ENV_FILE#?} ;; *) ENV_FILE=$ROOT/$ENV_FILE ;; esac
   [ -z "$ENV_FILE" ] || [ -r "$ENV_FILE" ] || wrong_use "$SETTINGS: ENV_FILE: no file $ENV_FILE"
 }
 
@@ -136,7 +140,7 @@ quote() {
   done
   printf '%s' "${out# }"
 }
-run() { if [ -n "$DRY_RUN" ]; then say "+ $(quote "$@")" >&3; else "$@"; fi; }
+run() { if [ -n "$DRY_RUN" ]; then printf '+ %s\n' "$(quote "$@")" >&3; else "$@"; fi; }
 # ask DEFAULT COMMAND...: the command's answer, its errors in $TMP/err; in a dry run DEFAULT.
 ask() {
   local default=$1; shift
@@ -150,7 +154,7 @@ last_error() {
   printf '%.400s' "${line:-no reason given}"
 }
 complained_of() { grep -qiE "$1" "$TMP/err"; }
-pause() { sleep "${PSYCHE_TPU_POLL_SECONDS:-$1}"; }
+pause() { [ -n "$DRY_RUN" ] || sleep "${PSYCHE_TPU_POLL_SECONDS:-$1}"; }
 # back_off TRY FIRST MOST: waits FIRST seconds, then twice that, and so on up to MOST.
 back_off() { local s=$(($2 << ($1 > 10 ? 10 : $1 - 1))); pause $((s < $3 ? s : $3)); }
 
@@ -160,9 +164,9 @@ back_off() { local s=$(($2 << ($1 > 10 ? 10 : $1 - 1))); pause $((s < $3 ? s : $
 queued_state() {
   local state
   if state=$(ask "$1" gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)'); then
-    say "${state:-UNKNOWN}"
-  elif complained_of 'NOT_FOUND|not found'; then say NONE
-  else say UNKNOWN; fi
+    echo "${state:-UNKNOWN}"
+  elif complained_of 'NOT_FOUND|not found'; then echo NONE
+  else echo UNKNOWN; fi
 }
 # node FIELD: a field of the TPU VM itself, empty if there is none.
 node() { ask "$2" gcloud compute tpus tpu-vm describe "$NAME" "${WHERE[@]}" --format="value($1)" || true; }
@@ -204,16 +208,23 @@ missing() {
   printf '%s' "${out# }"
 }
 
+# Says why a command on the workers failed, and ends.
+fail_on_workers() {
+  complained_of 'psyche/worker.sh: No such file' && fail "nothing is installed on the TPU yet; run tpu/setup.sh"
+  fail "$1: $(last_error)"
+}
+
 # Waits until every worker answers: a new VM needs a while before sshd is up and the key has arrived.
 # Sets WORKERS. Nothing may start on some of the hosts only: the others would wait for them until the time-out.
 wait_for_workers() {
-  local try absent=''
+  # shellcheck disable=SC2016  # the worker's shell expands it; TPU hosts are called ..-w-0, ..-w-1 and so on
+  local try absent='' hello='echo worker $(hostname | sed s/.*-w-//): ok'
   WORKERS=$(node 'networkEndpoints.len()' "$EXPECTED")
   [[ $WORKERS =~ ^[1-9][0-9]*$ ]] || fail "the TPU VM $NAME lists no workers: $(last_error)"
   [ "$WORKERS" = "$EXPECTED" ] || say "note: $ACCELERATOR was expected to have $EXPECTED workers, $NAME has $WORKERS"
+  [ "$WORKERS" != 1 ] || hello='echo worker 0: ok'
   for try in 1 2 3 4 5 6; do
-    # TPU hosts are called ..-w-0, ..-w-1 and so on.
-    on_workers all 'echo worker $(hostname | sed s/.*-w-//): ok' >"$TMP/answers" || true
+    on_workers all "$hello" >"$TMP/answers" || true
     [ -z "$DRY_RUN" ] || return 0
     absent=$(missing "$TMP/answers")
     [ -n "$absent" ] || { say "$WORKERS of $WORKERS workers answer"; return 0; }
@@ -226,15 +237,16 @@ wait_for_workers() {
 
 # --- the run ------------------------------------------------------------------------------------
 
-# Sets RUN_STATUS (of state.json; none before the first start, unknown if gcloud cannot tell), RUN_STEP, RUN_REASON.
+# Sets RUN_STATUS (of state.json; none before the first start, unknown if it cannot be read: RUN_ERROR), RUN_STEP, RUN_REASON.
 read_run_state() {
   local json
-  RUN_STATUS=unknown RUN_STEP=-1 RUN_REASON=''
+  RUN_STATUS=unknown RUN_STEP=-1 RUN_REASON='' RUN_ERROR="there is no status in it"
   if json=$(ask '{"status": "running", "step": 0}' gcloud storage cat "$RUN_DIR/state.json" --quiet); then
     json=$(printf '%s' "$json" | tr '\n' ' ')
     RUN_STATUS=$(printf '%s\n' "$json" | sed -nE 's/.*"status"[[:space:]]*:[[:space:]]*"([a-z]+)".*/\1/p')
     RUN_STEP=$(printf '%s\n' "$json" | sed -nE 's/.*"step"[[:space:]]*:[[:space:]]*([0-9]+).*/\1/p')
     RUN_REASON=$(printf '%s\n' "$json" | sed -nE 's/.*"reason"[[:space:]]*:[[:space:]]*"(([^"\\]|\\.)*)".*/\1/p')
     : "${RUN_STATUS:=unknown}" "${RUN_STEP:=-1}"
-  elif complained_of 'matched no objects|not found'; then RUN_STATUS=none; fi
+  elif complained_of 'matched no objects|not found'; then RUN_STATUS=none
+  else RUN_ERROR=$(last_error); fi
 }

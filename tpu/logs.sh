@@ -37,6 +37,6 @@ if [ -n "$BUCKET_COPY" ]; then
   tail -n "$LINES_SHOWN" "$TMP/out"
 else
   require_active
-  on_workers "$WORKER" "bash psyche/worker.sh log $LINES_SHOWN$FOLLOW" ||
-    fail "cannot read the log: $(last_error); --bucket shows the copy in $RUN_DIR/logs"
+  on_workers "$WORKER" "bash psyche/worker.sh log $LINES_SHOWN${FOLLOW:+ follow}" ||
+    fail_on_workers "cannot read the log (--bucket shows the copy in $RUN_DIR/logs)"
 fi

@@ -18,7 +18,7 @@ case ${REST[*]-} in '') ;; --restart) RESTART=yes ;; *) wrong_use "unknown argum
 
 # Compiler flags by chip generation, of those that MaxText sets (benchmarks/xla_flags_library.py). libtpu 0.0.42.1
 # accepts them (compiled ahead of time, small FSDP program; an unknown flag is refused there). No speed was measured.
-# On v5e these are the defaults already (the same program came out, bit for bit), and its 16 GiB are full:
+# On v5e these are the defaults already (the compiled text came out the same), and its 16 GiB are full:
 # leaving it alone keeps what `psyche plan` says true. On the others the defaults gather weights synchronously;
 # async collective fusion hides FSDP's all-gathers behind the matmuls, for some more memory.
 ASYNC_GATHER='--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true
@@ -44,7 +44,7 @@ for pair in $OVERRIDES; do PSYCHE+=(--set "$pair"); done
 
 if [ -n "$RESTART" ]; then
   say "stopping what runs"
-  on_workers all 'bash psyche/worker.sh stop' || fail "cannot stop what runs: $(last_error)"
+  on_workers all 'bash psyche/worker.sh stop' || fail_on_workers "cannot stop what runs"
 fi
 START=(bash psyche/worker.sh start --run-dir "$RUN_DIR" --libtpu "$LIBTPU_FLAGS" -- "${PSYCHE[@]}")
 # All at once: JAX waits on every host for all the others.
@@ -53,8 +53,7 @@ on_workers all "$(quote "${START[@]}")" >"$TMP/answers" || true
 absent=$(missing "$TMP/answers")
 if [ -z "$DRY_RUN" ] && [ -n "$absent" ]; then
   grep -q 'runs already' "$TMP/answers" && fail "psyche runs already on worker $absent; tpu/run.sh --restart stops it first"
-  complained_of 'psyche/worker.sh: No such file' && fail "nothing is installed on worker $absent; run tpu/setup.sh"
-  fail "started on $((WORKERS - $(wc -w <<<"$absent"))) of $WORKERS workers, not on $absent: $(last_error); then use tpu/run.sh --restart"
+  fail_on_workers "started on $((WORKERS - $(wc -w <<<"$absent"))) of $WORKERS workers, not on $absent (next time with --restart)"
 fi
 
 pause 15 # long enough for a wrong config or a missing package to show

@@ -21,7 +21,7 @@ say "tpu  $state${detail:+ ($detail workers)}  $NAME $ACCELERATOR $CAPACITY $ZON
 say "run  $RUN_STATUS$([ "$RUN_STEP" = -1 ] || printf ' at step %s' "$RUN_STEP")${RUN_REASON:+ ($RUN_REASON)}  $RUN_DIR"
 case $state/$RUN_STATUS in
   UNKNOWN/*) fail "cannot ask about $NAME: $tpu_error" ;;
-  */unknown) fail "cannot read $RUN_DIR/state.json: $(last_error)" ;;
+  */unknown) fail "cannot read $RUN_DIR/state.json: $RUN_ERROR" ;;
   */done | */failed) [ "$state" = NONE ] || say "hint: the run has ended and the TPU is still billed; tpu/delete.sh" ;;
   ACTIVE/none) say "hint: nothing has run yet; tpu/setup.sh, then tpu/run.sh" ;;
   ACTIVE/*) ;;

@@ -13,12 +13,15 @@ set -euo pipefail
 BASE=$HOME/psyche
 UPLOAD=$HOME/psyche_upload
 number() { # of this worker; TPU hosts are called ..-w-N
-  local name=${PSYCHE_HOSTNAME:-$(hostname)}
+  local name
+  name=$(hostname)
   [[ $name =~ -w-([0-9]+)$ ]] && printf '%s' "${BASH_REMATCH[1]}" || printf 0
 }
 tell() { printf 'worker %s: %s\n' "$(number)" "$*"; }
 fail() { tell "error: $*"; exit 1; }
-running() { [ -s "$BASE/pid" ] && kill -0 "$(cat "$BASE/pid")" 2>/dev/null; }
+running() { # the number in the pid file may be another process's, after a reboot
+  [ -s "$BASE/pid" ] && grep -qs supervise "/proc/$(cat "$BASE/pid")/cmdline"
+}
 
 install() {
   local python=python3.11 repo='' branch=main
@@ -88,7 +91,10 @@ supervise() {
   shift 2
   target=$run_dir/logs/worker-$(number).log
   copy_log() { gcloud storage cp "$BASE/log" "$target" --quiet >/dev/null 2>&1 || true; }
-  if [ -f "$BASE/env" ]; then set -a; . "$BASE/env"; set +a; fi # shellcheck disable=SC1091
+  set -a
+  # shellcheck disable=SC1091  # it is on the worker only
+  [ ! -f "$BASE/env" ] || . "$BASE/env"
+  set +a
   export LIBTPU_INIT_ARGS=$libtpu PYTHONUNBUFFERED=1
   # Named, a TPU that cannot be used is an error; unnamed, JAX would train on the CPU.
   export JAX_PLATFORMS=tpu,cpu
@@ -140,6 +146,6 @@ show_log() {
 case ${1-} in
   install | start | supervise | stop | alive) "$@" ;;
   log) shift; show_log "$@" ;;
-  -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" ;;
+  -h | --help) awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0" ;;
   *) printf 'worker.sh: error: see --help\n' >&2; exit 2 ;;
 esac

@@ -79,20 +79,21 @@ def group_rows(rows: NDArray[np.integer]) -> tuple[Wide, Wide]:
 
 def explore(
     start: State,
-    step: Callable[[State, int], tuple[State, int]],
+    successors: Callable[[State], list[tuple[State, int]]],
     accepts: Callable[[State], bool],
-    symbols: int,
     max_states: int,
 ) -> Automaton:
-    """The automaton of all states that `step(state, symbol) -> (state, effect)` reaches from `start`."""
+    """The automaton of all states reached from `start`; `successors` gives (state, effect) for each symbol.
+
+    Raises TooLarge beyond `max_states`.
+    """
     ids: dict[State, int] = {start: 0}
     order = [start]
     next_rows: list[list[int]] = []
     effect_rows: list[list[int]] = []
     for state in order:  # grows while it is walked
         next_row, effect_row = [], []
-        for symbol in range(symbols):
-            target, effect = step(state, symbol)
+        for target, effect in successors(state):
             if target not in ids:
                 if len(ids) >= max_states:
                     raise TooLarge(f"more than {max_states} states")
@@ -125,7 +126,7 @@ def minimize(automaton: Automaton) -> Automaton:
 
 
 def with_dead_state(automaton: Automaton) -> tuple[Automaton, int]:
-    """The automaton with a state that nothing leaves or accepts, which may be there already; and which it is."""
+    """The automaton with a state that nothing leaves or accepts (it may have one), and which that is."""
     states = np.arange(len(automaton.accept))
     stays = (automaton.next == states[:, None]).all(axis=1) & (automaton.effect == 0).all(axis=1)
     dead = np.flatnonzero(stays & ~automaton.accept)
@@ -143,15 +144,14 @@ def with_dead_state(automaton: Automaton) -> tuple[Automaton, int]:
 def intersect(
     left: CharacterAutomaton, right: CharacterAutomaton, *, not_right: bool, max_states: int
 ) -> CharacterAutomaton:
-    """Accepts what `left` accepts and `right` accepts (or, with `not_right`, does not). Effects are dropped."""
+    """Accepts what `left` accepts and `right` accepts (with `not_right`: does not). Effects are dropped."""
     member, class_of = group_rows(np.stack([left.class_of, right.class_of], axis=1))
     left_next = left.table.next[:, left.class_of[member]].tolist()
     right_next = right.table.next[:, right.class_of[member]].tolist()
     table = explore(
         (0, 0),
-        lambda state, symbol: ((left_next[state[0]][symbol], right_next[state[1]][symbol]), 0),
+        lambda state: [(pair, 0) for pair in zip(left_next[state[0]], right_next[state[1]], strict=True)],
         lambda state: bool(left.table.accept[state[0]] and right.table.accept[state[1]] != not_right),
-        len(member),
         max_states,
     )
     return CharacterAutomaton(class_of.astype(np.int32), minimize(table))
@@ -159,12 +159,12 @@ def intersect(
 
 def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     """The same automaton over the bytes of UTF-8: [states, 256]. Bytes that are not valid UTF-8 lead to a
-    state that accepts nothing, and so does an end amid a character. Effects happen at a character's last byte.
+    dead state, and an end amid a character is not accepted. Effects happen at a character's last byte.
 
     Raises TooLarge beyond `max_states`.
     """
     table, dead = with_dead_state(automaton.table)
-    states, symbols = table.next.shape
+    states = len(table.accept)
     # A transition as one number: the state in the low half, the effect in the high half. The extra symbol at
     # the end (index -1) is for bytes that stand for no character.
     packed = (table.effect.astype(np.int64) << 32) | table.next
@@ -180,9 +180,8 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     last_of_3[0, :32] = -1  # overlong
     first, second_of_4 = group_rows(third_of_4)
     third_rows = third_of_4[first]
-    second_rows = np.full(5 * 64, -1, np.int64)
-    second_rows[16 : len(second_of_4)] = second_of_4[16:]  # before: overlong; after: beyond U+10FFFF
-    second_rows = second_rows.reshape(5, 64)
+    second_rows = np.full((5, 64), -1, np.int64)
+    second_rows.flat[16 : len(second_of_4)] = second_of_4[16:]  # before: overlong; after: beyond U+10FFFF
 
     continuations: dict[bytes, int] = {}  # a row of 64 packed transitions → its state
     rows: list[Wide] = []
@@ -268,7 +267,7 @@ def to_tokens(automaton: Automaton, token_bytes: Sequence[bytes | None], max_byt
                 known[key] = len(targets)
                 targets.append(target)
                 effects.append(effect)
-                if len(targets) * states * 4 > 8 * max_bytes:
+                if len(targets) * states * 4 > 4 * max_bytes:
                     raise TooLarge(f"more than {max_bytes >> 20} MiB of tables")
             extended[i] = known[key]
         function[active] = extended[which]

@@ -6,7 +6,10 @@ reported (by default the rule's). What a rule means is in `psyche_jax.rewards.re
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,11 +18,12 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from psyche_jax.errors import UsageError
+from psyche_jax.rewards.regex import parse
 
 LETTERS = string.ascii_uppercase
 FULL_WIDTH = 0xFEE0  # from "A" to "Ａ"
 MAX_NGRAM = 16
-MAX_STATES = 32767  # states are int16 in the tables
+MAX_STATES = 2**15 - 1  # states are int16 in the tables
 
 PatternFlag = Literal["ASCII", "DOTALL", "IGNORECASE", "MULTILINE"]
 
@@ -55,7 +59,7 @@ class PatternRule(_Rule):
     require_stop: bool = False
     """Whether a truncated response (one without a stop token) gets 0."""
     max_states: int = 4096
-    """How many states the automaton may have before the pattern is refused."""
+    """How many states the automaton over characters may have before the pattern is refused."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +67,15 @@ class PatternRule(_Rule):
         known = {"ASCII", "DOTALL", "IGNORECASE", "MULTILINE"}
         self._require(set(self.flags) <= known, "flags", f"may hold {', '.join(sorted(known))}")
         self._require(2 <= self.max_states <= MAX_STATES, "max_states", f"must be from 2 to {MAX_STATES}")
+        try:
+            parse(self.pattern, self.re_flags)
+        except UsageError as error:
+            raise UsageError(f"reward rule `{self.name}`: {error}") from error
+
+    @property
+    def re_flags(self) -> int:
+        """The flags as `re` takes them."""
+        return functools.reduce(operator.or_, (re.RegexFlag[name] for name in self.flags), re.NOFLAG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +132,7 @@ class ThinkFormatRule(_Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class LengthRule(_Rule):
-    """DAPO's soft overlong penalty: 0 up to `max_length - buffer` tokens, then falling to -1 at `max_length`."""
+    """DAPO's soft overlong penalty: 0 up to `max_length - buffer` tokens, then falling to -1."""
 
     rule: Literal["length"] = "length"
     max_length: int

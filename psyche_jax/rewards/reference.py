@@ -37,10 +37,7 @@ def decode(ids: Sequence[int], token_bytes: Sequence[bytes | None]) -> str | Non
 
 def pattern(text: str, rule: PatternRule) -> bool:
     """Whether the pattern matches the whole text, as Python's `re` understands it."""
-    flags = re.NOFLAG
-    for name in rule.flags:
-        flags |= re.RegexFlag[name]
-    return re.fullmatch(rule.pattern, text, flags) is not None
+    return re.fullmatch(rule.pattern, text, rule.re_flags) is not None
 
 
 def think_format(text: str) -> bool:
@@ -57,7 +54,7 @@ def think_format(text: str) -> bool:
 
 
 def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[str] | None:
-    """The option letters that the text gives as its answer, as capitals from A to Z, or None if it gives none.
+    """The option letters that the text gives as its answer, as capitals; None if it gives none.
 
     The last marker (`答案：`, `答案:`) counts, by where it ends, even if nothing follows it, and only if it
     stands after the last `</think>`. The answer is the rest of the marker's line. It is a list of letters if
@@ -94,7 +91,7 @@ def _end_of_last(text: str, part: str) -> int:
 
 
 def answer_set(text: str, gold_mask: int, rule: AnswerSetRule) -> float:
-    """strict: 1 if the letters are the gold ones. elastic: |letters| / |gold| if all of them are gold, else 0.
+    """strict: 1 if the letters are the gold ones. elastic: |letters| / |gold| if all are gold, else 0.
 
     No letters get 0. Bit i of `gold_mask` is the i-th letter of the alphabet.
     """

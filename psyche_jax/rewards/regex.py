@@ -14,13 +14,19 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from typing import NoReturn
 
 import numpy as np
 
 from psyche_jax.errors import UsageError
-from psyche_jax.rewards.automaton import CODE_POINTS, CharacterAutomaton, TooLarge, explore, group_rows, minimize
+from psyche_jax.rewards.automaton import (
+    CODE_POINTS,
+    CharacterAutomaton,
+    TooLarge,
+    explore,
+    group_rows,
+    minimize,
+)
 
 Span = tuple[int, int]  # code points, the end not included
 
@@ -41,7 +47,7 @@ class Anchor:
 
 
 @dataclass(frozen=True)
-class Sequence_:  # noqa: N801 (Sequence is taken)
+class Series:
     items: tuple[Node, ...]
 
 
@@ -57,7 +63,7 @@ class Repeat:
     most: int | None
 
 
-Node = Characters | Anchor | Sequence_ | Choice | Repeat
+Node = Characters | Anchor | Series | Choice | Repeat
 
 _ESCAPE = re.compile(r"\\(?:0[0-7]{0,2}|[1-3][0-7]{2}|x..|u.{4}|U.{8}|N\{[^}]*\}|.)", re.DOTALL)
 _CLASS = re.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]", re.DOTALL)
@@ -79,7 +85,8 @@ _ADVICE = "rules are automata and cannot do this; write the pattern without it"
 
 def refuse(pattern: str, place: int, what: str, advice: str = _ADVICE) -> NoReturn:
     """Raises UsageError for what stands at index `place` of the pattern."""
-    raise UsageError(f"pattern {pattern!r}: {what} at position {place} ({pattern[place : place + 8]!r}): {advice}")
+    found = pattern[place : place + 8]
+    raise UsageError(f"pattern {pattern!r}: {what} at position {place} ({found!r}): {advice}")
 
 
 class _Parser:
@@ -105,7 +112,7 @@ class _Parser:
                 items[-1] = self.repeat(items[-1], repeat)
             else:
                 items.append(self.item(flags))
-        return items[0] if len(items) == 1 else Sequence_(tuple(items))
+        return items[0] if len(items) == 1 else Series(tuple(items))
 
     def repeat(self, item: Node, found: re.Match[str]) -> Node:
         self.at = found.end()
@@ -155,12 +162,12 @@ class _Parser:
         if on & re.VERBOSE:
             refuse(self.pattern, place, "the flag VERBOSE", "write the pattern without spaces and comments")
         if found["end"] == ")":  # flags of the whole pattern, which `re` has reported
-            return Sequence_(())
+            return Series(())
         if on & (re.ASCII | re.UNICODE):
             flags &= ~(re.ASCII | re.UNICODE)
         node = self.choice((flags | on) & ~off)
         self.at += 1  # the closing bracket
-        return node if isinstance(node, Sequence_ | Choice) else Sequence_((node,))
+        return node if isinstance(node, Series | Choice) else Series((node,))
 
 
 def _flags(letters: str) -> int:
@@ -202,11 +209,11 @@ def parse(pattern: str, flags: int = 0) -> Node:
 
 
 def _check_anchors(pattern: str, node: Node, *, first: bool, last: bool) -> None:
-    """Refuses an anchor unless it is true in every full match: `first` and `last` say what may stand around."""
+    """Refuses an anchor that is not true in every full match. `first`: nothing stands before the node."""
     if isinstance(node, Anchor):
         if not (first if node.text in (r"\A", "^") else last):
             side = "start" if node.text in (r"\A", "^") else "end"
-            advice = f"allowed at the {side} of the pattern only, where a full match does not need it; remove it"
+            advice = f"a full match needs none at the {side} of the pattern and none is allowed elsewhere"
             refuse(pattern, node.place, "an anchor", advice)
     elif isinstance(node, Choice):
         for option in node.options:
@@ -214,7 +221,7 @@ def _check_anchors(pattern: str, node: Node, *, first: bool, last: bool) -> None
     elif isinstance(node, Repeat):
         once = node.most is not None and node.most <= 1
         _check_anchors(pattern, node.item, first=first and once, last=last and once)
-    elif isinstance(node, Sequence_):
+    elif isinstance(node, Series):
         solid = [i for i, item in enumerate(node.items) if not isinstance(item, Anchor)]
         for i, item in enumerate(node.items):
             before = any(j < i for j in solid)
@@ -242,7 +249,7 @@ class _Positions:
         """The position from which exactly what `node` matches leads to `goal`."""
         if isinstance(node, Characters):
             return self.add(node.spans, [goal])
-        if isinstance(node, Sequence_):
+        if isinstance(node, Series):
             for item in reversed(node.items):
                 goal = self.build(item, goal)
             return goal
@@ -277,7 +284,7 @@ class _Positions:
 
 
 def _character_classes(sets: Sequence[tuple[Span, ...]]) -> tuple[np.ndarray, np.ndarray]:
-    """Characters that are in the same sets are one class: (class int32 [CODE_POINTS], member [sets, classes])."""
+    """Characters in the same sets are one class: (int32 [CODE_POINTS] class, bool [sets, classes] member)."""
     cuts = np.unique(np.array([0, CODE_POINTS] + [cut for spans in sets for span in spans for cut in span]))
     member = np.zeros((len(cuts) - 1, len(sets)), np.int32)
     for i, spans in enumerate(sets):
@@ -308,19 +315,15 @@ def compile_pattern(pattern: str, flags: int = 0, max_states: int = 4096) -> Cha
             moves[position] = ([] if spans is None else classes[spans], reached)
         return moves[position]
 
-    rows: dict[int, list[int]] = {}
+    def successors(state: int) -> list[tuple[int, int]]:
+        row = [0] * member.shape[1]
+        for position in _bits(state & ~1):
+            symbols, reached = move(position)
+            for symbol in symbols:
+                row[symbol] |= reached
+        return [(target, 0) for target in row]
 
-    def step(state: int, symbol: int) -> tuple[int, int]:
-        if symbol == 0:
-            row = [0] * member.shape[1]
-            for position in _bits(state & ~1):
-                symbols, reached = move(position)
-                for s in symbols:
-                    row[s] |= reached
-            rows[0] = row
-        return rows[0][symbol], 0
-
-    table = explore(positions.closure(start), step, lambda state: bool(state & 1), member.shape[1], 4 * max_states)
+    table = explore(positions.closure(start), successors, lambda state: bool(state & 1), 4 * max_states)
     table = minimize(table)
     if len(table.accept) > max_states:
         raise TooLarge(f"more than {max_states} states")

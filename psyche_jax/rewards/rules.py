@@ -29,28 +29,18 @@ MAX_TABLE_BYTES = 64 << 20
 
 
 def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> TokenAutomaton:
-    """The table of a rule. Raises UsageError if the pattern is refused or its automaton is too large."""
-    max_states = rule.max_states if isinstance(rule, PatternRule) else MAX_STATES
+    """The table of a rule. Raises UsageError if its automaton is too large."""
     try:
         if isinstance(rule, PatternRule):
-            characters = compile_pattern(rule.pattern, _flags(rule), max_states)
+            characters = compile_pattern(rule.pattern, rule.re_flags, rule.max_states)
         elif isinstance(rule, ThinkFormatRule):
             characters = think_format()
         else:
             characters = answer_set(rule)
-        return to_tokens(to_bytes(characters, max_states), token_bytes, MAX_TABLE_BYTES)
-    except UsageError as error:
-        raise UsageError(f"reward rule `{rule.name}`: {error}") from error
+        return to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES)
     except TooLarge as error:
         advice = "simplify the pattern (counted repetition multiplies states) or raise `max_states`"
         raise UsageError(f"reward rule `{rule.name}`: its automaton has {error}: {advice}") from error
-
-
-def _flags(rule: PatternRule) -> int:
-    flags = re.NOFLAG
-    for name in rule.flags:
-        flags |= re.RegexFlag[name]
-    return flags
 
 
 def think_format() -> CharacterAutomaton:
@@ -104,7 +94,10 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
             return (part, _CLOSED), 0
         return (part, _OFF), CLEAR
 
-    table = explore(("", _OFF), step, lambda state: True, len(alphabet) + 1, MAX_STATES)
+    def successors(state: tuple[str, int]) -> list[tuple[tuple[str, int], int]]:
+        return [step(state, symbol) for symbol in range(len(alphabet) + 1)]
+
+    table = explore(("", _OFF), successors, lambda state: True, MAX_STATES)
     class_of = np.full(CODE_POINTS, len(alphabet), np.int32)
     class_of[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
     return CharacterAutomaton(class_of, minimize(table))

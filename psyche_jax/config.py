@@ -1,0 +1,307 @@
+"""Typed configs: frozen dataclasses, read from YAML with `extends:` and `--set`, checked before any work begins."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_type_hints
+
+import pydantic
+import yaml
+
+from psyche_jax.errors import UsageError
+from psyche_jax.rewards.config import AnswerSetRule, RuleConfig, ThinkFormatRule
+
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
+Config = TypeVar("Config")
+
+
+class Section:
+    """Base of all config sections: a key that no field has is an error."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class ModelSection(Section):
+    """Which model, and how it computes."""
+
+    path: str  # a Hugging Face folder, an imported checkpoint or a run
+    dtype: Dtype = "float32"  # of parameters and optimizer state
+    compute_dtype: Dtype = "float32"  # of activations and matrix products
+    remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
+
+
+@dataclass(frozen=True)
+class MeshSection(Section):
+    """Sizes of the mesh's axes; -1 takes the devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class PromptSection(Section):
+    """What `render_prompt` adds to bare turns (the published recipe has both parts; the words are ours)."""
+
+    system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"
+    instruction: str = (
+        "请先在<think></think>中写出推理过程，再给出回答。若是选择题，请在回答的最后写“答案：”和选项字母。\n"
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerSection(Section):
+    """AdamW, a warm-up, a schedule and clipping."""
+
+    learning_rate: float = 1e-5
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: float = 0.1  # below 1: a share of all steps; else: a number of steps
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
+        _require(self.warmup >= 0, "warmup", self.warmup, "must not be negative")
+        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be positive")
+
+
+@dataclass(frozen=True)
+class CheckpointSection(Section):
+    """When checkpoints are written and how many are kept. The last step always is."""
+
+    every_steps: int = 100
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "every_steps", "keep")
+
+
+@dataclass(frozen=True)
+class LoggingSection(Section):
+    """Where metrics go beside `metrics.jsonl`."""
+
+    tensorboard: bool = False
+    wandb_project: str | None = None
+    samples_every_steps: int = 10  # GRPO: how often completions are written to samples.jsonl
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "samples_every_steps")
+
+
+@dataclass(frozen=True)
+class RunSection(Section):
+    """The folder of the run and the seed of everything random in it."""
+
+    dir: str
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class SftDataSection(Section):
+    """Chat records (JSONL of `SftExample`)."""
+
+    train: str
+    evaluation: str | None = None
+    max_length: int = 2048  # tokens of an example; longer ones are set aside
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_length")
+
+
+@dataclass(frozen=True)
+class SftConfig(Section):
+    """Supervised fine-tuning."""
+
+    run: RunSection
+    model: ModelSection
+    data: SftDataSection
+    epochs: float = 2.0
+    batch_size: int = 256  # examples a step
+    micro_batch_size: int | None = None  # examples at once; None: the whole batch
+    evaluate_every_steps: int = 100
+    mesh: MeshSection = field(default_factory=MeshSection)
+    prompt: PromptSection = field(default_factory=PromptSection)
+    optimizer: OptimizerSection = field(default_factory=OptimizerSection)
+    checkpoints: CheckpointSection = field(default_factory=CheckpointSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "batch_size", "evaluate_every_steps")
+        _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
+        _divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
+
+
+@dataclass(frozen=True)
+class GrpoDataSection(Section):
+    """Prompts with checkable answers (JSONL of `RlPrompt`)."""
+
+    train: str
+    max_prompt_length: int = 512  # tokens; longer prompts are set aside
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "max_prompt_length")
+
+
+@dataclass(frozen=True)
+class GrpoConfig(Section):
+    """Group-relative policy optimization (DeepSeekMath, arXiv 2402.03300)."""
+
+    run: RunSection
+    model: ModelSection  # also the reference policy: the point where GRPO starts
+    data: GrpoDataSection
+    epochs: float = 2.0
+    prompts_per_step: int = 128
+    generations_per_prompt: int = 8
+    minibatch_prompts: int | None = None  # prompts of one optimizer update; None: all of a step
+    micro_batch_prompts: int | None = None  # prompts at once in forward and backward; None: the minibatch
+    max_new_tokens: int = 1024
+    temperature: float = 1.0  # of the rollout; policy, old, reference and entropy use the same
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    kl_coefficient: float = 0.001
+    aggregation: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
+    scale: Literal["group", "batch", "none"] = "group"
+    rewards: tuple[RuleConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
+    mesh: MeshSection = field(default_factory=MeshSection)
+    prompt: PromptSection = field(default_factory=PromptSection)
+    optimizer: OptimizerSection = field(
+        default_factory=lambda: OptimizerSection(learning_rate=1e-6, schedule="constant", warmup=10)
+    )
+    checkpoints: CheckpointSection = field(default_factory=CheckpointSection)
+    logging: LoggingSection = field(default_factory=LoggingSection)
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "prompts_per_step", "max_new_tokens")
+        _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
+        _require(
+            self.generations_per_prompt >= 2,
+            "generations_per_prompt",
+            self.generations_per_prompt,
+            "must be at least 2: the advantage compares the responses to one prompt",
+        )
+        _require(self.temperature > 0, "temperature", self.temperature, "must be positive to sample")
+        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must lie between 0 and 1")
+        _require(self.clip_high > 0, "clip_high", self.clip_high, "must be positive")
+        _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "must not be negative")
+        _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
+        _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
+        minibatch = self.minibatch_prompts or self.prompts_per_step
+        _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", minibatch)
+
+
+def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, what it `extends`, and `key=value` overrides into a checked config.
+
+    Raises:
+      UsageError: the file is missing or broken, or a key or value is wrong (named, with the nearest valid key).
+    """
+    values = _read_yaml(path)
+    for override in overrides:
+        _override(values, override)
+    return parse_config(kind, values, str(path))
+
+
+def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> Config:
+    """Check a mapping and turn it into the dataclass `kind`; `origin` names it in messages."""
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{origin}: {_describe(kind, error.errors()[0])}") from None
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain values of a config, every field present, as `config.yaml` holds them."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML with keys in the order given and Chinese as it is."""
+    return yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False, width=110)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UsageError(f"{path}: `extends` comes back to itself")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: the config cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a config must be a mapping of keys to values")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    return _merged(_read_yaml(path.parent / str(parent), (*seen, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override}: must have the form key=value, for example run.seed=1")
+    *parents, last = key.split(".")
+    node: Any = values
+    try:
+        value = yaml.safe_load(text)
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (TypeError, ValueError, IndexError, AttributeError):
+        raise UsageError(f"--set {override}: there is no {key!r} to set") from None
+    except yaml.YAMLError:
+        raise UsageError(f"--set {override}: the value is not valid YAML") from None
+
+
+def _describe(kind: type, error: Any) -> str:
+    location = tuple(str(part) for part in error["loc"])
+    name = ".".join(location)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        valid = sorted(_keys(kind))
+        siblings = [key for key in valid if key.rpartition(".")[0] == name.rpartition(".")[0]]
+        nearest = difflib.get_close_matches(name, siblings, 1, 0.5) or difflib.get_close_matches(name, valid, 1, 0.3)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys here: {', '.join(siblings)}"
+        return f"unknown key {name!r}{hint}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"the key {name!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    where = f"{name}: " if name else ""
+    return f"{where}{message}" if error["type"] == "value_error" else f"{where}{message}, not {error['input']!r}"
+
+
+def _keys(kind: type, prefix: str = "") -> list[str]:
+    keys = []
+    for name, hint in get_type_hints(kind).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def _require(condition: bool, name: str, value: Any, message: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} {message}, not {value!r}")
+
+
+def _at_least_one(config: Any, *names: str) -> None:
+    for name in names:
+        _require(getattr(config, name) >= 1, name, getattr(config, name), "must be at least 1")
+
+
+def _divides(name: str, part: int | None, whole_name: str, whole: int) -> None:
+    if part is not None:
+        _require(part >= 1 and whole % part == 0, name, part, f"must divide {whole_name} {whole}")

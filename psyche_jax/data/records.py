@@ -1,0 +1,215 @@
+"""What a record is, and reading records from JSONL with the bad ones named and set aside."""
+
+import hashlib
+import json
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+
+import pydantic
+
+from psyche_jax.errors import UserError
+from psyche_jax.files import write_text
+
+Kind: TypeAlias = Literal["single", "multi"]
+Record = TypeVar("Record", bound="BaseRecord")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn: who speaks, and what."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+    def __post_init__(self) -> None:
+        if not self.content.strip():
+            raise ValueError(f"a message of the {self.role} is empty")
+
+
+class BaseRecord:
+    """Base of all records: unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Question(BaseRecord):
+    """An exam question. `answer` holds its letters in order ("ACD"); `id` is a hash of stem and options."""
+
+    stem: str
+    options: dict[str, str]
+    answer: str
+    kind: Kind
+    rationale: str | None = None
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.stem.strip():
+            raise ValueError("the stem is empty")
+        letters = "".join(self.options)
+        if len(letters) < 2 or letters != string.ascii_uppercase[: len(letters)]:
+            raise ValueError(f"options must be lettered A, B, … without a gap, not {', '.join(self.options)}")
+        if empty := [letter for letter, text in self.options.items() if not text.strip()]:
+            raise ValueError(f"option {empty[0]} is empty")
+        _check_answer(self.answer, self.kind, letters)
+        _set_id(self, self.stem, self.options)
+
+
+@dataclass(frozen=True)
+class Dialogue(BaseRecord):
+    """A conversation between a user and a supportive assistant."""
+
+    turns: tuple[Message, ...]
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_turns(self.turns, last="assistant")
+        _set_id(self, [(turn.role, turn.content) for turn in self.turns])
+
+
+@dataclass(frozen=True)
+class SftExample(BaseRecord):
+    """What SFT reads: bare turns, ending with the assistant's."""
+
+    messages: tuple[Message, ...]
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_turns(self.messages, last="assistant")
+        _set_id(self, [(message.role, message.content) for message in self.messages])
+
+
+@dataclass(frozen=True)
+class RlPrompt(BaseRecord):
+    """What GRPO reads: bare turns, ending with the user's, and the letters that are right."""
+
+    messages: tuple[Message, ...]
+    answer: str
+    kind: Kind
+    source: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        _check_turns(self.messages, last="user")
+        _check_answer(self.answer, self.kind, string.ascii_uppercase)
+        _set_id(self, [(message.role, message.content) for message in self.messages])
+
+
+@dataclass(frozen=True)
+class Records(Generic[Record]):
+    """The good records of a file, and a line for each bad one: file, line number, what is wrong."""
+
+    good: tuple[Record, ...]
+    set_aside: tuple[str, ...]
+
+
+def read_records(kind: type[Record], path: Path) -> Records[Record]:
+    """Read a JSONL file of records.
+
+    Raises:
+      UserError: the file is missing, empty, or holds no good record.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    adapter = pydantic.TypeAdapter(kind)
+    good: list[Record] = []
+    set_aside = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            good.append(adapter.validate_python(json.loads(line)))
+        except json.JSONDecodeError as error:
+            set_aside.append(f"{path}:{number}: not JSON ({error.msg})")
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(map(str, first["loc"]))
+            message = first["msg"].removeprefix("Value error, ")
+            set_aside.append(f"{path}:{number}: {name + ': ' if name else ''}{message}")
+    if not good:
+        first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
+        raise UserError(f"{path}: holds no usable record of {kind.__name__}{first_fault}")
+    return Records(tuple(good), tuple(set_aside))
+
+
+def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
+    """Write records as JSONL, in one step."""
+    lines = [
+        json.dumps(pydantic.TypeAdapter(type(record)).dump_python(record, mode="json"), ensure_ascii=False)
+        for record in records
+    ]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def question_text(question: Question) -> str:
+    """The question as a user asks it: kind, stem and lettered options."""
+    kind = "单项选择题" if question.kind == "single" else "多项选择题"
+    options = "\n".join(f"{letter}. {text}" for letter, text in question.options.items())
+    return f"{kind}：{question.stem}\n{options}"
+
+
+def question_to_sft(question: Question) -> SftExample:
+    """A question with its rationale as reasoning and its letters as answer, in the response format.
+
+    Raises:
+      UserError: the question has no rationale.
+    """
+    if not question.rationale:
+        raise UserError(f"question {question.id}: has no rationale to train on")
+    response = f"<think>{question.rationale}</think>\n答案：{question.answer}"
+    turns = (Message("user", question_text(question)), Message("assistant", response))
+    return SftExample(turns, question.source, question.meta)
+
+
+def question_to_rl(question: Question) -> RlPrompt:
+    """A question to be answered, with its key."""
+    turns = (Message("user", question_text(question)),)
+    return RlPrompt(turns, question.answer, question.kind, question.source, question.meta)
+
+
+def answer_mask(answer: str) -> int:
+    """Letters as a bit mask, bit 0 for A: how programs hold a key."""
+    return sum(1 << string.ascii_uppercase.index(letter) for letter in answer)
+
+
+def _check_answer(answer: str, kind: str, letters: str) -> None:
+    if not answer:
+        raise ValueError("the answer is empty")
+    if outside := [letter for letter in answer if letter not in letters]:
+        raise ValueError(f"the answer {answer!r} names {outside[0]!r}, which is not among the options {letters}")
+    if list(answer) != sorted(set(answer)):
+        raise ValueError(f"the answer {answer!r} must name each letter once, in order")
+    if kind == "single" and len(answer) != 1:
+        raise ValueError(f"the question has one answer and its key {answer!r} names {len(answer)}")
+
+
+def _check_turns(turns: Sequence[Message], last: str) -> None:
+    rest = turns[1:] if turns and turns[0].role == "system" else turns
+    expected = ["user", "assistant"] * len(rest)
+    if not rest or [turn.role for turn in rest] != expected[: len(rest)]:
+        raise ValueError("turns must go user, assistant, user, … (a system turn may stand before them)")
+    if rest[-1].role != last:
+        raise ValueError(f"the last turn must be the {last}'s")
+
+
+def _set_id(record: BaseRecord, *content: Any) -> None:
+    """Fill in an absent id: a hash of the content, so that the same content has the same id everywhere."""
+    if not record.id:  # type: ignore[attr-defined]
+        digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+        object.__setattr__(record, "id", digest)

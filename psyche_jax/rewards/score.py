@@ -1,0 +1,213 @@
+"""Rewards in the graph: a scan of the rules' tables over the token ids of responses.
+
+    compiled = compile_rules(rules, token_bytes_from_tokenizer(tokenizer), stop_token_ids)
+    total, by_rule = jax.jit(score)(compiled, tokens, gold_mask)
+
+or, while decoding: `initial_state`, then `advance` for every token, then `finish`. `score` is these three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from psyche_jax.errors import UsageError
+from psyche_jax.rewards.automaton import CLEAR, TokenAutomaton
+from psyche_jax.rewards.config import (
+    AnswerSetRule,
+    LengthRule,
+    PatternRule,
+    RepetitionRule,
+    RuleConfig,
+    ThinkFormatRule,
+    check_rules,
+)
+from psyche_jax.rewards.store import DEFAULT_CACHE_DIR, load_or_compile
+
+
+@dataclass(frozen=True)
+class CompiledRules:
+    """What `score` needs. A pytree: the tables are leaves (arguments of a jitted function, not constants in
+    it), the rest is static and hashable."""
+
+    tables: dict[str, TokenAutomaton]
+    """The automata of the rules on text, by the rule's name."""
+    rules: tuple[RuleConfig, ...]
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RewardState:
+    """What is known of N responses so far; a pytree of arrays [N]."""
+
+    length: Array
+    """int32: tokens so far, the stop token included."""
+    stopped: Array
+    """bool: whether the stop token was seen. Tokens after it change nothing."""
+    node: dict[str, Array]
+    """int32: the state of each rule's automaton."""
+    letters: dict[str, Array]
+    """int32: the letters that each answer rule has read."""
+
+
+jax.tree_util.register_dataclass(TokenAutomaton, ["class_of", "next", "effect", "accept"], [])
+jax.tree_util.register_dataclass(CompiledRules, ["tables"], ["rules", "stop_token_ids"])
+jax.tree_util.register_dataclass(RewardState, ["length", "stopped", "node", "letters"], [])
+
+
+def compile_rules(
+    rules: Sequence[RuleConfig],
+    token_bytes: Sequence[bytes | None],
+    stop_token_ids: Sequence[int],
+    *,
+    cache_dir: str | Path | None = DEFAULT_CACHE_DIR,
+) -> CompiledRules:
+    """Builds the tables of the rules for a vocabulary, or takes them from `cache_dir` (None: no cache).
+
+    Raises UsageError if two rules have one name, no stop token is given or one is not in the vocabulary, or a
+    pattern is refused or too large.
+    """
+    check_rules(rules)
+    stops = tuple(sorted({int(i) for i in stop_token_ids}))
+    if not stops or stops[0] < 0 or stops[-1] >= len(token_bytes):
+        raise UsageError(
+            f"stop_token_ids must hold ids from 0 to {len(token_bytes) - 1}, at least one; got {list(stops)}"
+        )
+    tables = {
+        rule.name: jax.tree.map(jnp.asarray, load_or_compile(rule, token_bytes, cache_dir))
+        for rule in rules
+        if isinstance(rule, PatternRule | AnswerSetRule | ThinkFormatRule)
+    }
+    return CompiledRules(tables, tuple(rules), stops)
+
+
+def completion_mask(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
+    """bool [N, T]: True up to and including the first stop token of `tokens` [N, T], or all True."""
+    stop = _is_stop(tokens, stop_token_ids).astype(jnp.int32)
+    return jnp.cumsum(stop, axis=1) - stop == 0
+
+
+def _is_stop(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
+    return jnp.isin(tokens, jnp.asarray(stop_token_ids, tokens.dtype))
+
+
+def initial_state(compiled: CompiledRules, batch: int) -> RewardState:
+    """The state of `batch` responses before their first token."""
+    answers = [rule.name for rule in compiled.rules if isinstance(rule, AnswerSetRule)]
+    return RewardState(
+        length=jnp.zeros(batch, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+        node={name: jnp.zeros(batch, jnp.int32) for name in compiled.tables},
+        letters={name: jnp.zeros(batch, jnp.int32) for name in answers},
+    )
+
+
+def advance(
+    compiled: CompiledRules, state: RewardState, token: Array, active: Array | None = None
+) -> RewardState:
+    """The state after one more `token` int32 [N]. Responses that have stopped stay as they are, and so do
+    those that are not `active` (bool [N])."""
+    goes_on = ~state.stopped if active is None else ~state.stopped & active
+    stop = goes_on & _is_stop(token, compiled.stop_token_ids)
+    text = goes_on & ~stop
+    node, letters = dict(state.node), dict(state.letters)
+    for name, table in compiled.tables.items():
+        tokens = table.class_of.shape[0]
+        known = (token >= 0) & (token < tokens)
+        symbol = jnp.where(known, table.class_of[jnp.clip(token, 0, tokens - 1)], 0).astype(jnp.int32)
+        if name in letters:
+            effect = 0 if table.effect is None else table.effect[node[name], symbol]
+            kept = jnp.where(effect & CLEAR, 0, letters[name])
+            letters[name] = jnp.where(text, kept | (effect & (CLEAR - 1)), letters[name])
+        node[name] = jnp.where(text, table.next[node[name], symbol].astype(jnp.int32), node[name])
+    return RewardState(state.length + goes_on, state.stopped | stop, node, letters)
+
+
+def finish(
+    compiled: CompiledRules, state: RewardState, gold_mask: Array | None = None, tokens: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """The rewards of responses that are at their end.
+
+    `gold_mask` int32 [N] holds the gold letters of an `answer_set` rule (bit 0 is A). `tokens` int32 [N, T]
+    are the responses, which only a `repetition` rule needs.
+
+    Returns (total float32 [N], {rule's name: its unweighted value float32 [N]}). Raises UsageError if an
+    argument is missing that a rule needs.
+    """
+    by_rule = {}
+    for rule in compiled.rules:
+        if isinstance(rule, LengthRule):
+            by_rule[rule.name] = _length(rule, state.length)
+        elif isinstance(rule, RepetitionRule):
+            if tokens is None:
+                raise UsageError(f"reward rule `{rule.name}` needs the responses: pass `tokens`")
+            by_rule[rule.name] = _repetition(rule, tokens, state.length - state.stopped)
+        else:
+            good = compiled.tables[rule.name].accept[state.node[rule.name]]
+            if isinstance(rule, ThinkFormatRule) or rule.require_stop:
+                good = good & state.stopped
+            value = jnp.ones_like(good, jnp.float32)
+            if isinstance(rule, AnswerSetRule):
+                if gold_mask is None:
+                    raise UsageError(f"reward rule `{rule.name}` needs the gold letters: pass `gold_mask`")
+                value = _credit(rule, state.letters[rule.name], gold_mask)
+            by_rule[rule.name] = jnp.where(good, value, 0.0)
+    total = jnp.zeros_like(state.length, jnp.float32)
+    for rule in compiled.rules:
+        total = total + rule.weight * by_rule[rule.name]
+    return total, by_rule
+
+
+def score(
+    compiled: CompiledRules, tokens: Array, gold_mask: Array | None = None, lengths: Array | None = None
+) -> tuple[Array, dict[str, Array]]:
+    """The rewards of whole responses `tokens` int32 [N, T]; can be jitted, and traced inside any program.
+
+    A response ends at its first stop token, which counts as one of its tokens but is no text, or after
+    `lengths` int32 [N] tokens (T if None) if there is none before. What stands after that does not matter.
+    Arguments, results and errors are otherwise those of `finish`.
+    """
+    batch, steps = tokens.shape
+    limit = jnp.full(batch, steps, jnp.int32) if lengths is None else lengths
+
+    def step(state: RewardState, at: tuple[Array, Array]) -> tuple[RewardState, None]:
+        index, token = at
+        return advance(compiled, state, token, index < limit), None
+
+    state, _ = jax.lax.scan(step, initial_state(compiled, batch), (jnp.arange(steps), tokens.T))
+    return finish(compiled, state, gold_mask, tokens)
+
+
+def _length(rule: LengthRule, length: Array) -> Array:
+    free = rule.max_length - rule.buffer
+    falling = (free - length).astype(jnp.float32) / max(rule.buffer, 1)
+    return jnp.where(length <= free, 0.0, jnp.where(length > rule.max_length, -1.0, falling))
+
+
+def _credit(rule: AnswerSetRule, letters: Array, gold_mask: Array) -> Array:
+    right = (letters != 0) & (letters & ~gold_mask == 0)
+    if rule.credit == "strict":
+        return (right & (letters == gold_mask)).astype(jnp.float32)
+    count = jax.lax.population_count
+    share = count(letters).astype(jnp.float32) / jnp.maximum(count(gold_mask), 1).astype(jnp.float32)
+    return jnp.where(right, share, 0.0)
+
+
+def _repetition(rule: RepetitionRule, tokens: Array, text_length: Array) -> Array:
+    """Sorts the n-grams of each response: equal ones are then neighbours. O(T log T) time, O(nT) memory."""
+    starts = tokens.shape[1] - rule.ngram + 1
+    if starts < 1:
+        return jnp.zeros(tokens.shape[0], jnp.float32)
+    total = jnp.maximum(text_length - rule.ngram + 1, 0)
+    valid = jnp.arange(starts) < total[:, None]
+    columns = [tokens[:, i : i + starts] for i in range(rule.ngram)]
+    blank = jnp.iinfo(jnp.int32).max  # n-grams beyond the response come last
+    ordered = jax.lax.sort([jnp.where(valid, c, blank) for c in columns], num_keys=rule.ngram)
+    same = jnp.stack([c[:, 1:] == c[:, :-1] for c in ordered]).all(axis=0)
+    repeated = jnp.sum(same & valid[:, 1:], axis=1)
+    return repeated.astype(jnp.float32) / jnp.maximum(total, 1).astype(jnp.float32)

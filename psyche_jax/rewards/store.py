@@ -1,0 +1,90 @@
+"""Compiled tables on disk, so that a second run does not build them again.
+
+A table's file is named by the hash of all that it depends on: the rule, the vocabulary, the code that builds
+it and Python's Unicode tables. A file that cannot be read is built again; a folder that cannot be written to
+is done without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import sys
+import tempfile
+import unicodedata
+import zipfile
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from psyche_jax.rewards.automaton import TokenAutomaton
+from psyche_jax.rewards.rules import TextRule, compile_text_rule
+
+DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "psyche_jax"
+_BUILDERS = ("automaton.py", "config.py", "reference.py", "regex.py", "rules.py", "store.py")
+_NOT_IN_TABLES = {"name", "weight", "credit", "require_stop"}
+
+
+def load_or_compile(
+    rule: TextRule, token_bytes: Sequence[bytes | None], cache_dir: str | Path | None
+) -> TokenAutomaton:
+    """The rule's table, from the cache if it is there. Raises UsageError as `compile_text_rule` does."""
+    if cache_dir is None:
+        return compile_text_rule(rule, token_bytes)
+    path = Path(cache_dir).expanduser() / f"reward-{_key(rule, token_bytes)}.npz"
+    table = _load(path, len(token_bytes))
+    if table is None:
+        table = compile_text_rule(rule, token_bytes)
+        with contextlib.suppress(OSError):
+            _save(path, table)
+    return table
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> bytes:
+    folder = resources.files("psyche_jax.rewards")
+    code = b"\0".join(folder.joinpath(name).read_bytes() for name in _BUILDERS)
+    versions = f"{sys.version_info[:3]} {unicodedata.unidata_version}".encode()
+    return hashlib.sha256(code + versions).digest()
+
+
+def _key(rule: TextRule, token_bytes: Sequence[bytes | None]) -> str:
+    meaning = {k: v for k, v in dataclasses.asdict(rule).items() if k not in _NOT_IN_TABLES}
+    digest = hashlib.sha256(_code_digest())
+    digest.update(repr(sorted(meaning.items())).encode("utf-8", "surrogatepass"))
+    digest.update(np.array([-1 if b is None else len(b) for b in token_bytes], np.int32).tobytes())
+    digest.update(b"".join(b for b in token_bytes if b is not None))
+    return digest.hexdigest()[:32]
+
+
+def _load(path: Path, tokens: int) -> TokenAutomaton | None:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        table = TokenAutomaton(effect=arrays.pop("effect", None), **arrays)
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+    states, classes = table.next.shape
+    whole = len(table.class_of) == tokens and len(table.accept) == states
+    whole &= table.effect is None or table.effect.shape == (states, classes)
+    whole &= bool((table.next < states).all() and (table.class_of < classes).all())
+    return table if whole else None
+
+
+def _save(path: Path, table: TokenAutomaton) -> None:
+    """Writes beside and renames, so that a reader sees all of the file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".reward-", suffix=".npz")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            arrays = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
+            np.savez(file, **{k: v for k, v in arrays.items() if v is not None})
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
