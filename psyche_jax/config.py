@@ -225,9 +225,12 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False, width=110)
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UsageError(f"{path}: `extends` comes back to itself")
+def parse_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+      UsageError: it cannot be read, or holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -236,6 +239,13 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a config must be a mapping of keys to values")
+    return values
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UsageError(f"{path}: `extends` comes back to itself")
+    values = parse_yaml_mapping(path)
     parent = values.pop("extends", None)
     if parent is None:
         return values

@@ -121,11 +121,13 @@ def qwen2_tensors(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[s
 def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     """The byte-level BPE tokenizer with its chat template.
 
-    Built here because transformers' own reader of GGUF loses the rule that every digit stands alone.
+    Built here because transformers' own reader of GGUF loses the rule that every digit stands alone. For the same
+    reason read it back with `PreTrainedTokenizerFast`, as `psyche` does: `AutoTokenizer` gives any folder whose
+    `model_type` is qwen2 the pre-tokenizer of Qwen2.
     """
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
-    fast = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(tokens)}, merges=merges))
+    fast = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     fast.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -162,5 +164,5 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     try:
         main(Path(sys.argv[1]))
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"smollm2: {error}")

@@ -133,10 +133,12 @@ check_gcloud() {
 
 # Arguments as a shell would need them, in single quotes where there is need of any.
 quote() {
-  local word out='' safe='^[A-Za-z0-9_./:=@%+,-]+$'
+  local word flag out='' safe='^[A-Za-z0-9_./:=@%+,-]+$'
   for word in "$@"; do
+    flag=''
+    if [[ $word =~ ^--[a-z-]+= ]]; then flag=${BASH_REMATCH[0]} word=${word#*=}; fi
     [[ $word =~ $safe ]] || word="'${word//\'/\'\\\'\'}'"
-    out="$out $word"
+    out="$out $flag$word"
   done
   printf '%s' "${out# }"
 }

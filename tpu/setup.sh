@@ -15,6 +15,7 @@ no_more_arguments
 
 # git's list leaves out .venv, runs and models; tar takes what is on disk, committed or not.
 pack_source() {
+  export COPYFILE_DISABLE=1 # macOS's tar would add a ._ file for each
   cd "$SOURCE"
   if git rev-parse --is-inside-work-tree >/dev/null 2>&1; then
     git ls-files -z --cached --others --exclude-standard |
@@ -43,7 +44,7 @@ fi
 
 wait_for_workers
 say "copying to $WORKERS workers"
-run gcloud compute tpus tpu-vm scp --recurse "$UPLOAD" "$NAME:" "${WHERE[@]}" --worker=all \
+run gcloud compute tpus tpu-vm scp "$UPLOAD" "$NAME:" "${WHERE[@]}" --worker=all --recurse \
   --scp-flag=-oConnectTimeout=15 </dev/null >"$TMP/out" 2>"$TMP/err" || fail "copying failed: $(last_error)"
 say "installing on $WORKERS workers (some minutes the first time)"
 on_workers all "$(quote "${INSTALL[@]}")" | tee "$TMP/answers" || true

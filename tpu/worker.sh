@@ -87,7 +87,7 @@ start() {
 }
 
 supervise() {
-  local run_dir=$1 libtpu=$2 target child copier status=0
+  local run_dir=$1 libtpu=$2 target copier status=0
   shift 2
   target=$run_dir/logs/worker-$(number).log
   copy_log() { gcloud storage cp "$BASE/log" "$target" --quiet >/dev/null 2>&1 || true; }
@@ -99,19 +99,13 @@ supervise() {
   # Named, a TPU that cannot be used is an error; unnamed, JAX would train on the CPU.
   export JAX_PLATFORMS=tpu,cpu
   printf '=== %s psyche %s\n' "$(date -u +%FT%TZ)" "$*"
+  while sleep "${PSYCHE_LOG_SECONDS:-60}"; do copy_log; done 2>/dev/null &
+  copier=$!
   # A signal (stop, or the VM being taken away) goes to the whole group: psyche writes its checkpoint,
   # and this shell has to outlive it, for its exit code and the last copy of the log.
   trap : TERM INT HUP
   cd "$BASE/source"
-  "$BASE/venv/bin/psyche" "$@" &
-  child=$!
-  while sleep "${PSYCHE_LOG_SECONDS:-60}"; do copy_log; done &
-  copier=$!
-  while :; do
-    status=0
-    wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break # else only the wait was interrupted
-  done
+  "$BASE/venv/bin/psyche" "$@" || status=$?
   kill "$copier" 2>/dev/null || true
   printf '%s\n' "$status" >"$BASE/exit"
   printf '=== %s psyche ended with exit code %s\n' "$(date -u +%FT%TZ)" "$status"

@@ -39,9 +39,7 @@ class ModelConfig:
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise UserError(
-                f"model config: head_dim {self.head_dim} is odd; rotary embedding needs an even one"
-            )
+            raise UserError(f"model config: head_dim {self.head_dim} is odd; rotary embedding needs an even one")
 
     @property
     def num_parameters(self) -> int:
@@ -53,9 +51,7 @@ class ModelConfig:
         return self.num_hidden_layers * layer + embeddings + self.hidden_size
 
 
-def model_config_from_hf(
-    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
-) -> ModelConfig:
+def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read a `config.json` (and `generation_config.json`) of a `Qwen2ForCausalLM`.
 
     RoPE's base is found both at the top level (as published) and under `rope_parameters` (as transformers 5
@@ -70,15 +66,11 @@ def model_config_from_hf(
     scaling = config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
     if rope_type != "default":
-        raise UserError(
-            f"config.json: RoPE scaling {rope_type!r} is not supported; remove it to use plain RoPE"
-        )
+        raise UserError(f"config.json: RoPE scaling {rope_type!r} is not supported; remove it to use plain RoPE")
     if config.get("use_sliding_window"):
         raise UserError("config.json: use_sliding_window is on; only full attention is supported")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(
-            f"config.json: hidden_act {config['hidden_act']!r} is not supported; Qwen2 uses 'silu'"
-        )
+        raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Qwen2 uses 'silu'")
     try:
         heads = int(config["num_attention_heads"])
         stop = (generation or {}).get("eos_token_id", config.get("eos_token_id"))

@@ -80,9 +80,7 @@ def generate(
     stop = jnp.asarray(config.stop_token_ids, jnp.int32)
     padding = config.pad_token_id or 0
 
-    def draw(
-        logits: jax.Array, step: jax.Array, finished: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def draw(logits: jax.Array, step: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Token, its log-prob and whether the response is over, each [responses]."""
         logits = execution.sharding.constrain(logits, "batch", "vocab")
         if sampling.temperature > 0:

@@ -125,7 +125,8 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
     def place(path: str) -> jax.Array:
         names = tensor_names(path, config.num_hidden_layers)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             if not path.startswith("layers/"):
                 return weights.read(names[0], index).astype(dtype)
             return np.stack([weights.read(name, index[1:]).astype(dtype) for name in names[index[0]]])
@@ -157,9 +158,7 @@ def write_weights(folder: Path, config: ModelConfig, parameters: Parameters) -> 
         size += tensor_bytes
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
-        file = (
-            "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        )
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         arrays = {}
         for name in names:
             path, layer = tensors[name]
@@ -183,9 +182,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
       UserError: there is no fast tokenizer in `source`.
     """
     if not (source / "tokenizer.json").is_file():
-        raise UserError(
-            f"{source}: has no tokenizer.json; save it once with a fast tokenizer of transformers"
-        )
+        raise UserError(f"{source}: has no tokenizer.json; save it once with a fast tokenizer of transformers")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
@@ -210,9 +207,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of the model: the embedding, layer by layer, the final norm, the head."""
-    shapes = {
-        p: v.shape for p, v in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/").items()
-    }
+    shapes = {p: v.shape for p, v in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/").items()}
     stacked = [path for path in shapes if path.startswith("layers/")]
     yield _TOP_NAMES["embedding"], shapes["embedding"]
     for layer in range(config.num_hidden_layers):

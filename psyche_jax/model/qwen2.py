@@ -53,11 +53,7 @@ class Linear(nnx.Module):
     ) -> None:
         layers, features, _ = shape
         self.kernel = nnx.Param(0.02 * jax.random.normal(key, shape, dtype), logical_axes=("layers", *axes))
-        self.bias = (
-            nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0]))
-            if bias
-            else None
-        )
+        self.bias = nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0])) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out], within a scan that has taken the leading axis away."""
@@ -109,7 +105,7 @@ class DecoderLayer(nnx.Module):
         sharding: Sharding,
     ) -> tuple[jax.Array, Extra]:
         """One layer on `x` [batch, sequence, width]; `attend(query, key, value)` gives its result and an extra."""
-        batch, length, width = x.shape
+        batch, length, _ = x.shape
         normal = self.input_norm(x)
         query = rotate(self.q_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
         key = rotate(self.k_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
@@ -148,9 +144,7 @@ class Qwen2(nnx.Module):
         """The head's weights [vocab, width], which are the embedding's when tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
-    def __call__(
-        self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution
-    ) -> jax.Array:
+    def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution) -> jax.Array:
         """Final hidden states [batch, sequence, width] of whole sequences, for training and scoring.
 
         Args:
@@ -186,9 +180,7 @@ class Qwen2(nnx.Module):
         decoded = jnp.arange(cache.key.shape[2]) <= index
         graph, stacked = nnx.split(self.layers)
 
-        def body(
-            carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]
-        ) -> tuple[Any, None]:
+        def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]) -> tuple[Any, None]:
             x, keys, values = carry
             parameters, layer_index, prompt_key, prompt_value = layer_inputs
             layer = nnx.merge(graph, parameters)
@@ -251,9 +243,7 @@ class Qwen2(nnx.Module):
 
 def rotary_tables(positions: jax.Array, config: ModelConfig, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
     """Cosine and sine [batch, sequence, 1, head_dim / 2] for `positions` [batch, sequence] (RoPE, arXiv 2104.09864)."""
-    frequencies = config.rope_theta ** (
-        -jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    )
+    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
 
@@ -286,7 +276,5 @@ def bind(config: ModelConfig, parameters: Parameters) -> Qwen2:
 def initialize(config: ModelConfig, key: jax.Array, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
     """Random parameters (normal, 0.02), created where they belong on the mesh."""
     shardings = sharding.of_parameters(build(config, dtype)[1])
-    create = jax.jit(
-        lambda key: nnx.to_pure_dict(nnx.state(Qwen2(config, key, dtype))), out_shardings=shardings
-    )
+    create = jax.jit(lambda key: nnx.to_pure_dict(nnx.state(Qwen2(config, key, dtype))), out_shardings=shardings)
     return create(key)

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from psyche_jax.errors import UsageError
+from psyche_jax.model.config import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
@@ -65,9 +66,7 @@ class Sharding:
         return hash((self.mesh, tuple(self.rules.items())))
 
 
-def make_mesh(
-    data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `tensor`; one size may be -1, which takes the devices left.
 
     Raises:
@@ -77,9 +76,7 @@ def make_mesh(
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     if sum(size == -1 for size in sizes.values()) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
-        raise UsageError(
-            f"mesh: {asked}: sizes must be positive, and one at most may be -1 (all that is left)"
-        )
+        raise UsageError(f"mesh: {asked}: sizes must be positive, and one at most may be -1 (all that is left)")
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % known:
         raise UsageError(f"mesh: {asked} does not divide the {len(devices)} devices there are")
@@ -90,3 +87,22 @@ def make_mesh(
             "set one axis to -1 to take what is left"
         )
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+
+
+def check_mesh_fits(mesh: Mesh, config: ModelConfig) -> None:
+    """Whether the model's dimensions can be split as the rules say.
+
+    Raises:
+      UsageError: naming the axis, its size and the dimension that it does not divide.
+    """
+    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
+    dimensions = {
+        "num_attention_heads": (config.num_attention_heads, "tensor", tensor),
+        "num_key_value_heads": (config.num_key_value_heads, "tensor", tensor),
+        "intermediate_size": (config.intermediate_size, "tensor", tensor),
+        "vocab_size": (config.vocab_size, "tensor", tensor),
+        "hidden_size": (config.hidden_size, "fsdp", fsdp),
+    }
+    for name, (size, axis, parts) in dimensions.items():
+        if size % parts:
+            raise UsageError(f"mesh: {axis} {parts} does not divide the model's {name} {size}")

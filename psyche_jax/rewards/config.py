@@ -118,9 +118,7 @@ class AnswerSetRule(_Rule):
         taken |= {"\r", "\n"}
         self._require(not taken & set(self.separators), "separators", "must hold no letter and no line end")
         taken |= set(self.separators)
-        self._require(
-            not taken & set(self.closers), "closers", "must hold no letter, no separator and no line end"
-        )
+        self._require(not taken & set(self.closers), "closers", "must hold no letter, no separator and no line end")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -323,11 +323,8 @@ def compile_pattern(pattern: str, flags: int = 0, max_states: int = 4096) -> Cha
                 row[symbol] |= reached
         return [(target, 0) for target in row]
 
-    table = explore(positions.closure(start), successors, lambda state: bool(state & 1), 4 * max_states)
-    table = minimize(table)
-    if len(table.accept) > max_states:
-        raise TooLarge(f"more than {max_states} states")
-    return CharacterAutomaton(class_of, table)
+    table = explore(positions.closure(start), successors, lambda state: bool(state & 1), max_states)
+    return CharacterAutomaton(class_of, minimize(table))
 
 
 def _bits(number: int) -> list[int]:

@@ -107,9 +107,7 @@ def initial_state(compiled: CompiledRules, batch: int) -> RewardState:
     )
 
 
-def advance(
-    compiled: CompiledRules, state: RewardState, token: Array, active: Array | None = None
-) -> RewardState:
+def advance(compiled: CompiledRules, state: RewardState, token: Array, active: Array | None = None) -> RewardState:
     """The state after one more `token` int32 [N]. Responses that have stopped stay as they are, and so do
     those that are not `active` (bool [N])."""
     goes_on = ~state.stopped if active is None else ~state.stopped & active

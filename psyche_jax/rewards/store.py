@@ -72,7 +72,8 @@ def _load(path: Path, tokens: int) -> TokenAutomaton | None:
     states, classes = table.next.shape
     whole = len(table.class_of) == tokens and len(table.accept) == states
     whole &= table.effect is None or table.effect.shape == (states, classes)
-    whole &= bool((table.next < states).all() and (table.class_of < classes).all())
+    whole &= bool((table.next >= 0).all() and (table.next < states).all())
+    whole &= bool((table.class_of >= 0).all() and (table.class_of < classes).all())
     return table if whole else None
 
 

@@ -116,9 +116,7 @@ class Vocabulary:
         ids, at = [], 0
         keep_short = rng.random()
         while at < len(text):
-            ends = [
-                e for e in range(at + 1, min(at + self.longest, len(text)) + 1) if text[at:e] in self.by_bytes
-            ]
+            ends = [e for e in range(at + 1, min(at + self.longest, len(text)) + 1) if text[at:e] in self.by_bytes]
             end = ends[0] if rng.random() < keep_short else rng.choice(ends)
             ids.append(rng.choice(self.by_bytes[text[at:end]]))
             at = end
@@ -284,9 +282,7 @@ def compare(vocab: Vocabulary, count: int, seed: int, size: int = 1000) -> Outco
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000, help="responses for each vocabulary")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", choices=["tiny", "qwen"], action="append")

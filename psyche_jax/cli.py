@@ -1,0 +1,241 @@
+"""The command `psyche`: one verb for each step of the recipe."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psyche_jax
+from psyche_jax.errors import UsageError, UserError
+
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "psyche_jax" / "xla"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 1 (it failed) or 2 (it was used wrongly)."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except UserError as error:
+        print(f"psyche {parsed.verb}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"psyche {parsed.verb}: interrupted", file=sys.stderr)
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"psyche {parsed.verb}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="psyche",
+        description="Turn a Qwen2.5 base model into a domain reasoning model: SFT, GRPO, evaluation, export.",
+        epilog="Start here: psyche demo --out runs/demo",
+    )
+    parser.add_argument("--version", action="version", version=f"psyche {psyche_jax.__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def add(name: str, run: Callable[[argparse.Namespace], None], text: str, example: str) -> argparse.ArgumentParser:
+        verb = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"Example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        verb.set_defaults(run=run)
+        return verb
+
+    verb = add(
+        "import",
+        _import,
+        "Write a Hugging Face folder of a Qwen2 model as a checkpoint.",
+        "psyche import models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
+    )
+    verb.add_argument("source", type=Path, metavar="HF_DIR", help="the Hugging Face folder")
+    verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the new checkpoint folder")
+    _add_dtype(verb)
+
+    for name, run, text in (
+        ("sft", _sft, "Fine-tune a model on chat records."),
+        ("grpo", _grpo, "Train a model with GRPO on prompts with checkable answers."),
+    ):
+        example = f"psyche {name} --config configs/{name}_tiny.yaml --set run.dir=runs/my_{name}"
+        verb = add(name, run, text, example)
+        verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
+        verb.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="change one key of the config, for example optimizer.learning_rate=1e-6; may be repeated",
+        )
+        verb.add_argument(
+            "--profile", type=int, default=0, metavar="STEPS", help="trace that many steps into the run's `profile`"
+        )
+
+    verb = add(
+        "export",
+        _export,
+        "Write a checkpoint, or a run's latest one, as a Hugging Face folder.",
+        "psyche export runs/demo/grpo models/my-model --dtype bfloat16",
+    )
+    verb.add_argument("source", metavar="CHECKPOINT", help="a checkpoint folder, one step of it, or a run")
+    verb.add_argument("folder", type=Path, metavar="HF_DIR", help="the new Hugging Face folder")
+    _add_dtype(verb)
+
+    verb = add(
+        "eval",
+        _eval,
+        "Ask a model multiple-choice questions and score its answers.",
+        "psyche eval runs/demo/grpo --bench samples --limit 20",
+    )
+    verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
+    verb.add_argument("--bench", required=True, metavar="NAME|FILE", help="`samples`, or a JSONL file of questions")
+    verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
+    verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
+    verb.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at once (default 64)")
+    verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    verb.add_argument("--out", type=Path, metavar="FILE", help="also write scores and answers to a JSON file")
+    verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+
+    verb = add(
+        "report",
+        _report,
+        "Write one offline HTML page about one or several runs.",
+        "psyche report runs/demo/sft runs/demo/grpo --out report.html",
+    )
+    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    verb.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+
+    verb = add(
+        "demo",
+        _demo,
+        "The whole way on a CPU with a tiny random model: tokenizer, SFT, GRPO, export, evaluation, report.",
+        "psyche demo --out runs/demo",
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an unfinished demo's")
+    verb.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    return parser
+
+
+def _add_dtype(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written (default float32)"
+    )
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    _start_jax()
+    from psyche_jax.convert import import_model
+
+    model = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
+    print(f"{arguments.checkpoint}: {model.config.num_parameters:,} parameters as {arguments.dtype}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    _start_jax()
+    from psyche_jax.convert import export_model
+
+    model = export_model(arguments.source, arguments.folder, arguments.dtype)
+    print(f"{arguments.folder}: {model.config.num_parameters:,} parameters as {arguments.dtype}")
+
+
+def _sft(arguments: argparse.Namespace) -> None:
+    from psyche_jax.config import SftConfig, load_config
+
+    config = load_config(SftConfig, arguments.config, arguments.overrides)
+    _start_jax()
+    from psyche_jax.train.sft import train_sft
+
+    train_sft(config, arguments.profile)
+
+
+def _grpo(arguments: argparse.Namespace) -> None:
+    from psyche_jax.config import GrpoConfig, load_config
+
+    config = load_config(GrpoConfig, arguments.config, arguments.overrides)
+    _start_jax()
+    from psyche_jax.train.grpo import train_grpo
+
+    train_grpo(config, arguments.profile)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    for name in ("limit", "max_new_tokens", "batch_size"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if arguments.temperature < 0:
+        raise UsageError(f"--temperature must not be negative, not {arguments.temperature}")
+    _start_jax()
+    from psyche_jax.evaluate.evaluation import evaluate_model, read_bench, save_evaluation
+    from psyche_jax.files import write_json
+    from psyche_jax.model.decoding import Sampling
+
+    records = read_bench(arguments.bench)
+    for line in records.set_aside:
+        print(f"set aside: {line}", file=sys.stderr)
+    evaluation = evaluate_model(
+        arguments.model,
+        arguments.bench,
+        records.good[: arguments.limit],
+        Sampling(arguments.max_new_tokens, arguments.temperature),
+        label=arguments.label or Path(arguments.model).name,
+        compute_dtype=arguments.compute_dtype,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+    )
+    if (Path(arguments.model) / "config.yaml").is_file():
+        save_evaluation(Path(arguments.model), evaluation)
+    if arguments.out is not None:
+        write_json(arguments.out, evaluation)
+    summary = {**evaluation["scores"], "set_aside": len(records.set_aside)}
+    print(json.dumps(summary) if arguments.json else _scores_table(summary))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from psyche_jax.evaluate.report import write_report
+
+    write_report(arguments.runs, arguments.out)
+    print(arguments.out)
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    _start_jax()
+    from psyche_jax.demo import run_demo
+
+    run_demo(arguments.out, arguments.seed)
+
+
+def _start_jax() -> None:
+    """Settings that must come before the first computation: the persistent compilation cache."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _scores_table(summary: dict[str, Any]) -> str:
+    rows = [("all", summary), *summary["by_kind"].items()]
+    lines = [f"{'':8}{'questions':>10}{'strict':>9}{'chance':>9}{'elastic':>9}{'chance':>9}{'unanswered':>12}"]
+    for name, row in rows:
+        numbers = "".join(f"{row[key]:9.3f}" for key in ("strict", "chance", "elastic", "chance_elastic"))
+        lines.append(f"{name:8}{row['count']:10}{numbers}{row['unanswered']:12}")
+    if summary["set_aside"]:
+        lines.append(f"{summary['set_aside']} records set aside")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

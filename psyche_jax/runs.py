@@ -1,0 +1,174 @@
+"""The folder of a run: its config, metrics, samples and state. Reports read only this."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import psyche_jax
+from psyche_jax.config import LoggingSection, dump_yaml, parse_yaml_mapping
+from psyche_jax.errors import UserError
+from psyche_jax.files import read_json, write_json, write_text
+
+Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
+_VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+class PreemptedError(UserError):
+    """The run was told to stop, has saved where it was, and goes on when started again."""
+
+
+class Run:
+    """A run's folder, open for writing. Made by `open_run`."""
+
+    def __init__(self, folder: Path, kind: str, logging: LoggingSection) -> None:
+        self.folder = folder
+        self._kind = kind
+        self._sinks: list[Any] = []
+        if logging.tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._sinks.append(_TensorBoard(SummaryWriter(str(folder / "tensorboard"))))
+        if logging.wandb_project:
+            self._sinks.append(_WeightsAndBiases(logging.wandb_project, folder))
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's checkpoints lie."""
+        return self.folder / "checkpoints"
+
+    def continue_from(self, step: int) -> None:
+        """Drop the metrics and samples of steps after `step`: they are done again."""
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            lines = read_lines(self.folder / name)
+            kept = [line for line in lines if line["step"] <= step]
+            if len(kept) < len(lines):
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
+                write_text(self.folder / name, text)
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to `metrics.jsonl` and send it to TensorBoard or W&B if they are on."""
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
+    def log_sample(self, step: int, sample: Mapping[str, Any]) -> None:
+        """Append one line to `samples.jsonl`."""
+        self._append("samples.jsonl", {"step": step, **sample})
+
+    def write_state(self, status: Status, step: int, reason: str = "", **extra: Any) -> None:
+        """Replace `state.json`; what an earlier call stored in `extra` stays."""
+        path = self.folder / "state.json"
+        old = read_json(path) if path.is_file() else {}
+        new = {"status": status, "step": step, "reason": reason, "kind": self._kind, "time": time.time()}
+        write_json(path, {**old, **new, **extra})
+
+    def close(self) -> None:
+        """Flush TensorBoard and W&B."""
+        for sink in self._sinks:
+            sink.close()
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: LoggingSection) -> Iterator[Run]:
+    """Start the run `folder`, or go on with it if it holds a run of the same config.
+
+    Whatever ends the block is written into `state.json`.
+
+    Raises:
+      UserError: the folder holds something else, or a run of another config (the first difference is named).
+    """
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        difference = _first_difference(parse_yaml_mapping(config_file), config)
+        if difference:
+            raise UserError(f"{folder}: holds another run ({difference}); choose another run.dir, or remove this one")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    run = Run(folder, kind, logging)
+    write_text(config_file, dump_yaml(config))
+    step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
+    run.write_state("running", step, environment=environment())
+    try:
+        yield run
+    except BaseException as error:
+        status: Status = "preempted" if isinstance(error, PreemptedError | KeyboardInterrupt) else "failed"
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        run.write_state(status, read_json(folder / "state.json")["step"], reason)
+        raise
+    finally:
+        run.close()
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computed a run, and where."""
+    versions = {"psyche_jax": psyche_jax.__version__, "python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "absent"
+    return {"versions": versions, "machine": platform.machine(), "cpus": os.cpu_count()}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; none if it is absent. A last line cut short by a crash is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    objects = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise UserError(f"{path}:{number}: is not JSON; the file was changed by hand") from None
+    return objects
+
+
+def _first_difference(old: Any, new: Any, name: str = "") -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in [*new, *(key for key in old if key not in new)]:
+            if difference := _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key)):
+                return difference
+        return ""
+    return "" if old == new else f"its {name} is {old!r}, not {new!r}"
+
+
+class _TensorBoard:
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, project: str, folder: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError(
+                "logging.wandb_project is set and wandb is absent; pip install 'psyche_jax[wandb]'"
+            ) from None
+        self._run = wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()

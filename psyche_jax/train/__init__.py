@@ -1,0 +1,1 @@
+"""Objectives, SFT, GRPO, optimizer, checkpoints and the loop that they share."""

@@ -1,0 +1,90 @@
+"""What SFT and GRPO both prepare: devices, the model that is trained, its state."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from psyche_jax.config import MeshSection, ModelSection, OptimizerSection
+from psyche_jax.errors import UsageError
+from psyche_jax.files import new_folder
+from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
+from psyche_jax.model.qwen2 import Execution, Parameters, build
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.runs import Run
+from psyche_jax.train.checkpoints import StoredModel, abstract_like, open_model
+from psyche_jax.train.state import TrainState, make_optimizer, state_shardings
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A model on its mesh, with its tokenizer and how programs compute."""
+
+    model: StoredModel
+    dtype: jnp.dtype
+    tokenizer: Any
+    execution: Execution
+
+    def read_parameters(self) -> Parameters:
+        """The model's weights, placed for training."""
+        return self.model.read_parameters(self.execution.sharding, self.dtype)
+
+
+def prepare(model: ModelSection, mesh: MeshSection) -> Setup:
+    """Build the mesh and open the model, whose weights are read later.
+
+    Raises:
+      UserError: the mesh is impossible, or the model is missing, broken or does not fit the mesh.
+    """
+    sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
+    stored = open_model(model.path)
+    check_mesh_fits(sharding.mesh, stored.config)
+    execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat)
+    return Setup(stored, jnp.dtype(model.dtype), load_tokenizer(stored.tokenizer_folder), execution)
+
+
+def check_rows(rows: int, name: str, sharding: Sharding) -> None:
+    """Whether `rows` can be spread over the batch axes of the mesh.
+
+    Raises:
+      UsageError: they cannot.
+    """
+    places = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
+    if rows % places:
+        raise UsageError(f"{name}: {rows} rows cannot be spread over data × fsdp = {places} devices; use a multiple")
+
+
+def abstract_state(
+    setup: Setup, section: OptimizerSection, updates: int
+) -> tuple[optax.GradientTransformation, TrainState, TrainState]:
+    """The optimizer, the state's shapes with their shardings, and the shardings alone."""
+    optimizer = make_optimizer(section, updates)
+    abstract_parameters = build(setup.model.config, setup.dtype)[1]
+    shardings = state_shardings(optimizer, abstract_parameters, setup.execution.sharding)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), plain, jax.eval_shape(optimizer.init, plain))
+    return optimizer, abstract_like(shapes, shardings), shardings
+
+
+def keep_tokenizer(run: Run, setup: Setup) -> None:
+    """Put the tokenizer beside the run's checkpoints, so that they are models of their own."""
+    run.checkpoints.mkdir(exist_ok=True)
+    target = run.checkpoints / "tokenizer"
+    if not target.is_dir():
+        with new_folder(target) as partial:
+            copy_tokenizer(setup.model.tokenizer_folder, partial)
+
+
+def report_set_aside(run: Run, lines: Sequence[str]) -> None:
+    """Name each record that was set aside: the first ones on stderr, all of them in the run's folder."""
+    if not lines:
+        return
+    (run.folder / "set_aside.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    for line in lines[:5]:
+        print(f"set aside: {line}", file=sys.stderr)
+    print(f"{len(lines)} records set aside; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)

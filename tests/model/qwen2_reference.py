@@ -1,0 +1,176 @@
+"""Random Qwen2 models of transformers, and the port run on the same folders and tokens."""
+
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+
+from psyche_jax.model.config import ModelConfig, read_hf_config
+from psyche_jax.model.huggingface import read_parameters
+from psyche_jax.model.log_probs import TokenScores, token_scores
+from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+
+transformers.utils.logging.disable_progress_bar()
+
+
+class Shape(NamedTuple):
+    """What differs between the random models; `str()` of one is its test id."""
+
+    tied: bool
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    inner: int
+    layers: int
+    vocabulary: int
+
+    def __str__(self) -> str:
+        head = "tied" if self.tied else "untied"
+        attention = f"{self.heads}:{self.kv_heads}of{self.head_dim}"
+        return f"{self.layers}x{self.width}-{attention}-{self.inner}-{self.vocabulary}{head}"
+
+
+# 1 to 8 key-value heads, 1 to 8 query heads for each, odd sizes wherever the architecture allows them.
+SHAPES = [
+    Shape(True, 1, 1, 8, 24, 40, 1, 61),
+    Shape(False, 4, 2, 16, 64, 96, 3, 131),
+    Shape(True, 8, 8, 4, 36, 52, 2, 97),
+    Shape(False, 6, 3, 10, 50, 77, 2, 203),
+    Shape(False, 8, 1, 6, 48, 33, 4, 59),
+    Shape(True, 14, 7, 8, 112, 60, 2, 89),
+    Shape(False, 16, 8, 2, 33, 17, 2, 71),
+    Shape(True, 9, 3, 14, 37, 41, 5, 101),
+    Shape(False, 5, 5, 2, 7, 3, 1, 3),
+]
+# One that is not the simplest in any way, for tests that need no more than one.
+SMALL = Shape(False, 6, 3, 8, 40, 56, 3, 101)
+
+
+def reference(
+    shape: Shape, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **saving: Any
+) -> transformers.Qwen2ForCausalLM:
+    """A random model of transformers, saved to `folder`; biases and norms are random as well."""
+    torch.manual_seed(seed)
+    config = transformers.Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        intermediate_size=shape.inner,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        tie_word_embeddings=shape.tied,
+        initializer_range=0.2,
+        # Far from the defaults of both sides, so that one which is not read shows.
+        rope_parameters={"rope_type": "default", "rope_theta": 20_000.0},
+        rms_norm_eps=1e-3,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.to(dtype).save_pretrained(folder, **saving)
+    return model
+
+
+def reference_logits(model: transformers.Qwen2ForCausalLM, tokens: np.ndarray) -> np.ndarray:
+    """Float32 logits of unpadded `tokens` by transformers."""
+    with torch.no_grad():
+        return model(torch.tensor(np.asarray(tokens, np.int64))).logits.float().numpy()
+
+
+def one_device(compute_dtype: str = "float32") -> Execution:
+    """The first device alone."""
+    sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
+    return Execution(sharding, jnp.dtype(compute_dtype))
+
+
+class Port(NamedTuple):
+    """The port's side: what `read` gives and every jitted function below takes."""
+
+    config: ModelConfig
+    parameters: Parameters
+    execution: Execution
+
+
+def read(folder: Path, execution: Execution | None = None) -> Port:
+    """Read a model folder in float32."""
+    execution = execution or one_device()
+    config = read_hf_config(folder)
+    return Port(config, read_parameters(folder, config, execution.sharding, jnp.float32), execution)
+
+
+class Batch(NamedTuple):
+    """Rows of tokens; `segments` 0 is padding."""
+
+    tokens: np.ndarray
+    segments: np.ndarray
+    positions: np.ndarray
+
+
+def apart(tokens: np.ndarray) -> Batch:
+    """Rows without any padding."""
+    tokens = np.asarray(tokens, np.int32)
+    return Batch(tokens, np.ones_like(tokens), np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape))
+
+
+def padded(rows: list[np.ndarray], length: int, side: str, fill: np.ndarray) -> Batch:
+    """Rows of unequal length padded to `length` on the left, on the right, or on both sides with ids of `fill`."""
+    tokens = fill.reshape(len(rows), length).astype(np.int32)
+    segments, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, values in enumerate(rows):
+        spare = length - len(values)
+        start = {"left": spare, "right": 0, "both": spare // 2}[side]
+        window = slice(start, start + len(values))
+        tokens[row, window], segments[row, window] = values, 1
+        positions[row, window] = np.arange(len(values))
+    return Batch(tokens, segments, positions)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _logits(config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution) -> jax.Array:
+    model = bind(config, parameters)
+    return model.logits(model(batch.tokens, batch.segments, batch.positions, execution))
+
+
+def logits(port: Port, batch: Batch) -> np.ndarray:
+    """All logits of the port."""
+    return np.asarray(_logits(port.config, port.parameters, batch, port.execution))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _scores(
+    config: ModelConfig,
+    parameters: Parameters,
+    batch: Batch,
+    execution: Execution,
+    temperature: float,
+    chunk_tokens: int,
+) -> TokenScores:
+    model = bind(config, parameters)
+    hidden = model(batch.tokens, batch.segments, batch.positions, execution)
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    return token_scores(model, hidden, targets, execution, temperature, chunk_tokens)
+
+
+def scores(port: Port, batch: Batch, temperature: float = 1.0, chunk_tokens: int = 64) -> np.ndarray:
+    """Log-probability of the token after each position, as the trainer computes it; the last column means nothing."""
+    result = _scores(port.config, port.parameters, batch, port.execution, temperature, chunk_tokens)
+    return np.asarray(result.log_probs)
+
+
+def worst(one: np.ndarray, other: np.ndarray) -> float:
+    """The largest absolute difference; NaN anywhere gives NaN, which is under no limit."""
+    assert np.shape(one) == np.shape(other)
+    return float(np.abs(np.asarray(one, np.float64) - np.asarray(other, np.float64)).max())

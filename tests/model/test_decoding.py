@@ -1,0 +1,254 @@
+"""Prefill and cached decoding against the whole forward, the trainer's scores and transformers' `generate`."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from qwen2_reference import SHAPES, SMALL, Batch, apart, logits, padded, read, reference, scores, worst  # noqa: E402
+
+from psyche_jax.model.decoding import Sampling, generate  # noqa: E402
+from psyche_jax.model.qwen2 import KVCache, bind  # noqa: E402
+
+LENGTHS = (5, 1, 9, 8)
+PROMPT_LENGTH = 11
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    return reference(SMALL, folder), read(folder)
+
+
+@pytest.fixture(scope="module")
+def port(models):
+    return models[1]
+
+
+def prompts(lengths=LENGTHS, length=PROMPT_LENGTH, side="left", seed=3, vocabulary=SMALL.vocabulary):
+    random = np.random.default_rng(seed)
+    rows = [random.integers(0, vocabulary, n) for n in lengths]
+    return rows, padded(rows, length, side, np.zeros((len(rows), length)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def program(config, parameters, batch, key, sampling, execution):
+    return generate(config, parameters, batch.tokens, batch.segments > 0, key, sampling, execution)
+
+
+def rollout(port, batch, sampling, seed=0, **config):
+    config = dataclasses.replace(port.config, **config)
+    result = program(config, port.parameters, batch, jax.random.key(seed), sampling, port.execution)
+    tokens, mask, log_probs = map(np.asarray, result)
+    assert (log_probs[~mask] == 0).all()
+    assert (tokens[~mask] == (config.pad_token_id or 0)).all()
+    assert (np.diff(mask.astype(int), axis=1) <= 0).all()
+    return tokens, mask, log_probs
+
+
+def joined(batch, tokens, mask, generations):
+    """Each response after its (padded) prompt, as the trainer sees it."""
+    prompt = Batch(*(np.repeat(x, generations, axis=0) for x in batch))
+    segments = np.concatenate([prompt.segments, mask], axis=1).astype(np.int32)
+    whole = np.concatenate([prompt.tokens, tokens], axis=1).astype(np.int32)
+    return Batch(whole, segments, np.maximum(segments.cumsum(axis=1) - 1, 0).astype(np.int32))
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("generations", [1, 3])
+def test_cached_decoding_equals_the_whole_forward(side, generations, port, figure):
+    config, parameters, execution = port
+    rows, batch = prompts(side=side)
+    steps = 7
+    responses = len(rows) * generations
+    continuation = np.random.default_rng(4).integers(0, config.vocab_size, (responses, steps)).astype(np.int32)
+
+    @jax.jit
+    def run(parameters):
+        model = bind(config, parameters)
+        hidden, (key, value) = model.prefill(batch.tokens, batch.segments, batch.positions, execution)
+        shape = (key.shape[0], responses, steps, *key.shape[3:])
+        # Not zeros: what was never written must not be seen.
+        own = jnp.full(shape, 1e3)
+        cache = KVCache(key, value, jnp.asarray(batch.segments > 0), own, own)
+        lengths = np.repeat([len(row) for row in rows], generations)
+        outputs = []
+        for step in range(steps):
+            decoded, cache = model.decode(continuation[:, step], lengths + step, jnp.int32(step), cache, execution)
+            outputs.append(model.logits(decoded))
+        return model.logits(hidden), jnp.stack(outputs, axis=1)
+
+    prefilled, decoded = map(np.asarray, run(parameters))
+    for response in range(responses):
+        prompt = rows[response // generations]
+        whole = np.concatenate([prompt, continuation[response]])
+        expected = logits(port, apart(whole[None]))[0]
+        ours = prefilled[response // generations][batch.segments[response // generations] > 0]
+        figure("prefill logits to the whole forward", worst(ours, expected[: len(prompt)]), 1e-4)
+        figure("cached logits to the whole forward", worst(decoded[response], expected[len(prompt) :]), 1e-4)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+def test_sampler_and_trainer_agree(side, temperature, port, figure):
+    _, batch = prompts(side=side)
+    sampling = Sampling(max_new_tokens=24, temperature=temperature, generations_per_prompt=3)
+    # A third of the vocabulary stops, so that responses end at different places.
+    tokens, mask, log_probs = rollout(port, batch, sampling, stop_token_ids=tuple(range(0, 101, 8)), pad_token_id=5)
+    assert len(set(mask.sum(axis=1))) > 3
+    all_scores = scores(port, joined(batch, tokens, mask, 3), temperature)
+    trained = all_scores[:, PROMPT_LENGTH - 1 : -1]
+    if side == "right":  # the first token follows the last real one of its prompt, not the padding
+        last = np.repeat(batch.segments.sum(axis=1), 3) - 1
+        first = joined(batch, tokens, mask, 3)
+        first.tokens[np.arange(len(tokens)), last + 1] = tokens[:, 0]
+        trained[:, 0] = scores(port, first, temperature)[np.arange(len(tokens)), last]
+    difference = np.abs(trained - log_probs)[mask]
+    figure("sampler to trainer, |Δ log-prob|", difference.max(), 1e-4)
+    figure("sampler to trainer, mean |Δ log-prob|", difference.mean(), 1e-6)
+    other = np.abs(
+        scores(port, joined(batch, tokens, mask, 3), 1.1 * temperature)[:, PROMPT_LENGTH:-1] - log_probs[:, 1:]
+    )
+    assert other[mask[:, 1:]].max() > 0.01
+
+
+def test_greedy_log_probs_are_those_at_temperature_one(port, figure):
+    _, batch = prompts()
+    tokens, mask, log_probs = rollout(port, batch, Sampling(12, temperature=0.0, generations_per_prompt=2))
+    assert mask.all()
+    assert (tokens[::2] == tokens[1::2]).all()
+    trained = scores(port, joined(batch, tokens, mask, 2))[:, PROMPT_LENGTH - 1 : -1]
+    figure("sampler to trainer, |Δ log-prob|", worst(trained, log_probs), 1e-4)
+
+
+def test_draws_follow_the_distribution(port):
+    rows, batch = prompts(lengths=(6, 4))
+    draws = 4000
+    for temperature in (1.0, 2.5):
+        sampling = Sampling(2, temperature=temperature, generations_per_prompt=draws)
+        tokens, _, log_probs = rollout(port, batch, sampling)
+        for prompt, row in enumerate(rows):
+            exact = jax.nn.softmax(logits(port, apart(row[None]))[0, -1] / temperature)
+            own = slice(prompt * draws, (prompt + 1) * draws)
+            seen = np.bincount(tokens[own, 0], minlength=SMALL.vocabulary)
+            expected = draws * np.asarray(exact)
+            likely = expected > 5
+            assert likely.sum() > 5
+            # Pearson's statistic: its mean is the number of cells, its deviation sqrt(2 cells).
+            cells = likely.sum()
+            statistic = ((seen - expected)[likely] ** 2 / expected[likely]).sum()
+            assert statistic < cells + 5 * np.sqrt(2 * cells)
+            np.testing.assert_allclose(np.exp(log_probs[own, 0]), np.asarray(exact)[tokens[own, 0]], rtol=1e-4)
+        # The second token is drawn anew, not with the first one's noise.
+        assert len(np.unique(tokens, axis=0)) > draws / 10
+
+
+def test_key_decides(port):
+    _, batch = prompts()
+    one, same, other = (rollout(port, batch, Sampling(9), seed)[0] for seed in (0, 0, 1))
+    assert (one == same).all()
+    assert (one != other).any()
+
+
+def greedy_by_transformers(model, batch, new_tokens, stop=None):
+    tokens = model.generate(
+        torch.tensor(batch.tokens, dtype=torch.long),
+        attention_mask=torch.tensor(batch.segments, dtype=torch.long),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=stop,
+        pad_token_id=0,
+    )
+    return tokens[:, batch.tokens.shape[1] :].numpy()
+
+
+@pytest.mark.parametrize("shape", [SMALL, SHAPES[1], SHAPES[6], SHAPES[7]], ids=str)
+def test_greedy_equals_transformers(shape, tmp_path):
+    model = reference(shape, tmp_path, seed=1)
+    port = read(tmp_path)
+    _, batch = prompts(vocabulary=shape.vocabulary)
+    expected = greedy_by_transformers(model, batch, 64)
+    tokens, mask, _ = rollout(port, batch, Sampling(64, temperature=0.0))
+    assert mask.all()
+    assert len(np.unique(expected)) > 8
+    assert tokens.tolist() == expected.tolist()
+    _, right = prompts(side="right", vocabulary=shape.vocabulary)
+    assert rollout(port, right, Sampling(64, temperature=0.0))[0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("pad", [None, 0, 50, "a stop id"])
+def test_responses_end_at_the_first_of_two_stop_ids(pad, models):
+    model, port = models
+    _, batch = prompts()
+    free, _, _ = rollout(port, batch, Sampling(40, temperature=0.0))
+    # The first row ends at its seventh new token, the third at its third or before, with another id.
+    stop = (int(free[0, 6]), int(free[2, 2]))
+    assert stop[0] != stop[1]
+    pad = stop[1] if pad == "a stop id" else pad
+    tokens, mask, _ = rollout(port, batch, Sampling(40, temperature=0.0), stop_token_ids=stop, pad_token_id=pad)
+    ends = []
+    for row, values in enumerate(free.tolist()):
+        end = next((at for at, token in enumerate(values) if token in stop), 39)
+        ends.append(end)
+        assert mask[row].sum() == end + 1
+        assert tokens[row, : end + 1].tolist() == values[: end + 1]
+    assert len(set(ends)) > 1
+    if pad == 0:
+        expected = greedy_by_transformers(model, batch, 40, list(stop))
+        width = expected.shape[1]
+        assert tokens[:, :width].tolist() == expected.tolist()
+        assert not mask[:, width:].any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_stopping_early_changes_nothing(temperature, port, monkeypatch):
+    _, batch = prompts()
+    sampling = Sampling(50, temperature=temperature, generations_per_prompt=2)
+    stop = {"stop_token_ids": tuple(range(0, 101, 3)), "pad_token_id": 7}
+    loop, steps = jax.lax.while_loop, []
+
+    def counted(condition, body, carry):
+        result = loop(condition, body, carry)
+        jax.debug.callback(lambda step: steps.append(int(step)), result[0])
+        return result
+
+    def to_the_end(_, body, carry):
+        return jax.lax.fori_loop(1, sampling.max_new_tokens, lambda _, carry: body(carry), carry)
+
+    results = []
+    for replacement in (counted, to_the_end):
+        monkeypatch.setattr(jax.lax, "while_loop", replacement)
+        program.clear_cache()
+        results.append(rollout(port, batch, sampling, **stop))
+    program.clear_cache()
+    jax.effects_barrier()
+    early, late = results
+    assert steps == [early[1].sum(axis=1).max()]
+    assert steps[0] < 40
+    for one, other in zip(early, late, strict=True):
+        assert (one == other).all()
+
+
+def test_one_token_and_no_stop_id(port):
+    rows, batch = prompts()
+    tokens, mask, _ = rollout(port, batch, Sampling(1, temperature=0.0), stop_token_ids=(), pad_token_id=None)
+    assert mask.tolist() == [[True]] * len(rows)
+    for row, token in zip(rows, tokens[:, 0], strict=True):
+        assert logits(port, apart(row[None]))[0, -1].argmax() == token
+
+
+def test_an_empty_prompt_is_harmless(port):
+    """A row that only fills up a batch changes nothing for the others, and gives numbers."""
+    rows, batch = prompts()
+    filler = Batch(*(np.concatenate([x, np.zeros_like(x[:1])]) for x in batch))
+    tokens, mask, _ = rollout(port, batch, Sampling(10, temperature=0.0))
+    more_tokens, more_mask, log_probs = rollout(port, filler, Sampling(10, temperature=0.0))
+    assert np.isfinite(log_probs).all()
+    assert (more_tokens[: len(rows)] == tokens).all()
+    assert (more_mask[: len(rows)] == mask).all()

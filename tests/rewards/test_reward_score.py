@@ -1,0 +1,132 @@
+"""The graph: how responses end, what is an argument, and what the values are."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from adversary import RULES, Vocabulary
+
+from psyche_jax.errors import UserError
+from psyche_jax.rewards import (
+    AnswerSetRule,
+    CompiledRules,
+    LengthRule,
+    PatternRule,
+    RepetitionRule,
+    ThinkFormatRule,
+    compile_rules,
+    completion_mask,
+    score,
+)
+
+# 0 is a stop token, 1 another; 2 has no bytes.
+BYTES = [b"<|im_end|>", b"<|endoftext|>", None, b"<think>", b"a", b"</think>", "答案：".encode(), b"A", b"B"]
+STOP, STOP2, NONE, OPEN, A_LOW, CLOSE, MARK, A, B = range(9)
+GOOD = [OPEN, A_LOW, CLOSE, MARK, A, B]
+
+
+def compiled_rules(*rules: object) -> CompiledRules:
+    return compile_rules(rules, BYTES, [STOP, STOP2], cache_dir=None)  # type: ignore[arg-type]
+
+
+def values(rule: object, rows: list[list[int]], gold: int = 0b11, lengths: list[int] | None = None) -> list[float]:
+    width = max(len(row) for row in rows)
+    tokens = jnp.asarray([row + [STOP] * (width - len(row)) for row in rows], jnp.int32)
+    limit = None if lengths is None else jnp.asarray(lengths, jnp.int32)
+    _, by_rule = score(compiled_rules(rule), tokens, jnp.full(len(rows), gold, jnp.int32), limit)
+    (found,) = by_rule.values()
+    assert found.dtype == jnp.float32
+    return found.tolist()
+
+
+def test_completion_mask() -> None:
+    tokens = jnp.asarray([[5, 0, 5, 0], [5, 5, 5, 5], [1, 5, 5, 5], [5, 5, 5, 0]])
+    expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
+    np.testing.assert_array_equal(completion_mask(tokens, [0, 1]), np.array(expected, bool))
+
+
+def test_either_stop_token_ends_a_response_and_nothing_after_it_matters() -> None:
+    rows = [[*GOOD, STOP, NONE, CLOSE, OPEN], [*GOOD, STOP2, MARK, B, -7], [*GOOD, A, A, A, A], [STOP, *GOOD]]
+    assert values(ThinkFormatRule(), rows) == [1, 1, 0, 0]
+    assert values(AnswerSetRule(), rows) == [1, 1, 1, 0]
+    assert values(AnswerSetRule(require_stop=True), rows) == [1, 1, 0, 0]
+    assert values(PatternRule(pattern=".+"), rows) == [1, 1, 1, 0]
+    assert values(PatternRule(pattern=".+", require_stop=True), rows) == [1, 1, 0, 0]
+    assert values(LengthRule(max_length=9, buffer=5), rows) == pytest.approx([-0.6, -0.6, -1, 0])
+    assert values(RepetitionRule(ngram=1), rows) == pytest.approx([0, 0, 0.4, 0])
+
+
+def test_lengths_end_a_response_too() -> None:
+    rows = [[*GOOD, STOP]] * 4
+    assert values(ThinkFormatRule(), rows, lengths=[7, 6, 0, 99]) == [1, 0, 0, 1]
+    assert values(AnswerSetRule(), rows, gold=0b1, lengths=[7, 6, 5, 0]) == [0, 0, 1, 0]
+    assert values(LengthRule(max_length=5), rows, lengths=[7, 6, 5, 0]) == [-1, -1, 0, 0]
+    assert values(RepetitionRule(ngram=1), [[A, A, A, A]] * 3, lengths=[4, 2, 1]) == [0.75, 0.5, 0]
+
+
+def test_ids_without_bytes_fail_rules_on_text() -> None:
+    rows = [[*GOOD, odd, STOP] for odd in (NONE, -1, 9, 2**31 - 1, -(2**31))]
+    for rule in (ThinkFormatRule(), AnswerSetRule(), PatternRule(pattern="(?s).*")):
+        assert values(rule, rows) == [0] * 5
+    assert values(LengthRule(max_length=7), rows) == [-1] * 5
+
+
+def test_total_is_weighted_and_values_are_not() -> None:
+    rules = [ThinkFormatRule(weight=0.5), AnswerSetRule(weight=2.0), RepetitionRule(ngram=1, name="rep")]
+    tokens = jnp.asarray([[OPEN, A_LOW, CLOSE, MARK, A, A, STOP]], jnp.int32)
+    total, by_rule = jax.jit(score)(compiled_rules(*rules), tokens, jnp.asarray([1], jnp.int32))
+    assert {name: value.tolist() for name, value in by_rule.items()} == {
+        "think_format": [1.0],
+        "answer_set": [1.0],
+        "rep": [pytest.approx(1 / 6)],
+    }
+    assert total.dtype == jnp.float32
+    assert total.tolist() == [pytest.approx(0.5 + 2.0 - 1 / 6)]
+
+
+def test_repetition_of_responses_shorter_than_an_ngram() -> None:
+    assert values(RepetitionRule(ngram=5), [[A, A, A]]) == [0]
+    assert values(RepetitionRule(ngram=3), [[A, A, A, A, STOP], [A, A, STOP, A, A]]) == [0.5, 0]
+
+
+def test_empty_buffers() -> None:
+    compiled = compiled_rules(PatternRule(pattern="a?"), ThinkFormatRule(), RepetitionRule())
+    _, by_rule = score(compiled, jnp.zeros((2, 0), jnp.int32))
+    assert by_rule["pattern"].tolist() == [1, 1]
+    assert by_rule["think_format"].tolist() == [0, 0]
+
+
+def test_what_a_rule_needs_is_asked_for() -> None:
+    tokens = jnp.asarray([GOOD], jnp.int32)
+    with pytest.raises(UserError, match="gold_mask"):
+        score(compiled_rules(AnswerSetRule()), tokens)
+    assert score(compiled_rules(ThinkFormatRule()), tokens)[0].tolist() == [0]
+
+
+@pytest.mark.parametrize("stops", [[], [9], [-1]])
+def test_stop_tokens_must_be_in_the_vocabulary(stops: list[int]) -> None:
+    with pytest.raises(UserError, match="stop_token_ids"):
+        compile_rules([ThinkFormatRule()], BYTES, stops, cache_dir=None)
+
+
+def test_tables_are_arguments_and_other_tables_need_no_new_trace(tiny: Vocabulary) -> None:
+    compiled = compile_rules(RULES, tiny.token_bytes, tiny.stops, cache_dir=None)
+    leaves, structure = jax.tree.flatten(compiled)
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
+    hash(structure)
+    tokens, gold = jnp.zeros((2, 5), jnp.int32), jnp.zeros(2, jnp.int32)
+    jaxpr = jax.make_jaxpr(score)(compiled, tokens, gold)
+    assert sum(np.size(c) for c in jaxpr.consts) < 100
+    traces = []
+
+    def counted(*arguments: object) -> object:
+        traces.append(1)
+        return score(*arguments)  # type: ignore[arg-type]
+
+    run = jax.jit(counted)
+    again = compile_rules(RULES, tiny.token_bytes, tiny.stops, cache_dir=None)
+    run(compiled, tokens, gold)
+    run(again, tokens, gold)
+    assert len(traces) == 1
