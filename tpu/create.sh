@@ -56,7 +56,7 @@ for ((try = 1; try <= TRIES; try++)); do
     ACTIVE) say "$NAME is ACTIVE already"; exit 0 ;;
     UNKNOWN) fail "cannot ask about $NAME: $(last_error)" ;;
     FAILED | SUSPENDING | SUSPENDED | DELETING)
-      say "$NAME is $state; deleting it to ask anew"
+      say "$NAME is $state; it has to go before a new request"
       remove_queued
       state=NONE ;;
   esac

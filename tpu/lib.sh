@@ -133,11 +133,11 @@ check_gcloud() {
 
 # Arguments as a shell would need them, in single quotes where there is need of any.
 quote() {
-  local word flag out='' safe='^[A-Za-z0-9_./:=@%+,-]+$'
+  local word flag out='' safe='^[A-Za-z0-9_./:=@%+,-]+$' mark="'" escaped="'\\''"
   for word in "$@"; do
     flag=''
     if [[ $word =~ ^--[a-z-]+= ]]; then flag=${BASH_REMATCH[0]} word=${word#*=}; fi
-    [[ $word =~ $safe ]] || word="'${word//\'/\'\\\'\'}'"
+    [[ $word =~ $safe ]] || word="'${word//$mark/$escaped}'"
     out="$out $flag$word"
   done
   printf '%s' "${out# }"
@@ -167,7 +167,7 @@ queued_state() {
   local state
   if state=$(ask "$1" gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format='value(state.state)'); then
     echo "${state:-UNKNOWN}"
-  elif complained_of 'NOT_FOUND|not found'; then echo NONE
+  elif complained_of 'NOT_FOUND|was not found'; then echo NONE
   else echo UNKNOWN; fi
 }
 # node FIELD: a field of the TPU VM itself, empty if there is none.
@@ -187,6 +187,7 @@ require_active() {
 # Deletes the queued resource and its TPU VM, and waits until the name is free.
 remove_queued() {
   local try state
+  say "deleting $NAME"
   for try in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20; do
     state=$(queued_state ACTIVE)
     [ "$state" != NONE ] || return 0
@@ -249,6 +250,6 @@ read_run_state() {
     RUN_STEP=$(printf '%s\n' "$json" | sed -nE 's/.*"step"[[:space:]]*:[[:space:]]*([0-9]+).*/\1/p')
     RUN_REASON=$(printf '%s\n' "$json" | sed -nE 's/.*"reason"[[:space:]]*:[[:space:]]*"(([^"\\]|\\.)*)".*/\1/p')
     : "${RUN_STATUS:=unknown}" "${RUN_STEP:=-1}"
-  elif complained_of 'matched no objects|not found'; then RUN_STATUS=none
+  elif complained_of 'matched no objects'; then RUN_STATUS=none
   else RUN_ERROR=$(last_error); fi
 }

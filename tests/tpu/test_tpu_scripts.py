@@ -53,7 +53,7 @@ class Cloud:
         (self.folder / "settings.env").write_text("".join(f"{k}={v}\n" for k, v in values.items()))
 
     def world(self, **world: object) -> None:
-        (self.folder / "world.json").write_text(json.dumps(world))
+        (self.folder / "world").write_text(repr(world))
 
     def run(self, name: str, *arguments: str, given: str | None = None) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "PATH": self.path, "FAKE_GCLOUD": str(self.folder), "PSYCHE_TPU_POLL_SECONDS": "0"}
