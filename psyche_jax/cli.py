@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import psyche_jax
 from psyche_jax.errors import UsageError, UserError
 
-_CACHE = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "psyche_jax" / "xla"
+_CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -20,16 +21,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except UserError as error:
-        print(f"psyche {parsed.verb}: {error}", file=sys.stderr)
-        return error.exit_code
+        return _failed(parsed.verb, str(error), error.exit_code)
     except KeyboardInterrupt:
-        print(f"psyche {parsed.verb}: interrupted", file=sys.stderr)
-        return 1
+        return _failed(parsed.verb, "interrupted")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"psyche {parsed.verb}: {where}{error.strerror or error}", file=sys.stderr)
-        return 1
+        return _failed(parsed.verb, f"{where}{error.strerror or error}")
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _failed(parsed.verb, f"out of memory; use smaller batches or more devices ({error})")
     return 0
+
+
+def _failed(verb: str, message: str, exit_code: int = 1) -> int:
+    """Say in one line why a command failed."""
+    print(f"psyche {verb}: {' '.join(message.split())}", file=sys.stderr)
+    return exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -175,8 +183,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     for name in ("limit", "max_new_tokens", "batch_size"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    if arguments.temperature < 0:
-        raise UsageError(f"--temperature must not be negative, not {arguments.temperature}")
+    if not 0 <= arguments.temperature < math.inf:
+        raise UsageError(f"--temperature must be 0 or more, not {arguments.temperature}")
+    _check_seed(arguments.seed)
+    if arguments.out is not None:
+        if arguments.out.is_dir():
+            raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     _start_jax()
     from psyche_jax.evaluate.evaluation import evaluate_model, read_bench, save_evaluation
     from psyche_jax.files import write_json
@@ -190,7 +203,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         arguments.bench,
         records.good[: arguments.limit],
         Sampling(arguments.max_new_tokens, arguments.temperature),
-        label=arguments.label or Path(arguments.model).name,
+        label=arguments.label or Path(arguments.model).absolute().name,
         compute_dtype=arguments.compute_dtype,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
@@ -211,17 +224,23 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _demo(arguments: argparse.Namespace) -> None:
+    _check_seed(arguments.seed)
     _start_jax()
     from psyche_jax.demo import run_demo
 
     run_demo(arguments.out, arguments.seed)
 
 
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"--seed must be from 0 to 4294967295, not {seed}")
+
+
 def _start_jax() -> None:
     """Settings that must come before the first computation: the persistent compilation cache."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

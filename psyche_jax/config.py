@@ -5,22 +5,22 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, get_args, get_type_hints
 
 import pydantic
 import yaml
 
 from psyche_jax.errors import UsageError
-from psyche_jax.rewards.config import AnswerSetRule, RuleConfig, ThinkFormatRule
+from psyche_jax.rewards.config import AnswerSetRule, RuleConfig, ThinkFormatRule, check_rules
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Config = TypeVar("Config")
 
 
 class Section:
-    """Base of all config sections: a key that no field has is an error."""
+    """Base of all config sections: a key that no field has is an error, and so are infinity and NaN."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class OptimizerSection(Section):
 
     learning_rate: float = 1e-5
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.1  # below 1: a share of all steps; else: a number of steps
+    warmup: float = 0.1  # below 1: a share of all steps; else: a number of steps (of the run, not updates)
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
@@ -68,6 +68,10 @@ class OptimizerSection(Section):
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
         _require(self.warmup >= 0, "warmup", self.warmup, "must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be from 0 to below 1")
+        _require(self.epsilon > 0, "epsilon", self.epsilon, "must be positive")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be positive")
 
 
@@ -100,6 +104,9 @@ class RunSection(Section):
 
     dir: str
     seed: int = 42
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295")
 
 
 @dataclass(frozen=True)
@@ -190,6 +197,7 @@ class GrpoConfig(Section):
         _require(self.clip_high > 0, "clip_high", self.clip_high, "must be positive")
         _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "must not be negative")
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
+        check_rules(self.rewards)
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
         minibatch = self.minibatch_prompts or self.prompts_per_step
         _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", minibatch)
@@ -213,6 +221,8 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> 
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise UsageError(f"{origin}: {_describe(kind, error.errors()[0])}") from None
+    except UsageError as error:
+        raise UsageError(f"{origin}: {error}") from None
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
@@ -235,7 +245,7 @@ def parse_yaml_mapping(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: the config cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
         raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a config must be a mapping of keys to values")
@@ -249,7 +259,9 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = values.pop("extends", None)
     if parent is None:
         return values
-    return _merged(_read_yaml(path.parent / str(parent), (*seen, path.resolve())), values)
+    if not isinstance(parent, str):
+        raise UsageError(f"{path}: `extends` must be the path of another config, not {parent!r}")
+    return _merged(_read_yaml(path.parent / parent, (*seen, path.resolve())), values)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -264,28 +276,32 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UsageError(f"--set {override}: must have the form key=value, for example run.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        raise UsageError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = key.split(".")
     node: Any = values
     try:
-        value = yaml.safe_load(text)
         for parent in parents:
             node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
         node[int(last) if isinstance(node, list) else last] = value
     except (TypeError, ValueError, IndexError, AttributeError):
         raise UsageError(f"--set {override}: there is no {key!r} to set") from None
-    except yaml.YAMLError:
-        raise UsageError(f"--set {override}: the value is not valid YAML") from None
 
 
 def _describe(kind: type, error: Any) -> str:
-    location = tuple(str(part) for part in error["loc"])
-    name = ".".join(location)
+    location = error["loc"]
+    # Behind the index of a rule pydantic names the rule's kind, which stands in no config as a key.
+    pairs = zip((None, *location), location, strict=False)
+    parts = [str(part) for before, part in pairs if not isinstance(before, int)]
+    name = ".".join(parts)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        valid = sorted(_keys(kind))
-        siblings = [key for key in valid if key.rpartition(".")[0] == name.rpartition(".")[0]]
-        nearest = difflib.get_close_matches(name, siblings, 1, 0.5) or difflib.get_close_matches(name, valid, 1, 0.3)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else f"; valid keys here: {', '.join(siblings)}"
-        return f"unknown key {name!r}{hint}"
+        siblings = _field_names(_section_at(kind, location[:-1]))
+        nearest = [".".join([*parts[:-1], key]) for key in difflib.get_close_matches(parts[-1], siblings, 1)]
+        elsewhere = [key for key in _keys(kind) if key.rpartition(".")[2] == parts[-1]]
+        hints = [f"did you mean {key!r}?" for key in nearest or elsewhere]
+        return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {name!r} is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -293,13 +309,30 @@ def _describe(kind: type, error: Any) -> str:
     return f"{where}{message}" if error["type"] == "value_error" else f"{where}{message}, not {error['input']!r}"
 
 
-def _keys(kind: type, prefix: str = "") -> list[str]:
+def _section_at(kind: Any, location: Sequence[str | int]) -> Any:
+    """The dataclass to which `location`, as pydantic gives it, leads from `kind`."""
+    for part in location:
+        if isinstance(part, int):
+            kind = get_args(kind)[0]
+        elif dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind)[part]
+        else:
+            kind = next(rule for rule in get_args(kind) if get_args(get_type_hints(rule)["rule"]) == (part,))
+    return kind
+
+
+def _keys(kind: Any, prefix: str = "") -> list[str]:
     keys = []
-    for name, hint in get_type_hints(kind).items():
+    hints = get_type_hints(kind)
+    for name in _field_names(kind):
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            keys += _keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(hints[name]):
+            keys += _keys(hints[name], f"{prefix}{name}.")
     return keys
+
+
+def _field_names(kind: Any) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(kind)]
 
 
 def _require(condition: bool, name: str, value: Any, message: str) -> None:

@@ -1,5 +1,6 @@
 """Models between Hugging Face folders and checkpoints: `psyche import` and `psyche export`."""
 
+import shutil
 import subprocess
 from importlib.resources import files
 from pathlib import Path
@@ -7,13 +8,15 @@ from typing import Any
 
 import jax.numpy as jnp
 import jinja2
+from safetensors import SafetensorError
 
 import psyche_jax
 from psyche_jax.config import Dtype, PromptSection, config_to_dict, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.files import new_folder, read_json, write_json, write_text
 from psyche_jax.model.huggingface import copy_tokenizer, write_weights
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.model.qwen2 import Parameters
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
 
 
@@ -26,8 +29,7 @@ def import_model(source: Path, checkpoint: Path, dtype: Dtype) -> StoredModel:
     stored = open_model(str(source))
     if not (source / "config.json").is_file():
         raise UserError(f"{source}: is a checkpoint already; `psyche import` takes a Hugging Face folder")
-    parameters = stored.read_parameters(Sharding(make_mesh(), TRAIN_RULES), jnp.dtype(dtype))
-    save_imported(checkpoint, stored, parameters)
+    save_imported(checkpoint, stored, _read_parameters(stored, dtype))
     return stored
 
 
@@ -42,13 +44,21 @@ def export_model(source: str, folder: Path, dtype: Dtype) -> StoredModel:
     """
     stored = open_model(source)
     with new_folder(folder) as partial:
-        parameters = stored.read_parameters(Sharding(make_mesh(), TRAIN_RULES), jnp.dtype(dtype))
-        write_weights(partial, stored.config, parameters)
+        try:
+            write_weights(partial, stored.config, _read_parameters(stored, dtype))
+        except SafetensorError as error:
+            raise UserError(f"{folder}: the weights cannot be written ({error})") from None
         copy_tokenizer(stored.tokenizer_folder, partial)
         if stored.prompt is not None:
             write_json(partial / PROMPT_FILE, config_to_dict(stored.prompt))
         write_text(partial / "README.md", model_card(stored, folder.name))
     return stored
+
+
+def _read_parameters(stored: StoredModel, dtype: Dtype) -> Parameters:
+    sharding = Sharding(make_mesh(), TRAIN_RULES)
+    check_mesh_fits(sharding.mesh, stored.config)
+    return stored.read_parameters(sharding, jnp.dtype(dtype))
 
 
 def model_card(stored: StoredModel, name: str) -> str:
@@ -80,10 +90,9 @@ def _stages(weights: Path) -> list[dict[str, Any]]:
 
 def _commit() -> str:
     """The commit of the code, or its version when it does not run from a checkout."""
-    result = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() or f"version {psyche_jax.__version__}"
+    checkout = Path(__file__).parents[1]
+    commit = ""
+    if (checkout / ".git").exists() and shutil.which("git"):
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=12"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return commit or f"version {psyche_jax.__version__}"

@@ -45,9 +45,8 @@ class Run:
     def continue_from(self, step: int) -> None:
         """Drop the metrics and samples of steps after `step`: they are done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            lines = read_lines(self.folder / name)
-            kept = [line for line in lines if line["step"] <= step]
-            if len(kept) < len(lines):
+            if (self.folder / name).is_file():  # always written anew: its last line may be cut short
+                kept = [line for line in read_lines(self.folder / name) if line["step"] <= step]
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
                 write_text(self.folder / name, text)
 
@@ -125,12 +124,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file; none if it is absent. A last line cut short by a crash is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    *lines, rest = path.read_bytes().split(b"\n")  # not `splitlines`: U+2028 may stand within a string
+    lines += [rest] if rest else []
     objects = []
     for number, line in enumerate(lines, start=1):
         try:
             objects.append(json.loads(line))
-        except json.JSONDecodeError:
+        except ValueError:
             if number < len(lines):
                 raise UserError(f"{path}:{number}: is not JSON; the file was changed by hand") from None
     return objects

@@ -8,11 +8,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before jax starts, hence here. A test that needs one device takes `jax.devices()[:1]`.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+
+# A busy machine is no failure.
+hypothesis.settings.register_profile("psyche", deadline=None)
+hypothesis.settings.load_profile("psyche")
 
 
 @pytest.fixture(scope="session")

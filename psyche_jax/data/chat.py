@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 import numpy as np
 
 from psyche_jax.config import PromptSection
@@ -72,7 +73,10 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
 def _template(tokenizer: Any, messages: list[dict[str, str]], opening: bool) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; put Qwen2.5's chat_template.jinja into its folder")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+    except (jinja2.TemplateError, ValueError) as error:
+        raise UserError(f"the tokenizer's chat template is broken: {error}; use Qwen2.5's") from None
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

@@ -54,7 +54,7 @@ class Question(BaseRecord):
         if not self.stem.strip():
             raise ValueError("the stem is empty")
         letters = "".join(self.options)
-        if len(letters) < 2 or letters != string.ascii_uppercase[: len(letters)]:
+        if len(letters) < 2 or list(self.options) != list(string.ascii_uppercase[: len(self.options)]):
             raise ValueError(f"options must be lettered A, B, … without a gap, not {', '.join(self.options)}")
         if empty := [letter for letter, text in self.options.items() if not text.strip()]:
             raise ValueError(f"option {empty[0]} is empty")
@@ -122,7 +122,7 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
       UserError: the file is missing, empty, or holds no good record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not `splitlines`: U+2028 may stand within a string
     except OSError as error:
         raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
@@ -135,13 +135,14 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
             continue
         try:
             good.append(adapter.validate_python(json.loads(line)))
-        except json.JSONDecodeError as error:
-            set_aside.append(f"{path}:{number}: not JSON ({error.msg})")
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
-            set_aside.append(f"{path}:{number}: {name + ': ' if name else ''}{message}")
+            fault = f"{name + ': ' if name else ''}{message}"
+            set_aside.append(f"{path}:{number}: {' '.join(fault.split())}")
+        except (ValueError, RecursionError) as error:  # besides what is no JSON: numbers too long, nesting too deep
+            set_aside.append(f"{path}:{number}: not JSON ({error})")
     if not good:
         first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
         raise UserError(f"{path}: holds no usable record of {kind.__name__}{first_fault}")

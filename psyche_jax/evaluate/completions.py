@@ -36,9 +36,10 @@ def complete(
     """One completion for each prompt, in their order.
 
     Prompts are sorted by length, so that batches waste little and few shapes are compiled. `advance(n)` is told
-    of each n prompts done. The rows of a batch are a multiple of what the mesh's batch axes need.
+    of each n prompts done. `batch_size` is rounded up to a multiple of what the mesh's batch axes need.
     """
-    rows = min(batch_size, -(-len(prompts) // _batch_places(execution)) * _batch_places(execution))
+    places = _batch_places(execution)
+    rows = -(-min(batch_size, len(prompts)) // places) * places
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     program: Callable[..., Rollout] = jax.jit(
         partial(generate, config, sampling=sampling, execution=execution), donate_argnums=()

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from psyche_jax.config import Dtype, MeshSection, PromptSection
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, Question, Records, question_text, read_records
+from psyche_jax.errors import UserError
 from psyche_jax.evaluate.choice import score_item, summarize
 from psyche_jax.evaluate.completions import complete
 from psyche_jax.files import write_json
@@ -72,10 +73,16 @@ def evaluate_model(
     mesh = mesh or MeshSection()
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
     check_mesh_fits(sharding.mesh, stored.config)
-    parameters = stored.read_parameters(sharding, jnp.dtype(compute_dtype))
     tokenizer = load_tokenizer(stored.tokenizer_folder)
     prompt = prompt or stored.prompt or PromptSection()
     prompts = [prompt_tokens(tokenizer, [Message("user", question_text(q))], prompt) for q in questions]
+    longest, places = max(map(len, prompts)), stored.config.max_position_embeddings
+    if longest + sampling.max_new_tokens > places:
+        raise UserError(
+            f"{bench}: a question of {longest} tokens and an answer of {sampling.max_new_tokens} do not fit the "
+            f"{places} positions of {model_path}; allow fewer new tokens, or take the question out"
+        )
+    parameters = stored.read_parameters(sharding, jnp.dtype(compute_dtype))
     with tqdm(total=len(prompts), desc=f"eval {label}", unit="question", disable=not sys.stderr.isatty()) as bar:
         completions = complete(
             stored.config,
@@ -104,6 +111,7 @@ def save_evaluation(run: Path, evaluation: dict[str, Any]) -> Path:
     """Write an evaluation into a run's folder, where `report` finds it."""
     folder = run / "evaluations"
     folder.mkdir(exist_ok=True)
-    path = folder / f"{Path(evaluation['bench']).stem}-{evaluation['label']}.json"
+    name = f"{Path(evaluation['bench']).stem}-{evaluation['label']}.json"
+    path = folder / name.replace("/", "-")
     write_json(path, evaluation)
     return path

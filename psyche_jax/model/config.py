@@ -30,7 +30,15 @@ class ModelConfig:
     stop_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"):
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "head_dim",
+        )
+        for field in sizes:
             if getattr(self, field) < 1:
                 raise UserError(f"model config: {field} is {getattr(self, field)}; it must be at least 1")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
@@ -62,18 +70,26 @@ def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any
     """
     if config.get("model_type") != "qwen2":
         raise UserError(f"config.json: model_type is {config.get('model_type')!r}; only 'qwen2' is supported")
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type") or scaling.get("rope_type") or scaling.get("type") or "default"
-    if rope_type != "default":
-        raise UserError(f"config.json: RoPE scaling {rope_type!r} is not supported; remove it to use plain RoPE")
+    rope: Mapping[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = config.get(key) or {}
+        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+            raise UserError(
+                f"config.json: {key} is not one set of values for all layers, which is all that is supported"
+            )
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        if rope_type != "default":
+            raise UserError(f"config.json: RoPE scaling {rope_type!r} is not supported; remove it to use plain RoPE")
     if config.get("use_sliding_window"):
         raise UserError("config.json: use_sliding_window is on; only full attention is supported")
+    if other := sorted({str(kind) for kind in config.get("layer_types") or ()} - {"full_attention"}):
+        raise UserError(f"config.json: layer_types has {', '.join(other)}; only full attention is supported")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Qwen2 uses 'silu'")
     try:
         heads = int(config["num_attention_heads"])
         stop = (generation or {}).get("eos_token_id", config.get("eos_token_id"))
+        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
         return ModelConfig(
             vocab_size=int(config["vocab_size"]),
             hidden_size=int(config["hidden_size"]),
@@ -81,14 +97,14 @@ def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any
             num_hidden_layers=int(config["num_hidden_layers"]),
             num_attention_heads=heads,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+            head_dim=int(config.get("head_dim") or config["hidden_size"] // max(heads, 1)),
             rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
             rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             max_position_embeddings=int(config.get("max_position_embeddings", 32768)),
             bos_token_id=config.get("bos_token_id"),
             pad_token_id=(generation or {}).get("pad_token_id", config.get("pad_token_id")),
-            stop_token_ids=tuple(stop) if isinstance(stop, list) else () if stop is None else (int(stop),),
+            stop_token_ids=tuple(int(token) for token in stops),
         )
     except KeyError as error:
         raise UserError(f"config.json: the key {error.args[0]!r} is missing") from None
@@ -107,8 +123,8 @@ def read_hf_config(folder: Path) -> ModelConfig:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: not a Hugging Face model folder, it has no config.json")
     generation_file = folder / "generation_config.json"
-    generation = _read_json(generation_file) if generation_file.is_file() else None
     try:
+        generation = _read_json(generation_file) if generation_file.is_file() else None
         return model_config_from_hf(_read_json(folder / "config.json"), generation)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None

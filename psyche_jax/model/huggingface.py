@@ -46,6 +46,7 @@ _TOP_NAMES = {
     "final_norm/scale": "model.norm.weight",
     "head": "lm_head.weight",
 }
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _SHARD_BYTES = 4 * 2**30
 
 
@@ -63,7 +64,10 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
         if index.is_file():
-            weight_map = read_json(index).get("weight_map", {})
+            content = read_json(index)
+            weight_map = content.get("weight_map") if isinstance(content, dict) else None
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError(f"{index}: has no weight_map, which says in which file each tensor is")
             files = {name: folder / str(file) for name, file in weight_map.items()}
             if absent := sorted({path.name for path in files.values() if not path.is_file()}):
                 raise UserError(f"{index}: names files that are absent: {', '.join(absent)}")
@@ -84,10 +88,10 @@ class WeightFiles:
         self.folder = folder
 
     def check(self, config: ModelConfig) -> None:
-        """Compare names and shapes with what `config` needs.
+        """Compare names, shapes and dtypes with what `config` needs.
 
         Raises:
-          UserError: naming every missing, extra and mis-shaped tensor.
+          UserError: naming the missing, extra, mis-shaped and quantized tensors.
         """
         expected = dict(_expected_shapes(config))
         # A tied model may carry its head a second time; old exports carry a buffer of RoPE frequencies.
@@ -102,6 +106,9 @@ class WeightFiles:
         shapes = {name: tuple(self._slices[name].get_shape()) for name in found & set(expected)}
         if wrong := sorted(f"{n} {shapes[n]}, not {expected[n]}" for n in shapes if shapes[n] != expected[n]):
             faults.append(f"mis-shaped {_listed(wrong)}")
+        dtypes = {name: self._slices[name].get_dtype() for name in shapes}
+        if quantized := sorted(f"{n} {dtypes[n]}" for n in dtypes if dtypes[n] not in _FLOATS):
+            faults.append(f"not in floating point {_listed(quantized)}")
         if faults:
             raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(faults)}")
 

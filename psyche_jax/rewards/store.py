@@ -14,11 +14,11 @@ import os
 import sys
 import tempfile
 import unicodedata
-import zipfile
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from psyche_jax.rewards.rules import TextRule, compile_text_rule
 
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "psyche_jax"
 _BUILDERS = ("automaton.py", "config.py", "reference.py", "regex.py", "rules.py", "store.py")
+_FIELDS = [field.name for field in dataclasses.fields(TokenAutomaton)]
 _NOT_IN_TABLES = {"name", "weight", "credit", "require_stop"}
 
 
@@ -65,15 +66,15 @@ def _key(rule: TextRule, token_bytes: Sequence[bytes | None]) -> str:
 def _load(path: Path, tokens: int) -> TokenAutomaton | None:
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        table = TokenAutomaton(effect=arrays.pop("effect", None), **arrays)
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile):
+            arrays: dict[str, Any] = {name: file[name] if name in file.files else None for name in _FIELDS}
+        table = TokenAutomaton(**arrays)
+        states, classes = table.next.shape
+        whole = table.class_of.shape == (tokens,) and table.accept.shape == (states,)
+        whole &= table.effect is None or table.effect.shape == (states, classes)
+        whole &= bool((table.next >= 0).all() and (table.next < states).all())
+        whole &= bool((table.class_of >= 0).all() and (table.class_of < classes).all())
+    except Exception:  # whatever a damaged file makes numpy and zipfile raise
         return None
-    states, classes = table.next.shape
-    whole = len(table.class_of) == tokens and len(table.accept) == states
-    whole &= table.effect is None or table.effect.shape == (states, classes)
-    whole &= bool((table.next >= 0).all() and (table.next < states).all())
-    whole &= bool((table.class_of >= 0).all() and (table.class_of < classes).all())
     return table if whole else None
 
 
@@ -83,8 +84,8 @@ def _save(path: Path, table: TokenAutomaton) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=".reward-", suffix=".npz")
     try:
         with os.fdopen(handle, "wb") as file:
-            arrays = {field.name: getattr(table, field.name) for field in dataclasses.fields(table)}
-            np.savez(file, **{k: v for k, v in arrays.items() if v is not None})
+            arrays = {field: getattr(table, field) for field in _FIELDS if getattr(table, field) is not None}
+            np.savez(file, **arrays)
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -75,13 +75,23 @@ class Checkpoints:
         self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The latest state, placed as `abstract` (of ShapeDtypeStructs with shardings) says."""
+        """The latest state, placed as `abstract` (of ShapeDtypeStructs with shardings) says.
+
+        Raises:
+          UserError: it is broken.
+        """
         step = self._manager.latest_step()
         items = {
             "parameters": ocp.args.StandardRestore(abstract.parameters),
             "optimizer": ocp.args.StandardRestore(abstract.optimizer_state),
         }
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(
+                f"{self._folder / str(step)}: the checkpoint is broken: {str(error).splitlines()[0]}; "
+                "remove this folder to go on from the one before it"
+            ) from None
         place = abstract.step.sharding
         return TrainState(jax.device_put(jnp.int32(step), place), restored["parameters"], restored["optimizer"])
 

@@ -31,7 +31,7 @@ from psyche_jax.train.gradients import accumulate_gradients, join_rows, split_ro
 from psyche_jax.train.loop import Program, run_training
 from psyche_jax.train.objectives import clipped_policy_loss, group_advantages, token_weights, zero_std_groups
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
-from psyche_jax.train.state import TrainState, initial_state, make_schedule
+from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
 
 class Experience(NamedTuple):
@@ -67,17 +67,22 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Iteration:
-    """One GRPO iteration, for a given model and config; `Iteration(...).compiled()` is the jitted program."""
+    """One GRPO iteration, for a given model and config; `Iteration(...).program()` is the jitted program."""
 
     config: GrpoConfig
     model: ModelConfig
     execution: Execution
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    shardings: TrainState
 
-    def compiled(self) -> Any:
-        """`(state, reference, rules, prompts, key) -> (state, outputs)`, jitted; the old state is donated."""
-        return jax.jit(self.__call__, donate_argnums=0)
+    def program(self) -> Any:
+        """`(state, reference, rules, prompts, key) -> (state, outputs)`, jitted.
+
+        The old state's memory is given to the new one; metrics and samples lie whole on every device.
+        """
+        everywhere = self.execution.sharding.named()
+        return jax.jit(self.__call__, donate_argnums=0, out_shardings=(self.shardings, everywhere))
 
     def __call__(
         self,
@@ -169,12 +174,14 @@ class Iteration:
         return join_rows(jax.lax.map(lambda part: self._scores(parameters, part).log_probs, parts))
 
     def _scores(self, parameters: Parameters, experience: Experience) -> TokenScores:
-        """Log-probs and entropies of the responses' tokens, [responses, max_new_tokens]."""
+        """Log-probs (0 off the mask) and entropies of the responses' tokens, [responses, max_new_tokens]."""
         model = bind(self.model, parameters)
         hidden = model(experience.tokens, experience.segments, experience.positions, self.execution)
         length = experience.mask.shape[1]
         responses = experience.tokens[:, -length:]
-        return token_scores(model, hidden[:, -length - 1 : -1], responses, self.execution, self.config.temperature)
+        scores = token_scores(model, hidden[:, -length - 1 : -1], responses, self.execution, self.config.temperature)
+        # What stands after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
+        return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
     def _update(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
         """One optimizer update on a minibatch, its gradient summed over micro-batches."""
@@ -282,10 +289,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
     )
     prompts, faults = _tokenized(setup.tokenizer, config)
     total_steps = math.ceil(config.epochs * len(prompts) / config.prompts_per_step)
-    updates = total_steps * config.prompts_per_step // minibatch
-    optimizer, abstract, shardings = abstract_state(setup, config.optimizer, updates)
-    schedule = make_schedule(config.optimizer, updates)
-    iteration = Iteration(config, model, execution, optimizer, schedule).compiled()
+    schedule = make_schedule(config.optimizer, total_steps, config.prompts_per_step // minibatch)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    abstract, shardings = abstract_state(setup, optimizer)
+    iteration = Iteration(config, model, execution, optimizer, schedule, shardings).program()
     reference = setup.read_parameters() if config.kl_coefficient else None
     key = jax.random.key(config.run.seed)
     collate = partial(_collate, largest=config.data.max_prompt_length)

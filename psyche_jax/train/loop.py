@@ -64,17 +64,23 @@ def run_training(
       PreemptedError: SIGTERM or SIGINT came; what was done is saved.
       UserError: the loss is not finite.
     """
-    with contextlib.closing(Checkpoints(run.checkpoints, section.keep)) as checkpoints, _stop_signals() as stopped:
-        first = checkpoints.latest
-        if first is None:
-            first, state = 0, initial()
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep)))
+        stopped = stack.enter_context(_stop_signals())
+        first = checkpoints.latest or 0
+        run.continue_from(first)
+        if first >= program.total_steps:
+            _say(f"{program.name}: all {first} steps are done already")
+            run.write_state("done", first)
+            return
+        if first == 0:
+            state = initial()
         else:
             state = checkpoints.restore(abstract_like(abstract, jax.tree.map(lambda x: x.sharding, abstract)))
             _say(f"{program.name}: going on after step {first}")
-        run.continue_from(first)
         progress = Progress(program, first)
         started = time.perf_counter()
-        profile = _Profile(run.folder / "profile", first + 2, profile_steps)
+        profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
         index = first
         for index, batch in enumerate(program.batches(first), start=first + 1):
             profile.before(index)
@@ -136,15 +142,23 @@ class Progress:
 class _Profile:
     def __init__(self, folder: Path, first: int, steps: int) -> None:
         self._folder, self._first, self._last, self._steps = folder, first, first + steps - 1, steps
+        self._tracing = False
 
     def before(self, step: int) -> None:
         if self._steps and step == self._first:
             jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
 
     def after(self, step: int) -> None:
-        if self._steps and step == self._last:
+        if step == self._last:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace, also where the run ended before all its steps were traced."""
+        if self._tracing:
+            self._tracing = False
             jax.profiler.stop_trace()
-            _say(f"profile of steps {self._first} to {self._last}: {self._folder}")
+            _say(f"profile: {self._folder}")
 
 
 @contextlib.contextmanager

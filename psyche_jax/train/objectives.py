@@ -46,9 +46,9 @@ def token_weights(mask: jax.Array, aggregation: Aggregation, micro_batches: int 
       micro_batches: into how many equal parts (consecutive rows) the batch will be split.
 
     Returns:
-      float32 [responses, length].
+      float32 [responses, length]; float64 with x64 on.
     """
-    weights = mask.astype(jnp.float32)
+    weights = mask.astype(jnp.result_type(float))
     responses, length = mask.shape
     if aggregation == "grpo":
         return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0) / responses

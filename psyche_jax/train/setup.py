@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from psyche_jax.config import MeshSection, ModelSection, OptimizerSection
+from psyche_jax.config import MeshSection, ModelSection
 from psyche_jax.errors import UsageError
 from psyche_jax.files import new_folder
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
@@ -18,7 +18,7 @@ from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
 from psyche_jax.train.checkpoints import StoredModel, abstract_like, open_model
-from psyche_jax.train.state import TrainState, make_optimizer, state_shardings
+from psyche_jax.train.state import TrainState, state_shardings
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,13 @@ def check_rows(rows: int, name: str, sharding: Sharding) -> None:
         raise UsageError(f"{name}: {rows} rows cannot be spread over data × fsdp = {places} devices; use a multiple")
 
 
-def abstract_state(
-    setup: Setup, section: OptimizerSection, updates: int
-) -> tuple[optax.GradientTransformation, TrainState, TrainState]:
-    """The optimizer, the state's shapes with their shardings, and the shardings alone."""
-    optimizer = make_optimizer(section, updates)
+def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
+    """The state's shapes with their shardings, and the shardings alone."""
     abstract_parameters = build(setup.model.config, setup.dtype)[1]
     shardings = state_shardings(optimizer, abstract_parameters, setup.execution.sharding)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), plain, jax.eval_shape(optimizer.init, plain))
-    return optimizer, abstract_like(shapes, shardings), shardings
+    return abstract_like(shapes, shardings), shardings
 
 
 def keep_tokenizer(run: Run, setup: Setup) -> None:

@@ -23,7 +23,7 @@ from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Program, run_training
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
-from psyche_jax.train.state import TrainState, initial_state, make_schedule
+from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
 
 def next_token_loss(
@@ -48,12 +48,13 @@ def make_sft_step(
     execution: Execution,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
+    shardings: TrainState,
     micro_batches: int,
 ) -> Any:
     """The jitted `(state, batch) -> (state, metrics)`; the old state's memory is given to the new one."""
     loss = partial(next_token_loss, config, execution)
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, execution.sharding.named()))
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         value, _, gradients = accumulate_gradients(
             loss, state.parameters, _weighted(batch), micro_batches, execution.sharding
@@ -87,12 +88,15 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         evaluation, more = _tokenized(setup.tokenizer, config.data.evaluation, config.prompt, config.data.max_length)
         faults += more
     total_steps = math.ceil(config.epochs * len(train) / config.batch_size)
-    optimizer, abstract, shardings = abstract_state(setup, config.optimizer, total_steps)
+    schedule = make_schedule(config.optimizer, total_steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    abstract, shardings = abstract_state(setup, optimizer)
     step = make_sft_step(
         setup.model.config,
         execution,
         optimizer,
-        make_schedule(config.optimizer, total_steps),
+        schedule,
+        shardings,
         config.batch_size // micro_batch,
     )
     collate = partial(pad_examples, largest=config.data.max_length)
@@ -114,7 +118,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             weights = batch["loss_mask"].astype("float32")
             total += float(evaluate(state.parameters, jax.device_put({**batch, "weights": weights}, place)))
-            tokens += weights[:, 1:].sum()
+            tokens += float(weights[:, 1:].sum())
         return {"evaluation_loss": total / tokens}
 
     with open_run(Path(config.run.dir), "sft", config_to_dict(config), config.logging) as run:

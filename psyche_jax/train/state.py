@@ -29,24 +29,23 @@ class TrainState:
 jax.tree_util.register_dataclass(TrainState, ["step", "parameters", "optimizer_state"], [])
 
 
-def make_schedule(section: OptimizerSection, updates: int) -> optax.Schedule:
-    """Learning rate by update: linear warm-up from 0, then cosine to 0 or constant."""
-    warmup = round(section.warmup * updates) if section.warmup < 1 else round(section.warmup)
+def make_schedule(section: OptimizerSection, steps: int, updates_per_step: int = 1) -> optax.Schedule:
+    """Learning rate by update of the optimizer: linear warm-up from 0, then cosine to 0, or constant."""
+    total = steps * updates_per_step
+    warmup = round(section.warmup * (total if section.warmup < 1 else updates_per_step))
     if section.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, max(updates, warmup + 1))
-    return (
-        optax.linear_schedule(0.0, section.learning_rate, warmup)
-        if warmup
-        else optax.constant_schedule(section.learning_rate)
-    )
+        return optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, max(total, warmup + 1))
+    if warmup == 0:
+        return optax.constant_schedule(section.learning_rate)
+    return optax.linear_schedule(0.0, section.learning_rate, warmup)
 
 
-def make_optimizer(section: OptimizerSection, updates: int) -> optax.GradientTransformation:
+def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm. Weight decay spares vectors (norms and biases)."""
     return optax.chain(
         optax.clip_by_global_norm(section.max_grad_norm),
         optax.adamw(
-            make_schedule(section, updates),
+            schedule,
             b1=section.beta1,
             b2=section.beta2,
             eps=section.epsilon,

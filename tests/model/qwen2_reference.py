@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
+import pytest
 import transformers
 
 from psyche_jax.model.config import ModelConfig, read_hf_config
@@ -16,7 +16,14 @@ from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
+# Only the reference needs it; who imports this module is skipped without it.
+torch = pytest.importorskip("torch")
+
 transformers.utils.logging.disable_progress_bar()
+# Models this small gain nothing from more, and threads that wait for a busy core lose much.
+torch.set_num_threads(1)
+# Nearly all the time of these tests is compilation; this takes more than a third off it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Shape(NamedTuple):
@@ -138,36 +145,24 @@ def padded(rows: list[np.ndarray], length: int, side: str, fill: np.ndarray) -> 
     return Batch(tokens, segments, positions)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _logits(config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution) -> jax.Array:
+@functools.partial(jit, static_argnums=(0, 3, 4))
+def _run(
+    config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution, temperature: float
+) -> tuple[jax.Array, TokenScores]:
     model = bind(config, parameters)
-    return model.logits(model(batch.tokens, batch.segments, batch.positions, execution))
+    hidden = model(batch.tokens, batch.segments, batch.positions, execution)
+    targets = jnp.roll(batch.tokens, -1, axis=1)
+    return model.logits(hidden), token_scores(model, hidden, targets, execution, temperature, chunk_tokens=64)
 
 
 def logits(port: Port, batch: Batch) -> np.ndarray:
     """All logits of the port."""
-    return np.asarray(_logits(port.config, port.parameters, batch, port.execution))
+    return np.asarray(_run(*port[:2], batch, port.execution, 1.0)[0])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
-def _scores(
-    config: ModelConfig,
-    parameters: Parameters,
-    batch: Batch,
-    execution: Execution,
-    temperature: float,
-    chunk_tokens: int,
-) -> TokenScores:
-    model = bind(config, parameters)
-    hidden = model(batch.tokens, batch.segments, batch.positions, execution)
-    targets = jnp.roll(batch.tokens, -1, axis=1)
-    return token_scores(model, hidden, targets, execution, temperature, chunk_tokens)
-
-
-def scores(port: Port, batch: Batch, temperature: float = 1.0, chunk_tokens: int = 64) -> np.ndarray:
+def scores(port: Port, batch: Batch, temperature: float = 1.0) -> np.ndarray:
     """Log-probability of the token after each position, as the trainer computes it; the last column means nothing."""
-    result = _scores(port.config, port.parameters, batch, port.execution, temperature, chunk_tokens)
-    return np.asarray(result.log_probs)
+    return np.array(_run(*port[:2], batch, port.execution, temperature)[1].log_probs)
 
 
 def worst(one: np.ndarray, other: np.ndarray) -> float:

@@ -2,13 +2,9 @@
 
 import numpy as np
 import pytest
+from qwen2_reference import SMALL, Batch, apart, logits, padded, read, reference, scores, worst
 
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from qwen2_reference import SMALL, Batch, apart, logits, padded, read, reference, scores, worst  # noqa: E402
-
-LENGTHS = (5, 1, 17, 12, 23, 2)
+LENGTHS = (5, 1, 17, 12, 5)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +60,7 @@ def packed(rows, length):
 @pytest.mark.parametrize("spare", [0, 9])
 def test_packing(spare, port, rows, alone, figure):
     batch = packed(rows, sum(LENGTHS) + spare)
-    assert batch.segments.max() == len(rows) == 6
+    assert batch.segments.max() == len(rows)
     all_logits, all_scores = logits(port, batch)[0], scores(port, batch)[0]
     for segment, (own_logits, own_scores) in enumerate(alone, start=1):
         real = batch.segments[0] == segment

@@ -6,26 +6,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
-from qwen2_reference import (  # noqa: E402
+import transformers
+from qwen2_reference import (
     SHAPES,
     SMALL,
     apart,
+    jit,
     logits,
     one_device,
     read,
     reference,
     reference_logits,
+    torch,
     worst,
 )
 
-from psyche_jax.model.config import ModelConfig, read_hf_config  # noqa: E402
-from psyche_jax.model.huggingface import tensor_names  # noqa: E402
-from psyche_jax.model.log_probs import token_scores  # noqa: E402
-from psyche_jax.model.qwen2 import bind, rotary_tables  # noqa: E402
+from psyche_jax.model.config import ModelConfig, read_hf_config
+from psyche_jax.model.huggingface import tensor_names
+from psyche_jax.model.log_probs import token_scores
+from psyche_jax.model.qwen2 import bind, rotary_tables
 
 
 def draw(vocabulary: int, *shape: int) -> np.ndarray:
@@ -101,7 +100,7 @@ def test_gradients(tied, tmp_path, figure):
         targets = jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
         return -token_scores(bound, hidden, targets, port.execution, chunk_tokens=10).log_probs[:, :-1].mean()
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(port.parameters)
+    value, gradients = jit(jax.value_and_grad(loss))(port.parameters)
     tokens = torch.tensor(batch.tokens, dtype=torch.long)
     model.model.embed_tokens.padding_idx = None  # torch gives the embedding of that id no gradient
     expected = model(tokens, labels=tokens).loss
@@ -124,7 +123,8 @@ def test_bfloat16_activations(tmp_path, figure):
     port = read(tmp_path, one_device("bfloat16"))
     tokens = draw(SMALL.vocabulary, 2, 17)
     exact = reference_logits(model, tokens)
-    theirs = worst(reference_logits(model.bfloat16(), tokens), exact)
+    rounded = transformers.Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    theirs = worst(reference_logits(rounded, tokens), exact)
     ours = worst(logits(port, apart(tokens)), exact)
     assert ours > 0
     figure("bfloat16 rounding of logits, to that of transformers", ours / theirs, 2.0)

@@ -94,7 +94,7 @@ SPACES = ["", "", "", "", " ", "\n", "\n\n", "\u3000", "\t"]
 LETTERS = ["A", "B", "C", "D", "F", "Ｂ", "Ｄ", "c", "AC", "BD", "Z"]
 SEPARATORS = ["", "", "、", "，", ",", " ", "和", "、 ", ";", "\u3000"]
 CLOSERS = ["", "", "", "。", ".", "）", "**", "。\n", "\n因为", " ", "。因为", "或", "!)"]
-MARKERS = [*["答案："] * 5, "答案:", "答案： ", "答案：\n", "Answer:", "答案", "答答", "A：A", "、答"]
+MARKERS = [*["答案："] * 5, "", "答案:", "答案： ", "答案：\n", "Answer:", "答案", "答答", "A：A", "、答"]
 BYTES = [0x00, 0x41, 0x7F, 0x80, 0xA0, 0xBF, 0xC0, 0xC2, 0xE0, 0xE7, 0xED, 0xEF, 0xF0, 0xF4, 0xF5, 0xFF]
 
 
@@ -173,7 +173,7 @@ def random_text(rng: random.Random) -> str:
     thought = "".join(rng.choices(FRAGMENTS, k=rng.randint(0, 3)))
     answer = "".join(pick(LETTERS) + pick(SEPARATORS) for _ in range(rng.randint(0, 4)))
     parts = [
-        *(pick(SPACES), "<think>", thought, pick(["", "嗯", "答案：A"]), "</think>", pick(SPACES)),
+        *(pick(SPACES), "<think>", thought, pick(["", "嗯", "答案：A", "答案：A\n"]), "</think>", pick(SPACES)),
         *(pick(["", "", "分析", *FRAGMENTS]), pick(MARKERS), answer, pick(CLOSERS)),
     ]
     for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):  # a part lost, doubled or added

@@ -22,8 +22,8 @@ from psyche_jax.rewards import (
 )
 
 # 0 is a stop token, 1 another; 2 has no bytes.
-BYTES = [b"<|im_end|>", b"<|endoftext|>", None, b"<think>", b"a", b"</think>", "答案：".encode(), b"A", b"B"]
-STOP, STOP2, NONE, OPEN, A_LOW, CLOSE, MARK, A, B = range(9)
+BYTES = [b"<|im_end|>", b"<|endoftext|>", None, b"<think>", b"a", b"</think>", "答案：".encode(), b"A", b"B", b"\n"]
+STOP, STOP2, NONE, OPEN, A_LOW, CLOSE, MARK, A, B, LINE = range(10)
 GOOD = [OPEN, A_LOW, CLOSE, MARK, A, B]
 
 
@@ -67,10 +67,16 @@ def test_lengths_end_a_response_too() -> None:
 
 
 def test_ids_without_bytes_fail_rules_on_text() -> None:
-    rows = [[*GOOD, odd, STOP] for odd in (NONE, -1, 9, 2**31 - 1, -(2**31))]
+    rows = [[*GOOD, odd, STOP] for odd in (NONE, -1, 10, 2**31 - 1, -(2**31))]
     for rule in (ThinkFormatRule(), AnswerSetRule(), PatternRule(pattern="(?s).*")):
         assert values(rule, rows) == [0] * 5
     assert values(LengthRule(max_length=7), rows) == [-1] * 5
+
+
+def test_an_answer_in_the_thought_is_none() -> None:
+    rows = [[OPEN, MARK, A, LINE, CLOSE, A_LOW, STOP], [OPEN, MARK, B, LINE, CLOSE, MARK, A, STOP], [MARK, A, LINE, B]]
+    assert values(AnswerSetRule(), rows, gold=0b1) == [0, 1, 1]
+    assert values(AnswerSetRule(answer_after=None), rows, gold=0b1) == [1, 1, 1]
 
 
 def test_total_is_weighted_and_values_are_not() -> None:
@@ -105,7 +111,7 @@ def test_what_a_rule_needs_is_asked_for() -> None:
     assert score(compiled_rules(ThinkFormatRule()), tokens)[0].tolist() == [0]
 
 
-@pytest.mark.parametrize("stops", [[], [9], [-1]])
+@pytest.mark.parametrize("stops", [[], [10], [-1]])
 def test_stop_tokens_must_be_in_the_vocabulary(stops: list[int]) -> None:
     with pytest.raises(UserError, match="stop_token_ids"):
         compile_rules([ThinkFormatRule()], BYTES, stops, cache_dir=None)

@@ -1,0 +1,336 @@
+"""The whole recipe on a CPU with a tiny random model: what `make demo` runs.
+
+The model has a few million random parameters and learns from the sample data that comes with the package. It shows
+that every stage works and that GRPO raises the reward on the prompts it trains on; it is no psychologist.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psyche_jax.config import (
+    CheckpointSection,
+    GrpoConfig,
+    GrpoDataSection,
+    LoggingSection,
+    ModelSection,
+    OptimizerSection,
+    PromptSection,
+    RunSection,
+    SftConfig,
+    SftDataSection,
+)
+from psyche_jax.convert import export_model, import_model
+from psyche_jax.data.records import (
+    Dialogue,
+    Question,
+    SftExample,
+    question_text,
+    question_to_rl,
+    question_to_sft,
+    read_records,
+    write_records,
+)
+from psyche_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from psyche_jax.errors import UserError
+from psyche_jax.evaluate.evaluation import evaluate_model, save_evaluation
+from psyche_jax.evaluate.report import write_report
+from psyche_jax.files import new_folder, read_json, write_json
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.decoding import Sampling
+from psyche_jax.model.huggingface import load_tokenizer, write_weights
+from psyche_jax.model.qwen2 import Execution, bind, initialize
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
+from psyche_jax.runs import read_lines
+from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.grpo import train_grpo
+from psyche_jax.train.sft import train_sft
+
+VOCAB_SIZE = 4096
+MAX_NEW_TOKENS = 48
+PROMPT = PromptSection(system="你是心理学专家。", instruction="先在<think></think>中推理，再作答。\n")
+LAST_STEPS = 10  # over which the reward at the end is averaged
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Where the demo puts its parts."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """Sample records, split for the stages."""
+        return self.root / "data"
+
+    @property
+    def base(self) -> Path:
+        """The random model, as a Hugging Face folder."""
+        return self.root / "base"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The random model, imported."""
+        return self.root / "checkpoint"
+
+    @property
+    def sft(self) -> Path:
+        """The SFT run."""
+        return self.root / "sft"
+
+    @property
+    def grpo(self) -> Path:
+        """The GRPO run."""
+        return self.root / "grpo"
+
+    @property
+    def export(self) -> Path:
+        """The trained model, as a Hugging Face folder."""
+        return self.root / "model"
+
+
+def run_demo(out: Path, seed: int) -> None:
+    """Run all stages into `out`; a demo that was interrupted goes on where it was.
+
+    Raises:
+      UserError: `out` holds something else, or a demo with another seed.
+    """
+    marker = out / "demo.json"
+    if marker.is_file():
+        if (old := read_json(marker)).get("seed") != seed:
+            raise UserError(f"{out}: holds a demo with seed {old.get('seed')}; choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty and holds no demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {"seed": seed})
+    paths = Paths(out)
+    clock = _Clock(out / "seconds.json")
+    with clock.stage("data and random model", skip=paths.checkpoint.is_dir()) as due:
+        if due:
+            make_data(paths.data, seed)
+            make_model(paths, seed)
+            import_model(paths.base, paths.checkpoint, "float32")
+    with clock.stage("sft", skip=_done(paths.sft)) as due:
+        if due:
+            train_sft(sft_config(paths, seed))
+    with clock.stage("grpo", skip=_done(paths.grpo)) as due:
+        if due:
+            train_grpo(grpo_config(paths, seed))
+    with clock.stage("evaluation", skip=False):
+        scores = evaluate_stages(paths)
+    with clock.stage("export", skip=paths.export.is_dir()) as due:
+        if due:
+            export_model(str(paths.grpo), paths.export, "float32")
+    with clock.stage("report", skip=False):
+        difference, compared_with = logit_difference(paths)
+        summary = summarize(paths, scores, difference, compared_with)
+        write_report([paths.sft, paths.grpo], out / "report.html")
+    write_json(out / "summary.json", {**summary, "seconds": {**clock.seconds, "total": sum(clock.seconds.values())}})
+    _print_summary(out, summary)
+
+
+def make_data(folder: Path, seed: int) -> None:
+    """Split the sample questions: most with rationales, and some dialogues, for SFT, 16 to GRPO, 24 held out."""
+    samples = Path(str(files("psyche_jax.data") / "samples"))
+    questions = read_records(Question, samples / "questions.jsonl").good
+    dialogues = read_records(Dialogue, samples / "dialogues.jsonl").good
+    order = np.random.default_rng(seed).permutation(len(questions))
+    shuffled = [questions[index] for index in order]
+    held_out, rl, sft = shuffled[:24], shuffled[24:40], shuffled[40:]
+    with new_folder(folder) as partial:
+        write_records(partial / "heldout.jsonl", held_out)
+        write_records(partial / "rl.jsonl", [question_to_rl(question) for question in rl])
+        examples = [question_to_sft(_with_short_rationale(question)) for question in sft]
+        examples += [SftExample(dialogue.turns, dialogue.source, dialogue.meta) for dialogue in dialogues[:16]]
+        write_records(partial / "sft.jsonl", examples[:-8])
+        write_records(partial / "sft_evaluation.jsonl", examples[-8:])
+
+
+def make_model(paths: Paths, seed: int) -> None:
+    """A random Qwen2 of a few million parameters, with a tokenizer trained on the sample data."""
+    with new_folder(paths.base) as partial:
+        train_tokenizer(_texts(paths.data), VOCAB_SIZE, partial)
+        tokenizer = load_tokenizer(partial)
+        end_of_text, _, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
+        config = ModelConfig(
+            vocab_size=VOCAB_SIZE,
+            hidden_size=256,
+            intermediate_size=640,
+            num_hidden_layers=3,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=32,
+            tie_word_embeddings=True,
+            max_position_embeddings=1024,
+            bos_token_id=end_of_text,
+            pad_token_id=end_of_text,
+            stop_token_ids=(end_of_turn, end_of_text),
+        )
+        sharding = Sharding(make_mesh(), TRAIN_RULES)
+        write_weights(partial, config, initialize(config, jax.random.key(seed), sharding, jnp.float32))
+
+
+def sft_config(paths: Paths, seed: int) -> SftConfig:
+    """SFT of the random model: the response format, and what can be learned of the answers."""
+    return SftConfig(
+        run=RunSection(str(paths.sft), seed),
+        model=ModelSection(str(paths.checkpoint)),
+        data=SftDataSection(str(paths.data / "sft.jsonl"), str(paths.data / "sft_evaluation.jsonl"), 384),
+        epochs=24,
+        batch_size=16,
+        evaluate_every_steps=50,
+        prompt=PROMPT,
+        optimizer=OptimizerSection(learning_rate=3e-3),
+        checkpoints=CheckpointSection(every_steps=100),
+    )
+
+
+def grpo_config(paths: Paths, seed: int) -> GrpoConfig:
+    """GRPO from the SFT result, on prompts that SFT has not seen."""
+    return GrpoConfig(
+        run=RunSection(str(paths.grpo), seed),
+        model=ModelSection(str(paths.sft)),
+        data=GrpoDataSection(str(paths.data / "rl.jsonl"), 256),
+        epochs=30,
+        prompts_per_step=16,
+        generations_per_prompt=8,
+        micro_batch_prompts=4,
+        max_new_tokens=MAX_NEW_TOKENS,
+        rewards=(ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0)),
+        kl_coefficient=0.001,
+        prompt=PROMPT,
+        optimizer=OptimizerSection(learning_rate=1e-3, schedule="constant", warmup=3),
+        checkpoints=CheckpointSection(every_steps=20),
+        logging=LoggingSection(samples_every_steps=20),
+    )
+
+
+def evaluate_stages(paths: Paths) -> dict[str, dict[str, float]]:
+    """Strict and elastic accuracy on the held-out questions before SFT, after it and after GRPO."""
+    bench = paths.data / "heldout.jsonl"
+    questions = read_records(Question, bench).good
+    scores = {}
+    for label, model, run in (
+        ("base", paths.checkpoint, paths.sft),
+        ("sft", paths.sft, paths.sft),
+        ("grpo", paths.grpo, paths.grpo),
+    ):
+        file = run / "evaluations" / f"heldout-{label}.json"
+        if not file.is_file():
+            sampling = Sampling(MAX_NEW_TOKENS, temperature=0.0)
+            evaluation = evaluate_model(str(model), str(bench), questions, sampling, label=label, prompt=PROMPT)
+            save_evaluation(run, evaluation)
+        scores[label] = {name: read_json(file)["scores"][name] for name in ("strict", "elastic", "chance")}
+    return scores
+
+
+def logit_difference(paths: Paths) -> tuple[float, str]:
+    """Largest difference of logits between the trained checkpoint here and the exported folder elsewhere.
+
+    Elsewhere is plain transformers if torch is installed, else this package reading the export back.
+    """
+    sharding = Sharding(make_mesh(), TRAIN_RULES)
+    execution = Execution(sharding, jnp.dtype("float32"))
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (4, 64)).astype(np.int32)
+
+    def logits(path: Path) -> np.ndarray:
+        stored = open_model(str(path))
+        model = bind(stored.config, stored.read_parameters(sharding, jnp.dtype("float32")))
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        return np.asarray(model.logits(model(jnp.asarray(tokens), jnp.ones_like(positions), positions, execution)))
+
+    if find_spec("torch") is None:
+        return float(np.abs(logits(paths.grpo) - logits(paths.export)).max()), "psyche_jax"
+    import torch
+    from transformers import Qwen2ForCausalLM
+
+    exported = Qwen2ForCausalLM.from_pretrained(paths.export, dtype=torch.float32)
+    with torch.no_grad():
+        expected = exported(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    return float(np.abs(logits(paths.grpo) - expected).max()), "transformers"
+
+
+def summarize(paths: Paths, scores: dict[str, Any], difference: float, compared_with: str) -> dict[str, Any]:
+    """What `summary.json` holds, but for the seconds."""
+    sft, grpo = read_lines(paths.sft / "metrics.jsonl"), read_lines(paths.grpo / "metrics.jsonl")
+    rewards = [line["reward"] for line in grpo]
+    return {
+        "sft": {"loss_first": sft[0]["loss"], "loss_last": sft[-1]["loss"], "steps": len(sft)},
+        "grpo": {
+            "reward_first": rewards[0],
+            "reward_last": math.fsum(rewards[-LAST_STEPS:]) / len(rewards[-LAST_STEPS:]),
+            "logp_difference_max": max(line["sampling/logp_difference/max"] for line in grpo),
+            "steps": len(grpo),
+        },
+        "eval": scores,
+        "export": {
+            "path": str(paths.export),
+            "max_logit_difference": difference,
+            "compared_with": compared_with,
+        },
+    }
+
+
+def _with_short_rationale(question: Question) -> Question:
+    """Only the first sentence of the rationale, to keep the demo short."""
+    from dataclasses import replace
+
+    first, _, _ = (question.rationale or "").partition("。")
+    return replace(question, rationale=first + "。")
+
+
+def _texts(folder: Path) -> Iterator[str]:
+    for record in read_records(SftExample, folder / "sft.jsonl").good:
+        yield PROMPT.system
+        for message in record.messages:
+            yield PROMPT.instruction + message.content if message.role == "user" else message.content
+    for question in read_records(Question, folder / "heldout.jsonl").good:
+        yield question_text(question)
+
+
+def _done(run: Path) -> bool:
+    return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
+
+
+class _Clock:
+    """Seconds of each stage, kept over interruptions."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.seconds: dict[str, float] = read_json(path) if path.is_file() else {}
+
+    @contextmanager
+    def stage(self, name: str, skip: bool) -> Iterator[bool]:
+        """Time the block; yields whether there is anything to do."""
+        print(f"demo: {name}{': already done' if skip else ''}", flush=True)
+        started = time.perf_counter()
+        try:
+            yield not skip
+        finally:
+            if not skip:
+                self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 2)
+                write_json(self._path, self.seconds)
+
+
+def _print_summary(out: Path, summary: dict[str, Any]) -> None:
+    sft, grpo = summary["sft"], summary["grpo"]
+    print(f"SFT loss {sft['loss_first']:.2f} to {sft['loss_last']:.2f} in {sft['steps']} steps")
+    print(
+        f"GRPO reward {grpo['reward_first']:.2f} to {grpo['reward_last']:.2f} in {grpo['steps']} steps, "
+        "on the prompts it trains on"
+    )
+    for label, scores in summary["eval"].items():
+        print(f"held-out, {label}: strict {scores['strict']:.2f}, chance {scores['chance']:.2f}")
+    print(f"trained model: {summary['export']['path']}")
+    print(f"report: {out / 'report.html'}")

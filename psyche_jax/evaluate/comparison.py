@@ -1,0 +1,250 @@
+"""Evaluations of several models on one benchmark, put side by side: scores, and what changed question by question."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psyche_jax.errors import UserError
+from psyche_jax.files import read_json
+
+SHOWN_ITEMS = 6
+SHOWN_MODELS = 4
+_OPTIONAL = ("elastic", "chance", "chance_elastic", "unanswered")
+_KINDS = {"all": "All questions", "single": "One right answer", "multi": "Several right answers"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One file of `evaluations/`."""
+
+    run: str
+    label: str
+    bench: str
+    model: str
+    step: int
+    scores: dict[str, Any]
+    items: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, run: str) -> "Evaluation":
+        """Read the file of an evaluation.
+
+        Raises:
+          UserError: it holds something else.
+        """
+        content = read_json(path)
+        try:
+            scores = content["scores"]
+            for part in (scores, *scores.get("by_kind", {}).values()):
+                values = [part["strict"], part["count"], *(part.get(name) or 0 for name in _OPTIONAL)]
+                if not all(isinstance(value, int | float) for value in values):
+                    raise ValueError("a score is not a number")
+            items = {str(item["id"]): {**item, "strict": int(item["strict"])} for item in content.get("items", [])}
+            return cls(
+                run,
+                str(content["label"]),
+                str(content["bench"]),
+                str(content.get("model", "")),
+                int(content.get("step") or 0),
+                scores,
+                items,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}: is not an evaluation ({what}); write it again with `psyche eval`") from None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's scores on the questions of one kind, from 0 to 1."""
+
+    name: str
+    step: int
+    strict: float
+    low: float  # of the 95 % Wilson interval of `strict`
+    high: float
+    change: float | None  # of `strict` against the first row, if both answered as many questions
+    chance: float | None
+    elastic: float | None
+    chance_elastic: float | None
+    unanswered: int | None
+    count: int
+
+
+@dataclass(frozen=True)
+class ScoreGroup:
+    """The rows of one kind of question."""
+
+    name: str
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """How the outcomes of the same questions changed from one model to another."""
+
+    before: str
+    after: str
+    gained: int
+    lost: int
+    stayed_right: int
+    stayed_wrong: int
+
+    @property
+    def p_value(self) -> float:
+        """Of the exact sign test: how likely so uneven a change is if gaining and losing are equally likely."""
+        changed = self.gained + self.lost
+        tail = sum(math.comb(changed, k) for k in range(min(self.gained, self.lost) + 1)) / 2**changed
+        return min(1.0, 2 * tail)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One question and what each model made of it (None: it was not asked)."""
+
+    id: str
+    kind: str
+    question: str
+    gold: str
+    outcome: str
+    answers: list[dict[str, Any] | None]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """All evaluations on one benchmark, in the order in which the models were made."""
+
+    name: str
+    evaluations: list[Evaluation]
+    names: list[str]
+    groups: list[ScoreGroup]
+    transitions: list[Transition]
+    shown_names: list[str]
+    comparisons: list[Comparison]
+
+    @property
+    def overall(self) -> list[Row]:
+        """Scores on all questions."""
+        return self.groups[0].rows
+
+
+def read_benches(evaluations: Sequence[Evaluation]) -> list[Bench]:
+    """Put evaluations (in order) together by benchmark; one that two runs hold alike counts once."""
+    unique: list[Evaluation] = []
+    for evaluation in evaluations:
+        if not any(_same(evaluation, other) for other in unique):
+            unique.append(evaluation)
+    return [
+        _bench(name, [evaluation for evaluation in unique if evaluation.bench == name])
+        for name in dict.fromkeys(evaluation.bench for evaluation in unique)
+    ]
+
+
+def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a share seen in `count` independent questions."""
+    if not count:
+        return 0.0, 1.0
+    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
+    labels = [evaluation.label for evaluation in evaluations]
+    names = [
+        evaluation.label if labels.count(evaluation.label) == 1 else f"{evaluation.label} ({evaluation.run})"
+        for evaluation in evaluations
+    ]
+    if len(set(names)) < len(names):
+        names = [f"{name}, step {one.step}" for name, one in zip(names, evaluations, strict=True)]
+    kinds = list(dict.fromkeys(kind for one in evaluations for kind in one.scores.get("by_kind", {})))
+    if len(kinds) == 1:
+        kinds = []  # all questions are of this kind
+    groups = [ScoreGroup(_KINDS["all"], _rows(evaluations, names, [one.scores for one in evaluations]))]
+    for kind in kinds:
+        parts = [one.scores.get("by_kind", {}).get(kind) for one in evaluations]
+        groups.append(ScoreGroup(_KINDS.get(kind, kind), _rows(evaluations, names, parts)))
+
+    answered = [index for index, evaluation in enumerate(evaluations) if evaluation.items]
+    shown = answered if len(answered) <= SHOWN_MODELS else [answered[0], *answered[-(SHOWN_MODELS - 1) :]]
+    transitions = [
+        _transition(names[shown[0]], names[index], evaluations[shown[0]], evaluations[index]) for index in shown[1:]
+    ]
+    comparisons = _comparisons([evaluations[index] for index in shown]) if shown else []
+    return Bench(name, evaluations, names, groups, transitions, [names[index] for index in shown], comparisons)
+
+
+def _rows(
+    evaluations: Sequence[Evaluation], names: Sequence[str], scores: Sequence[Mapping[str, Any] | None]
+) -> list[Row]:
+    rows: list[Row] = []
+    for evaluation, name, part in zip(evaluations, names, scores, strict=True):
+        if part is None:
+            continue
+        strict, count = float(part["strict"]), int(part["count"])
+        comparable = bool(rows) and rows[0].count == count
+        rows.append(
+            Row(
+                name,
+                evaluation.step,
+                strict,
+                *wilson(strict, count),
+                strict - rows[0].strict if comparable else None,
+                part.get("chance"),
+                part.get("elastic"),
+                part.get("chance_elastic"),
+                part.get("unanswered"),
+                count,
+            )
+        )
+    return rows
+
+
+def _transition(before_name: str, after_name: str, before: Evaluation, after: Evaluation) -> Transition:
+    pairs = [(item["strict"], after.items[id_]["strict"]) for id_, item in before.items.items() if id_ in after.items]
+    counts = [pairs.count(pair) for pair in ((0, 1), (1, 0), (1, 1), (0, 0))]
+    return Transition(before_name, after_name, *counts)
+
+
+def _comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
+    """A few questions that first and last share: what was gained, lost and neither, in turns."""
+    first, last = evaluations[0], evaluations[-1]
+    outcomes: dict[str, list[str]] = {"became right": [], "became wrong": [], "changed in part": [], "unchanged": []}
+    for id_, before in first.items.items():
+        if (after := last.items.get(id_)) is None:
+            continue
+        elastic_changed = before.get("elastic", before["strict"]) != after.get("elastic", after["strict"])
+        outcome = (
+            "became right"
+            if after["strict"] > before["strict"]
+            else "became wrong"
+            if after["strict"] < before["strict"]
+            else "changed in part"
+            if elastic_changed
+            else "unchanged"
+        )
+        outcomes[outcome].append(id_)
+    chosen: list[tuple[str, str]] = []
+    queues = {outcome: list(ids) for outcome, ids in outcomes.items()}
+    changed = [outcome for outcome in queues if outcome != "unchanged"]
+    while len(chosen) < SHOWN_ITEMS and any(queues[outcome] for outcome in changed):
+        chosen += [(outcome, queues[outcome].pop(0)) for outcome in changed if queues[outcome]]
+    chosen += [("unchanged", id_) for id_ in queues["unchanged"]]
+    return [
+        Comparison(
+            id_,
+            str(first.items[id_].get("kind", "")),
+            str(first.items[id_].get("question", "")),
+            str(first.items[id_].get("gold", "")),
+            outcome if len(evaluations) > 1 else "",
+            [evaluation.items.get(id_) for evaluation in evaluations],
+        )
+        for outcome, id_ in chosen[:SHOWN_ITEMS]
+    ]
+
+
+def _same(one: Evaluation, other: Evaluation) -> bool:
+    same_model = (one.label, one.bench, one.model, one.step) == (other.label, other.bench, other.model, other.step)
+    return same_model and one.scores == other.scores

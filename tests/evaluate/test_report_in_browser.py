@@ -1,0 +1,109 @@
+"""The report in a real browser: on a phone and on a desk, by day and by night, without a network."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from made_up_runs import make_chain, make_run
+
+from psyche_jax.evaluate.report import write_report
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is absent: pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine: apt install chromium")
+LONG = "一" * 300 + "x" * 500 + " <script>document.title = 'owned'</script>"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """One Chromium for all tests here."""
+    with playwright.sync_playwright() as driver:
+        chromium = driver.chromium.launch(
+            executable_path=CHROMIUM, args=["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        )
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture(scope="module")
+def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A report on a chain with a second GRPO run, with words too long for any screen."""
+    folder = tmp_path_factory.mktemp("report")
+    runs = make_chain(folder, completion=f"<think>{LONG}</think>{LONG}")
+    runs.append(make_run(folder / ("a-run-with-a-name-" * 6), "grpo", 20, "preempted", learning_rate=3e-6))
+    write_report(runs, folder / "report.html", "Report")
+    return folder / "report.html"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_fits_and_is_quiet(browser: Any, page_file: Path, width: int, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(page_file.as_uri())
+    page.evaluate("document.querySelectorAll('details').forEach(details => { details.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = """[...document.querySelectorAll('body *')].filter(element => !element.closest('.scroll, .skip, svg')
+        && element.getBoundingClientRect().right > innerWidth + 1).map(element => element.outerHTML.slice(0, 200))"""
+    assert page.evaluate(cut) == []
+    ids = page.evaluate("[...document.querySelectorAll('[id]')].map(element => element.id)")
+    assert len(ids) == len(set(ids))
+    assert page.title() == "Report"
+    assert said == [] and [url for url in asked if not url.startswith("data:")] == [page_file.as_uri()]
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_and_curves_stand_out_from_the_page(browser: Any, page_file: Path, scheme: str) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
+    page.goto(page_file.as_uri())
+    contrast = """(names) => {
+        const root = getComputedStyle(document.documentElement)
+        const light = name => {
+            const hex = root.getPropertyValue(name).trim().slice(1)
+            const parts = [0, 2, 4].map(at => parseInt(hex.slice(at, at + 2), 16) / 255)
+                .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+            return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+        }
+        const pairs = names.flatMap(name => ['--paper', '--raised', '--tint'].map(under => {
+            const [low, high] = [light(name), light(under)].sort((a, b) => a - b)
+            return (high + 0.05) / (low + 0.05)
+        }))
+        return Math.min(...pairs)
+    }"""
+    texts = ["--ink", "--quiet", "--accent", "--right", "--wrong", "--part", "--chart-text"]
+    assert page.evaluate(contrast, texts) >= 4.5  # WCAG 2.2, AA
+    assert page.evaluate(contrast, [f"--series-{number}" for number in range(1, 7)]) >= 3
+    curve = "getComputedStyle(document.querySelector('.chart path[style*=series-1]')).stroke"
+    assert page.evaluate(curve) == {"light": "rgb(15, 111, 128)", "dark": "rgb(87, 184, 198)"}[scheme]
+    page.close()
+
+
+def test_every_curve_speaks_and_tables_can_be_scrolled_by_keyboard(browser: Any, page_file: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 800})
+    page.goto(page_file.as_uri())
+    labels = page.eval_on_selector_all("[role=img]", "all => all.map(one => one.getAttribute('aria-label'))")
+    assert len(labels) > 10 and all("→" in label for label in labels)
+    region = page.get_by_role("region", name="Scores on samples").first
+    assert region.evaluate("element => element.scrollWidth > element.clientWidth && element.tabIndex === 0")
+    reasoning = page.locator("details.thought").first
+    assert not reasoning.locator(".text").is_visible()
+    reasoning.locator("summary").press("Enter")
+    assert reasoning.locator(".text").is_visible()
+    page.close()
+
+
+def test_it_prints_dark_on_white(browser: Any, page_file: Path) -> None:
+    page = browser.new_page(color_scheme="dark")
+    page.goto(page_file.as_uri())
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.body).color") == "rgb(31, 36, 40)"
+    assert page.pdf(format="A4").startswith(b"%PDF")
+    page.close()

@@ -1,0 +1,237 @@
+"""Every broken model folder gives one line that names what is wrong with it."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from qwen2_reference import SMALL, one_device, reference
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from psyche_jax.errors import UserError
+from psyche_jax.model.config import read_hf_config
+from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer, read_parameters
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    reference(SMALL, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sharded")
+    reference(SMALL, folder, max_shard_size="20KB")
+    return folder
+
+
+def failure(folder, *expected):
+    """Reads the folder, which must fail with one line that has all of `expected` in it."""
+    with pytest.raises(UserError) as caught:
+        config = read_hf_config(folder)
+        read_parameters(folder, config, one_device().sharding, jnp.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 600
+    for part in (folder.name, *expected):
+        assert part in message
+    return message
+
+
+def edit(folder, file="config.json", **values):
+    content = json.loads((folder / file).read_text())
+    for name, value in values.items():
+        if value is KeyError:
+            del content[name]
+        else:
+            content[name] = value
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.fixture
+def model(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "model")
+
+
+@pytest.fixture
+def shards(sharded, tmp_path):
+    return shutil.copytree(sharded, tmp_path / "model")
+
+
+def test_the_folders_before_they_are_broken(whole, sharded):
+    for folder in (whole, sharded):
+        read_parameters(folder, read_hf_config(folder), one_device().sharding, jnp.float32)
+
+
+def test_no_folder(tmp_path):
+    failure(tmp_path / "absent", "no such model folder")
+    (tmp_path / "file").write_text("x")
+    failure(tmp_path / "file", "no such model folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "no config.json"),
+        ("", "config.json cannot be read"),
+        ('{"model_type": ', "config.json cannot be read"),
+        ("\n\n[1,\n2", "config.json cannot be read"),
+        (b"\xff\xfe\x00", "config.json cannot be read"),
+        ("[]", "config.json does not hold a JSON object"),
+        ("{}", "model_type is None"),
+    ],
+)
+def test_unreadable_config(text, expected, model):
+    path = model / "config.json"
+    path.unlink()
+    if text is not None:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    failure(model, expected)
+
+
+def test_unreadable_generation_config(model):
+    (model / "generation_config.json").write_text("{")
+    failure(model, "generation_config.json cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"model_type": "llama"}, ["model_type is 'llama'", "qwen2"]),
+        ({"model_type": "qwen3"}, ["model_type is 'qwen3'", "qwen2"]),
+        ({"use_sliding_window": True}, ["use_sliding_window"]),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["sliding_attention"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, ["RoPE scaling", "yarn"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["RoPE scaling", "linear"]),
+        ({"rope_scaling": {"rope_type": "llama3"}}, ["RoPE scaling", "llama3"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, ["rope_parameters"]),
+        ({"rope_parameters": "default"}, ["rope_parameters"]),
+        ({"rope_parameters": {"rope_theta": "large"}}, ["wrong type", "large"]),
+        ({"num_attention_heads": 7}, ["num_attention_heads 7", "num_key_value_heads 3"]),
+        ({"num_attention_heads": 0}, ["num_attention_heads"]),
+        ({"num_attention_heads": 0, "head_dim": KeyError}, ["num_attention_heads"]),
+        ({"num_key_value_heads": -3}, ["num_key_value_heads -3"]),
+        ({"head_dim": 7}, ["head_dim 7 is odd"]),
+        ({"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
+        ({"hidden_size": KeyError}, ["'hidden_size' is missing"]),
+        ({"vocab_size": None}, ["wrong type"]),
+        ({"vocab_size": "many"}, ["wrong type", "many"]),
+        ({"intermediate_size": [1]}, ["wrong type"]),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
+)
+def test_config_that_is_not_supported(values, expected, model):
+    edit(model, **values)
+    failure(model, *expected)
+
+
+@pytest.mark.parametrize("stop", ["<|im_end|>", ["<|im_end|>"], {"id": 1}, [[1, 2]]])
+def test_stop_ids_that_are_no_numbers(stop, model):
+    edit(model, "generation_config.json", eos_token_id=stop)
+    failure(model, "wrong type")
+
+
+def test_no_weights(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    failure(model, "no model.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 5, 300, -1, -1000])
+def test_weights_cut_short(kept, model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    failure(model, "model.safetensors: is broken or cut short")
+
+
+def test_weights_that_are_something_else(model):
+    (model / "model.safetensors").write_bytes(b"\x80\x02}q\x00." * 999)
+    failure(model, "model.safetensors: is broken or cut short")
+
+
+def test_one_shard_cut_short(shards):
+    path = sorted(shards.glob("*.safetensors"))[1]
+    path.write_bytes(path.read_bytes()[:-8])
+    failure(shards, f"{path.name}: is broken or cut short")
+
+
+def test_index_names_absent_files(shards):
+    absent = sorted(shards.glob("*.safetensors"))[1:3]
+    for path in absent:
+        path.unlink()
+    failure(shards, "model.safetensors.index.json: names files that are absent", *(path.name for path in absent))
+
+
+def test_index_names_tensors_that_are_nowhere(shards):
+    weight_map = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
+    weight_map["model.layers.9.mlp.extra"] = next(iter(weight_map.values()))
+    edit(shards, "model.safetensors.index.json", weight_map=weight_map)
+    failure(shards, "index.json: names tensors that are in no file: model.layers.9.mlp.extra")
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"lm_head.weight": 3}}']
+)
+def test_broken_index(text, shards):
+    (shards / "model.safetensors.index.json").write_text(text)
+    failure(shards, "model.safetensors.index.json")
+
+
+def rewrite(folder, change):
+    path = folder / "model.safetensors"
+    with safe_open(path, framework="np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(arrays)
+    save_file(arrays, path)
+
+
+def test_tensors_that_do_not_fit(model):
+    def change(arrays):
+        del arrays["model.layers.1.self_attn.q_proj.bias"]
+        arrays["model.layers.0.self_attn.q_norm.weight"] = np.ones(8, np.float32)
+        arrays["model.norm.weight"] = np.ones(41, np.float32)
+        arrays["lm_head.weight"] = arrays["lm_head.weight"].T.copy()
+
+    rewrite(model, change)
+    failure(
+        model,
+        "missing model.layers.1.self_attn.q_proj.bias",
+        "extra model.layers.0.self_attn.q_norm.weight",
+        "mis-shaped lm_head.weight (40, 101), not (101, 40), model.norm.weight (41,), not (40,)",
+    )
+
+
+def test_more_layers_than_config_says(model):
+    edit(model, num_hidden_layers=2)
+    failure(model, "extra model.layers.2.input_layernorm.weight", "and 4 more")
+
+
+def test_a_head_where_the_config_ties_it(model):
+    edit(model, tie_word_embeddings=False)
+    rewrite(model, lambda arrays: arrays.pop("lm_head.weight"))
+    failure(model, "missing lm_head.weight")
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int32", "bool"])
+def test_quantized_weights(dtype, model):
+    name = "model.layers.2.mlp.up_proj.weight"
+    rewrite(model, lambda arrays: arrays.update({name: np.zeros(arrays[name].shape, dtype)}))
+    failure(model, name)
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "{}", '{"model": {"type": "BPE"}}'])
+def test_tokenizer(text, model, tmp_path):
+    if text is not None:
+        (model / "tokenizer.json").write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(model)
+    assert "\n" not in str(caught.value)
+    assert str(model) in str(caught.value)
+    if text is None:
+        assert "has no tokenizer.json" in str(caught.value)
+        with pytest.raises(UserError, match=r"has no tokenizer\.json; save it once with a fast tokenizer"):
+            copy_tokenizer(model, tmp_path)

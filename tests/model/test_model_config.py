@@ -1,0 +1,120 @@
+"""`ModelConfig` to Hugging Face's config and back."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche_jax.errors import UserError
+from psyche_jax.model.config import (
+    ModelConfig,
+    hf_config,
+    hf_generation_config,
+    model_config_from_dict,
+    model_config_from_hf,
+)
+from psyche_jax.model.huggingface import _expected_shapes
+
+sizes = st.integers(1, 10**6)
+ids = st.integers(0, 10**6)
+
+
+@st.composite
+def configs(draw):
+    kv_heads = draw(st.integers(1, 64))
+    return ModelConfig(
+        vocab_size=draw(sizes),
+        hidden_size=draw(sizes),
+        intermediate_size=draw(sizes),
+        num_hidden_layers=draw(sizes),
+        num_attention_heads=kv_heads * draw(st.integers(1, 64)),
+        num_key_value_heads=kv_heads,
+        head_dim=2 * draw(st.integers(1, 512)),
+        rms_norm_eps=draw(st.floats(1e-12, 1e-2)),
+        rope_theta=draw(st.floats(1, 1e9)),
+        tie_word_embeddings=draw(st.booleans()),
+        max_position_embeddings=draw(sizes),
+        bos_token_id=draw(st.none() | ids),
+        pad_token_id=draw(st.none() | ids),
+        stop_token_ids=tuple(draw(st.lists(ids, max_size=4))),
+    )
+
+
+def through_json(value):
+    return json.loads(json.dumps(value))
+
+
+@given(configs(), st.sampled_from(["float32", "bfloat16"]), st.booleans())
+def test_hugging_face_round_trip(config, dtype, nested):
+    values = through_json(hf_config(config, dtype))
+    if nested:  # as transformers 5 writes it
+        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+    assert model_config_from_hf(values, through_json(hf_generation_config(config))) == config
+    # Without a generation config only the first stop id is known.
+    alone = dataclasses.replace(config, stop_token_ids=config.stop_token_ids[:1])
+    assert model_config_from_hf(values) == alone
+
+
+@given(configs())
+def test_round_trip_of_the_package_itself(config):
+    assert model_config_from_dict(through_json(dataclasses.asdict(config))) == config
+
+
+@settings(max_examples=20)
+@given(configs(), st.integers(1, 4))
+def test_num_parameters(config, layers):
+    config = dataclasses.replace(config, num_hidden_layers=layers)
+    assert config.num_parameters == sum(math.prod(shape) for _, shape in _expected_shapes(config))
+
+
+def test_transformers_reads_the_same():
+    from transformers import Qwen2Config
+
+    config = ModelConfig(61, 24, 40, 3, 6, 3, 8, 1e-5, 5e5, True, 777, 1, 2, (3, 4))
+    theirs = Qwen2Config.from_dict(hf_config(config, "bfloat16"))
+    for field in dataclasses.fields(ModelConfig):
+        if field.name not in ("rope_theta", "stop_token_ids"):
+            assert getattr(theirs, field.name) == getattr(config, field.name)
+    assert theirs.rope_parameters["rope_theta"] == 5e5
+    assert theirs.eos_token_id == 3
+    assert str(theirs.dtype).removeprefix("torch.") == "bfloat16"
+    assert model_config_from_hf(theirs.to_dict(), {"eos_token_id": [3, 4]}) == config
+
+
+def test_published_qwen():
+    """The figures of Qwen2.5-7B-Instruct, with what its config.json says besides."""
+    published = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "hidden_act": "silu",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "model_type": "qwen2",
+        "num_attention_heads": 28,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 152064,
+    }
+    config = model_config_from_hf(published, {"eos_token_id": [151645, 151643], "pad_token_id": 151643})
+    assert (config.head_dim, config.rope_theta, config.rms_norm_eps) == (128, 1e6, 1e-6)
+    assert config.stop_token_ids == (151645, 151643)
+    assert config.num_parameters == 7_615_616_512
+
+
+def test_unknown_key():
+    values = dataclasses.asdict(ModelConfig(61, 24, 40, 3, 6, 3, 8)) | {"qk_norm": True}
+    with pytest.raises(UserError, match=r"unknown keys .'qk_norm'.; it was written by another version"):
+        model_config_from_dict(values)

@@ -1,0 +1,244 @@
+"""Eight virtual CPU devices against one, and what the compiled programs hold and send."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from qwen2_reference import Shape, jit, one_device, padded, read, reference, worst
+
+from psyche_jax.errors import UsageError
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.decoding import Sampling, generate
+from psyche_jax.model.log_probs import token_scores
+from psyche_jax.model.qwen2 import Execution, bind, initialize
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+
+SHAPE = Shape(False, 8, 4, 6, 64, 88, 2, 136)
+MESHES = [(2, 2, 2), (1, 8, 1), (1, 2, 4), (8, 1, 1)]
+ROWS, LENGTH = 8, 20
+# Shape of each parameter on one device, on a mesh of data 2 x fsdp 2 x tensor 2 and of fsdp 2 x tensor 4.
+SHARDS = {
+    "embedding": ((68, 32), (34, 32)),
+    "head": ((68, 32), (34, 32)),
+    "final_norm/scale": ((64,), (64,)),
+    "layers/input_norm/scale": ((2, 64), (2, 64)),
+    "layers/post_attention_norm/scale": ((2, 64), (2, 64)),
+    "layers/q_proj/kernel": ((2, 24, 32), (2, 12, 32)),
+    "layers/q_proj/bias": ((2, 24), (2, 12)),
+    "layers/k_proj/kernel": ((2, 12, 32), (2, 6, 32)),
+    "layers/k_proj/bias": ((2, 12), (2, 6)),
+    "layers/v_proj/kernel": ((2, 12, 32), (2, 6, 32)),
+    "layers/v_proj/bias": ((2, 12), (2, 6)),
+    "layers/o_proj/kernel": ((2, 32, 24), (2, 32, 12)),
+    "layers/gate_proj/kernel": ((2, 44, 32), (2, 22, 32)),
+    "layers/up_proj/kernel": ((2, 44, 32), (2, 22, 32)),
+    "layers/down_proj/kernel": ((2, 32, 44), (2, 32, 22)),
+}
+
+
+def on(sizes, remat="none"):
+    return Execution(Sharding(make_mesh(*sizes), TRAIN_RULES), jnp.dtype("float32"), remat)
+
+
+def batch():
+    random = np.random.default_rng(0)
+    rows = [random.integers(0, SHAPE.vocabulary, length) for length in (20, 3, 11, 20, 7, 1, 15, 16)]
+    return padded(rows, LENGTH, "left", np.zeros((ROWS, LENGTH)))
+
+
+@functools.partial(jit, static_argnums=(0, 3))
+def score(config, parameters, batch, execution):
+    """Loss, gradient, log-probabilities and logits; the trainer's program in small."""
+
+    def loss(parameters):
+        model = bind(config, parameters)
+        hidden = model(batch.tokens, batch.segments, batch.positions, execution)
+        # Chunks of 5 positions: 40 tokens over 8 rows.
+        scores = token_scores(model, hidden, jnp.roll(batch.tokens, -1, axis=1), execution, chunk_tokens=40)
+        real = batch.segments[:, :-1] > 0
+        return -jnp.where(real, scores.log_probs[:, :-1], 0).sum() / real.sum(), (scores, model.logits(hidden[:, -1]))
+
+    return jax.value_and_grad(loss, has_aux=True)(parameters)
+
+
+@functools.partial(jit, static_argnums=(0, 3, 4))
+def sample(config, parameters, batch, execution, sampling):
+    return generate(config, parameters, batch.tokens, batch.segments > 0, jax.random.key(3), sampling, execution)
+
+
+SAMPLING = Sampling(12, temperature=1.0, generations_per_prompt=2)
+GREEDY = Sampling(12, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    reference(SHAPE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """All results on one device."""
+    config, parameters, execution = read(folder, one_device())
+    results = score(config, parameters, batch(), execution)
+    rollouts = [sample(config, parameters, batch(), execution, sampling) for sampling in (SAMPLING, GREEDY)]
+    return jax.tree.map(np.asarray, (results, rollouts))
+
+
+def test_there_are_eight_devices():
+    assert len(jax.devices()) == 8
+
+
+@pytest.mark.parametrize(("sizes", "remat"), list(zip(MESHES, ("full", "none", "dots", "full"), strict=True)), ids=str)
+def test_scores_and_gradients(sizes, remat, folder, alone, figure):
+    config, parameters, execution = read(folder, on(sizes, remat))
+    (loss, (scores, logits)), gradients = score(config, parameters, batch(), execution)
+    ((one_loss, (one_scores, one_logits)), one_gradients), _ = alone
+    figure("8 devices to 1: loss", worst(loss, one_loss), 1e-5)
+    figure("8 devices to 1: logits", worst(logits, one_logits), 1e-5 * np.abs(one_logits).max())
+    real = batch().segments > 0
+    figure("8 devices to 1: log-probs", np.abs(scores.log_probs - one_scores.log_probs)[real].max(), 1e-5)
+    figure("8 devices to 1: entropy", np.abs(scores.entropy - one_scores.entropy)[real].max(), 1e-5)
+    pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(one_gradients), strict=True)
+    figure("8 devices to 1: gradients", max(worst(one, other) for one, other in pairs), 1e-5)
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_responses(sizes, folder, alone, figure):
+    config, parameters, execution = read(folder, on(sizes))
+    _, expected = alone
+    for sampling, one in zip((SAMPLING, GREEDY), expected, strict=True):
+        if sampling is GREEDY and sizes != (2, 2, 2):
+            continue  # one greedy mesh is enough, the program differs by one operation
+        rollout = sample(config, parameters, batch(), execution, sampling)
+        assert (rollout.tokens == one.tokens).all()
+        assert (rollout.mask == one.mask).all()
+        figure("8 devices to 1: sampler's log-probs", worst(rollout.log_probs, one.log_probs), 1e-5)
+
+
+@pytest.mark.parametrize(("sizes", "column"), [((2, 2, 2), 0), ((1, 2, 4), 1)])
+@pytest.mark.parametrize("made", ["read", "initialized"])
+def test_parameters_lie_in_parts(made, sizes, column, folder):
+    config, parameters, execution = read(folder, on(sizes))
+    if made == "initialized":
+        parameters = initialize(config, jax.random.key(0), execution.sharding, jnp.float32)
+    flat = traverse_util.flatten_dict(parameters, sep="/")
+    assert {name: array.sharding.shard_shape(array.shape) for name, array in flat.items()} == {
+        name: shapes[column] for name, shapes in SHARDS.items()
+    }
+    # Each part is the slice of the file that it should be.
+    if made == "read":
+        whole = traverse_util.flatten_dict(read(folder, one_device())[1], sep="/")
+        for name, array in flat.items():
+            for shard in array.addressable_shards:
+                assert (np.asarray(shard.data) == np.asarray(whole[name])[shard.index]).all()
+
+
+def operations(program, kind):
+    """(shape, name within the program) of every operation of that kind in the compiled program of one device."""
+    pattern = rf"= \w+\[([\d,]*)\]\S* {kind}(?:-start)?\(.*op_name=\"([^\"]*)\""
+    return [
+        (tuple(int(x) for x in dims.split(",") if x), name) for dims, name in re.findall(pattern, program.as_text())
+    ]
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4), (1, 8, 1)], ids=str)
+def test_training_splits_batch_heads_and_vocabulary(sizes, folder):
+    data, fsdp, tensor = sizes
+    config, parameters, execution = read(folder, on(sizes))
+    program = score.lower(config, parameters, batch(), execution).compile()
+    text = program.as_text()
+    rows = ROWS // (data * fsdp)
+    arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}
+    # The logits of a chunk, the scores of a layer's attention and the residual stream, as one device holds them.
+    assert (rows, 5, 136 // tensor) in arrays
+    assert any({rows, 4 // tensor}.issubset(shape) and shape[-2:] == (LENGTH, LENGTH) for shape in arrays)
+    assert (rows, LENGTH, 64) in arrays
+    # No device holds more of the batch than its own rows, but for the input of the embedding.
+    for shape in arrays:
+        if (
+            rows < ROWS
+            and len(shape) == 3
+            and shape[1] in (5, LENGTH)
+            and shape[2] in (136, 136 // tensor, 88 // tensor)
+        ):
+            assert shape[0] == rows, shape
+    # Arguments are the parts, not the wholes.
+    total = sum(x.size for x in jax.tree.leaves(parameters))
+    held = sum(int(np.prod(x.sharding.shard_shape(x.shape))) for x in jax.tree.leaves(parameters))
+    assert held < 1.1 * total / (fsdp * tensor)
+    assert abs(program.memory_analysis().argument_size_in_bytes - 4 * held) < 16 * ROWS * LENGTH
+    # Weights are gathered layer by layer, not all layers at once.
+    gathered = [shape for shape, name in operations(program, "all-gather") if "while/body" in name]
+    assert any(np.prod(shape) == 88 // tensor * 64 for shape in gathered), gathered
+    assert not any(np.prod(shape) >= 2 * 88 // tensor * 64 for shape in gathered), gathered
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 4), (1, 8, 1)], ids=str)
+def test_decoding_gathers_no_weights_in_its_loop(sizes, folder):
+    tensor = sizes[2]
+    config, parameters, execution = read(folder, on(sizes))
+    program = sample.lower(config, parameters, batch(), execution, SAMPLING).compile()
+    before = {(shape, "while/body" in name) for shape, name in operations(program, "all-gather")}
+    assert ((2, 88 // tensor, 64), False) in before  # one change of layout, all layers together
+    inside = [shape for shape, looped in before if looped]
+    # Each device's best token with its logit, of 16 responses.
+    assert all(np.prod(shape) <= 2 * ROWS * tensor for shape in inside), inside
+    if tensor == 1:
+        assert not inside
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ((3, 1, 1), "does not divide the 8 devices"),
+        ((2, 2, 1), "takes 4 devices and there are 8"),
+        ((16, 1, 1), "does not divide the 8 devices"),
+        ((-1, -1, 1), "one at most may be -1"),
+        ((0, -1, 1), "must be positive"),
+        ((2, -2, 2), "must be positive"),
+    ],
+)
+def test_meshes_that_cannot_be(sizes, expected):
+    with pytest.raises(UsageError, match=expected):
+        make_mesh(*sizes)
+
+
+def test_mesh_sizes():
+    assert dict(make_mesh().shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(2, -1, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(2, 4, -1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert make_mesh(devices=jax.devices()[:1]).devices.size == 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "field", "value"),
+    [
+        ((1, 2, 4), "num_attention_heads", 6),
+        ((1, 2, 4), "num_key_value_heads", 2),
+        ((1, 2, 4), "intermediate_size", 90),
+        ((1, 2, 4), "vocab_size", 131),
+        ((1, 8, 1), "hidden_size", 60),
+    ],
+)
+def test_model_that_the_mesh_does_not_divide(sizes, field, value):
+    fields = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 6,
+    }
+    check_mesh_fits(make_mesh(*sizes), ModelConfig(**fields))
+    fields[field] = value
+    if field == "num_attention_heads":
+        fields["num_key_value_heads"] = 2
+    with pytest.raises(UsageError, match=rf"{field} {value}"):
+        check_mesh_fits(make_mesh(*sizes), ModelConfig(**fields))

@@ -1,0 +1,95 @@
+"""The optimizer and its schedules against torch's AdamW and the schedules of transformers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
+
+from psyche_jax.config import OptimizerSection
+from psyche_jax.train.state import make_optimizer, make_schedule
+
+
+def torch_rates(kind, warmup, total, peak):
+    """The learning rate of each update, as a Hugging Face trainer sets it."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    schedule = (
+        get_cosine_schedule_with_warmup(optimizer, warmup, total)
+        if kind == "cosine"
+        else get_constant_schedule_with_warmup(optimizer, warmup)
+    )
+    rates = []
+    for _ in range(total):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize(
+    ("warmup", "steps", "updates_per_step", "expected_warmup"),
+    [
+        (0, 7, 1, 0),
+        (0.1, 40, 1, 4),  # a share of all steps
+        (0.5, 9, 2, 9),
+        (1, 9, 1, 1),  # from 1 on a number of steps, not a share
+        (10, 40, 1, 10),
+        (10, 40, 4, 40),  # ten steps are forty updates
+    ],
+)
+def test_rates_are_those_of_transformers(kind, warmup, steps, updates_per_step, expected_warmup):
+    section = OptimizerSection(learning_rate=3e-3, schedule=kind, warmup=warmup)
+    schedule = make_schedule(section, steps, updates_per_step)
+    total = steps * updates_per_step
+    rates = [float(schedule(jnp.int32(update))) for update in range(total)]
+    np.testing.assert_allclose(rates, torch_rates(kind, expected_warmup, total, 3e-3), atol=1e-9)
+    assert max(rates) <= 3e-3 * (1 + 1e-6)
+    if kind == "cosine":
+        assert abs(float(schedule(jnp.int32(total)))) < 1e-9, "the cosine ends at 0, one update after the last"
+
+
+@pytest.mark.parametrize("kind", ["cosine", "constant"])
+@pytest.mark.parametrize("warmup", [0, 0.1, 10])
+def test_one_step_runs_have_finite_rates(kind, warmup):
+    rate = float(make_schedule(OptimizerSection(schedule=kind, warmup=warmup), 1)(jnp.int32(0)))
+    assert rate == pytest.approx(0 if warmup == 10 else 1e-5)
+
+
+def test_updates_are_those_of_torch_adamw():
+    """Clipping by the global norm, AdamW with decay of matrices only, cosine with warm-up, over 12 updates."""
+    random = np.random.default_rng(0)
+    section = OptimizerSection(
+        learning_rate=1e-2, warmup=3, beta1=0.8, beta2=0.95, epsilon=1e-6, weight_decay=0.1, max_grad_norm=0.7
+    )
+    start = {
+        "kernel": random.normal(size=(3, 5, 4)),
+        "bias": random.normal(size=(3, 5)),
+        "scale": random.normal(size=(3, 4)),
+        "embedding": random.normal(size=(7, 4)),
+    }
+    # Some gradients are under the norm at which they are clipped, some over it.
+    gradients = [{k: random.normal(size=v.shape) * 0.2 ** (i % 3) for k, v in start.items()} for i in range(12)]
+
+    theirs = {name: torch.nn.Parameter(torch.tensor(value, dtype=torch.float32)) for name, value in start.items()}
+    groups = [
+        {"params": [theirs["kernel"], theirs["embedding"]], "weight_decay": 0.1},
+        {"params": [theirs["bias"], theirs["scale"]], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=1e-2, betas=(0.8, 0.95), eps=1e-6)
+    schedule = get_cosine_schedule_with_warmup(adamw, 3, 12)
+    optimizer = make_optimizer(section, make_schedule(section, 12))
+    ours = jax.tree.map(jnp.float32, start)
+    state = optimizer.init(ours)
+    for gradient in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, ours)
+        ours = optax.apply_updates(ours, updates)
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(gradient[name], dtype=torch.float32)
+        torch.nn.utils.clip_grad_norm_(list(theirs.values()), 0.7)
+        adamw.step()
+        schedule.step()
+        for name, parameter in theirs.items():
+            np.testing.assert_allclose(ours[name], parameter.detach().numpy(), atol=2e-6)
