@@ -162,6 +162,7 @@ def _export(arguments: argparse.Namespace) -> None:
 def _sft(arguments: argparse.Namespace) -> None:
     from psyche_jax.config import SftConfig, load_config
 
+    _check_at_least("profile", arguments.profile, 0)
     config = load_config(SftConfig, arguments.config, arguments.overrides)
     _start_jax()
     from psyche_jax.train.sft import train_sft
@@ -172,6 +173,7 @@ def _sft(arguments: argparse.Namespace) -> None:
 def _grpo(arguments: argparse.Namespace) -> None:
     from psyche_jax.config import GrpoConfig, load_config
 
+    _check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
     _start_jax()
     from psyche_jax.train.grpo import train_grpo
@@ -181,8 +183,7 @@ def _grpo(arguments: argparse.Namespace) -> None:
 
 def _eval(arguments: argparse.Namespace) -> None:
     for name in ("limit", "max_new_tokens", "batch_size"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        _check_at_least(name, getattr(arguments, name), 1)
     if not 0 <= arguments.temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, not {arguments.temperature}")
     _check_seed(arguments.seed)
@@ -229,6 +230,11 @@ def _demo(arguments: argparse.Namespace) -> None:
     from psyche_jax.demo import run_demo
 
     run_demo(arguments.out, arguments.seed)
+
+
+def _check_at_least(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
 def _check_seed(seed: int) -> None:

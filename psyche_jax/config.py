@@ -31,6 +31,7 @@ class ModelSection(Section):
     dtype: Dtype = "float32"  # of parameters and optimizer state
     compute_dtype: Dtype = "float32"  # of activations and matrix products
     remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
+    attention: Literal["auto", "xla", "blocked", "splash", "cudnn"] = "auto"  # the kernel; auto: by device and shape
 
 
 @dataclass(frozen=True)

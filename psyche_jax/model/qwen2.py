@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from psyche_jax.model.attention import Source, attention, causal_mask
+from psyche_jax.model.attention import Source, attention
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.kernels import AttentionKernel, self_attention
 from psyche_jax.model.sharding import Sharding
 
 Parameters: TypeAlias = dict[str, Any]
@@ -23,11 +24,12 @@ Extra = TypeVar("Extra")
 
 @dataclass(frozen=True)
 class Execution:
-    """How a program computes: the dtype of activations, what it recomputes in backward, where arrays lie."""
+    """How a program computes: dtype of activations, what backward recomputes, the kernel, where arrays lie."""
 
     sharding: Sharding
     compute_dtype: jnp.dtype
     remat: RematPolicy = "none"
+    attention: AttentionKernel = "auto"
 
 
 class KVCache(NamedTuple):
@@ -226,12 +228,11 @@ class Qwen2(nnx.Module):
         execution: Execution,
         keep_cache: bool,
     ) -> tuple[jax.Array, Any]:
-        allowed = causal_mask(segments)
         rotary = rotary_tables(positions, self.config, execution.compute_dtype)
         graph, stacked = nnx.split(self.layers)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-            mixed = attention(query, (Source(key, value, allowed),))
+            mixed = self_attention(query, key, value, segments, execution.attention, execution.sharding)
             return mixed, (key, value) if keep_cache else None
 
         def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:

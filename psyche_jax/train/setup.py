@@ -44,7 +44,7 @@ def prepare(model: ModelSection, mesh: MeshSection) -> Setup:
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
     stored = open_model(model.path)
     check_mesh_fits(sharding.mesh, stored.config)
-    execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat)
+    execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     return Setup(stored, jnp.dtype(model.dtype), load_tokenizer(stored.tokenizer_folder), execution)
 
 

@@ -202,6 +202,7 @@ def test_any_string_is_matched_like_re_or_refused(pattern: str, texts: list[str]
         ("a^b", 1, "anchor"),
         ("^a|(b$)c", 5, "anchor"),
         ("(?:a$)*", 4, "anchor"),
+        ("(?:^a)*", 3, "anchor"),
         ("a?^", 2, "anchor"),
         ("(?x: a b)", 0, "VERBOSE"),
         ("(?x)a b", 0, "VERBOSE"),

@@ -35,11 +35,12 @@ def test_what_changes_the_table_changes_the_file(tiny: Vocabulary, tmp_path: Pat
         (AnswerSetRule(), tiny.token_bytes),
         (AnswerSetRule(lower_case=True), tiny.token_bytes),
         (AnswerSetRule(), other),
+        (AnswerSetRule(), [b"B" if text == b"A" else text for text in tiny.token_bytes]),
         (AnswerSetRule(), tiny.token_bytes[:-1]),
     ]:
         table = load_or_compile(rule, vocabulary, tmp_path)
         assert same(table, compile_text_rule(rule, vocabulary))
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 5
 
 
 @pytest.mark.parametrize("damage", ["empty", "cut", "noise", "other", "range"])

@@ -40,7 +40,7 @@ def examples(tiny_root, tokenizer):
 
 @pytest.fixture(scope="module")
 def batch(examples):
-    return pad_examples(examples[:8], 64)
+    return pad_examples(examples[:8], 96)
 
 
 def start(root, config, execution, optimizer):
@@ -54,7 +54,8 @@ def train(root, config, execution, batches, micro_batches=1):
     """Losses, gradient norms and the last parameters of some steps."""
     schedule = make_schedule(SECTION, len(batches))
     optimizer = make_optimizer(SECTION, schedule)
-    step = make_sft_step(config, execution, optimizer, schedule, micro_batches)
+    shardings = state_shardings(optimizer, build(config)[1], execution.sharding)
+    step = make_sft_step(config, execution, optimizer, schedule, shardings, micro_batches)
     state = start(root, config, execution, optimizer)
     place = execution.sharding.named("batch", "sequence")
     history = []
@@ -71,7 +72,7 @@ def one_device(tiny_root, tiny_config, examples):
 
 
 def several(examples):
-    return [pad_examples(examples[i : i + 8], 64) for i in (0, 4, 8, 12)]
+    return [pad_examples(examples[i : i + 8], 96) for i in (0, 4, 8, 12)]
 
 
 def spoken(tokens, tokenizer):

@@ -52,7 +52,7 @@ def execution(devices: int = 8, data: int = 1, fsdp: int = -1, tensor: int = 1, 
 def make_model(folder: Path) -> ModelConfig:
     """Write tokenizer and random weights; logits are spread enough for probabilities to differ."""
     folder.mkdir(parents=True)
-    texts = [PROMPT.system, *(PROMPT.instruction + question for question in QUESTIONS), *ANSWERS]
+    texts = [*["system\nuser\nassistant\n"] * 9, PROMPT.system, *(PROMPT.instruction + question for question in QUESTIONS), *ANSWERS]
     train_tokenizer(texts, 296, folder)
     tokenizer = load_tokenizer(folder)
     end_of_text, _, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
@@ -107,7 +107,7 @@ def sft_config(root: Path, run: str = "run", **changes: Any) -> SftConfig:
     config = SftConfig(
         run=RunSection(str(root / run), 3),
         model=ModelSection(str(root / "model")),
-        data=SftDataSection(str(root / "sft.jsonl"), max_length=64),
+        data=SftDataSection(str(root / "sft.jsonl"), max_length=96),
         epochs=2.0,
         batch_size=8,
         prompt=PROMPT,
@@ -122,7 +122,7 @@ def grpo_config(root: Path, run: str = "run", **changes: Any) -> GrpoConfig:
     config = GrpoConfig(
         run=RunSection(str(root / run), 3),
         model=ModelSection(str(root / "model")),
-        data=GrpoDataSection(str(root / "rl.jsonl"), 48),
+        data=GrpoDataSection(str(root / "rl.jsonl"), 64),
         epochs=2.0,
         prompts_per_step=8,
         generations_per_prompt=4,

@@ -1,0 +1,404 @@
+"""GRPO iterations against a plain implementation on whole logits, plain-Python rewards, and other meshes and splits."""
+
+import dataclasses
+import functools
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_objectives import plain_advantages
+from training_fixtures import PROMPT, execution, grpo_config, largest_difference
+
+from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.records import RlPrompt, answer_mask, read_records
+from psyche_jax.data.streams import pad_prompts
+from psyche_jax.model.config import ModelConfig, read_hf_config
+from psyche_jax.model.huggingface import load_tokenizer, read_parameters
+from psyche_jax.model.qwen2 import bind, build
+from psyche_jax.rewards import AnswerSetRule, PatternRule, ThinkFormatRule, compile_rules, token_bytes_from_tokenizer
+from psyche_jax.rewards.reference import score_response
+from psyche_jax.train.grpo import Iteration, decoded_samples
+from psyche_jax.train.state import initial_state, state_shardings
+
+RATE = 0.5
+# Two ways through the program: one update a step, and several with old log-probs, clips and micro-batches.
+PLAIN: dict[str, Any] = {}
+SEVERAL: dict[str, Any] = {
+    "temperature": 0.7,
+    "clip_high": 0.28,
+    "aggregation": "dapo",
+    "scale": "batch",
+    "minibatch_prompts": 4,
+    "micro_batch_prompts": 2,
+}
+
+
+class Outcome(NamedTuple):
+    """Some steps of one program: everything on the host."""
+
+    config: Any
+    metrics: list[dict[str, float]]
+    samples: list[dict[str, Any]]
+    parameters: list[Any]  # before each step, and after the last
+    reference: Any  # after the last step
+    program: str  # optimized HLO
+
+
+class Bench:
+    """A compiled iteration with all it takes; plain gradient descent, so that gradients can be read off."""
+
+    def __init__(self, root: Path, devices: int, mesh: tuple[int, int, int], **changes: Any) -> None:
+        self.config = grpo_config(root, **changes)
+        self.model = read_hf_config(root / "model")
+        self.execution = execution(devices, *mesh)
+        self.tokenizer = load_tokenizer(root / "model")
+        self.bytes = token_bytes_from_tokenizer(self.tokenizer, self.model.vocab_size)
+        self.rules = compile_rules(self.config.rewards, self.bytes, self.model.stop_token_ids)
+        self.optimizer = optax.sgd(RATE)
+        self.folder = root / "model"
+        records = read_records(RlPrompt, root / "rl.jsonl").good[: self.config.prompts_per_step]
+        padded = pad_prompts([prompt_tokens(self.tokenizer, r.messages, PROMPT) for r in records], 64)
+        answers = np.asarray([answer_mask(record.answer) for record in records], np.int32)
+        self.batch = jax.device_put({**padded, "answers": answers}, self.execution.sharding.named("batch"))
+        self.reference = self.read() if self.config.kl_coefficient else None
+        iteration = Iteration(
+            self.config, self.model, self.execution, self.optimizer, optax.constant_schedule(RATE), self.shardings()
+        ).program()
+        arguments = (self.state(self.read()), self.reference, self.rules, self.batch, jax.random.key(0))
+        self.step = iteration.lower(*arguments).compile()
+
+    def read(self) -> Any:
+        return read_parameters(self.folder, self.model, self.execution.sharding, jnp.dtype("float32"))
+
+    def state(self, parameters: Any) -> Any:
+        return initial_state(self.optimizer, parameters, self.shardings())
+
+    def shardings(self) -> Any:
+        return state_shardings(self.optimizer, build(self.model)[1], self.execution.sharding)
+
+    def run(self, steps: int, seed: int = 0, parameters: Any = None) -> Outcome:
+        state = self.state(self.read() if parameters is None else parameters)
+        metrics, samples, history = [], [], [jax.device_get(state.parameters)]
+        for step in range(steps):
+            key = jax.random.fold_in(jax.random.key(seed), step)
+            state, outputs = self.step(state, self.reference, self.rules, self.batch, key)
+            outputs = jax.device_get(outputs)
+            metrics.append({name: float(value) for name, value in outputs["metrics"].items()})
+            samples.append(outputs["samples"])
+            history.append(jax.device_get(state.parameters))
+        return Outcome(self.config, metrics, samples, history, jax.device_get(self.reference), self.step.as_text())
+
+
+@functools.cache
+def bench(root: Path, devices: int = 1, mesh: tuple[int, int, int] = (1, -1, 1), several: bool = False) -> Bench:
+    return Bench(root, devices, mesh, **(SEVERAL if several else PLAIN))
+
+
+@functools.cache
+def outcome(root: Path, devices: int = 1, mesh: tuple[int, int, int] = (1, -1, 1), several: bool = False) -> Outcome:
+    return bench(root, devices, mesh, several).run(2)
+
+
+def whole_scores(
+    model: ModelConfig, config: Any, samples: dict[str, Any]
+) -> tuple[Any, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """A function of parameters that gives log-probs and entropies of right-padded sequences from whole logits, the
+    padded tokens, and where in [row, place] each response's tokens are."""
+    generations = config.generations_per_prompt
+    rows, places = [], []
+    for row, (tokens, mask) in enumerate(zip(samples["tokens"], samples["mask"], strict=True)):
+        prompt = samples["prompts"][row // generations][samples["prompt_mask"][row // generations]]
+        rows.append(np.concatenate([prompt, tokens[mask]]))
+        places.append((np.full(mask.sum(), row), np.arange(len(prompt), len(rows[-1]))))
+    padded = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    segments = np.zeros_like(padded)
+    for row, tokens in enumerate(rows):
+        padded[row, : len(tokens)] = tokens
+        segments[row, : len(tokens)] = 1
+    positions = np.broadcast_to(np.arange(padded.shape[1]), padded.shape)
+
+    def scores(parameters: Any) -> tuple[jax.Array, jax.Array]:
+        module = bind(model, parameters)
+        logits = module.logits(module(padded, segments, positions, execution(1))) / config.temperature
+        whole = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(whole[:, :-1], padded[:, 1:, None], axis=-1)[..., 0]
+        entropy = -jnp.sum(jnp.exp(whole) * whole, axis=-1)[:, :-1]
+        return jnp.pad(chosen, ((0, 0), (1, 0))), jnp.pad(entropy, ((0, 0), (1, 0)))
+
+    return jax.jit(scores), padded, places
+
+
+class Plain(NamedTuple):
+    """What the plain implementation gives for one step."""
+
+    parameters: Any
+    losses: list[float]
+    norms: list[float]
+    metrics: dict[str, float]
+
+
+def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
+    """GRPO's updates of one step by hand from its samples: whole logits, no micro-batches, loops where it can."""
+    config, samples = outcome.config, outcome.samples[step]
+    scores, padded, places = whole_scores(model, config, samples)
+    mask = np.zeros(padded.shape, bool)
+    for place in places:
+        mask[place] = True
+    start = outcome.parameters[step]
+    (old, old_entropy), (reference, _) = (jax.device_get(scores(p)) for p in (start, outcome.reference))
+    rewards = samples["rewards"].astype(np.float64).reshape(-1, config.generations_per_prompt)
+    advantages = plain_advantages(rewards, config.scale).reshape(-1, 1)
+    size = (config.minibatch_prompts or config.prompts_per_step) * config.generations_per_prompt
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(parameters: Any, rows: Any) -> tuple[jax.Array, Any]:
+        log_probs, entropy = scores(parameters)
+        ratio = jnp.where(mask, jnp.exp(log_probs - old), 1.0)
+        clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+        distance = jnp.where(mask, reference - log_probs, 0.0)
+        kl = jnp.exp(distance) - distance - 1
+        token = -jnp.minimum(ratio * advantages, clipped * advantages) + config.kl_coefficient * kl
+        here = rows[:, None] & mask
+        if config.aggregation == "dapo":
+            value = jnp.sum(token * here) / jnp.sum(here)
+        else:
+            value = jnp.sum(jnp.sum(token * here, axis=1) / mask.sum(axis=1)) / jnp.sum(rows)
+        low = (ratio < 1 - config.clip_low) & (advantages < 0)
+        high = (ratio > 1 + config.clip_high) & (advantages > 0)
+        return value, jax.tree.map(lambda x: jnp.sum(x * here), {"kl": kl, "entropy": entropy, "low": low, "high": high})
+
+    parameters, losses, norms, sums = start, [], [], []
+    for first in range(0, len(padded), size):
+        rows = (np.arange(len(padded)) >= first) & (np.arange(len(padded)) < first + size)
+        (value, extras), gradients = loss(parameters, rows)
+        losses.append(float(value))
+        norms.append(float(optax.global_norm(gradients)))
+        sums.append(jax.device_get(extras))
+        parameters = jax.tree.map(lambda p, g: p - RATE * g, parameters, gradients)
+    total = {name: sum(float(part[name]) for part in sums) / mask.sum() for name in sums[0]}
+    return Plain(jax.device_get(parameters), losses, norms, total)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one update", "two updates"])
+def test_a_step_is_that_of_the_plain_implementation(several, tiny_root, tiny_config, figure):
+    """The second step: there the policy has left the reference, so that the KL term has a gradient."""
+    ours = outcome(tiny_root, several=several)
+    metrics = ours.metrics[1]
+    assert metrics["frac_reward_zero_std"] < 1, "the step must have something to learn"
+    plain = plain_step(tiny_config, ours, 1)
+    figure("GRPO loss against whole logits", abs(metrics["loss"] - np.mean(plain.losses)), 1e-5)
+    figure("GRPO gradient norm against whole logits", abs(metrics["grad_norm"] / np.mean(plain.norms) - 1), 1e-4)
+    moved = jax.tree.map(np.subtract, ours.parameters[2], ours.parameters[1])
+    expected = jax.tree.map(np.subtract, plain.parameters, ours.parameters[1])
+    scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
+    difference = max(map(lambda a, b: np.abs(a - b).max(), jax.tree.leaves(moved), jax.tree.leaves(expected)))
+    figure("GRPO update against whole logits", difference / scale, 1e-4)
+    for name, value in {
+        "kl": plain.metrics["kl"],
+        "entropy": plain.metrics["entropy"],
+        "clip_ratio/low_mean": plain.metrics["low"],
+        "clip_ratio/high_mean": plain.metrics["high"],
+        "clip_ratio/region_mean": plain.metrics["low"] + plain.metrics["high"],
+    }.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert metrics["kl"] > 1e-4
+    assert (metrics["clip_ratio/region_mean"] > 0) == several, "clips can only cut after the first update"
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one update", "two updates"])
+def test_rewards_are_those_of_the_plain_reference(several, tiny_root):
+    """Of the tokens up to the first stop token, as text; and their sums, means and advantages."""
+    this, ours = bench(tiny_root, several=several), outcome(tiny_root, several=several)
+    generations = this.config.generations_per_prompt
+    for metrics, samples in zip(ours.metrics, ours.samples, strict=True):
+        total = np.zeros(len(samples["tokens"]))
+        gold = np.repeat(np.asarray(this.batch["answers"]), generations)
+        for rule in this.config.rewards:
+            expected = [
+                score_response(rule, row.tolist(), this.bytes, this.model.stop_token_ids, int(key))
+                for row, key in zip(samples["tokens"], gold, strict=True)
+            ]
+            np.testing.assert_allclose(samples["rewards_by_rule"][rule.name], expected, atol=1e-6)
+            assert metrics[f"rewards/{rule.name}/mean"] == pytest.approx(np.mean(expected), abs=1e-6)
+            assert metrics[f"rewards/{rule.name}/std"] == pytest.approx(np.std(expected), abs=2e-2)
+            assert np.std(expected) > 0, f"{rule.name} should tell these responses apart"
+            total += rule.weight * np.asarray(expected)
+        np.testing.assert_allclose(samples["rewards"], total, atol=1e-6)
+        groups = total.reshape(-1, generations)
+        assert metrics["reward"] == pytest.approx(total.mean(), abs=1e-6)
+        assert metrics["reward_std"] == pytest.approx(groups.std(axis=1, ddof=1).mean(), abs=1e-6)
+        equal = samples["rewards"].reshape(-1, generations)
+        equal = equal.min(axis=1) == equal.max(axis=1)
+        assert metrics["frac_reward_zero_std"] == pytest.approx(equal.mean())
+        expected = plain_advantages(equal_where(groups, equal), this.config.scale).reshape(-1)
+        np.testing.assert_allclose(samples["advantages"], expected, atol=1e-4)
+
+
+def equal_where(groups: np.ndarray, equal: np.ndarray) -> np.ndarray:
+    """`groups`, exactly equal where they are equal but for rounding."""
+    return np.where(equal[:, None], groups[:, :1], groups)
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one update", "two updates"])
+def test_metrics_of_the_completions(several, tiny_root, tiny_config):
+    ours = outcome(tiny_root, several=several)
+    for metrics, samples in zip(ours.metrics, ours.samples, strict=True):
+        stops = np.isin(samples["tokens"], tiny_config.stop_token_ids)
+        first = np.where(stops.any(axis=1), stops.argmax(axis=1) + 1, stops.shape[1])
+        assert (samples["mask"] == (np.arange(stops.shape[1]) < first[:, None])).all()
+        prompts = samples["prompt_mask"].sum() * ours.config.generations_per_prompt
+        expected = {
+            "completions/mean_length": first.mean(),
+            "completions/min_length": first.min(),
+            "completions/max_length": first.max(),
+            "completions/clipped_ratio": 1 - stops.any(axis=1).mean(),
+            "num_tokens": prompts + first.sum(),
+            "learning_rate": RATE,
+        }
+        for name, value in expected.items():
+            assert metrics[name] == pytest.approx(value, rel=1e-5), name
+        assert 0 < metrics["completions/clipped_ratio"] < 1
+        assert len(set(first)) > 2
+
+
+def test_metrics_have_the_names_that_users_of_trl_know(tiny_root):
+    names = {
+        *("loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"),
+        *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region")),
+        *(f"completions/{part}_length" for part in ("mean", "min", "max")),
+        *("completions/clipped_ratio", "num_tokens"),
+        *(f"sampling/logp_difference/{part}" for part in ("mean", "max")),
+        *(f"rewards/{rule}/{part}" for rule in ("ascii", "length", "repetition") for part in ("mean", "std")),
+    }
+    assert set(outcome(tiny_root).metrics[0]) == names
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["temperature 1", "temperature 0.7"])
+def test_sampler_and_trainer_agree(several, tiny_root, figure):
+    for metrics in outcome(tiny_root, several=several).metrics:
+        figure("GRPO sampler against trainer, max", metrics["sampling/logp_difference/max"], 2e-5)
+        assert 0 <= metrics["sampling/logp_difference/mean"] <= metrics["sampling/logp_difference/max"]
+
+
+def test_the_reference_stays_where_it_was(tiny_root, figure):
+    ours = outcome(tiny_root)
+    figure("GRPO KL of the first step", abs(ours.metrics[0]["kl"]), 1e-9)
+    assert ours.metrics[1]["kl"] > 1e-4
+    assert largest_difference(ours.reference, ours.parameters[0]) == 0
+    assert largest_difference(ours.parameters[1], ours.parameters[0]) > 0
+
+
+def test_micro_batches_change_nothing(tiny_root, figure):
+    """Sums of 2 and 4 prompts at once, in place of 8."""
+    expected = outcome(tiny_root)
+    for prompts in (2,):
+        ours = Bench(tiny_root, 1, (1, -1, 1), micro_batch_prompts=prompts).run(2)
+        compare(ours, expected, figure, "micro-batches")
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])
+def test_eight_devices_equal_one(mesh, tiny_root, figure):
+    compare(outcome(tiny_root, 8, mesh), outcome(tiny_root), figure, "8 devices")
+
+
+def test_eight_devices_equal_one_with_minibatches(tiny_root, figure):
+    """Parts of a step keep all devices busy and in the same order: 4 micro-batches of 8 responses."""
+    compare(outcome(tiny_root, 8, (1, 8, 1), True), outcome(tiny_root, several=True), figure, "8 devices, minibatches")
+
+
+def compare(ours: Outcome, expected: Outcome, figure: Any, what: str) -> None:
+    """The same tokens, and the same numbers but for the order of sums."""
+    for left, right in zip(ours.samples, expected.samples, strict=True):
+        assert (left["tokens"] == right["tokens"]).all(), "other tokens were sampled"
+    for left, right in zip(ours.metrics, expected.metrics, strict=True):
+        assert left.keys() == right.keys()
+        difference = max(abs(left[n] - right[n]) / max(1, abs(right[n])) for n in left)
+        figure(f"GRPO metrics, {what}", difference, 1e-5)
+    figure(f"GRPO parameters, {what}", largest_difference(ours.parameters[2], expected.parameters[2]), 1e-4)
+
+
+TO_HOST = re.compile(r"callback|\b(infeed|outfeed|send|recv|send-done|recv-done)\(|MoveToHost|host_compute", re.I)
+
+
+def test_the_program_never_goes_to_the_host(tiny_root):
+    def calls_back(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(lambda y: y, x, x)
+
+    assert TO_HOST.search(jax.jit(calls_back).lower(jnp.ones(2)).compile().as_text()), "the search finds nothing"
+    for several in (False, True):
+        assert not TO_HOST.search(outcome(tiny_root, several=several).program)
+
+
+def test_keys_decide_what_is_sampled(tiny_root):
+    """Another key each step and each seed; the same bits from the same ones."""
+    this, first = bench(tiny_root), outcome(tiny_root)
+    again, other = this.run(2), this.run(1, seed=1)
+    assert again.metrics == first.metrics
+    for left, right in zip(jax.tree.leaves(again.parameters), jax.tree.leaves(first.parameters), strict=True):
+        assert left.tobytes() == right.tobytes()
+    tokens = [first.samples[0]["tokens"], first.samples[1]["tokens"], other.samples[0]["tokens"]]
+    assert all((tokens[i] != tokens[j]).any() for i, j in ((0, 1), (0, 2), (1, 2)))
+    groups = tokens[0].reshape(8, 4, -1)
+    assert all(len(np.unique(group, axis=0)) > 1 for group in groups), "responses to one prompt should differ"
+
+
+def test_padding_after_the_stop_token_cannot_overflow(tiny_root, tiny_config):
+    """Its log-prob may be anything: a policy that has unlearned the padding token there gives no NaN."""
+    this = bench(tiny_root)
+    parameters = this.read()
+    policy = {**parameters, "head": parameters["head"].at[tiny_config.pad_token_id].multiply(1000)}
+    result = this.run(1, parameters=policy)
+    assert not result.samples[0]["mask"].all()
+    finite = {name: bool(np.isfinite(value)) for name, value in result.metrics[0].items()}
+    assert all(finite.values()), finite
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.parameters[1]))
+
+
+def test_samples_as_text(tiny_root):
+    this, ours = bench(tiny_root), outcome(tiny_root)
+    texts = list(decoded_samples(this.tokenizer, ours.samples[0], 4))
+    assert len(texts) == 8
+    rows = ours.samples[0]
+    for row, sample in enumerate(texts):
+        assert sample["prompt"].startswith("<|im_start|>system\n专家。<|im_end|>")
+        assert sample["prompt"].endswith("<|im_start|>assistant\n")
+        assert sample["completion"] == this.tokenizer.decode(rows["tokens"][row][rows["mask"][row]])
+        assert sample["tokens"] == rows["mask"][row].sum()
+        assert sample["reward"] == rows["rewards"][row]
+        assert sum(rule.weight * sample["rewards"][rule.name] for rule in this.config.rewards) == pytest.approx(
+            sample["reward"], abs=1e-6
+        )
+        assert sample["advantage"] == rows["advantages"][row]
+
+
+def test_a_step_without_anything_to_learn_changes_nothing(tiny_root):
+    """All rewards equal and no KL term: the loss is 0, the parameters stay, bit for bit."""
+    rules = (ThinkFormatRule(), AnswerSetRule())
+    this = Bench(tiny_root, 1, (1, -1, 1), rewards=rules, kl_coefficient=0.0)
+    result = this.run(1)
+    assert result.metrics[0]["frac_reward_zero_std"] == 1
+    assert result.metrics[0]["loss"] == result.metrics[0]["grad_norm"] == result.metrics[0]["kl"] == 0
+    assert largest_difference(result.parameters[1], result.parameters[0]) == 0
+
+
+def test_it_learns(tiny_root):
+    """To answer in ASCII, from chance: three seeds of one program."""
+    rules = (PatternRule(pattern="[ -~]+", name="ascii"),)
+    changes = {"rewards": rules, "kl_coefficient": 0.0, "max_new_tokens": 3, "generations_per_prompt": 8}
+    this = Bench(tiny_root, 1, (1, -1, 1), **changes)
+    for seed in range(3):
+        rewards = [metrics["reward"] for metrics in this.run(30, seed=seed).metrics]
+        first, last = np.mean(rewards[:3]), np.mean(rewards[-3:])
+        assert last > first + 0.3, f"seed {seed}: the reward went from {first:.2f} to {last:.2f}"
+
+
+def test_configs_that_cannot_be_split_are_refused(tiny_root):
+    for changes in ({"minibatch_prompts": 3}, {"minibatch_prompts": 4, "micro_batch_prompts": 3}):
+        with pytest.raises(ValueError, match="must divide"):
+            dataclasses.replace(grpo_config(tiny_root), **changes)
