@@ -66,7 +66,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
             mask += [learned] * len(piece)
         done = opened + end
     if all(mask) or not any(mask):
-        raise UserError(f"the loss mask of a conversation is all {'ones' if all(mask) else 'zeros'}")
+        raise UserError(f"the loss mask of a conversation is all {'ones' if any(mask) else 'zeros'}")
     return TokenizedExample(np.asarray(tokens, np.int32), np.asarray(mask, bool))
 
 

@@ -1,5 +1,6 @@
 """Batches of fixed shapes. The batch of step n is a pure function of the data, the seed and n."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -26,7 +27,8 @@ def batches(
     The items are shuffled anew in each epoch and follow each other without a gap, so that batch n holds positions
     n·batch_size to (n+1)·batch_size of that endless sequence, whichever step a run starts from.
     """
-    dataset = grain.MapDataset.source(_Source(items)).shuffle(seed=seed).repeat(None)
+    epochs = max(1, math.ceil(steps.stop * batch_size / len(items)))  # not endless: Grain cannot batch that by ones
+    dataset = grain.MapDataset.source(_Source(items)).shuffle(seed=seed).repeat(epochs)
     dataset = dataset.batch(batch_size, batch_fn=lambda batch: collate(list(batch)))
     reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
     return iter(dataset.slice(slice(steps.start, steps.stop)).to_iter_dataset(reading))

@@ -38,12 +38,18 @@ def token_scores(
     padding = chunks * size - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
-    head = model.output_embedding.astype(hidden.dtype)
+    sharding = execution.sharding
+    vocab, rows = (
+        ("loss_vocab", "loss_batch") if sharding.divides(model.config.vocab_size, "loss_vocab") else ("vocab", "batch")
+    )
+    head = sharding.constrain(model.output_embedding, vocab, None)
 
     @jax.checkpoint
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
-        logits = jnp.einsum("btd,vd->btv", hidden, head, preferred_element_type=jnp.float32)
-        logits = execution.sharding.constrain(logits, "batch", "sequence", "vocab") / temperature
+        hidden = sharding.constrain(hidden, rows, None, None)
+        # Cast here, so that the head's gradient adds up over chunks in its own dtype.
+        logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        logits = sharding.constrain(logits, rows, None, vocab) / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         expected = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)

@@ -217,7 +217,9 @@ class Qwen2(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def _embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
-        x = self.embedding[...].astype(execution.compute_dtype)[tokens]
+        # Looked up where the table lies: rows of tokens travel, the table and its gradient never do.
+        x = self.embedding[...][execution.sharding.constrain(tokens, None, None)].astype(execution.compute_dtype)
+        x = execution.sharding.constrain(x, None, None, "embed")
         return execution.sharding.constrain(x, "batch", "sequence", "activation_embed")
 
     def _whole(

@@ -28,6 +28,9 @@ TRAIN_RULES: Rules = MappingProxyType(
         "kv_heads": "tensor",
         "mlp": "tensor",
         "activation_embed": None,
+        # The loss spreads the vocabulary instead of the rows: tokens' hidden states travel, the head never does.
+        "loss_batch": "data",
+        "loss_vocab": ("fsdp", "tensor"),
     }
 )
 # Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any.
@@ -48,6 +51,12 @@ class Sharding:
     def named(self, *axes: str | None) -> NamedSharding:
         """The same as `spec`, bound to the mesh."""
         return NamedSharding(self.mesh, self.spec(axes))
+
+    def divides(self, size: int, axis: str) -> bool:
+        """Whether a dimension of `size` can be split as the rule of `axis` says."""
+        axes = self.rules[axis] or ()
+        parts = math.prod(self.mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
+        return size % parts == 0
 
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
         """Fix how `array` lies on the mesh at this point of a program."""

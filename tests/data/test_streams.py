@@ -1,0 +1,112 @@
+"""Batches: a pure function of data, seed and step; padding."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche_jax.data.chat import TokenizedExample
+from psyche_jax.data.streams import batches, length_bucket, pad_examples, pad_prompts
+
+
+def stream(items, batch_size, seed, first, last):
+    """Batches as plain lists."""
+    return [batch["items"] for batch in batches(items, batch_size, seed, lambda x: {"items": x}, range(first, last))]
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 23),
+    st.integers(1, 9),
+    st.sampled_from([0, 1, 42, 2**32 - 1]),
+    st.integers(0, 12),
+    st.integers(1, 12),
+)
+def test_batches_are_a_pure_function_of_the_step(size, batch_size, seed, first, steps):
+    items = list(range(size))
+    whole = stream(items, batch_size, seed, 0, first + steps)
+    assert len(whole) == first + steps
+    assert all(len(batch) == batch_size for batch in whole)
+    assert stream(items, batch_size, seed, first, first + steps) == whole[first:]
+    # Epochs follow each other without a gap, also within a batch.
+    sequence = [item for batch in whole for item in batch]
+    for start in range(0, len(sequence) - size + 1, size):
+        assert sorted(sequence[start : start + size]) == items
+    rest = sequence[len(sequence) // size * size :]
+    assert len(set(rest)) == len(rest)
+
+
+def test_every_epoch_and_every_seed_shuffles_anew():
+    items = list(range(30))
+    epochs = [tuple(epoch) for epoch in stream(items, 30, 7, 0, 20)]
+    assert len(set(epochs)) == 20
+    assert tuple(items) not in epochs
+    assert len({tuple(stream(items, 30, seed, 0, 1)[0]) for seed in range(20)}) == 20
+
+
+def test_any_step_alone():
+    items = [f"item {index}" for index in range(11)]
+    whole = stream(items, 4, 3, 0, 40)
+    for step in (0, 1, 2, 5, 17, 39):
+        assert stream(items, 4, 3, step, step + 1) == [whole[step]]
+    assert stream(items, 4, 3, 5, 5) == []
+
+
+def test_buckets():
+    buckets = [length_bucket(length, 32768) for length in range(1, 32769)]
+    assert all(length <= bucket for length, bucket in enumerate(buckets, start=1))
+    assert buckets == sorted(buckets)
+    assert set(buckets) == {16, *(2**n for n in range(5, 16)), *(3 * 2**n for n in range(3, 14))}
+    assert all(bucket < 1.5 * length for length, bucket in enumerate(buckets, start=1) if length > 16)
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000))
+def test_no_bucket_is_over_the_largest(length, largest):
+    bucket = length_bucket(min(length, largest), largest)
+    assert min(length, largest) <= bucket <= largest
+
+
+rows = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=60), min_size=1, max_size=5)
+
+
+@given(rows, st.sampled_from([60, 64, 1000]))
+def test_pad_prompts(prompts, largest):
+    batch = pad_prompts(prompts, largest)
+    assert {name: array.dtype for name, array in batch.items()} == {"tokens": np.int32, "mask": bool}
+    assert batch["tokens"].shape == batch["mask"].shape == (len(prompts), length_bucket(max(map(len, prompts)), largest))
+    for prompt, tokens, mask in zip(prompts, batch["tokens"], batch["mask"], strict=True):
+        assert tokens[mask].tolist() == prompt
+        assert mask[-len(prompt) :].all()
+        assert mask.sum() == len(prompt)
+        assert not tokens[~mask].any()
+
+
+@given(rows, st.sampled_from([60, 64, 1000]), st.integers(0, 2**60))
+def test_pad_examples(tokens, largest, bits):
+    examples = [
+        TokenizedExample(np.asarray(row, np.int32), np.asarray([bits >> i & 1 for i in range(len(row))], bool))
+        for row in tokens
+    ]
+    batch = pad_examples(examples, largest)
+    shape = (len(tokens), length_bucket(max(map(len, tokens)), largest))
+    assert {name: (array.dtype, array.shape) for name, array in batch.items()} == {
+        "tokens": (np.int32, shape),
+        "segments": (np.int32, shape),
+        "positions": (np.int32, shape),
+        "loss_mask": (bool, shape),
+    }
+    for index, example in enumerate(examples):
+        size = len(example.tokens)
+        assert batch["tokens"][index, :size].tolist() == example.tokens.tolist()
+        assert batch["loss_mask"][index, :size].tolist() == example.loss_mask.tolist()
+        assert batch["segments"][index].tolist() == [1] * size + [0] * (shape[1] - size)
+        assert not batch["tokens"][index, size:].any()
+        assert not batch["loss_mask"][index, size:].any()
+        assert batch["positions"][index].tolist() == list(range(shape[1]))
+
+
+def test_what_is_too_long_is_an_error():
+    with pytest.raises(ValueError, match="broadcast"):
+        pad_prompts([[1] * 20], 16)
+    with pytest.raises(ValueError, match="broadcast"):
+        pad_examples([TokenizedExample(np.ones(20, np.int32), np.ones(20, bool))], 16)
