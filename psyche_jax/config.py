@@ -169,6 +169,7 @@ class GrpoConfig(Section):
     minibatch_prompts: int | None = None  # prompts of one optimizer update; None: all of a step
     micro_batch_prompts: int | None = None  # prompts at once in forward and backward; None: the minibatch
     max_new_tokens: int = 1024
+    rollout_waves: int = 1  # the prompts of a step are decoded in that many parts, one after the other
     temperature: float = 1.0  # of the rollout; policy, old, reference and entropy use the same
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -199,6 +200,7 @@ class GrpoConfig(Section):
         _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "must not be negative")
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
         check_rules(self.rewards)
+        _divides("rollout_waves", self.rollout_waves, "prompts_per_step", self.prompts_per_step)
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
         minibatch = self.minibatch_prompts or self.prompts_per_step
         _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", minibatch)

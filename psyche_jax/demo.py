@@ -141,7 +141,7 @@ def run_demo(out: Path, seed: int) -> None:
 
 
 def make_data(folder: Path, seed: int) -> None:
-    """Split the sample questions: most with rationales, and some dialogues, for SFT, 16 to GRPO, 24 held out."""
+    """Split the sample questions: most of them and some dialogues for SFT, 16 to GRPO, 24 held out."""
     samples = Path(str(files("psyche_jax.data") / "samples"))
     questions = read_records(Question, samples / "questions.jsonl").good
     dialogues = read_records(Dialogue, samples / "dialogues.jsonl").good
@@ -152,9 +152,10 @@ def make_data(folder: Path, seed: int) -> None:
         write_records(partial / "heldout.jsonl", held_out)
         write_records(partial / "rl.jsonl", [question_to_rl(question) for question in rl])
         examples = [question_to_sft(_with_short_rationale(question)) for question in sft]
-        examples += [SftExample(dialogue.turns, dialogue.source, dialogue.meta) for dialogue in dialogues[:16]]
-        write_records(partial / "sft.jsonl", examples[:-8])
-        write_records(partial / "sft_evaluation.jsonl", examples[-8:])
+        shortest = sorted(dialogues, key=lambda dialogue: sum(len(turn.content) for turn in dialogue.turns))[:8]
+        examples += [SftExample(dialogue.turns, dialogue.source, dialogue.meta) for dialogue in shortest]
+        write_records(partial / "sft.jsonl", examples[8:])
+        write_records(partial / "sft_evaluation.jsonl", examples[:8])
 
 
 def make_model(paths: Paths, seed: int) -> None:
@@ -186,12 +187,12 @@ def sft_config(paths: Paths, seed: int) -> SftConfig:
     return SftConfig(
         run=RunSection(str(paths.sft), seed),
         model=ModelSection(str(paths.checkpoint)),
-        data=SftDataSection(str(paths.data / "sft.jsonl"), str(paths.data / "sft_evaluation.jsonl"), 384),
+        data=SftDataSection(str(paths.data / "sft.jsonl"), str(paths.data / "sft_evaluation.jsonl"), 256),
         epochs=24,
         batch_size=16,
         evaluate_every_steps=50,
         prompt=PROMPT,
-        optimizer=OptimizerSection(learning_rate=3e-3),
+        optimizer=OptimizerSection(learning_rate=2e-3),
         checkpoints=CheckpointSection(every_steps=100),
     )
 

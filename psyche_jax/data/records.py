@@ -134,14 +134,16 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
         if not line.strip():
             continue
         try:
-            good.append(adapter.validate_python(json.loads(line)))
+            value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair ("\ud800") is no text
+            good.append(adapter.validate_python(value))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             name = ".".join(map(str, first["loc"]))
             message = first["msg"].removeprefix("Value error, ")
             fault = f"{name + ': ' if name else ''}{message}"
             set_aside.append(f"{path}:{number}: {' '.join(fault.split())}")
-        except (ValueError, RecursionError) as error:  # besides what is no JSON: numbers too long, nesting too deep
+        except (ValueError, RecursionError) as error:  # also: numbers too long, nesting too deep
             set_aside.append(f"{path}:{number}: not JSON ({error})")
     if not good:
         first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""

@@ -1,6 +1,7 @@
 """Sampling responses with a key-value cache. A prompt is read once and shared by all of its responses."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, build
-from psyche_jax.model.sharding import DECODE_RULES
+from psyche_jax.model.sharding import DECODE_RULES, join_rows, split_rows
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     generations_per_prompt: int = 1
+    waves: int = 1  # the prompts are decoded in that many parts, one after the other, to hold less cache
 
 
 class Rollout(NamedTuple):
@@ -49,7 +51,7 @@ def generate(
       config, parameters: the model.
       prompt_tokens: int32 [prompts, prompt_length], padded on either side.
       prompt_mask: bool [prompts, prompt_length], False on padding.
-      key: random key; step t draws with `fold_in(key, t)`.
+      key: random key; step t of wave w draws with `fold_in(fold_in(key, w), t)`.
       sampling: lengths and temperature.
       execution: its mesh and dtype are used; the table of rules is the one for decoding.
     """
@@ -61,6 +63,29 @@ def generate(
         parameters,
         shardings,
     )
+    if sampling.waves == 1:
+        return _decode_wave(
+            config, parameters, prompt_tokens, prompt_mask, jax.random.fold_in(key, 0), sampling, execution
+        )
+    split = partial(split_rows, parts=sampling.waves, sharding=execution.sharding)
+    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(sampling.waves))
+    rollouts = jax.lax.map(
+        lambda wave: _decode_wave(config, parameters, wave[0], wave[1], wave[2], sampling, execution),
+        (split(prompt_tokens), split(prompt_mask), keys),
+    )
+    return join_rows(rollouts)
+
+
+def _decode_wave(
+    config: ModelConfig,
+    parameters: Parameters,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    execution: Execution,
+) -> Rollout:
+    """Prefill, then decode until every response of these prompts has ended."""
     model = bind(config, parameters)
     prompts, prompt_length = prompt_tokens.shape
     responses = prompts * sampling.generations_per_prompt
@@ -120,4 +145,5 @@ def generate(
         return step + 1, token, now_finished, cache, rollout
 
     carry = (jnp.int32(1), token, finished, cache, rollout)
-    return jax.lax.while_loop(unfinished, advance, carry)[-1]
+    with jax.named_scope("decoding_loop"):  # the name by which `psyche plan` finds it in the compiled program
+        return jax.lax.while_loop(unfinished, advance, carry)[-1]

@@ -208,7 +208,8 @@ class Qwen2(nnx.Module):
             cache.prompt_key,
             cache.prompt_value,
         )
-        (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), layer_inputs)
+        with jax.named_scope("layer_loop"):
+            (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), layer_inputs)
         return self.final_norm(x)[:, 0], cache._replace(key=keys, value=values)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -240,7 +241,9 @@ class Qwen2(nnx.Module):
         def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
             return nnx.merge(graph, parameters)(x, rotary, attend, execution.sharding)
 
-        x, cache = jax.lax.scan(rematerialize(body, execution.remat), self._embed(tokens, execution), stacked)
+        x = self._embed(tokens, execution)
+        with jax.named_scope("layer_loop"):
+            x, cache = jax.lax.scan(rematerialize(body, execution.remat), x, stacked)
         return self.final_norm(x), cache
 
 

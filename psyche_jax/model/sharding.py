@@ -115,3 +115,18 @@ def check_mesh_fits(mesh: Mesh, config: ModelConfig) -> None:
     for name, (size, axis, parts) in dimensions.items():
         if size % parts:
             raise UsageError(f"mesh: {axis} {parts} does not divide the model's {name} {size}")
+
+
+def split_rows(tree: Any, parts: int, sharding: Sharding) -> Any:
+    """[rows, ...] of every leaf to [parts, rows / parts, ...], the rows of each part over the batch axes."""
+
+    def split(leaf: jax.Array) -> jax.Array:
+        leaf = leaf.reshape(parts, -1, *leaf.shape[1:])
+        return sharding.constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`."""
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)

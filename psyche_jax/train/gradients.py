@@ -7,24 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from psyche_jax.model.qwen2 import Parameters
-from psyche_jax.model.sharding import Sharding
+from psyche_jax.model.sharding import Sharding, join_rows, split_rows
 
 LossFunction: TypeAlias = Callable[[Parameters, Any], tuple[jax.Array, Any]]
-
-
-def split_rows(tree: Any, parts: int, sharding: Sharding) -> Any:
-    """[rows, ...] of every leaf to [parts, rows / parts, ...], the rows of each part over the batch axes."""
-
-    def split(leaf: jax.Array) -> jax.Array:
-        leaf = leaf.reshape(parts, -1, *leaf.shape[1:])
-        return sharding.constrain(leaf, None, "batch", *(None,) * (leaf.ndim - 2))
-
-    return jax.tree.map(split, tree)
-
-
-def join_rows(tree: Any) -> Any:
-    """The inverse of `split_rows`."""
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), tree)
 
 
 def accumulate_gradients(

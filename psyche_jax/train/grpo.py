@@ -24,10 +24,11 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decoding import Rollout, Sampling, generate
 from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.sharding import join_rows, split_rows
 from psyche_jax.rewards import CompiledRules, compile_rules, score, token_bytes_from_tokenizer
 from psyche_jax.runs import Run, open_run
 from psyche_jax.train.checkpoints import checkpoint_metadata
-from psyche_jax.train.gradients import accumulate_gradients, join_rows, split_rows
+from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Program, run_training
 from psyche_jax.train.objectives import clipped_policy_loss, group_advantages, token_weights, zero_std_groups
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
@@ -102,7 +103,9 @@ class Iteration:
           key: random key of this step.
         """
         config = self.config
-        sampling = Sampling(config.max_new_tokens, config.temperature, config.generations_per_prompt)
+        sampling = Sampling(
+            config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout_waves
+        )
         rollout = generate(
             self.model, state.parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution
         )
@@ -276,7 +279,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
     model = setup.model.config
     minibatch = config.minibatch_prompts or config.prompts_per_step
     micro_batch = config.micro_batch_prompts or minibatch
-    check_rows(config.prompts_per_step, "prompts_per_step", execution.sharding)
+    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", execution.sharding)
     check_rows(
         micro_batch * config.generations_per_prompt,
         "micro_batch_prompts × generations_per_prompt",

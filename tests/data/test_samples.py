@@ -102,6 +102,6 @@ def test_ids(questions, dialogues):
     """Unique, and hashes of what is asked: the first of each file stay what they are."""
     for records in (questions, dialogues):
         assert len({record.id for record in records}) == len(records)
-    assert Question("何为心理？", {"A": "甲", "B": "乙"}, "A", "single").id == "95713b8"
+    assert Question("何为心理？", {"A": "甲", "B": "乙"}, "A", "single").id == "95713b83bbb80639"
     assert len({question_to_rl(question).id for question in questions}) == len(questions)
     assert len({question_to_sft(question).id for question in questions}) == len(questions)

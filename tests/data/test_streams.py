@@ -73,7 +73,9 @@ rows = st.lists(st.lists(st.integers(1, 500), min_size=1, max_size=60), min_size
 def test_pad_prompts(prompts, largest):
     batch = pad_prompts(prompts, largest)
     assert {name: array.dtype for name, array in batch.items()} == {"tokens": np.int32, "mask": bool}
-    assert batch["tokens"].shape == batch["mask"].shape == (len(prompts), length_bucket(max(map(len, prompts)), largest))
+    assert (
+        batch["tokens"].shape == batch["mask"].shape == (len(prompts), length_bucket(max(map(len, prompts)), largest))
+    )
     for prompt, tokens, mask in zip(prompts, batch["tokens"], batch["mask"], strict=True):
         assert tokens[mask].tolist() == prompt
         assert mask[-len(prompt) :].all()

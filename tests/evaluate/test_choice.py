@@ -54,9 +54,7 @@ def test_chance_is_the_mean_over_all_guesses(options):
     letters = string.ascii_uppercase[:options]
     for gold in subsets(letters):
         guesses = subsets(letters)
-        expected = [
-            sum(rule(guess, gold) for guess in guesses) / Fraction(len(guesses)) for rule in (strict, elastic)
-        ]
+        expected = [sum(rule(guess, gold) for guess in guesses) / Fraction(len(guesses)) for rule in (strict, elastic)]
         assert chance(question(options, gold)) == pytest.approx([float(value) for value in expected])
     for gold in letters:
         assert chance(question(options, gold, "single")) == (1 / options, 1 / options)
@@ -107,7 +105,9 @@ answers = st.none() | st.sets(st.sampled_from("ABCDE"), min_size=1).map(lambda l
 def test_the_order_of_options_changes_nothing_but_letters(order, gold, predicted):
     """Options move, and key and prediction move with them: same scores, same chance."""
     letters = "ABCDE"
-    before = Question("问", dict(zip(letters, ("甲", "乙", "丙", "丁", "戊"), strict=True)), "".join(sorted(gold)), "multi")
+    before = Question(
+        "问", dict(zip(letters, ("甲", "乙", "丙", "丁", "戊"), strict=True)), "".join(sorted(gold)), "multi"
+    )
     moved = {letters[old]: letters[new] for new, old in enumerate(order)}
     after = Question(
         "问",

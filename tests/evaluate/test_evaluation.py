@@ -26,7 +26,9 @@ PROMPTS = ["问", "为什么", "what is it?", "x" * 20, "答", "心理", "B", "�
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Many ids end a response, so that greedy decoding ends some of them."""
-    return save_model(tmp_path_factory.mktemp("tiny") / "model", stop_token_ids=tuple(range(297, 300)) + tuple(range(9)))
+    return save_model(
+        tmp_path_factory.mktemp("tiny") / "model", stop_token_ids=tuple(range(297, 300)) + tuple(range(9))
+    )
 
 
 @pytest.fixture(scope="module")

@@ -51,6 +51,14 @@ def test_logits_at_distant_positions(tmp_path, figure):
     figure("logits, positions 1000 to 2026", worst(logits(read(tmp_path), batch), expected), 1e-3)
 
 
+def test_logits_of_long_sequences(tmp_path, figure):
+    """From 512 positions on, attention goes by blocks of queries."""
+    model = reference(SMALL, tmp_path)
+    tokens = draw(SMALL.vocabulary, 2, 530)
+    difference = worst(logits(read(tmp_path), apart(tokens)), reference_logits(model, tokens))
+    figure("logits, random models", difference, 1e-4)
+
+
 def test_logits_from_sharded_weights(tmp_path, figure):
     model = reference(SMALL, tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 3

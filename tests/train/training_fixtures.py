@@ -39,7 +39,7 @@ VOCABULARY = 304  # a few more than the tokenizer has, as in Qwen2.5
 RULES = (
     PatternRule(pattern="[ -~]*", name="ascii", weight=1.0),
     RepetitionRule(ngram=1, weight=-0.7),
-    LengthRule(max_length=8, buffer=7, weight=0.9),
+    LengthRule(max_length=6, buffer=5, weight=0.9),
 )
 
 
@@ -71,8 +71,9 @@ def make_model(folder: Path) -> ModelConfig:
     )
     parameters = initialize(config, jax.random.key(7), execution(1).sharding, jnp.float32)
     parameters = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, parameters)
-    # Both stop tokens are said often enough for most responses to end before the limit.
-    head = parameters["head"].at[end_of_turn].multiply(3).at[end_of_text].multiply(3)
+    # ASCII and both stop tokens are said often, so that responses differ in what rules look at.
+    ascii_tokens = [token for text, token in tokenizer.get_vocab().items() if len(text) == 1 and text < "\x7f"]
+    head = parameters["head"].at[jnp.asarray([*ascii_tokens, end_of_turn, end_of_text])].multiply(4)
     write_weights(folder, config, {**parameters, "head": head})
     return config
 
@@ -126,7 +127,7 @@ def grpo_config(root: Path, run: str = "run", **changes: Any) -> GrpoConfig:
         epochs=2.0,
         prompts_per_step=8,
         generations_per_prompt=4,
-        max_new_tokens=8,
+        max_new_tokens=6,
         kl_coefficient=0.05,
         rewards=RULES,
         prompt=PROMPT,

@@ -1,0 +1,249 @@
+"""The command: help with working examples, exit codes, and what a good run of each verb prints and leaves."""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import save_model
+
+import psyche_jax
+from psyche_jax import cli
+from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.evaluate.evaluation import read_bench
+
+ROOT = Path(psyche_jax.__file__).parents[1]
+VERBS = ("import", "sft", "grpo", "export", "eval", "report", "demo")
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path, monkeypatch):
+    """Relative paths, and no change to the settings of JAX."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+
+
+def ended(capsys, *arguments):
+    """Exit code, stdout and stderr of a command that argparse ends."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    return (caught.value.code, *capsys.readouterr())
+
+
+def verbs():
+    (action,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
+
+
+def test_all_verbs_are_tested():
+    assert set(verbs()) == set(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_shows_an_example_that_works(verb, capsys):
+    code, out, err = ended(capsys, verb, "--help")
+    assert (code, err) == (0, "")
+    _, _, example = out.partition("Example:\n")
+    program, *arguments = shlex.split(example)
+    assert program == "psyche"
+    parsed = cli._parser().parse_args(arguments)
+    assert parsed.verb == verb
+    if verb in ("sft", "grpo"):
+        assert (ROOT / parsed.config).is_file(), f"the example names {parsed.config}, which does not exist"
+
+
+def test_help_of_the_whole(capsys):
+    code, out, _ = ended(capsys, "--help")
+    assert code == 0
+    for verb in VERBS:
+        assert f"\n    {verb} " in out
+    assert "psyche demo --out runs/demo" in out
+
+
+def test_every_option_says_what_it_is():
+    for name, verb in verbs().items():
+        for action in verb._actions:
+            assert action.help or action.choices, f"{name} {action.dest}"
+
+
+def test_version(capsys):
+    assert ended(capsys, "--version") == (0, f"psyche {psyche_jax.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "",
+        "trian",
+        "sft",
+        "sft --config",
+        "sft --config c.yaml --frobnicate",
+        "sft --config c.yaml --profile some",
+        "import a",
+        "import a b c",
+        "import a b --dtype float16",
+        "export a b --dtype int8",
+        "eval m",
+        "eval --bench samples",
+        "eval m --bench samples --limit some",
+        "eval m --bench samples --compute-dtype float8",
+        "report",
+        "demo",
+        "demo --out d --seed x",
+    ],
+)
+def test_wrong_use_exits_2(arguments, capsys):
+    code, out, err = ended(capsys, *arguments.split())
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("psyche")
+    assert "error: " in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("a: b"), 1, "psyche demo: a: b"),
+        (UsageError("a: b"), 2, "psyche demo: a: b"),
+        (UserError("a:\n  b\nc"), 1, "psyche demo: a: b c"),
+        (KeyboardInterrupt(), 1, "psyche demo: interrupted"),
+        (OSError(28, "No space left on device", "x/y"), 1, "psyche demo: x/y: No space left on device"),
+        (OSError(28, "No space left on device"), 1, "psyche demo: No space left on device"),
+        (OSError("odd"), 1, "psyche demo: odd"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating"),
+            1,
+            "psyche demo: out of memory; use smaller batches or more devices "
+            "(RESOURCE_EXHAUSTED: Out of memory while allocating)",
+        ),
+    ],
+)
+def test_failures_are_one_line(error, code, line, monkeypatch, capsys):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_demo", fail)
+    assert cli.main(["demo", "--out", "d"]) == code
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), ValueError("a bug"), AssertionError()])
+def test_bugs_are_not_hidden(error, monkeypatch):
+    def fail(arguments):
+        raise error
+
+    monkeypatch.setattr(cli, "_demo", fail)
+    with pytest.raises(type(error)):
+        cli.main(["demo", "--out", "d"])
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder whose answers are short."""
+    return save_model(tmp_path / "model")
+
+
+def test_eval(model, capsys):
+    arguments = ["eval", "model", "--bench", "samples", "--limit", "5", "--max-new-tokens", "2", "--out", "new/e.json"]
+    assert cli.main([*arguments, "--json", "--label", "mine"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    (line,) = out.splitlines()
+    summary = json.loads(line)
+    assert (summary["count"], summary["set_aside"]) == (5, 0)
+    written = json.loads(Path("new/e.json").read_text())
+    assert written["label"] == "mine"
+    assert {**written["scores"], "set_aside": 0} == summary
+    assert [item["id"] for item in written["items"]] == [q.id for q in read_bench("samples").good[:5]]
+    assert not (model / "evaluations").exists(), "a model folder is no run"
+
+    assert cli.main([*arguments]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["questions", "strict", "chance", "elastic", "chance", "unanswered"]
+    assert table[1].split() == [
+        "all",
+        "5",
+        *(f"{summary[name]:.3f}" for name in ("strict", "chance", "elastic", "chance_elastic")),
+        str(summary["unanswered"]),
+    ]
+    assert {line.split()[0] for line in table[2:]} == set(summary["by_kind"])
+    assert json.loads(Path("new/e.json").read_text())["label"] == "model"
+
+
+def test_from_a_model_folder_to_a_report(model, capsys):
+    """import, sft, grpo from it, eval and export of the runs, report: what each leaves."""
+    assert cli.main(["import", "model", "checkpoint"]) == 0
+    assert capsys.readouterr().out.startswith("checkpoint: 25,")
+    turns = [(Message("user", f"问{n}"), Message("assistant", "<think>想</think>\n答案：A")) for n in range(8)]
+    write_records(Path("sft.jsonl"), [SftExample(turn) for turn in turns])
+    write_records(Path("rl.jsonl"), [RlPrompt(turn[:1], "A", "single") for turn in turns])
+    common = {"epochs": 2, "prompt": {"system": "你", "instruction": "想\n"}, "mesh": {"data": 1, "fsdp": 8}}
+    sft = {
+        **common,
+        "run": {"dir": "sft"},
+        "model": {"path": "checkpoint"},
+        "data": {"train": "sft.jsonl"},
+        "batch_size": 8,
+    }
+    grpo = {
+        **common,
+        "run": {"dir": "grpo"},
+        "model": {"path": "sft"},
+        "data": {"train": "rl.jsonl"},
+        "prompts_per_step": 8,
+        "generations_per_prompt": 2,
+        "max_new_tokens": 4,
+    }
+    Path("sft.yaml").write_text(yaml.safe_dump(sft))
+    Path("grpo.yaml").write_text(yaml.safe_dump(grpo))
+    for verb in ("sft", "grpo"):
+        assert cli.main([verb, "--config", f"{verb}.yaml", "--set", "optimizer.learning_rate=1e-4"]) == 0
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert all(line.startswith(f"{verb}: step ") for line in err.splitlines())
+        config = yaml.safe_load(Path(verb, "config.yaml").read_text())
+        assert config["optimizer"]["learning_rate"] == 1e-4
+        assert config["logging"]["samples_every_steps"] == 10, "the config is kept with all its defaults"
+        assert json.loads(Path(verb, "state.json").read_text())["status"] == "done"
+        assert len(Path(verb, "metrics.jsonl").read_text().splitlines()) == 2
+    # The same command again has nothing to do.
+    assert cli.main(["sft", "--config", "sft.yaml", "--set", "optimizer.learning_rate=1e-4"]) == 0
+    # Another config is not let into the same folder.
+    capsys.readouterr()
+    assert cli.main(["sft", "--config", "sft.yaml"]) == 1
+    line = capsys.readouterr().err
+    assert "sft: holds another run (its optimizer.learning_rate is 0.0001, not 1e-05)" in line
+
+    assert cli.main(["eval", "grpo", "--bench", "samples", "--limit", "2", "--max-new-tokens", "2"]) == 0
+    (stored,) = Path("grpo/evaluations").iterdir()
+    assert stored.name == "samples-grpo.json"
+    assert json.loads(stored.read_text())["step"] == 2
+    assert cli.main(["export", "grpo", "exported"]) == 0
+    assert json.loads(Path("exported/psyche_prompt.json").read_text()) == common["prompt"]
+    capsys.readouterr()
+    assert cli.main(["report", "sft", "grpo", "--out", "new/report.html"]) == 0
+    assert capsys.readouterr() == ("new/report.html\n", "")
+    assert "<html" in Path("new/report.html").read_text()
+    assert not [path for path in Path().rglob("*") if "partial" in path.name]
+
+
+def test_the_installed_command(tmp_path):
+    """In a process of its own, as a user runs it: a mistake is one line and an exit code, and nothing else."""
+    command = Path(sys.executable).with_name("psyche")
+    start = [str(command)] if command.exists() else [sys.executable, "-m", "psyche_jax.cli"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+
+    def run(*arguments):
+        result = subprocess.run([*start, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
+        return result.returncode, result.stdout, result.stderr
+
+    expected = "psyche eval: nomodel: no such model: neither a Hugging Face folder nor a checkpoint nor a run\n"
+    assert run("eval", "nomodel", "--bench", "samples") == (1, "", expected)
+    code, out, err = run("sft", "--config", "none.yaml")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)

@@ -1,0 +1,141 @@
+"""Runs that are told to stop, or killed, and go on: the same numbers, bit for bit, as runs left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config
+
+import psyche_jax
+from psyche_jax.config import CheckpointSection
+from psyche_jax.runs import read_lines
+from psyche_jax.train.checkpoints import open_model
+
+
+class Command:
+    """`psyche sft` or `psyche grpo` as users run it, on two virtual devices, with one cache of compiled programs."""
+
+    def __init__(self, verb: str, config, root: Path) -> None:
+        self.run = Path(config.run.dir)
+        path = write_config(config, root / f"{self.run.name}.yaml")
+        self.arguments = [sys.executable, "-m", "psyche_jax.cli", verb, "--config", str(path)]
+        self.environment = {
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
+            "PYTHONPATH": str(Path(psyche_jax.__file__).parents[1]),
+        }
+
+    def start(self) -> subprocess.Popen:
+        """In the background."""
+        return subprocess.Popen(self.arguments, env=self.environment, stderr=subprocess.PIPE, text=True)
+
+    def finish(self) -> str:
+        """To the end, which must be a good one; what it said."""
+        process = self.start()
+        said = process.communicate(timeout=300)[1]
+        assert process.returncode == 0, said
+        assert state_of(self.run)["status"] == "done"
+        return said
+
+    def stop(self, number: signal.Signals, after: int) -> tuple[int, str]:
+        """Start, send a signal once that many steps are logged, and give exit code and what was said."""
+        process = self.start()
+        try:
+            deadline = time.monotonic() + 300
+            while self.steps() < after and process.poll() is None:
+                assert time.monotonic() < deadline, "no step was done"
+                time.sleep(0.01)
+            process.send_signal(number)
+            said = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()
+        return process.returncode, said
+
+    def steps(self) -> int:
+        """The last step that is logged."""
+        path = self.run / "metrics.jsonl"
+        return max((line["step"] for line in read_lines(path)), default=0) if path.is_file() else 0
+
+
+def last_parameters(run: Path) -> list[bytes]:
+    """Of the run's last checkpoint."""
+    model = open_model(str(run))
+    return [leaf.tobytes() for leaf in jax.tree.leaves(jax.device_get(parameters_of(model)))]
+
+
+def parameters_of(model):
+    return model.read_parameters(execution(1).sharding, jnp.dtype("float32"))
+
+
+def same_run(run: Path, whole: Path, steps: int) -> None:
+    """Every step once, in order, with the same numbers; the same parameters in the end."""
+    lines = metrics_of(run)
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    assert lines == metrics_of(whole)
+    assert read_lines(run / "samples.jsonl") == read_lines(whole / "samples.jsonl")
+    assert last_parameters(run) == last_parameters(whole)
+
+
+@pytest.fixture(scope="module")
+def work(tiny_root, tmp_path_factory):
+    """Where the runs of this module go, reading the model and data of `tiny_root`."""
+    folder = tmp_path_factory.mktemp("resume")
+    for name in ("model", "sft.jsonl", "rl.jsonl"):
+        (folder / name).symlink_to(tiny_root / name)
+    return folder
+
+
+def test_sft_stopped_by_sigterm_goes_on(work):
+    """Preempted between two checkpoints, as TPU VMs are: it saves, says so, exits with 1, and goes on from there."""
+    checkpoints = CheckpointSection(every_steps=20, keep=2)
+    whole, command = (
+        Command("sft", sft_config(work, run, epochs=16.0, checkpoints=checkpoints), work)
+        for run in ("sft-whole", "sft-stopped")
+    )
+    whole.finish()
+    code, said = command.stop(signal.SIGTERM, after=3)
+    state = state_of(command.run)
+    assert (code, state["status"]) == (1, "preempted"), said
+    assert 3 <= state["step"] < 40
+    assert said.strip().splitlines()[-1] == (
+        f"psyche sft: stopped by SIGTERM after step {state['step']}; start the same command again to go on"
+    )
+    assert "stopped by SIGTERM" in state["reason"]
+    assert "Traceback" not in said
+    assert (command.run / "checkpoints" / str(state["step"]) / "parameters").is_dir()
+    assert [line["step"] for line in metrics_of(command.run)] == list(range(1, state["step"] + 1))
+    assert f"sft: going on after step {state['step']}" in command.finish()
+    same_run(command.run, whole.run, 40)
+    assert state_of(command.run)["reason"] == ""
+
+
+def test_grpo_killed_and_stopped_goes_on(work):
+    """Killed without warning, then interrupted by the user, then left alone."""
+    checkpoints = CheckpointSection(every_steps=6, keep=2)
+    whole, command = (
+        Command("grpo", grpo_config(work, run, epochs=16.0, checkpoints=checkpoints), work)
+        for run in ("grpo-whole", "grpo-stopped")
+    )
+    whole.finish()
+    code, _ = command.stop(signal.SIGKILL, after=10)
+    assert code == -signal.SIGKILL
+    assert state_of(command.run)["status"] == "running", "nobody was left to write another state"
+    done = command.steps()
+    assert done >= 10
+    code, said = command.stop(signal.SIGINT, after=done + 2)
+    saved = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("grpo: going on after step")]
+    assert saved and saved[0] in range(0, done + 1, 6), said
+    assert (code, state_of(command.run)["status"]) == (1, "preempted"), said
+    assert state_of(command.run)["step"] < 32
+    command.finish()
+    same_run(command.run, whole.run, 32)
+    samples = read_lines(whole.run / "samples.jsonl")
+    assert sorted({line["step"] for line in samples}) == [1, 10, 20, 30, 32]

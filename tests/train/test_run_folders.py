@@ -1,0 +1,294 @@
+"""What a run leaves in its folder, when it may be started, and how it ends: run in this process."""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+
+import jax
+import numpy as np
+import pytest
+from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_sft_data
+
+from psyche_jax import cli
+from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
+from psyche_jax.errors import UserError
+from psyche_jax.runs import PreemptedError, Run, open_run, read_lines
+from psyche_jax.train import sft
+from psyche_jax.train.checkpoints import find_checkpoint, open_model, read_checkpoint_metadata
+from psyche_jax.train.state import make_schedule
+
+CONFIG = {"run": {"dir": "somewhere", "seed": 1}, "rewards": [{"rule": "length"}, {"rule": "pattern"}], "rate": 1e-5}
+LOGGING = LoggingSection()
+
+
+def files(folder):
+    """Every file of a folder with its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_root, tmp_path_factory):
+    """A whole SFT run with everything on: 5 steps, checkpoints after 3 and 5."""
+    root = shutil.copytree(tiny_root, tmp_path_factory.mktemp("finished") / "work")
+    write_sft_data(root / "evaluation.jsonl", 11)
+    data = SftDataSection(str(root / "sft.jsonl"), str(root / "evaluation.jsonl"), max_length=96)
+    logging = LoggingSection(tensorboard=True)
+    config = sft_config(root, data=data, evaluate_every_steps=2, logging=logging, micro_batch_size=8)
+    sft.train_sft(config, profile_steps=2)
+    return root / "run", config
+
+
+def test_a_finished_run(finished):
+    run, config = finished
+    lines = read_lines(run / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    always = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second"}
+    for line in lines:
+        assert always <= line.keys()
+        assert all(math.isfinite(value) for value in line.values())
+        assert line["tokens_per_second"] == pytest.approx(line["num_tokens"] / line["step_time"])
+        assert ("evaluation_loss" in line) == (line["step"] in (2, 4, 5))
+    rates = [float(make_schedule(config.optimizer, 5)(step)) for step in range(5)]
+    np.testing.assert_allclose([line["learning_rate"] for line in lines], rates, rtol=1e-5)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    state = state_of(run)
+    assert (state["status"], state["step"], state["kind"], state["reason"]) == ("done", 5, "sft", "")
+    assert abs(state["time"] - time.time()) < 3600
+    assert state["environment"]["versions"]["jax"] == jax.__version__
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["3", "5", "tokenizer"]
+    assert list(run.rglob("*.partial")) == []
+
+
+def test_tensorboard_and_profile(finished):
+    run, _ = finished
+    events = list((run / "tensorboard").glob("events.out.tfevents.*"))
+    assert len(events) == 1
+    assert events[0].stat().st_size > 500
+    assert list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_evaluation_loss_is_the_mean_over_all_learned_tokens(finished):
+    """11 records in batches of 8: what fills up the last batch does not count."""
+    run, config = finished
+    model = open_model(str(run))
+    here = execution(1)
+    parameters = model.read_parameters(here.sharding, np.dtype("float32"))
+    tokenizer = sft.prepare(config.model, config.mesh).tokenizer
+    examples, _ = sft._tokenized(tokenizer, config.data.evaluation, config.prompt, 96)
+    batch = sft.pad_examples(examples, 96)
+    weights = batch["loss_mask"].astype(np.float32)
+    total = sft.next_token_loss(model.config, here, parameters, {**batch, "weights": weights})[0]
+    expected = float(total) / sum(int(example.loss_mask.sum()) for example in examples)
+    assert read_lines(run / "metrics.jsonl")[-1]["evaluation_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_finished_run_started_again_does_nothing(finished, capsys):
+    run, config = finished
+    before = files(run)
+    sft.train_sft(config)
+    assert "sft: all 5 steps are done already" in capsys.readouterr().err
+    after = files(run)
+    assert state_of(run)["status"] == "done"
+    changed = {name for name in before if after.get(name) != before[name]}
+    assert changed <= {"state.json"}
+    assert all("tensorboard" in name for name in after.keys() - before.keys())
+
+
+def test_another_config_is_refused_and_nothing_is_changed(finished):
+    run, config = finished
+    before = files(run)
+    changes = {
+        "epochs": {"epochs": 3.0},
+        "optimizer.learning_rate": {"optimizer": OptimizerSection(learning_rate=2e-2)},
+        "run.seed": {"run": dataclasses.replace(config.run, seed=4)},
+        "checkpoints.keep": {"checkpoints": CheckpointSection(every_steps=3, keep=7)},
+    }
+    for key, change in changes.items():
+        with pytest.raises(UserError) as error:
+            sft.train_sft(dataclasses.replace(config, **change))
+        assert f"its {key} is" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert files(run) == before
+
+
+def test_a_folder_that_is_no_run_is_refused(root):
+    folder = root / "run"
+    folder.mkdir()
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a run"):
+        sft.train_sft(sft_config(root))
+    assert files(folder) == {"thesis.tex": b"years of work"}
+    file = root / "file"
+    file.write_text("x")
+    with pytest.raises(UserError, match="exists and is not a run"):
+        sft.train_sft(sft_config(root, run="file"))
+
+
+def test_an_empty_folder_will_do(tmp_path):
+    with open_run(tmp_path, "sft", CONFIG, LOGGING) as run:
+        assert state_of(run.folder)["status"] == "running"
+
+
+@pytest.mark.parametrize("verb", ["sft", "grpo"])
+def test_a_folder_that_cannot_be_made(verb, root, capsys):
+    """Below a file, or where nothing may be written: one line, exit code 1."""
+    from training_fixtures import write_config
+
+    (root / "file").write_text("x")
+    make = sft_config if verb == "sft" else grpo_config
+    for folder in ("file/run", "/proc/run"):
+        path = write_config(make(root, run=folder), root / "config.yaml")
+        assert cli.main([verb, "--config", str(path)]) == 1
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert lines[-1].startswith(f"psyche {verb}: ")
+        assert not any("Traceback" in line for line in lines)
+
+
+def test_states_of_a_run(tmp_path):
+    """running; then done, preempted or failed with the reason, at the step that was saved."""
+    run = tmp_path / "run"
+
+    def again():
+        return open_run(run, "grpo", CONFIG, LOGGING)
+
+    with again() as opened:
+        assert state_of(run)["status"] == "running"
+        opened.write_state("running", 4)
+        opened.write_state("done", 5)
+    assert (state_of(run)["status"], state_of(run)["step"]) == ("done", 5)
+    endings = {
+        PreemptedError("stopped by SIGTERM"): "preempted",
+        KeyboardInterrupt(): "preempted",
+        UserError("the loss\nis not finite"): "failed",
+        MemoryError(): "failed",
+    }
+    for error, status in endings.items():
+        with pytest.raises(type(error)), again() as opened:
+            assert (state_of(run)["status"], state_of(run)["step"], state_of(run)["reason"]) == ("running", 5, "")
+            raise error
+        state = state_of(run)
+        assert (state["status"], state["step"], state["kind"]) == (status, 5, "grpo")
+        assert state["reason"]
+        assert "\n" not in state["reason"]
+    assert state["environment"]["versions"]["python"]
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"rate": 2e-5}, "its rate is 1e-05, not 2e-05"),
+        ({"run": {"dir": "somewhere", "seed": 2}}, "its run.seed is 1, not 2"),
+        ({"rewards": [{"rule": "length"}]}, "its rewards is"),
+        ({"new": 1}, "its new is None, not 1"),
+    ],
+)
+def test_the_difference_of_configs_is_named(change, key, tmp_path):
+    with open_run(tmp_path / "run", "sft", CONFIG, LOGGING):
+        pass
+    before = files(tmp_path)
+    with pytest.raises(UserError) as error, open_run(tmp_path / "run", "sft", {**CONFIG, **change}, LOGGING):
+        raise AssertionError("opened")
+    assert key in str(error.value)
+    assert files(tmp_path) == before
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(root, capsys):
+    """With a rate that throws the parameters away: failed, the step and what to do are named, exit code 1."""
+    from training_fixtures import write_config
+
+    optimizer = OptimizerSection(learning_rate=1e36, warmup=0, schedule="constant")
+    path = write_config(sft_config(root, optimizer=optimizer), root / "config.yaml")
+    assert cli.main(["sft", "--config", str(path)]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("psyche sft: sft: the loss or gradient of step 2 is not finite; lower optimizer.learning_rate")
+    state = state_of(root / "run")
+    assert state["status"] == "failed"
+    assert "step 2 is not finite" in state["reason"]
+    assert [line["step"] for line in metrics_of(root / "run")] == [1]
+
+
+def test_records_that_do_not_fit_are_set_aside_by_name(root, capsys):
+    with (root / "sft.jsonl").open("a", encoding="utf-8") as file:
+        file.write("no json\n")
+        long = [{"role": "user", "content": "长" * 90}, {"role": "assistant", "content": "是"}]
+        file.write(json.dumps({"messages": long}) + "\n")
+    config = sft_config(root, epochs=0.2, checkpoints=CheckpointSection(every_steps=100))
+    sft.train_sft(config)
+    lines = (root / "run" / "set_aside.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 2
+    assert f"{root / 'sft.jsonl'}:21: not JSON" in lines[0]
+    assert "over data.max_length 96" in lines[1]
+    assert "2 records set aside" in capsys.readouterr().err
+    assert state_of(root / "run")["status"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 12}, "12 rows cannot be spread over data × fsdp = 8"),
+        ({"mesh": MeshSection(data=3)}, "does not divide the 8 devices"),
+        ({"data": SftDataSection("absent.jsonl")}, "absent.jsonl: the data cannot be read"),
+        ({"data": None}, "no example has at most data.max_length 5 tokens"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_folder_is_made(change, message, root):
+    if change.get("data", 0) is None:
+        change = {"data": SftDataSection(str(root / "sft.jsonl"), max_length=5)}
+    with pytest.raises(UserError, match=message):
+        sft.train_sft(sft_config(root, **change))
+    assert not (root / "run").exists()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
+
+
+def test_going_on_drops_later_steps_and_a_line_cut_short(tmp_path):
+    """Whatever a crash left at the end of a file, each step is there once in the end."""
+    whole = '{"step": 3, "loss": 0.5, "text": "记忆"}\n'.encode()
+    for cut in range(len(whole) + 1):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        run = Run(folder, "sft", LOGGING)
+        for step in (1, 2):
+            run.log_metrics(step, {"loss": 1.0})
+        with (folder / "metrics.jsonl").open("ab") as file:
+            file.write(whole[:cut])
+        assert [line["step"] for line in read_lines(folder / "metrics.jsonl")][:2] == [1, 2]
+        run.continue_from(2)
+        for step in (3, 4):
+            run.log_metrics(step, {"loss": 1.0})
+        assert [line["step"] for line in lines_of(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\x00", "\ud800", "记"])
+def test_any_completion_can_be_logged_and_read(character, tmp_path):
+    """Line ends of Unicode are no ends of JSON lines; a random model does say such things."""
+    run = Run(tmp_path, "grpo", LOGGING)
+    try:
+        for step in (1, 2):
+            run.log_sample(step, {"completion": f"a{character}b"})
+    except UnicodeEncodeError:
+        assert character == "\ud800", "half a character cannot come out of a tokenizer"
+        return
+    run.continue_from(2)
+    assert [line["completion"] for line in read_lines(tmp_path / "samples.jsonl")] == [f"a{character}b"] * 2
+
+
+def test_a_file_broken_in_the_middle_is_not_read_over(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl:2: is not JSON"):
+        read_lines(tmp_path / "metrics.jsonl")
+
+
+def test_metadata_of_checkpoints(finished):
+    run, config = finished
+    for step, folder in ((5, run), (5, run / "checkpoints"), (3, run / "checkpoints" / "3")):
+        metadata = read_checkpoint_metadata(find_checkpoint(folder))
+        assert (metadata["step"], metadata["seed"], metadata["format"]) == (step, 3, 1)
+        assert metadata["started_from"] == config.model.path
+        assert open_model(str(folder)).prompt == config.prompt
+
+
