@@ -7,10 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psyche_jax
 from psyche_jax.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from psyche_jax.config import DistributedSection
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
 
@@ -164,7 +167,7 @@ def _sft(arguments: argparse.Namespace) -> None:
 
     _check_at_least("profile", arguments.profile, 0)
     config = load_config(SftConfig, arguments.config, arguments.overrides)
-    _start_jax()
+    _start_jax(config.distributed)
     from psyche_jax.train.sft import train_sft
 
     train_sft(config, arguments.profile)
@@ -175,7 +178,7 @@ def _grpo(arguments: argparse.Namespace) -> None:
 
     _check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
-    _start_jax()
+    _start_jax(config.distributed)
     from psyche_jax.train.grpo import train_grpo
 
     train_grpo(config, arguments.profile)
@@ -242,13 +245,20 @@ def _check_seed(seed: int) -> None:
         raise UsageError(f"--seed must be from 0 to 4294967295, not {seed}")
 
 
-def _start_jax() -> None:
-    """Settings that must come before the first computation: the persistent compilation cache."""
+def _start_jax(distributed: "DistributedSection | None" = None) -> None:
+    """What must come before the first computation: the persistent compilation cache, the other hosts."""
     import jax
+
+    from psyche_jax import hosts
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    if distributed is not None:
+        hosts.initialize(distributed)
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        # A program from the cache may enter its collectives in another order on each virtual device, and hang.
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _scores_table(summary: dict[str, Any]) -> str:

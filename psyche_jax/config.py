@@ -32,6 +32,7 @@ class ModelSection(Section):
     compute_dtype: Dtype = "float32"  # of activations and matrix products
     remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
     attention: Literal["auto", "xla", "blocked", "splash", "cudnn"] = "auto"  # the kernel; auto: by device and shape
+    architecture: str | None = None  # for example Qwen2.5-7B: what `path` must be; `psyche plan` needs no more
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,28 @@ class MeshSection(Section):
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+
+
+@dataclass(frozen=True)
+class DistributedSection(Section):
+    """How processes on several hosts find each other; on a TPU slice nothing need be set."""
+
+    initialize: Literal["auto", "always", "never"] = "auto"  # auto: if the environment names several hosts
+    timeout_seconds: int = 300  # how long to wait for the others
+    coordinator_port: int | None = None  # on TPUs; None: JAX's own
+    coordinator: str | None = None  # elsewhere: address:port of the first process,
+    num_processes: int | None = None  # how many there are,
+    process_id: int | None = None  # and which this one is
+
+    def __post_init__(self) -> None:
+        _at_least_one(self, "timeout_seconds")
+        given = [self.coordinator is not None, self.num_processes is not None, self.process_id is not None]
+        _require(
+            all(given) or not any(given),
+            "coordinator",
+            self.coordinator,
+            "must be set together with num_processes and process_id",
+        )
 
 
 @dataclass(frozen=True)
@@ -134,6 +157,7 @@ class SftConfig(Section):
     micro_batch_size: int | None = None  # examples at once; None: the whole batch
     evaluate_every_steps: int = 100
     mesh: MeshSection = field(default_factory=MeshSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
     optimizer: OptimizerSection = field(default_factory=OptimizerSection)
     checkpoints: CheckpointSection = field(default_factory=CheckpointSection)
@@ -174,10 +198,12 @@ class GrpoConfig(Section):
     clip_low: float = 0.2
     clip_high: float = 0.2
     kl_coefficient: float = 0.001
+    reference_dtype: Dtype = "float32"  # of the reference policy's weights; bfloat16 halves them
     aggregation: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
     scale: Literal["group", "batch", "none"] = "group"
     rewards: tuple[RuleConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
     mesh: MeshSection = field(default_factory=MeshSection)
+    distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
     optimizer: OptimizerSection = field(
         default_factory=lambda: OptimizerSection(learning_rate=1e-6, schedule="constant", warmup=10)

@@ -11,3 +11,10 @@ class UsageError(UserError):
     """The command or its config was wrong before any work began."""
 
     exit_code = 2
+
+
+def first_reason(error: BaseException) -> str:
+    """One line: what began it (TensorStore's words, say) rather than what was wrapped around that."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -1,15 +1,59 @@
-"""Files and folders that are either whole or absent."""
+"""Files and folders that are either whole or absent; local ones, and folders in buckets."""
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from psyche_jax.errors import UserError
+
+_BUCKETS = "gs://"
+
+
+def as_path(path: str | Path) -> Path:
+    """What a path or a `gs://` address stands for; the latter has the methods of a path that are used here."""
+    if not in_bucket(path):
+        return Path(path)
+    from etils import epath
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it then raises
+    return cast(Path, epath.Path(path))
+
+
+def in_bucket(path: str | Path) -> bool:
+    """Whether `path` is an address in a bucket."""
+    return str(path).startswith(_BUCKETS)
+
+
+def absolute(path: Path) -> Path:
+    """`path` as Orbax wants it."""
+    return path if in_bucket(path) else path.absolute()
+
+
+@contextlib.contextmanager
+def bucket_errors(path: Path) -> Iterator[None]:
+    """Within the block, what goes wrong with the bucket of `path`, if it is in one, is shown as one line.
+
+    Raises:
+      UserError: naming `path` and the reason.
+    """
+    if not in_bucket(path):
+        yield
+        return
+    from aiohttp import ClientError
+    from gcsfs.retry import HttpError
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        yield
+    except (OSError, ClientError, HttpError, GoogleAuthError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: the bucket cannot be used ({reason}); see `gcloud auth list`") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,11 +93,23 @@ def read_json(path: Path) -> Any:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a new folder: yields a partial one beside `path`, which takes that name only if nothing was raised.
 
+    In a bucket, where nothing can be renamed, it yields `path` itself and empties it again if something was raised;
+    what makes such a folder whole must be written last.
+
     Raises:
-      UserError: `path` exists and is not an empty folder.
+      UserError: `path` exists and is not an empty folder, or its bucket cannot be used.
     """
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: already exists; choose another name or remove it first")
+    with bucket_errors(path):
+        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+            raise UserError(f"{path}: already exists; choose another name or remove it first")
+        if in_bucket(path):
+            try:
+                yield path
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    path.rmtree()  # type: ignore[attr-defined]
+                raise
+            return
     path = path.resolve()  # "." has no name
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import psyche_jax
+from psyche_jax import hosts
 from psyche_jax.config import LoggingSection, dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.files import read_json, write_json, write_text
 
 Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
+_MAY_CHANGE = ("mesh", "distributed", "checkpoints", "logging")  # sections that a resumed run may set otherwise
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 
 
@@ -24,12 +26,15 @@ class PreemptedError(UserError):
 
 
 class Run:
-    """A run's folder, open for writing. Made by `open_run`."""
+    """A run's folder, open for writing. Made by `open_run`. Of several processes only the first writes."""
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection) -> None:
         self.folder = folder
+        self.writes = hosts.is_first()
         self._kind = kind
         self._sinks: list[Any] = []
+        if not self.writes:
+            return
         if logging.tensorboard:
             from tensorboardX import SummaryWriter
 
@@ -45,7 +50,7 @@ class Run:
     def continue_from(self, step: int) -> None:
         """Drop the metrics and samples of steps after `step`: they are done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
-            if (self.folder / name).is_file():  # always written anew: its last line may be cut short
+            if self.writes and (self.folder / name).is_file():  # always written anew: its last line may be cut short
                 kept = [line for line in read_lines(self.folder / name) if line["step"] <= step]
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
                 write_text(self.folder / name, text)
@@ -62,6 +67,8 @@ class Run:
 
     def write_state(self, status: Status, step: int, reason: str = "", **extra: Any) -> None:
         """Replace `state.json`; what an earlier call stored in `extra` stays."""
+        if not self.writes:
+            return
         path = self.folder / "state.json"
         old = read_json(path) if path.is_file() else {}
         new = {"status": status, "step": step, "reason": reason, "kind": self._kind, "time": time.time()}
@@ -73,6 +80,8 @@ class Run:
             sink.close()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        if not self.writes:
+            return
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
@@ -81,6 +90,8 @@ class Run:
 def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: LoggingSection) -> Iterator[Run]:
     """Start the run `folder`, or go on with it if it holds a run of the same config.
 
+    Mesh, hosts, checkpoints and logging may differ from before; the config on disk is then the new one.
+
     Whatever ends the block is written into `state.json`.
 
     Raises:
@@ -88,14 +99,16 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
     """
     config_file = folder / "config.yaml"
     if config_file.is_file():
-        difference = _first_difference(parse_yaml_mapping(config_file), config)
+        difference = _first_difference(_lasting(parse_yaml_mapping(config_file)), _lasting(config))
         if difference:
             raise UserError(f"{folder}: holds another run ({difference}); choose another run.dir, or remove this one")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
+    hosts.wait_for_all("checked the run's folder")
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, kind, logging)
-    write_text(config_file, dump_yaml(config))
+    if run.writes:
+        write_text(config_file, dump_yaml(config))
     step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
     run.write_state("running", step, environment=environment())
     try:
@@ -103,7 +116,8 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
     except BaseException as error:
         status: Status = "preempted" if isinstance(error, PreemptedError | KeyboardInterrupt) else "failed"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        run.write_state(status, read_json(folder / "state.json")["step"], reason)
+        if run.writes:
+            run.write_state(status, read_json(folder / "state.json")["step"], reason)
         raise
     finally:
         run.close()
@@ -136,9 +150,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in _MAY_CHANGE}
+
+
 def _first_difference(old: Any, new: Any, name: str = "") -> str:
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in [*new, *(key for key in old if key not in new)]:
+        # A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default.
+        for key in old:
             if difference := _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key)):
                 return difference
         return ""

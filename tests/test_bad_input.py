@@ -46,7 +46,7 @@ def made(tmp_path_factory):
 def place(made, tmp_path, monkeypatch):
     folder = shutil.copytree(made, tmp_path / "place")
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
     return folder
 
 

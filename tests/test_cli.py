@@ -26,7 +26,7 @@ VERBS = ("import", "sft", "grpo", "export", "eval", "report", "demo")
 def inside(tmp_path, monkeypatch):
     """Relative paths, and no change to the settings of JAX."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
 
 
 def ended(capsys, *arguments):

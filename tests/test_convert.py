@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -33,7 +34,7 @@ STOPS = (299, 297)
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda: None)
+    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
 
 
 def psyche(*arguments):
@@ -209,16 +210,22 @@ def test_a_run_changed_by_hand(runs, capsys):
     assert not Path("model").exists()
 
 
+@pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit(monkeypatch, tmp_path):
     """That of this checkout, and the version where there is no checkout or no git."""
     package = tmp_path / "site-packages" / "psyche_jax" / "convert.py"
     commit = convert._commit()
     root = Path(convert.__file__).parents[1]
-    if (root / ".git").exists() and shutil.which("git"):
+    if (root / ".git").exists():
         assert commit.removesuffix("-dirty").isalnum() or commit.startswith("v")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert convert._commit().startswith("version ")
-    monkeypatch.undo()
+    with monkeypatch.context() as without_git:
+        without_git.setenv("PATH", str(tmp_path))
+        assert convert._commit().startswith("version ")
+    # Installed somewhere below another project's checkout: that one's commit is not ours.
+    package.parent.mkdir(parents=True)
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
+    subprocess.run([*git, "init", "--quiet"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "x"], check=True)
     monkeypatch.setattr(convert, "__file__", str(package))
     assert convert._commit().startswith("version ")
 

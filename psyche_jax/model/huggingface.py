@@ -1,7 +1,10 @@
 """Weights and tokenizers between Hugging Face folders and this package. Needs no torch."""
 
-import shutil
-from collections.abc import Iterator
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from psyche_jax.errors import UserError
-from psyche_jax.files import read_json, write_json
+from psyche_jax.files import in_bucket, read_json, write_json
 from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
+from psyche_jax.pieces import Index, blocks, read_ahead
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -47,6 +50,7 @@ _TOP_NAMES = {
     "head": "lm_head.weight",
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _SHARD_BYTES = 4 * 2**30
 
 
@@ -112,9 +116,20 @@ class WeightFiles:
         if faults:
             raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(faults)}")
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """The part `index` of the tensor `name`."""
-        return self._slices[name][index] if index else self._slices[name][:]
+    def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        """The part `index` of the parameter at `path` ("layers/q_proj/kernel"), whose layers are tensors of their own.
+
+        Raises:
+          UserError: the file cannot be read there.
+        """
+        try:
+            if path in _TOP_NAMES:
+                return self._slices[_TOP_NAMES[path]][index].astype(dtype, copy=False)
+            name = f"model.layers.{{}}.{_LAYER_NAMES[path.removeprefix('layers/')]}"
+            layers = range(index[0].start or 0, index[0].stop) if index[0].stop is not None else self._layers
+            return np.stack([self._slices[name.format(layer)][index[1:]].astype(dtype, copy=False) for layer in layers])
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder}: {path} cannot be read ({error}); copy the files again") from None
 
 
 def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
@@ -130,60 +145,100 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
     flat_shapes = traverse_util.flatten_dict(nnx.to_pure_dict(abstract), sep="/")
 
     def place(path: str) -> jax.Array:
-        names = tensor_names(path, config.num_hidden_layers)
+        shape = flat_shapes[path].shape
 
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        def part(index: Index | None) -> np.ndarray:
             assert index is not None
-            if not path.startswith("layers/"):
-                return weights.read(names[0], index).astype(dtype)
-            return np.stack([weights.read(name, index[1:]).astype(dtype) for name in names[index[0]]])
+            whole = tuple(slice(*bounds.indices(size)) for bounds, size in zip(index, shape, strict=True))
+            return weights.read(path, whole, np.dtype(dtype))
 
-        return jax.make_array_from_callback(flat_shapes[path].shape, flat_shardings[path], part)
+        return jax.make_array_from_callback(shape, flat_shardings[path], part)
 
     return traverse_util.unflatten_dict({path: place(path) for path in flat_shapes}, sep="/")
 
 
 def write_weights(folder: Path, config: ModelConfig, parameters: Parameters) -> None:
-    """Write parameters as safetensors, in their own dtype, sharded with an index when over 4 GiB; and configs."""
+    """Write parameters that are in memory as a model's weights, in their own dtype; see `stream_weights`."""
     flat = traverse_util.flatten_dict(parameters, sep="/")
-    dtype = str(next(iter(flat.values())).dtype)
+    dtype = np.dtype(next(iter(flat.values())).dtype)
+    stream_weights(folder, config, dtype, lambda path, index: np.asarray(flat[path][index]))
+
+
+def stream_weights(
+    folder: Path,
+    config: ModelConfig,
+    dtype: np.dtype,
+    read: Callable[[str, Index], np.ndarray],
+    chunk: Callable[[str], tuple[int, ...]] | None = None,
+) -> None:
+    """Write weights as safetensors, sharded with an index when over 4 GiB, and the configs.
+
+    Args:
+      folder: where they are written.
+      config: of the model.
+      dtype: float32 or bfloat16, of the files.
+      read: gives the part `index` of the parameter at a path, in `dtype`; called in the files' order, in a thread.
+      chunk: in which blocks the parameter at a path is stored, so that none is read twice.
+    """
     tensors = {
         name: (path, layer if path.startswith("layers/") else None)
-        for path in flat
+        for path in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/")
         for layer, name in enumerate(tensor_names(path, config.num_hidden_layers))
     }
-    expected = dict(_expected_shapes(config))
-    item_size = np.dtype(jnp.dtype(dtype)).itemsize
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name in expected:  # in the order of the layers
-        tensor_bytes = int(np.prod(expected[name])) * item_size
-        if size + tensor_bytes > _SHARD_BYTES and shards[-1]:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += tensor_bytes
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        arrays = {}
+    shapes = dict(_expected_shapes(config))
+    shards = _shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
+
+    def jobs(names: list[str]) -> Iterator[tuple[str, Index]]:
         for name in names:
             path, layer = tensors[name]
-            arrays[name] = np.ascontiguousarray(flat[path] if layer is None else flat[path][layer])
-        save_file(arrays, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+            rows = chunk(path)[0 if layer is None else 1] if chunk else 1
+            for index in blocks(shapes[name], (rows, *shapes[name][1:])):
+                yield path, index if layer is None else (slice(layer, layer + 1), *index)
+
+    for file, names in shards.items():
+        with (folder / file).open("wb") as out:
+            out.write(_header({name: shapes[name] for name in names}, dtype))
+            for _, values in read_ahead(lambda job: read(*job), jobs(names)):
+                out.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+            out.flush()
+            os.fsync(out.fileno())
     if len(shards) > 1:
-        total = sum(int(np.prod(shape)) * item_size for shape in expected.values())
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": total}, "weight_map": weight_map},
-        )
-    write_json(folder / "config.json", hf_config(config, dtype))
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / "config.json", hf_config(config, str(dtype)))
     write_json(folder / "generation_config.json", hf_generation_config(config))
 
 
+def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
+    """Names of files, each with those of its tensors; `sizes` are the tensors' bytes, in order."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if filled + size > _SHARD_BYTES and shards[-1]:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": names for number, names in enumerate(shards, start=1)}
+
+
+def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
+    """The start of a safetensors file: the length of a JSON object, and that object, which says where tensors lie."""
+    content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        content[name] = {"dtype": _DTYPE_NAMES[str(dtype)], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of eight
+    return len(text).to_bytes(8, "little") + text
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy a tokenizer's files, chat template included.
+    """Copy a tokenizer's files, chat template included; from and to local folders or buckets.
 
     Raises:
       UserError: there is no fast tokenizer in `source`.
@@ -192,11 +247,11 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         raise UserError(f"{source}: has no tokenizer.json; save it once with a fast tokenizer of transformers")
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+            (target / name).write_bytes((source / name).read_bytes())
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The `transformers` tokenizer of a local folder; no code in the folder is run, nothing is downloaded.
+    """The `transformers` tokenizer of a folder; no code in the folder is run, nothing comes from the Hugging Face hub.
 
     Raises:
       UserError: the folder's tokenizer is missing or broken.
@@ -205,6 +260,10 @@ def load_tokenizer(folder: Path) -> Any:
 
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: has no tokenizer.json")
+    if in_bucket(folder):
+        with tempfile.TemporaryDirectory() as local:
+            copy_tokenizer(folder, Path(local))
+            return load_tokenizer(Path(local))
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions on broken files

@@ -15,13 +15,14 @@ import orbax.checkpoint as ocp
 from flax import nnx
 
 from psyche_jax.config import PromptSection, config_to_dict, parse_config
-from psyche_jax.errors import UserError
-from psyche_jax.files import new_folder, read_json
+from psyche_jax.errors import UserError, first_reason
+from psyche_jax.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
 from psyche_jax.model.huggingface import copy_tokenizer, read_parameters
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.train.state import TrainState
+from psyche_jax.train.streaming import save_args, stream_handler
 
 FORMAT = 1
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
@@ -47,9 +48,11 @@ class StoredModel:
         abstract = abstract_parameters(self.config, sharding, dtype)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore((self.weights / "parameters").absolute(), abstract)
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{self.weights}: the checkpoint is broken: {str(error).splitlines()[0]}") from None
+                return checkpointer.restore(absolute(self.weights / "parameters"), abstract)
+        except jax.errors.JaxRuntimeError:
+            raise  # of the device, not of the files
+        except Exception as error:  # Orbax raises bare Exceptions on broken files
+            raise UserError(f"{self.weights}: the checkpoint is broken: {first_reason(error)}") from None
 
 
 class Checkpoints:
@@ -68,8 +71,8 @@ class Checkpoints:
     def save(self, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
         """Save after `step` steps. Returns when `state` may be changed; writing goes on in the background."""
         items = {
-            "parameters": ocp.args.StandardSave(state.parameters),
-            "optimizer": ocp.args.StandardSave(state.optimizer_state),
+            "parameters": ocp.args.StandardSave(state.parameters, save_args(state.parameters)),
+            "optimizer": ocp.args.StandardSave(state.optimizer_state, save_args(state.optimizer_state)),
             "metadata": ocp.args.JsonSave({**metadata, "format": FORMAT, "step": step}),
         }
         self._manager.save(step, args=ocp.args.Composite(**items))
@@ -87,9 +90,11 @@ class Checkpoints:
         }
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, OSError, KeyError) as error:
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
             raise UserError(
-                f"{self._folder / str(step)}: the checkpoint is broken: {str(error).splitlines()[0]}; "
+                f"{self._folder / str(step)}: the checkpoint is broken: {first_reason(error)}; "
                 "remove this folder to go on from the one before it"
             ) from None
         place = abstract.step.sharding
@@ -110,29 +115,42 @@ def checkpoint_metadata(config: ModelConfig, prompt: PromptSection | None, **mor
 def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> None:
     """Write a model as a new checkpoint folder, at step 0, without optimizer state.
 
+    Args:
+      folder: local or in a bucket.
+      model: whose tokenizer, config and prompt it gets.
+      parameters: a tree of `streaming.StreamedArray`s, which are read while they are written.
+
     Raises:
-      UserError: the folder exists.
+      UserError: the folder exists, or its bucket cannot be used.
     """
     with new_folder(folder) as partial:
-        (partial / "tokenizer").mkdir()
+        (partial / "tokenizer").mkdir(parents=True)
         copy_tokenizer(model.tokenizer_folder, partial / "tokenizer")
         metadata = {**checkpoint_metadata(model.config, model.prompt), "format": FORMAT, "step": 0}
-        with ocp.CheckpointManager(partial.absolute()) as manager:
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+        handlers = {"parameters": stream_handler(), "metadata": ocp.JsonCheckpointHandler()}
+        with ocp.CheckpointManager(absolute(partial), options=options, item_handlers=handlers) as manager:
             items = {
-                "parameters": ocp.args.StandardSave(parameters),
+                "parameters": ocp.args.PyTreeSave(parameters),
                 "metadata": ocp.args.JsonSave(metadata),
             }
             manager.save(0, args=ocp.args.Composite(**items))
-            manager.wait_until_finished()
 
 
 def open_model(path: str) -> StoredModel:
     """Find a Hugging Face folder, a checkpoint folder, one step of it, or a run (its latest checkpoint).
 
+    Checkpoints and runs may be in a bucket.
+
     Raises:
-      UserError: `path` is none of these, or its config is broken.
+      UserError: `path` is none of these, or its config is broken, or its bucket cannot be used.
     """
-    folder = Path(path)
+    folder = as_path(path)
+    with bucket_errors(folder):
+        return _open_model(folder)
+
+
+def _open_model(folder: Path) -> StoredModel:
     if (folder / "config.json").is_file():
         prompt = None
         if (folder / PROMPT_FILE).is_file():
@@ -140,9 +158,12 @@ def open_model(path: str) -> StoredModel:
         return StoredModel(read_hf_config(folder), folder, prompt, folder)
     step_folder = find_checkpoint(folder)
     metadata = read_checkpoint_metadata(step_folder)
-    values = metadata["prompt"]
+    try:
+        values = metadata["prompt"]
+        config = model_config_from_dict(metadata["model"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{step_folder}: the checkpoint's metadata are broken: {first_reason(error)}") from None
     prompt = None if values is None else parse_config(PromptSection, values, str(step_folder))
-    config = model_config_from_dict(metadata["model"])
     return StoredModel(config, step_folder.parent / "tokenizer", prompt, step_folder)
 
 
@@ -154,13 +175,20 @@ def find_checkpoint(folder: Path) -> Path:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model: neither a Hugging Face folder nor a checkpoint nor a run")
-    if (folder / "parameters").is_dir() and folder.name.isdecimal():
+    if _is_step(folder):
         return folder
     root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    steps = [child for child in root.iterdir() if child.name.isdecimal() and (child / "parameters").is_dir()]
+    steps = [child for child in root.iterdir() if _is_step(child)]
     if not steps:
         raise UserError(f"{folder}: holds neither a config.json nor a checkpoint")
     return max(steps, key=lambda child: int(child.name))
+
+
+def _is_step(folder: Path) -> bool:
+    """Whether it is one step, saved whole: in a bucket Orbax cannot rename, and marks a step as whole instead."""
+    if not folder.name.isdecimal() or not (folder / "parameters").is_dir():
+        return False
+    return not in_bucket(folder) or ocp.utils.is_checkpoint_finalized(folder)
 
 
 def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:
@@ -170,6 +198,8 @@ def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:
       UserError: it is missing, or was written by a newer version.
     """
     metadata = read_json(step_folder / "metadata" / "metadata")
+    if not isinstance(metadata, dict):
+        raise UserError(f"{step_folder}: the checkpoint's metadata are broken: not a JSON object")
     if metadata.get("format", 0) > FORMAT:
         raise UserError(f"{step_folder}: was written by a newer version of psyche_jax; upgrade it")
     return metadata

@@ -13,7 +13,12 @@ LossFunction: TypeAlias = Callable[[Parameters, Any], tuple[jax.Array, Any]]
 
 
 def accumulate_gradients(
-    loss: LossFunction, parameters: Parameters, batch: Any, micro_batches: int, sharding: Sharding
+    loss: LossFunction,
+    parameters: Parameters,
+    batch: Any,
+    micro_batches: int,
+    sharding: Sharding,
+    places: Any = None,
 ) -> tuple[jax.Array, Any, Parameters]:
     """Sum of the losses and gradients of consecutive micro-batches.
 
@@ -23,6 +28,7 @@ def accumulate_gradients(
       batch: a pytree of arrays [rows, ...].
       micro_batches: divides `rows`.
       sharding: the mesh.
+      places: shardings of the parameters, where their gradients lie too (None: wherever the compiler likes).
 
     Returns:
       The loss, the extras of all rows, the gradient.
@@ -32,10 +38,14 @@ def accumulate_gradients(
         (value, extras), gradients = gradient(parameters, batch)
         return value, extras, gradients
 
-    def add(carry: tuple[jax.Array, Parameters], part: Any) -> tuple[tuple[jax.Array, Parameters], Any]:
-        (value, extras), gradients = gradient(parameters, part)
-        return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradients)), extras
+    # The backward pass adds each layer's gradient to these where they lie: a second gradient never stands beside.
+    zeros = jax.tree.map(jnp.zeros_like, parameters)
+    sums = jax.tree.map(jax.new_ref, zeros if places is None else jax.lax.with_sharding_constraint(zeros, places))
 
-    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, parameters))
-    (value, gradients), extras = jax.lax.scan(add, start, split_rows(batch, micro_batches, sharding))
-    return value, join_rows(extras), gradients
+    def add(total: jax.Array, part: Any) -> tuple[jax.Array, Any]:
+        value, pull_back, extras = jax.vjp(lambda parameters: loss(parameters, part), parameters, has_aux=True)
+        pull_back.with_refs(sums)(jnp.ones_like(value))
+        return total + value, extras
+
+    value, extras = jax.lax.scan(add, jnp.float32(0), split_rows(batch, micro_batches, sharding))
+    return value, join_rows(extras), jax.tree.map(jax.freeze, sums)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from psyche_jax import hosts
 from psyche_jax.config import GrpoConfig, config_to_dict
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import RlPrompt, answer_mask, read_records
@@ -211,7 +212,12 @@ class Iteration:
             return jnp.sum(terms.loss * weights), (scores, terms.kl, terms.clipped_low, terms.clipped_high)
 
         value, extras, gradients = accumulate_gradients(
-            loss, state.parameters, (experience, weights), micro_batches, self.execution.sharding
+            loss,
+            state.parameters,
+            (experience, weights),
+            micro_batches,
+            self.execution.sharding,
+            self.shardings.parameters,
         )
         changes, optimizer_state = self.optimizer.update(gradients, state.optimizer_state, state.parameters)
         parameters = optax.apply_updates(state.parameters, changes)
@@ -303,7 +309,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
 
     def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
         stream = batches(prompts, config.prompts_per_step, config.run.seed, collate, range(first, total_steps))
-        return (jax.device_put(batch, place) for batch in stream)
+        return (hosts.place(batch, place) for batch in stream)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
         return iteration(state, reference, rules, batch, jax.random.fold_in(key, index))

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
 from psyche_jax.runs import PreemptedError, Run
@@ -98,13 +99,15 @@ def run_training(
             metrics |= program.after_step(run, state, index, outputs)
             run.log_metrics(index, metrics)
             progress.update(index, metrics)
-            if index == program.total_steps or index % section.every_steps == 0 or stopped:
+            stop = hosts.on_any(bool(stopped))
+            if index == program.total_steps or index % section.every_steps == 0 or stop:
                 checkpoints.save(state, index, metadata)
                 run.write_state("running", index)
-            if stopped and index < program.total_steps:
+            if stop and index < program.total_steps:
                 checkpoints.close()
+                signal_name = stopped[0] if stopped else "another host"
                 raise PreemptedError(
-                    f"stopped by {stopped[0]} after step {index}; start the same command again to go on"
+                    f"stopped by {signal_name} after step {index}; start the same command again to go on"
                 )
             started = time.perf_counter()
         progress.close()
@@ -118,7 +121,7 @@ class Progress:
         self._program = program
         self._bar = (
             tqdm(total=program.total_steps, initial=first, desc=program.name, unit="step")
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and hosts.is_first()
             else None
         )
         self._every = max(1, program.total_steps // 10)
@@ -178,4 +181,5 @@ def _stop_signals() -> Iterator[list[str]]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    if hosts.is_first():
+        print(line, file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from flax import nnx
 from psyche_jax.config import MeshSection, ModelSection
 from psyche_jax.errors import UsageError
 from psyche_jax.files import new_folder
+from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
@@ -61,8 +62,15 @@ def check_rows(rows: int, name: str, sharding: Sharding) -> None:
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
     """The state's shapes with their shardings, and the shardings alone."""
-    abstract_parameters = build(setup.model.config, setup.dtype)[1]
-    shardings = state_shardings(optimizer, abstract_parameters, setup.execution.sharding)
+    return abstract_train_state(setup.model.config, setup.dtype, setup.execution.sharding, optimizer)
+
+
+def abstract_train_state(
+    config: ModelConfig, dtype: jnp.dtype, sharding: Sharding, optimizer: optax.GradientTransformation
+) -> tuple[TrainState, TrainState]:
+    """As `abstract_state`, of a model that need not be on disk."""
+    abstract_parameters = build(config, dtype)[1]
+    shardings = state_shardings(optimizer, abstract_parameters, sharding)
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), plain, jax.eval_shape(optimizer.init, plain))
     return abstract_like(shapes, shardings), shardings
@@ -70,6 +78,8 @@ def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> tup
 
 def keep_tokenizer(run: Run, setup: Setup) -> None:
     """Put the tokenizer beside the run's checkpoints, so that they are models of their own."""
+    if not run.writes:
+        return
     run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / "tokenizer"
     if not target.is_dir():
@@ -79,7 +89,7 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
 
 def report_set_aside(run: Run, lines: Sequence[str]) -> None:
     """Name each record that was set aside: the first ones on stderr, all of them in the run's folder."""
-    if not lines:
+    if not lines or not run.writes:
         return
     (run.folder / "set_aside.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     for line in lines[:5]:

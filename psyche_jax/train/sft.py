@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from psyche_jax import hosts
 from psyche_jax.config import PromptSection, SftConfig, config_to_dict
 from psyche_jax.data.chat import TokenizedExample, tokenize_example
 from psyche_jax.data.records import Records, SftExample, read_records
@@ -57,7 +58,7 @@ def make_sft_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, execution.sharding.named()))
     def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
         value, _, gradients = accumulate_gradients(
-            loss, state.parameters, _weighted(batch), micro_batches, execution.sharding
+            loss, state.parameters, _weighted(batch), micro_batches, execution.sharding, shardings.parameters
         )
         updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         metrics = {
@@ -105,7 +106,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
 
     def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
         stream = batches(train, config.batch_size, config.run.seed, collate, range(first, total_steps))
-        return (jax.device_put(batch, place) for batch in stream)
+        return (hosts.place(batch, place) for batch in stream)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], _: int) -> tuple[TrainState, dict[str, Any]]:
         state, metrics = step(state, batch)
@@ -117,7 +118,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             weights = batch["loss_mask"].astype("float32")
-            total += float(evaluate(state.parameters, jax.device_put({**batch, "weights": weights}, place)))
+            total += float(evaluate(state.parameters, hosts.place({**batch, "weights": weights}, place)))
             tokens += float(weights[:, 1:].sum())
         return {"evaluation_loss": total / tokens}
 

@@ -39,8 +39,8 @@ def run(model):
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     known = {}
 
-    def completions(batch_size=4, devices=8, new_tokens=NEW_TOKENS, temperature=0.0, seed=0):
-        key = (batch_size, devices, new_tokens, temperature, seed)
+    def completions(batch_size=4, devices=8, new_tokens=NEW_TOKENS, temperature=0.0, seed=0, order=1):
+        key = (batch_size, devices, new_tokens, temperature, seed, order)
         if key not in known:
             sharding = Sharding(make_mesh(devices=jax.devices()[:devices]), TRAIN_RULES)
             parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
@@ -48,7 +48,15 @@ def run(model):
             sampling = Sampling(new_tokens, temperature)
             done = []
             result = complete(
-                stored.config, parameters, tokenizer, prompts, sampling, execution, batch_size, seed, done.append
+                stored.config,
+                parameters,
+                tokenizer,
+                prompts[::order],
+                sampling,
+                execution,
+                batch_size,
+                seed,
+                done.append,
             )
             assert sum(done) == len(prompts)
             known[key] = result
@@ -63,6 +71,11 @@ def test_greedy_does_not_depend_on_batches_or_devices(run):
     assert len({completion.text for completion in expected}) > len(PROMPTS) // 2, "too alike to tell their order"
     for batch_size, devices in ((1, 1), (3, 1), (3, 8)):
         assert run(batch_size, devices) == expected
+
+
+def test_completions_come_in_the_order_of_the_prompts(run):
+    assert sorted(PROMPTS, key=len) not in (PROMPTS, PROMPTS[::-1])
+    assert run(64, 1, order=-1) == run(64, 1)[::-1]
 
 
 def test_finished_means_a_stop_token(run):

@@ -130,7 +130,6 @@ def break_parameters(folder):
 BREAKS = {
     "arrays cut short": break_parameters,
     "no arrays": lambda folder: remove(largest_file(folder / "4" / "parameters")),
-    "no description": lambda folder: remove(folder / "4" / "parameters" / "_METADATA"),
     "description is no JSON": lambda folder: (folder / "4" / "parameters" / "_METADATA").write_text("{"),
     "no manifest": lambda folder: [remove(path) for path in (folder / "4" / "parameters").glob("manifest.ocdbt")],
 }

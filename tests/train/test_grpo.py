@@ -188,7 +188,9 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
             value = jnp.sum(jnp.sum(token * here, axis=1) / mask.sum(axis=1)) / jnp.sum(rows)
         low = (ratio < 1 - config.clip_low) & (advantages < 0)
         high = (ratio > 1 + config.clip_high) & (advantages > 0)
-        return value, jax.tree.map(lambda x: jnp.sum(x * here), {"kl": kl, "entropy": entropy, "low": low, "high": high})
+        return value, jax.tree.map(
+            lambda x: jnp.sum(x * here), {"kl": kl, "entropy": entropy, "low": low, "high": high}
+        )
 
     parameters, losses, norms, sums = start, [], [], []
     for first in range(0, len(padded), size):

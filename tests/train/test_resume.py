@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +20,19 @@ from psyche_jax.train.checkpoints import open_model
 
 
 class Command:
-    """`psyche sft` or `psyche grpo` as users run it, on two virtual devices, with one cache of compiled programs."""
+    """`psyche sft` or `psyche grpo` as users run it, with one cache of compiled programs.
 
-    def __init__(self, verb: str, config, root: Path) -> None:
+    With one device, since programs of several CPU devices can deadlock when they come from the cache (XLA of jax
+    0.10.2: each device enters another all-gather first).
+    """
+
+    def __init__(self, verb: str, config: Any, root: Path) -> None:
         self.run = Path(config.run.dir)
         path = write_config(config, root / f"{self.run.name}.yaml")
         self.arguments = [sys.executable, "-m", "psyche_jax.cli", verb, "--config", str(path)]
         self.environment = {
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0",
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
             "PYTHONPATH": str(Path(psyche_jax.__file__).parents[1]),
@@ -93,6 +98,7 @@ def work(tiny_root, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_sft_stopped_by_sigterm_goes_on(work):
     """Preempted between two checkpoints, as TPU VMs are: it saves, says so, exits with 1, and goes on from there."""
     checkpoints = CheckpointSection(every_steps=20, keep=2)
@@ -117,6 +123,7 @@ def test_sft_stopped_by_sigterm_goes_on(work):
     assert state_of(command.run)["reason"] == ""
 
 
+@pytest.mark.slow
 def test_grpo_killed_and_stopped_goes_on(work):
     """Killed without warning, then interrupted by the user, then left alone."""
     checkpoints = CheckpointSection(every_steps=6, keep=2)

@@ -32,7 +32,16 @@ from psyche_jax.rewards import LengthRule, PatternRule, RepetitionRule
 from psyche_jax.runs import read_lines
 
 PROMPT = PromptSection(system="专家。", instruction="想：")
-QUESTIONS = ("什么是记忆？", "忘", "记忆有几种？请说。", "心理学研究什么？", "情绪", "什么是情绪调节？", "答案是？", "梦")
+QUESTIONS = (
+    "什么是记忆？",
+    "忘",
+    "记忆有几种？请说。",
+    "心理学研究什么？",
+    "情绪",
+    "什么是情绪调节？",
+    "答案是？",
+    "梦",
+)
 ANSWERS = ("是A。", "情绪是B", "记忆有两种。", "C", "心理", "答案：AB", "不知道。", "是梦。")
 VOCABULARY = 304  # a few more than the tokenizer has, as in Qwen2.5
 # Rules whose values differ between the garbage that a random model says, so that advantages are not all zero.
@@ -52,7 +61,12 @@ def execution(devices: int = 8, data: int = 1, fsdp: int = -1, tensor: int = 1, 
 def make_model(folder: Path) -> ModelConfig:
     """Write tokenizer and random weights; logits are spread enough for probabilities to differ."""
     folder.mkdir(parents=True)
-    texts = [*["system\nuser\nassistant\n"] * 9, PROMPT.system, *(PROMPT.instruction + question for question in QUESTIONS), *ANSWERS]
+    texts = [
+        *["system\nuser\nassistant\n"] * 9,
+        PROMPT.system,
+        *(PROMPT.instruction + question for question in QUESTIONS),
+        *ANSWERS,
+    ]
     train_tokenizer(texts, 296, folder)
     tokenizer = load_tokenizer(folder)
     end_of_text, _, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)

@@ -1,0 +1,176 @@
+"""The real training programs, lowered from abstract arrays and compiled for devices that are not there."""
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.errors import UserError
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.plan.published import check_architecture, published_architecture
+from psyche_jax.rewards import compile_rules
+from psyche_jax.train.checkpoints import abstract_parameters, open_model
+from psyche_jax.train.grpo import Iteration
+from psyche_jax.train.setup import abstract_train_state, check_rows
+from psyche_jax.train.sft import make_sft_step
+from psyche_jax.train.state import make_optimizer, make_schedule
+
+PlanConfig: TypeAlias = SftConfig | GrpoConfig
+_STEPS = 1000  # of the schedule, which changes nothing in the size of a program
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A program before compilation, and what its arguments take."""
+
+    program: str
+    model: ModelConfig
+    mesh: Any
+    lowered: Any
+    arguments: dict[str, Any]  # by kind: pytrees of ShapeDtypeStructs with shardings
+    assumptions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler said. Without `executable` the program takes more memory than a chip has."""
+
+    executable: Any | None
+    seconds: float
+    peak_bytes: int | None  # None where the compiler refused without a figure
+    limit_bytes: int | None  # where the compiler has named it
+    message: str = ""
+
+
+def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]:
+    """The model's shape: of the model at `model.path`, else of the name in `model.architecture`.
+
+    Raises:
+      UserError: there is neither, or they differ.
+    """
+    section = config.model
+    if Path(section.path).exists():
+        model = open_model(section.path).config
+        check_architecture(section.architecture, model, section.path)
+        return model, ()
+    if section.architecture is None:
+        raise UserError(
+            f"{section.path}: no such model, and the config names no architecture to plan without it; "
+            "add for example --set model.architecture=Qwen2.5-7B"
+        )
+    model = published_architecture(section.architecture)
+    return model, (f"{section.path} is not on this machine: the shape is that of {section.architecture}",)
+
+
+def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
+    """Lower the program that `psyche sft` or `psyche grpo` would run with `config` on `devices`.
+
+    Raises:
+      UserError: the model is missing, or the mesh does not divide it or the batch.
+    """
+    model, assumptions = find_architecture(config)
+    sharding = Sharding(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices), TRAIN_RULES)
+    check_mesh_fits(sharding.mesh, model)
+    section = config.model
+    execution = Execution(sharding, jnp.dtype(section.compute_dtype), section.remat, section.attention)
+    if isinstance(config, SftConfig):
+        lowered, arguments, more = _lower_sft(config, model, execution)
+    else:
+        lowered, arguments, more = _lower_grpo(config, model, execution)
+    program = "sft" if isinstance(config, SftConfig) else "grpo"
+    return Lowered(program, model, sharding.mesh, lowered, arguments, (*assumptions, *more))
+
+
+def compile_lowered(lowered: Lowered) -> Compiled:
+    """Run the TPU compiler. A program that is too large for a chip is a result, not an error."""
+    started = time.perf_counter()
+    try:
+        executable = lowered.lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+            raise
+        used, limit = out_of_memory(message)
+        return Compiled(None, time.perf_counter() - started, used, limit, message)
+    memory = executable.memory_analysis()
+    return Compiled(executable, time.perf_counter() - started, int(memory.peak_memory_in_bytes), None)
+
+
+def out_of_memory(message: str) -> tuple[int | None, int | None]:
+    """Bytes used and allowed, from the compiler's `Used 17.52G of 15.75G hbm`."""
+    match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if match is None:
+        return None, None
+    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    return int(float(match[1]) * scale[match[2]]), int(float(match[3]) * scale[match[4]])
+
+
+def _lower_sft(
+    config: SftConfig, model: ModelConfig, execution: Execution
+) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    micro_batch = config.micro_batch_size or config.batch_size
+    check_rows(micro_batch, "micro_batch_size", execution.sharding)
+    schedule = make_schedule(config.optimizer, _STEPS)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state, shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), execution.sharding, optimizer)
+    step = make_sft_step(model, execution, optimizer, schedule, shardings, config.batch_size // micro_batch)
+    shape = (config.batch_size, config.data.max_length)
+    place = execution.sharding.named("batch", "sequence")
+    kinds = {"tokens": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
+    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in kinds.items()}
+    arguments = {"parameters": state.parameters, "optimizer": state.optimizer_state, "batch": batch}
+    return step.lower(state, batch), arguments, ()
+
+
+def _lower_grpo(
+    config: GrpoConfig, model: ModelConfig, execution: Execution
+) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+    sharding = execution.sharding
+    minibatch = config.minibatch_prompts or config.prompts_per_step
+    rows = (config.micro_batch_prompts or minibatch) * config.generations_per_prompt
+    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", sharding)
+    check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
+    schedule = make_schedule(config.optimizer, _STEPS, config.prompts_per_step // minibatch)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    state, shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), sharding, optimizer)
+    program = Iteration(config, model, execution, optimizer, schedule, shardings).program()
+    reference = (
+        abstract_parameters(model, sharding, jnp.dtype(config.reference_dtype)) if config.kl_coefficient else None
+    )
+    # Any byte vocabulary gives tables of nearly the same size; which token is which changes nothing in the program.
+    vocabulary: list[bytes | None] = [bytes([byte]) for byte in range(min(256, model.vocab_size))]
+    vocabulary += [None] * (model.vocab_size - len(vocabulary))
+    everywhere = sharding.named()
+    rules = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        compile_rules(config.rewards, vocabulary, model.stop_token_ids, cache_dir=None),
+    )
+    place = sharding.named("batch")
+    prompts, length = config.prompts_per_step, config.data.max_prompt_length
+    batch = {
+        "tokens": jax.ShapeDtypeStruct((prompts, length), jnp.int32, sharding=place),
+        "mask": jax.ShapeDtypeStruct((prompts, length), jnp.bool_, sharding=place),
+        "answers": jax.ShapeDtypeStruct((prompts,), jnp.int32, sharding=place),
+    }
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=everywhere)
+    arguments = {
+        "parameters": state.parameters,
+        "optimizer": state.optimizer_state,
+        "reference": reference,
+        "batch": (batch, rules),
+    }
+    assumptions = (
+        "reward tables are those of a vocabulary of single bytes (the real one's have a column more for each kind "
+        "of token, a few MiB)",
+        "every response is as long as max_new_tokens",
+    )
+    return program.lower(state, reference, rules, batch, key), arguments, assumptions

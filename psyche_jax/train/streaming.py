@@ -1,0 +1,178 @@
+"""Orbax checkpoints whose arrays are written and read piece by piece.
+
+Orbax makes every file and all metadata, and restores such a checkpoint as any other. Only the leaves are of a type of
+our own: its handler opens the TensorStore that Orbax describes and leaves the bytes to the caller.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from flax import nnx, traverse_util
+from jax.sharding import AbstractMesh
+from orbax.checkpoint import type_handlers
+
+from psyche_jax.errors import UserError
+from psyche_jax.files import absolute
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.qwen2 import Parameters, build
+from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding
+from psyche_jax.pieces import Index, blocks, read_ahead
+
+# Chunks are the shards of this mesh (data, fsdp, tensor), so each of up to 16 devices reads no more than its own.
+_FINEST_MESH = AbstractMesh((1, 16, 4), MESH_AXES)
+_LEAST_BYTES, _MOST_BYTES = 2**20, 2**24
+_SAVED_CHUNK_BYTES = 2**28
+
+ReadParameter = Callable[[str, Index], np.ndarray]
+"""The part `index` of the parameter at a path such as "layers/q_proj/kernel"."""
+
+
+@dataclass(frozen=True)
+class StreamedArray:
+    """A leaf to save that is read while it is written, in blocks of whole chunks."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk: tuple[int, ...]
+    read: Callable[[Index], np.ndarray]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size; Orbax logs it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def parts(self) -> Iterator[tuple[Index, np.ndarray]]:
+        """All of it."""
+        return read_ahead(self.read, blocks(self.shape, self.chunk))
+
+
+class _StreamHandler(type_handlers.TypeHandler):
+    """Writes a StreamedArray; restores any array as an open TensorStore."""
+
+    _array_metadata_store = None  # Orbax keeps the shapes of sharded writes there; one process writes whole arrays
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+
+    def typestr(self) -> str:
+        return self._kind
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        raise NotImplementedError
+
+    async def serialize(
+        self, values: Sequence[StreamedArray], infos: Sequence[Any], args: Sequence[Any] | None = None
+    ) -> Sequence[Any]:
+        for value, info in zip(values, infos, strict=True):
+            await info.await_path_creation()
+            spec = type_handlers.get_json_tspec_write(
+                info,
+                use_ocdbt=info.is_ocdbt_checkpoint,
+                global_shape=value.shape,
+                local_shape=value.chunk,
+                dtype=value.dtype,
+                process_index=0,
+            )
+            store = await ts.open(spec, create=True, open=True, context=info.ts_context)
+            for index, part in value.parts():
+                await store[index].write(part, can_reference_source_data_indefinitely=True)
+        return []  # nothing is left to wait for
+
+    async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[ts.TensorStore]:
+        stores = []
+        for info in infos:
+            spec = type_handlers.get_json_tspec_read(info, use_ocdbt=info.is_ocdbt_checkpoint)
+            stores.append(await ts.open(spec, open=True, context=info.ts_context))
+        return stores
+
+
+def stream_handler() -> ocp.PyTreeCheckpointHandler:
+    """What saves trees of StreamedArrays. Not compressed: weights hardly shrink, and it takes four times as long."""
+    registry = type_handlers.create_type_handler_registry(
+        (StreamedArray, _StreamHandler("np.ndarray")), (jax.Array, _StreamHandler("jax.Array"))
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
+
+
+def streamed_parameters(config: ModelConfig, dtype: np.dtype, read: ReadParameter) -> Parameters:
+    """A model's parameters as leaves for `stream_handler`, which `read` gives piece by piece."""
+    abstract = build(config, dtype)[1]
+    shapes = traverse_util.flatten_dict(nnx.to_pure_dict(abstract), sep="/")
+    shardings = traverse_util.flatten_dict(Sharding(_FINEST_MESH, TRAIN_RULES).of_parameters(abstract), sep="/")
+
+    def leaf(path: str) -> StreamedArray:
+        shape = shapes[path].shape
+        chunk = chunk_shape(shape, shardings[path].spec, dtype.itemsize)
+        return StreamedArray(shape, dtype, chunk, lambda index: read(path, index))
+
+    return traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
+
+
+def chunk_shape(shape: Sequence[int], spec: Sequence[str | None], item_bytes: int) -> tuple[int, ...]:
+    """How to cut a parameter for storage: by layers, by the axes that training shards, and to 16 MiB.
+
+    Small arrays stay whole. `spec` names the mesh axis of each dimension; three dimensions are a stack of layers.
+    """
+    parts = [1 if axis is None else _FINEST_MESH.shape[axis] for axis in spec]
+    if len(shape) == 3:
+        parts[0] = shape[0]
+    chunk = list(shape)
+    for axis in sorted(range(len(shape)), key=lambda axis: -parts[axis]):
+        if math.prod(chunk) * item_bytes > _LEAST_BYTES:
+            chunk[axis] //= math.gcd(chunk[axis], parts[axis])
+    while math.prod(chunk) * item_bytes > _MOST_BYTES and max(chunk) % 2 == 0:
+        chunk[chunk.index(max(chunk))] //= 2
+    return tuple(chunk)
+
+
+def save_args(tree: Any) -> Any:
+    """How training's arrays are cut when Orbax saves them, so that a reader need not take all layers at once."""
+    return jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=_SAVED_CHUNK_BYTES, shard_axes=(0,) * (x.ndim == 3)), tree)
+
+
+class StoredArrays:
+    """The parameters of a checkpoint on disk or in a bucket, read part by part.
+
+    Raises:
+      UserError: the checkpoint is broken, or its arrays are not those of `config`.
+    """
+
+    def __init__(self, step_folder: Path, config: ModelConfig) -> None:
+        self._where = step_folder
+        expected = traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/")
+        try:
+            with ocp.Checkpointer(stream_handler()) as checkpointer:
+                tree = checkpointer.restore(absolute(step_folder / "parameters"))
+        except (ValueError, OSError, KeyError) as error:
+            raise self._broken(error) from None
+        self._stores: dict[str, ts.TensorStore] = traverse_util.flatten_dict(tree, sep="/")
+        shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
+        if faults := {path for path in expected | shapes if path not in expected or path not in shapes}:
+            raise self._broken(f"other parameters than the model has: {', '.join(sorted(faults))}")
+        if faults := {path for path in expected if shapes[path] != expected[path].shape}:
+            raise self._broken(f"other shapes than the model has: {', '.join(sorted(faults))}")
+
+    def chunk(self, path: str) -> tuple[int, ...]:
+        """In which blocks the parameter at `path` is stored."""
+        return tuple(self._stores[path].chunk_layout.read_chunk.shape)
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """The part `index` of the parameter at `path`, in the dtype it is stored in.
+
+        Raises:
+          UserError: the checkpoint is broken there.
+        """
+        try:
+            return self._stores[path][index].read().result()
+        except (ValueError, OSError) as error:
+            raise self._broken(error) from None
+
+    def _broken(self, why: object) -> UserError:
+        return UserError(f"{self._where}: the checkpoint is broken: {(str(why).splitlines() or [type(why).__name__])[0]}")
