@@ -67,10 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         "import",
         _import,
         "Write a Hugging Face folder of a Qwen2 model as a checkpoint.",
-        "psyche import models/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
+        "psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
     )
-    verb.add_argument("source", type=Path, metavar="HF_DIR", help="the Hugging Face folder")
-    verb.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="the new checkpoint folder")
+    verb.add_argument(
+        "source", metavar="HF_DIR", help="the Hugging Face folder, or hub:NAME[@REVISION] to download from the hub"
+    )
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
     _add_dtype(verb)
 
     for name, run, text in (
@@ -98,8 +100,16 @@ def _parser() -> argparse.ArgumentParser:
         "Write a checkpoint, or a run's latest one, as a Hugging Face folder.",
         "psyche export runs/demo/grpo models/my-model --dtype bfloat16",
     )
-    verb.add_argument("source", metavar="CHECKPOINT", help="a checkpoint folder, one step of it, or a run")
+    verb.add_argument(
+        "source", metavar="CHECKPOINT", help="a checkpoint folder, one step of it, or a run; may be gs://…"
+    )
     verb.add_argument("folder", type=Path, metavar="HF_DIR", help="the new Hugging Face folder")
+    verb.add_argument(
+        "--push",
+        metavar="NAME",
+        help="also put it into this repository of the Hugging Face hub, made as a private one if it is new; "
+        "HF_TOKEN must be set",
+    )
     _add_dtype(verb)
 
     verb = add(
@@ -141,25 +151,30 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_dtype(verb: argparse.ArgumentParser) -> None:
+    short = {"f32": "float32", "bf16": "bfloat16"}
     verb.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights written (default float32)"
+        "--dtype",
+        type=lambda name: short.get(name, name),
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights written: float32 (f32, the default) or bfloat16 (bf16)",
     )
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    _start_jax()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # no device is needed, and one in use would be waited for
     from psyche_jax.convert import import_model
 
-    model = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
-    print(f"{arguments.checkpoint}: {model.config.num_parameters:,} parameters as {arguments.dtype}")
+    conversion = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
+    print(f"{arguments.checkpoint}: {arguments.dtype}, {conversion}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    _start_jax()
+    os.environ["JAX_PLATFORMS"] = "cpu"
     from psyche_jax.convert import export_model
 
-    model = export_model(arguments.source, arguments.folder, arguments.dtype)
-    print(f"{arguments.folder}: {model.config.num_parameters:,} parameters as {arguments.dtype}")
+    conversion = export_model(arguments.source, arguments.folder, arguments.dtype, arguments.push)
+    print(f"{arguments.folder}: {arguments.dtype}, {conversion}")
 
 
 def _sft(arguments: argparse.Namespace) -> None:

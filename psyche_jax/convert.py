@@ -2,67 +2,165 @@
 
 import shutil
 import subprocess
+import sys
+import time
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import jax.numpy as jnp
 import jinja2
-from safetensors import SafetensorError
+import numpy as np
+from jax import numpy as jnp
+from tqdm import tqdm
 
 import psyche_jax
+from psyche_jax import hub
 from psyche_jax.config import Dtype, PromptSection, config_to_dict, dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
-from psyche_jax.files import new_folder, read_json, write_json, write_text
-from psyche_jax.model.huggingface import copy_tokenizer, write_weights
-from psyche_jax.model.qwen2 import Parameters
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.huggingface import WeightFiles, copy_tokenizer, stream_weights
+from psyche_jax.pieces import Index
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
+from psyche_jax.train.streaming import StoredArrays, streamed_parameters
+
+_SECONDS_A_LINE = 10.0
 
 
-def import_model(source: Path, checkpoint: Path, dtype: Dtype) -> StoredModel:
-    """Write the Hugging Face folder `source` as a new checkpoint folder.
+@dataclass(frozen=True)
+class Conversion:
+    """A model that was written anew: what it is, the bytes of its weights, how long that took."""
+
+    model: StoredModel
+    num_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        size, rate = (tqdm.format_sizeof(x, "B") for x in (self.num_bytes, self.num_bytes / self.seconds))
+        return f"{self.model.config.num_parameters:,} parameters, {size} in {self.seconds:.1f} s, {rate}/s"
+
+
+def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Conversion:
+    """Write a Hugging Face model as a new checkpoint folder, piece by piece.
+
+    Args:
+      source: a Hugging Face folder, or `hub:NAME` or `hub:NAME@REVISION`, which is downloaded first.
+      checkpoint: the new folder, local or in a bucket.
+      dtype: of the weights written.
 
     Raises:
-      UserError: the source is broken, or the checkpoint exists.
+      UserError: the source is broken or cannot be had, the checkpoint exists or cannot be written.
     """
-    stored = open_model(str(source))
-    if not (source / "config.json").is_file():
+    folder = hub.download(source) if isinstance(source, str) and source.startswith(hub.PREFIX) else Path(source)
+    target = as_path(checkpoint)
+    stored = open_model(str(folder))
+    if stored.weights != folder:
         raise UserError(f"{source}: is a checkpoint already; `psyche import` takes a Hugging Face folder")
-    parameters = _read_parameters(stored, dtype)
-    try:
-        save_imported(checkpoint, stored, parameters)
-    except ValueError as error:  # what Orbax raises when a disk is full
-        raise UserError(f"{checkpoint}: cannot be written: {error}") from None
-    return stored
+    weights = WeightFiles(folder)
+    weights.check(stored.config)
+    kind = np.dtype(jnp.dtype(dtype))
+    with _Progress("import", target, stored.config, kind) as progress:
+
+        def read(path: str, index: Index) -> np.ndarray:
+            return progress.add(weights.read(path, index, kind))
+
+        try:
+            save_imported(target, stored, streamed_parameters(stored.config, kind, read))
+        except ValueError as error:  # what TensorStore raises when a disk is full or a bucket forbids
+            raise UserError(f"{checkpoint}: cannot be written: {error}") from None
+    return progress.result(stored)
 
 
-def export_model(source: str, folder: Path, dtype: Dtype) -> StoredModel:
+def export_model(source: str, folder: Path, dtype: Dtype, push: str | None = None) -> Conversion:
     """Write a checkpoint, or a run's latest one, as a new Hugging Face folder that plain transformers loads.
 
     Besides weights and configs it holds the tokenizer, its chat template, the prompt that the model was trained
-    with and a model card.
+    with and a model card. Weights are read and written piece by piece.
+
+    Args:
+      source: a checkpoint or a run, local or in a bucket, or a Hugging Face folder.
+      folder: the new folder.
+      dtype: of the weights written.
+      push: a repository of the Hugging Face hub that gets the folder too; made, as a private one, if there is none.
 
     Raises:
-      UserError: the source is broken, or the folder exists.
+      UserError: the source is broken, the folder exists or cannot be written, or the hub refuses.
     """
     stored = open_model(source)
-    with new_folder(folder) as partial:
+    if push is not None:
+        hub.create(push)  # a missing permission shows before the work, not after it
+    kind = np.dtype(jnp.dtype(dtype))
+    with new_folder(folder) as partial, _Progress("export", folder, stored.config, kind) as progress:
         copy_tokenizer(stored.tokenizer_folder, partial)
         if stored.prompt is not None:
             write_json(partial / PROMPT_FILE, config_to_dict(stored.prompt))
         write_text(partial / "README.md", model_card(stored, folder.name))
-        try:
-            write_weights(partial, stored.config, _read_parameters(stored, dtype))
-        except SafetensorError as error:
-            raise UserError(f"{folder}: the weights cannot be written ({error})") from None
-    return stored
+        _export_weights(stored, partial, kind, progress)
+    if push is not None:
+        hub.upload(folder, push)
+    return progress.result(stored)
 
 
-def _read_parameters(stored: StoredModel, dtype: Dtype) -> Parameters:
-    sharding = Sharding(make_mesh(), TRAIN_RULES)
-    check_mesh_fits(sharding.mesh, stored.config)
-    return stored.read_parameters(sharding, jnp.dtype(dtype))
+def _export_weights(stored: StoredModel, folder: Path, kind: np.dtype, progress: "_Progress") -> None:
+    if (stored.weights / "config.json").is_file():
+        weights = WeightFiles(stored.weights)
+        weights.check(stored.config)
+        stream_weights(folder, stored.config, kind, lambda path, part: progress.add(weights.read(path, part, kind)))
+        return
+    arrays = StoredArrays(stored.weights, stored.config)
+
+    def read(path: str, index: Index) -> np.ndarray:
+        return progress.add(arrays.read(path, index).astype(kind, copy=False))
+
+    stream_weights(folder, stored.config, kind, read, arrays.chunk)
+
+
+class _Progress:
+    """Bytes done of the weights to write: a bar on a terminal, now and then a line elsewhere."""
+
+    def __init__(self, verb: str, target: Path, config: ModelConfig, kind: np.dtype) -> None:
+        self._verb = verb
+        self._total = config.num_parameters * kind.itemsize
+        self._done = 0
+        self._started = self._said = time.perf_counter()
+        if not in_bucket(target):
+            _check_space(target, self._total)
+        self._bar = tqdm(total=self._total, desc=verb, unit="B", unit_scale=True) if sys.stderr.isatty() else None
+
+    def add(self, values: np.ndarray) -> np.ndarray:
+        """Count `values`, and return them."""
+        self._done += values.nbytes
+        if self._bar is not None:
+            self._bar.update(values.nbytes)
+        elif (now := time.perf_counter()) - self._said > _SECONDS_A_LINE:
+            self._said = now
+            done, total = (tqdm.format_sizeof(x, "B") for x in (self._done, self._total))
+            print(f"{self._verb}: {done} of {total}", file=sys.stderr, flush=True)
+        return values
+
+    def result(self, model: StoredModel) -> Conversion:
+        """What was done, once all of it is."""
+        return Conversion(model, self._total, time.perf_counter() - self._started)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _check_space(target: Path, size: int) -> None:
+    """Whether the disk of `target`, which need not exist, has `size` bytes left."""
+    place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < size:
+        needed, left = (tqdm.format_sizeof(x, "B") for x in (size, free))
+        raise UserError(
+            f"{target}: needs {needed}, and {left} are left on its disk; choose another or --dtype bfloat16"
+        )
 
 
 def model_card(stored: StoredModel, name: str) -> str:
@@ -98,7 +196,7 @@ def _stages(weights: Path) -> list[dict[str, Any]]:
         state = read_json(run / "state.json")
         stage = {"run": run.name, "state": state, "config": config, "evaluations": evaluations}
         stages.append({**stage, "yaml": dump_yaml(config)})
-        run = _run_of(Path(config["model"]["path"]))
+        run = _run_of(as_path(config["model"]["path"]))
     return stages
 
 

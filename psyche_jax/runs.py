@@ -106,9 +106,9 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
         raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
     hosts.wait_for_all("checked the run's folder")
     folder.mkdir(parents=True, exist_ok=True)
-    run = Run(folder, kind, logging)
-    if run.writes:
+    if hosts.is_first():
         write_text(config_file, dump_yaml(config))
+    run = Run(folder, kind, logging)
     step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
     run.write_state("running", step, environment=environment())
     try:

@@ -218,9 +218,23 @@ def test_meshes(psyche):
 
 def test_a_width_that_the_devices_do_not_divide(place, psyche):
     save_model(place / "odd", hidden_size=36)
-    for arguments in (["import", "odd", "new"], ["export", "odd", "new"], ["eval", "odd", *EVAL[2:]]):
-        code, line = psyche(*arguments)
-        assert (code, "fsdp 8 does not divide the model's hidden_size 36" in line) == (2, True)
+    code, line = psyche("eval", "odd", *EVAL[2:])
+    assert (code, "fsdp 8 does not divide the model's hidden_size 36" in line) == (2, True)
+
+
+def test_lengths_that_the_model_does_not_have(psyche):
+    for verb, override, expected in (
+        ("sft", "data.max_length=2000", "data.max_length: 2000 tokens are more than the model's max_position"),
+        ("grpo", "max_new_tokens=1000", "data.max_prompt_length + max_new_tokens"),
+    ):
+        code, line = psyche(*with_set(verb, override))
+        assert (code, expected in line) == (2, True), line
+
+
+def test_a_tokenizer_of_another_model(place, psyche):
+    save_model(place / "small", vocab_size=64)
+    code, line = psyche(*with_set("sft", "model.path=small"))
+    assert (code, "the model only 64" in line) == (1, True), line
 
 
 # Data

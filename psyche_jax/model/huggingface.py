@@ -119,6 +119,8 @@ class WeightFiles:
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """The part `index` of the parameter at `path` ("layers/q_proj/kernel"), whose layers are tensors of their own.
 
+        Every slice of `index` has a start and a stop.
+
         Raises:
           UserError: the file cannot be read there.
         """
@@ -126,8 +128,9 @@ class WeightFiles:
             if path in _TOP_NAMES:
                 return self._slices[_TOP_NAMES[path]][index].astype(dtype, copy=False)
             name = f"model.layers.{{}}.{_LAYER_NAMES[path.removeprefix('layers/')]}"
-            layers = range(index[0].start or 0, index[0].stop) if index[0].stop is not None else self._layers
-            return np.stack([self._slices[name.format(layer)][index[1:]].astype(dtype, copy=False) for layer in layers])
+            layers = range(index[0].start, index[0].stop)
+            parts = [self._slices[name.format(layer)][index[1:]].astype(dtype, copy=False) for layer in layers]
+            return np.stack(parts) if len(parts) > 1 else parts[0][None]
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder}: {path} cannot be read ({error}); copy the files again") from None
 
@@ -205,7 +208,9 @@ def stream_weights(
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     write_json(folder / "config.json", hf_config(config, str(dtype)))
     write_json(folder / "generation_config.json", hf_generation_config(config))
 

@@ -218,10 +218,13 @@ class Qwen2(nnx.Module):
         return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
 
     def _embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
-        # Looked up where the table lies: rows of tokens travel, the table and its gradient never do.
-        x = self.embedding[...][execution.sharding.constrain(tokens, None, None)].astype(execution.compute_dtype)
-        x = execution.sharding.constrain(x, None, None, "embed")
-        return execution.sharding.constrain(x, "batch", "sequence", "activation_embed")
+        # Looked up where the table lies: rows of tokens travel, the table and its gradient never do. A table that
+        # holds whole rows (as in decoding) serves each device's own tokens, any other those of all devices.
+        sharding = execution.sharding
+        rows = "batch" if sharding.rules["embed"] is None else None
+        x = self.embedding[...][sharding.constrain(tokens, rows, None)].astype(execution.compute_dtype)
+        x = sharding.constrain(x, rows, None, "embed")
+        return sharding.constrain(x, "batch", "sequence", "activation_embed")
 
     def _whole(
         self,

@@ -74,9 +74,7 @@ class Slice:
         from jax.experimental import topologies
 
         try:
-            topology = topologies.get_topology_desc(
-                platform="tpu", topology_name=self.name, **dict(self.chip.options)
-            )
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **dict(self.chip.options))
         except Exception as error:  # whatever libtpu raises, which changes with its version
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UsageError(f"--topology {self.name}: there is no such slice ({reason}); try {_EXAMPLES}") from None

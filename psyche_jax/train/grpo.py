@@ -280,7 +280,12 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
     Raises:
       UserError: the model, the data, a rule or the run folder cannot be used.
     """
-    setup = prepare(config.model, config.mesh)
+    setup = prepare(
+        config.model,
+        config.mesh,
+        config.data.max_prompt_length + config.max_new_tokens,
+        "data.max_prompt_length + max_new_tokens",
+    )
     execution = setup.execution
     model = setup.model.config
     minibatch = config.minibatch_prompts or config.prompts_per_step

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from psyche_jax.config import MeshSection, ModelSection
-from psyche_jax.errors import UsageError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import new_folder
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
@@ -36,17 +36,28 @@ class Setup:
         return self.model.read_parameters(self.execution.sharding, self.dtype)
 
 
-def prepare(model: ModelSection, mesh: MeshSection) -> Setup:
+def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str) -> Setup:
     """Build the mesh and open the model, whose weights are read later.
 
+    Args:
+      model, mesh: sections of the config.
+      longest: how many tokens the longest sequence may have.
+      longest_name: the keys of the config that say so.
+
     Raises:
-      UserError: the mesh is impossible, or the model is missing, broken or does not fit the mesh.
+      UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length; or
+        the tokenizer is not the model's.
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
     stored = open_model(model.path)
     check_mesh_fits(sharding.mesh, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
-    return Setup(stored, jnp.dtype(model.dtype), load_tokenizer(stored.tokenizer_folder), execution)
+    if longest > (limit := stored.config.max_position_embeddings):
+        raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
+    tokenizer = load_tokenizer(stored.tokenizer_folder)
+    if len(tokenizer) > (size := stored.config.vocab_size):
+        raise UserError(f"{stored.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
+    return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
 
 
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:

@@ -79,7 +79,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
     Raises:
       UserError: the model, the data or the run folder cannot be used.
     """
-    setup = prepare(config.model, config.mesh)
+    setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length")
     execution = setup.execution
     micro_batch = config.micro_batch_size or config.batch_size
     check_rows(micro_batch, "micro_batch_size", execution.sharding)

@@ -18,7 +18,7 @@ from flax import nnx, traverse_util
 from jax.sharding import AbstractMesh
 from orbax.checkpoint import type_handlers
 
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import absolute
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Parameters, build
@@ -134,7 +134,9 @@ def chunk_shape(shape: Sequence[int], spec: Sequence[str | None], item_bytes: in
 
 def save_args(tree: Any) -> Any:
     """How training's arrays are cut when Orbax saves them, so that a reader need not take all layers at once."""
-    return jax.tree.map(lambda x: ocp.SaveArgs(chunk_byte_size=_SAVED_CHUNK_BYTES, shard_axes=(0,) * (x.ndim == 3)), tree)
+    return jax.tree.map(
+        lambda x: ocp.SaveArgs(chunk_byte_size=_SAVED_CHUNK_BYTES, shard_axes=(0,) * (x.ndim == 3)), tree
+    )
 
 
 class StoredArrays:
@@ -150,8 +152,8 @@ class StoredArrays:
         try:
             with ocp.Checkpointer(stream_handler()) as checkpointer:
                 tree = checkpointer.restore(absolute(step_folder / "parameters"))
-        except (ValueError, OSError, KeyError) as error:
-            raise self._broken(error) from None
+        except Exception as error:  # Orbax raises bare Exceptions on broken files
+            raise self._broken(first_reason(error)) from None
         self._stores: dict[str, ts.TensorStore] = traverse_util.flatten_dict(tree, sep="/")
         shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
         if faults := {path for path in expected | shapes if path not in expected or path not in shapes}:
@@ -172,7 +174,7 @@ class StoredArrays:
         try:
             return self._stores[path][index].read().result()
         except (ValueError, OSError) as error:
-            raise self._broken(error) from None
+            raise self._broken(first_reason(error)) from None
 
-    def _broken(self, why: object) -> UserError:
-        return UserError(f"{self._where}: the checkpoint is broken: {(str(why).splitlines() or [type(why).__name__])[0]}")
+    def _broken(self, why: str) -> UserError:
+        return UserError(f"{self._where}: the checkpoint is broken: {why}")

@@ -130,26 +130,35 @@ def test_greedy_log_probs_are_those_at_temperature_one(port, figure):
     figure("sampler to trainer, |Δ log-prob|", worst(trained, log_probs), 1e-4)
 
 
-def test_draws_follow_the_distribution(port):
+def surprise(draws, exact):
+    """Pearson's statistic in standard deviations: how far draws are from the distribution they should follow."""
+    expected = len(draws) * np.asarray(exact, np.float64)
+    likely = expected > 5
+    cells = likely.sum()
+    assert cells > 5
+    seen = np.bincount(draws, minlength=len(expected))
+    statistic = ((seen - expected)[likely] ** 2 / expected[likely]).sum()
+    return (statistic - cells) / np.sqrt(2 * cells)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_draws_follow_the_distribution(temperature, port, figure):
     rows, batch = prompts(lengths=(6, 4))
     draws = 4000
-    for temperature in (1.0, 2.5):
-        sampling = Sampling(2, temperature=temperature, generations_per_prompt=draws)
-        tokens, _, log_probs = rollout(port, batch, sampling)
-        for prompt, row in enumerate(rows):
-            exact = jax.nn.softmax(logits(port, apart(row[None]))[0, -1] / temperature)
-            own = slice(prompt * draws, (prompt + 1) * draws)
-            seen = np.bincount(tokens[own, 0], minlength=SMALL.vocabulary)
-            expected = draws * np.asarray(exact)
-            likely = expected > 5
-            assert likely.sum() > 5
-            # Pearson's statistic: its mean is the number of cells, its deviation sqrt(2 cells).
-            cells = likely.sum()
-            statistic = ((seen - expected)[likely] ** 2 / expected[likely]).sum()
-            assert statistic < cells + 5 * np.sqrt(2 * cells)
-            np.testing.assert_allclose(np.exp(log_probs[own, 0]), np.asarray(exact)[tokens[own, 0]], rtol=1e-4)
-        # The second token is drawn anew, not with the first one's noise.
-        assert len(np.unique(tokens, axis=0)) > draws / 10
+    sampling = Sampling(2, temperature=temperature, generations_per_prompt=draws)
+    tokens, _, log_probs = rollout(port, batch, sampling)
+    for prompt, row in enumerate(rows):
+        own = slice(prompt * draws, (prompt + 1) * draws)
+        first, second = tokens[own].T
+        exact = np.asarray(jax.nn.softmax(logits(port, apart(row[None]))[0, -1] / temperature))
+        figure("draws of a first token, deviations from its distribution", surprise(first, exact), 5)
+        np.testing.assert_allclose(np.exp(log_probs[own, 0]), exact[first], rtol=1e-4)
+        # The token after it is drawn anew, not with the same noise.
+        likeliest = np.bincount(first).argmax()
+        exact = jax.nn.softmax(logits(port, apart(np.append(row, likeliest)[None]))[0, -1] / temperature)
+        figure(
+            "draws of a second token, deviations from its distribution", surprise(second[first == likeliest], exact), 5
+        )
 
 
 def test_key_decides(port):

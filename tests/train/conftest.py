@@ -7,7 +7,6 @@ import pytest
 from training_fixtures import make_model, write_prompts, write_sft_data
 
 from psyche_jax.model.config import ModelConfig, read_hf_config
-from psyche_jax.rewards import store
 
 
 @pytest.fixture(scope="session")

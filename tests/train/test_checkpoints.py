@@ -107,7 +107,7 @@ def test_a_save_that_was_killed_is_not_taken_for_a_checkpoint(broken, tiny_root,
     shutil.copytree(broken / "4", leftover)
     shutil.rmtree(leftover / "metadata")
     assert open_model(str(broken)).weights.name == "4"
-    state, abstract = state_on(tiny_root, tiny_config, execution(1))
+    state, _ = state_on(tiny_root, tiny_config, execution(1))
     with contextlib.closing(Checkpoints(broken, keep=2)) as checkpoints:
         assert checkpoints.latest == 4
         checkpoints.save(state, 6, checkpoint_metadata(tiny_config, PROMPT))

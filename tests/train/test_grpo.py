@@ -314,11 +314,9 @@ def test_the_reference_stays_where_it_was(tiny_root, figure):
 
 
 def test_micro_batches_change_nothing(tiny_root, figure):
-    """Sums of 2 and 4 prompts at once, in place of 8."""
+    """2 prompts at once in place of 8."""
     expected = outcome(tiny_root)
-    for prompts in (2,):
-        ours = Bench(tiny_root, micro_batch_prompts=prompts).run(2)
-        compare(ours, expected, figure, "micro-batches")
+    compare(Bench(tiny_root, micro_batch_prompts=2).run(2), expected, figure, "micro-batches")
 
 
 @pytest.mark.parametrize("mesh", [FSDP, ALL], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])
@@ -337,8 +335,11 @@ def compare(ours: Outcome, expected: Outcome, figure: Any, what: str) -> None:
         assert (left["tokens"] == right["tokens"]).all(), "other tokens were sampled"
     for left, right in zip(ours.metrics, expected.metrics, strict=True):
         assert left.keys() == right.keys()
-        difference = max(abs(left[n] - right[n]) / max(1, abs(right[n])) for n in left)
-        figure(f"GRPO metrics, {what}", difference, 1e-5)
+        for name in left:
+            if name.startswith("clip_ratio"):  # where a reward is its group's mean, rounding gives either sign
+                assert left[name] == pytest.approx(right[name], abs=0.03)
+                continue
+            figure(f"GRPO {name}, {what}", abs(left[name] - right[name]) / max(1, abs(right[name])), 1e-5)
     figure(f"GRPO parameters, {what}", largest_difference(ours.parameters[2], expected.parameters[2]), 1e-4)
 
 

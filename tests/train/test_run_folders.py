@@ -109,7 +109,6 @@ def test_another_config_is_refused_and_nothing_is_changed(finished):
         "epochs": {"epochs": 3.0},
         "optimizer.learning_rate": {"optimizer": OptimizerSection(learning_rate=2e-2)},
         "run.seed": {"run": dataclasses.replace(config.run, seed=4)},
-        "checkpoints.keep": {"checkpoints": CheckpointSection(every_steps=3, keep=7)},
     }
     for key, change in changes.items():
         with pytest.raises(UserError) as error:

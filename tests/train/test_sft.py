@@ -23,7 +23,7 @@ from psyche_jax.train.state import TrainState, initial_state, make_optimizer, ma
 
 torch.set_num_threads(1)
 # The gradient of a key's bias is 0 but for rounding, which Adam with a small epsilon would blow up to whole steps.
-SECTION = OptimizerSection(learning_rate=1e-2, epsilon=1e-3, warmup=0, weight_decay=0.01)
+SECTION = OptimizerSection(learning_rate=1e-3, epsilon=1e-3, warmup=0, weight_decay=0.01)
 STEPS = 4
 
 

@@ -1,0 +1,95 @@
+"""Models from and to the Hugging Face hub. Weights, configs and tokenizers travel, code never does."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from psyche_jax.errors import UserError, first_reason
+from psyche_jax.model.huggingface import TOKENIZER_FILES
+
+PREFIX = "hub:"
+_DOWNLOADED = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
+
+
+def download(source: str) -> Path:
+    """The local folder of `hub:NAME` or `hub:NAME@REVISION`, downloaded unless it is in the hub's cache already.
+
+    Raises:
+      UserError: there is no such model or revision, no network, or no permission.
+    """
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.removeprefix(PREFIX).partition("@")
+    with _one_line(name, revision):
+        patterns = [*_DOWNLOADED, *TOKENIZER_FILES]
+        return Path(
+            snapshot_download(name, revision=revision or None, allow_patterns=patterns, token=_token() or False)
+        )
+
+
+def create(name: str) -> None:
+    """Make sure that there is a repository to push to; a new one is private.
+
+    Raises:
+      UserError: there is no token, no network, or no permission.
+    """
+    from huggingface_hub import create_repo
+
+    if not _token():
+        raise UserError(f"{PREFIX}{name}: set HF_TOKEN to a token that may write there ({_site()}/settings/tokens)")
+    with _one_line(name):
+        create_repo(name, private=True, exist_ok=True, token=_token())
+
+
+def upload(folder: Path, name: str) -> None:
+    """Put the files of `folder` into the repository, in one commit.
+
+    Raises:
+      UserError: the hub does not take them; `folder` stays as it is.
+    """
+    from huggingface_hub import upload_folder
+
+    try:
+        with _one_line(name):
+            upload_folder(repo_id=name, folder_path=folder, commit_message="psyche export", token=_token())
+    except UserError as error:
+        raise UserError(f"{error}; {folder} is written: upload it with `hf upload {name} {folder}`") from None
+
+
+def _token() -> str:
+    """Only from the environment: what others stored on this machine is not ours to use."""
+    return os.environ.get("HF_TOKEN", "")
+
+
+@contextmanager
+def _one_line(name: str, revision: str = "") -> Iterator[None]:
+    """Raises what the hub, the network or a wrong name brings about as a UserError."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.HFValidationError, errors.HTTPError, errors.XetDownloadError, OSError) as error:
+        cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
+        status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
+        if isinstance(cause, errors.GatedRepoError):
+            why = f"is gated: accept its terms on {_site()} and set HF_TOKEN"
+        elif isinstance(cause, errors.RevisionNotFoundError):
+            why = f"has no revision {revision!r}"
+        elif status in (401, 403):
+            why = "HF_TOKEN is not set, or gives no permission for it"
+        elif isinstance(cause, errors.RepositoryNotFoundError):
+            why = "there is no such repository, or it is private and HF_TOKEN does not open it"
+        elif isinstance(cause, errors.HFValidationError):
+            why = f"is no name of a repository ({first_reason(cause)})"
+        elif status is None and isinstance(cause, errors.HTTPError | errors.OfflineModeIsEnabled):
+            why = f"{_site()} cannot be reached ({type(cause).__name__})"
+        else:
+            why = first_reason(error)
+        raise UserError(f"{PREFIX}{name}: {why}") from None
+
+
+def _site() -> str:
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
