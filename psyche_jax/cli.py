@@ -82,14 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         example = f"psyche {name} --config configs/{name}_tiny.yaml --set run.dir=runs/my_{name}"
         verb = add(name, run, text, example)
         verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
-        verb.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY=VALUE",
-            dest="overrides",
-            help="change one key of the config, for example optimizer.learning_rate=1e-6; may be repeated",
-        )
+        _add_set(verb)
         verb.add_argument(
             "--profile", type=int, default=0, metavar="STEPS", help="trace that many steps into the run's `profile`"
         )
@@ -140,6 +133,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
 
     verb = add(
+        "plan",
+        _plan,
+        "Compile a training program for a TPU slice without having one: does it fit, what does it send, how long?",
+        "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
+    )
+    verb.add_argument("--config", type=Path, required=True, help="a YAML file of SFT or GRPO; see configs/")
+    verb.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
+    verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
+    _add_set(verb)
+    verb.add_argument(
+        "--search", action="store_true", help="try micro-batches, remat and waves; show the fastest plan that fits"
+    )
+    verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+    verb = add(
         "demo",
         _demo,
         "The whole way on a CPU with a tiny random model: tokenizer, SFT, GRPO, export, evaluation, report.",
@@ -148,6 +156,17 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an unfinished demo's")
     verb.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     return parser
+
+
+def _add_set(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="overrides",
+        help="change one key of the config, for example optimizer.learning_rate=1e-6; may be repeated",
+    )
 
 
 def _add_dtype(verb: argparse.ArgumentParser) -> None:
@@ -166,7 +185,7 @@ def _import(arguments: argparse.Namespace) -> None:
     from psyche_jax.convert import import_model
 
     conversion = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
-    print(f"{arguments.checkpoint}: {arguments.dtype}, {conversion}")
+    print(f"{arguments.checkpoint}: {conversion}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -174,7 +193,7 @@ def _export(arguments: argparse.Namespace) -> None:
     from psyche_jax.convert import export_model
 
     conversion = export_model(arguments.source, arguments.folder, arguments.dtype, arguments.push)
-    print(f"{arguments.folder}: {arguments.dtype}, {conversion}")
+    print(f"{arguments.folder}: {conversion}")
 
 
 def _sft(arguments: argparse.Namespace) -> None:
@@ -240,6 +259,21 @@ def _report(arguments: argparse.Namespace) -> None:
 
     write_report(arguments.runs, arguments.out)
     print(arguments.out)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from psyche_jax.plan.slices import parse_topology, use_cpu
+
+    slice_ = parse_topology(arguments.topology)
+    use_cpu()
+    from psyche_jax.plan.planning import load_plan_config, make_plan, search
+    from psyche_jax.plan.text import as_text
+
+    config = load_plan_config(arguments.config, arguments.overrides, arguments.program)
+    plan = search(config, slice_) if arguments.search else make_plan(config, slice_)
+    print(json.dumps(plan.as_json()) if arguments.json else as_text(plan))
+    if not plan.fits:
+        raise UserError(f"{arguments.config} does not fit {slice_.name}: {plan.advice[0]}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -238,10 +238,19 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     Raises:
       UsageError: the file is missing or broken, or a key or value is wrong (named, with the nearest valid key).
     """
+    return parse_config(kind, read_values(path, overrides), str(path))
+
+
+def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_config` checks: the YAML file with what it `extends`, and the overrides in it.
+
+    Raises:
+      UsageError: the file is missing or broken, or an override is.
+    """
     values = _read_yaml(path)
     for override in overrides:
         _override(values, override)
-    return parse_config(kind, values, str(path))
+    return values
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> Config:

@@ -31,15 +31,17 @@ _SECONDS_A_LINE = 10.0
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model that was written anew: what it is, the bytes of its weights, how long that took."""
+    """A model that was written anew: what it is, the dtype and bytes of its weights, how long that took."""
 
     model: StoredModel
+    dtype: str
     num_bytes: int
     seconds: float
 
     def __str__(self) -> str:
         size, rate = (tqdm.format_sizeof(x, "B") for x in (self.num_bytes, self.num_bytes / self.seconds))
-        return f"{self.model.config.num_parameters:,} parameters, {size} in {self.seconds:.1f} s, {rate}/s"
+        number = self.model.config.num_parameters
+        return f"{number:,} parameters as {self.dtype}, {size} in {self.seconds:.1f} s, {rate}/s"
 
 
 def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Conversion:
@@ -89,10 +91,10 @@ def export_model(source: str, folder: Path, dtype: Dtype, push: str | None = Non
       UserError: the source is broken, the folder exists or cannot be written, or the hub refuses.
     """
     stored = open_model(source)
-    if push is not None:
-        hub.create(push)  # a missing permission shows before the work, not after it
     kind = np.dtype(jnp.dtype(dtype))
     with new_folder(folder) as partial, _Progress("export", folder, stored.config, kind) as progress:
+        if push is not None:
+            hub.create(push)  # a missing permission shows before the work, not after it
         copy_tokenizer(stored.tokenizer_folder, partial)
         if stored.prompt is not None:
             write_json(partial / PROMPT_FILE, config_to_dict(stored.prompt))
@@ -122,6 +124,7 @@ class _Progress:
 
     def __init__(self, verb: str, target: Path, config: ModelConfig, kind: np.dtype) -> None:
         self._verb = verb
+        self._dtype = str(kind)
         self._total = config.num_parameters * kind.itemsize
         self._done = 0
         self._started = self._said = time.perf_counter()
@@ -142,7 +145,7 @@ class _Progress:
 
     def result(self, model: StoredModel) -> Conversion:
         """What was done, once all of it is."""
-        return Conversion(model, self._total, time.perf_counter() - self._started)
+        return Conversion(model, self._dtype, self._total, time.perf_counter() - self._started)
 
     def __enter__(self) -> "_Progress":
         return self
@@ -158,9 +161,7 @@ def _check_space(target: Path, size: int) -> None:
     free = shutil.disk_usage(place).free
     if free < size:
         needed, left = (tqdm.format_sizeof(x, "B") for x in (size, free))
-        raise UserError(
-            f"{target}: needs {needed}, and {left} are left on its disk; choose another or --dtype bfloat16"
-        )
+        raise UserError(f"{target}: needs {needed}, and only {left} are left on its disk")
 
 
 def model_card(stored: StoredModel, name: str) -> str:

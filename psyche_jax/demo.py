@@ -188,11 +188,11 @@ def sft_config(paths: Paths, seed: int) -> SftConfig:
         run=RunSection(str(paths.sft), seed),
         model=ModelSection(str(paths.checkpoint)),
         data=SftDataSection(str(paths.data / "sft.jsonl"), str(paths.data / "sft_evaluation.jsonl"), 256),
-        epochs=24,
-        batch_size=16,
-        evaluate_every_steps=50,
+        epochs=18,
+        batch_size=8,
+        evaluate_every_steps=100,
         prompt=PROMPT,
-        optimizer=OptimizerSection(learning_rate=2e-3),
+        optimizer=OptimizerSection(learning_rate=2e-3, beta2=0.99),
         checkpoints=CheckpointSection(every_steps=100),
     )
 

@@ -23,9 +23,8 @@ def download(source: str) -> Path:
     name, _, revision = source.removeprefix(PREFIX).partition("@")
     with _one_line(name, revision):
         patterns = [*_DOWNLOADED, *TOKENIZER_FILES]
-        return Path(
-            snapshot_download(name, revision=revision or None, allow_patterns=patterns, token=_token() or False)
-        )
+        token = _token() or False  # False: none at all
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, token=token))
 
 
 def create(name: str) -> None:

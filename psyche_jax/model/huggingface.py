@@ -208,9 +208,8 @@ def stream_weights(
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(
-            folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
     write_json(folder / "config.json", hf_config(config, str(dtype)))
     write_json(folder / "generation_config.json", hf_generation_config(config))
 

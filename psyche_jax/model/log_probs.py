@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from psyche_jax.model.qwen2 import Execution, Qwen2
+from psyche_jax.model.qwen2 import Execution, Qwen2, cast_weights
 
 
 class TokenScores(NamedTuple):
@@ -48,7 +48,8 @@ def token_scores(
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         hidden = sharding.constrain(hidden, rows, None, None)
         # Cast here, so that the head's gradient adds up over chunks in its own dtype.
-        logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        weights = cast_weights(head, hidden.dtype)
+        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
         logits = sharding.constrain(logits, rows, None, vocab) / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

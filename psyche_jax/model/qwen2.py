@@ -222,7 +222,8 @@ class Qwen2(nnx.Module):
         # holds whole rows (as in decoding) serves each device's own tokens, any other those of all devices.
         sharding = execution.sharding
         rows = "batch" if sharding.rules["embed"] is None else None
-        x = self.embedding[...][sharding.constrain(tokens, rows, None)].astype(execution.compute_dtype)
+        x = self.embedding[...][sharding.constrain(tokens, rows, None)]
+        x = cast_weights(x, execution.compute_dtype)
         x = sharding.constrain(x, rows, None, "embed")
         return sharding.constrain(x, "batch", "sequence", "activation_embed")
 
@@ -253,9 +254,9 @@ class Qwen2(nnx.Module):
 def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`weights.astype(dtype)`, done where it stands: within a loop over layers, one layer at a time.
 
-    A cast alone the TPU compiler moves out of the loop (its bfloat16 propagation sees that the loop reads nothing
-    else), so that a second copy of all layers' weights stands through the program. The rounding to bfloat16's bits
-    before the cast changes no value, and is an operation that the compiler does not move.
+    A cast alone the TPU compiler moves out of a loop (its bfloat16 propagation sees that the loop reads nothing
+    else), so that a second copy of the weights of all layers stands through the program. The rounding to bfloat16's
+    bits before the cast changes no value, and is an operation that the compiler does not move.
     """
     if weights.dtype == jnp.float32 and dtype == jnp.bfloat16:
         weights = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=7)

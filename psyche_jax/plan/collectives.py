@@ -18,9 +18,9 @@ _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 _SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+|c64|c128)\[([\d,]*)\]")
 _CALLS = re.compile(r"(body|condition|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+_METADATA = re.compile(r"metadata=\{[^}]*\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
-_OPERANDS = re.compile(r"\((%[\w.\-]+(?:, (?:/\*.*?\*/)?%[\w.\-]+)*)\)")
 PLACES = ("decoding_loop", "layer_loop", "other_loops", "once")
 
 
@@ -43,6 +43,16 @@ class Instruction:
         """Names of computations that it calls as any of `kinds` (body, condition, calls, ...)."""
         found = [names for kind, names in _CALLS.findall(self.line) if kind in kinds]
         return [name.strip().removeprefix("%") for names in found for name in names.split(",")]
+
+    def operands(self) -> list[str]:
+        """Names of its operands."""
+        return re.findall(r"%([\w.\-]+)", self.line.partition(f" {self.opcode}(")[2].partition(")")[0])
+
+    @property
+    def constant(self) -> int | None:
+        """Its value, if it is an integer constant."""
+        match = re.search(r" constant\((\d+)\)", self.line)
+        return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -86,16 +96,30 @@ class Module:
         """How often a `while` runs at most: as the compiler notes it, else the constant its condition compares with."""
         if match := _TRIPS.search(loop.line):
             return int(match[1])
-        condition = {i.name: i for name in loop.called("condition") for i in self.computations.get(name, ())}
-        limits = []
-        for instruction in list(condition.values()):
-            if instruction.opcode == "compare" and "direction=LT" in instruction.line:
-                operands = _OPERANDS.search(instruction.line[instruction.line.index(" compare(") :])
-                for operand in operands[1].split(", ") if operands else ():
-                    constant = condition.get(operand.split("%")[-1])
-                    if constant is not None and (match := re.search(r" constant\((\d+)\)", constant.line)):
-                        limits.append(int(match[1]))
-        return max(limits, default=1)
+        condition = self._named(loop, "condition")
+        compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.line]
+        for operands in ([condition.get(name) for name in i.operands()] for i in compared):
+            limit = next((i.constant for i in operands if i is not None and i.constant is not None), None)
+            counter = next((i for i in operands if i is not None and i.opcode == "get-tuple-element"), None)
+            if limit is not None:
+                return max(1, -(-limit // self._step(loop, counter)))
+        return 1
+
+    def _step(self, loop: Instruction, counter: Instruction | None) -> int:
+        """What a turn adds to the counter: more than 1 where the compiler has unrolled the loop."""
+        body = self._named(loop, "body")
+        index = re.search(r"index=(\d+)", counter.line.rpartition("get-tuple-element(")[2]) if counter else None
+        root = next((i for i in body.values() if i.opcode == "tuple" and i.line.lstrip().startswith("ROOT")), None)
+        if index is None or root is None or int(index[1]) >= len(root.operands()):
+            return 1
+        added = body.get(root.operands()[int(index[1])])
+        if added is None or added.opcode != "add":
+            return 1
+        constants = [body[name].constant for name in added.operands() if name in body]
+        return next((value for value in constants if value), 1)
+
+    def _named(self, loop: Instruction, kind: str) -> dict[str, Instruction]:
+        return {i.name: i for name in loop.called(kind) for i in self.computations.get(name, ())}
 
 
 def find_collectives(text: str, weight_bytes: int) -> list[Collective]:
@@ -123,9 +147,7 @@ def summarize(collectives: list[Collective]) -> dict[str, dict[str, int]]:
     return result
 
 
-def _walk(
-    module: Module, name: str, place: str, times: int, weight_bytes: int, seen: set[str]
-) -> Iterator[Collective]:
+def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, seen: set[str]) -> Iterator[Collective]:
     """Collectives of a computation and of all it calls. `seen`: channels that this turn of the loop has had."""
     rings: dict[str, list[Instruction]] = {}
     for instruction in module.computations.get(name, ()):
@@ -145,16 +167,17 @@ def _walk(
                 continue
             seen |= {channel[1]} if channel else set()
             if opcode == "collective-permute":
-                rings.setdefault(instruction.op_name or instruction.name, []).append(instruction)
+                metadata = _METADATA.search(instruction.line)
+                rings.setdefault(metadata[0] if metadata else instruction.name, []).append(instruction)
             else:
                 yield _collective(opcode, place, instruction.bytes, times, instruction.op_name, weight_bytes)
         elif not instruction.opcode.endswith(("-done", "-update")):
             for called in instruction.called("calls", "to_apply", "branch_computations"):
                 yield from _walk(module, called, place, times, weight_bytes, seen)
-    for op_name, ring in rings.items():
+    for ring in rings.values():
         # The compiler passes a weight around in parts while it multiplies with them: to us that is one collective.
         size = sum(instruction.bytes for instruction in ring)
-        yield _collective("collective-permute", place, size, times, op_name, weight_bytes)
+        yield _collective("collective-permute", place, size, times, ring[0].op_name, weight_bytes)
 
 
 def _as_one(collectives: list[Collective], times: int, weight_bytes: int) -> Iterator[Collective]:

@@ -1,5 +1,6 @@
 """The real training programs, lowered from abstract arrays and compiled for devices that are not there."""
 
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ import jax.numpy as jnp
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.published import check_architecture, published_architecture
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.plan.published import check_architecture, published_architecture
 from psyche_jax.rewards import compile_rules
 from psyche_jax.train.checkpoints import abstract_parameters, open_model
 from psyche_jax.train.grpo import Iteration
@@ -98,19 +99,33 @@ def compile_lowered(lowered: Lowered) -> Compiled:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
-        used, limit = out_of_memory(message)
+        used, limit = out_of_memory(message, bytes_per_chip(lowered.arguments))
         return Compiled(None, time.perf_counter() - started, used, limit, message)
     memory = executable.memory_analysis()
     return Compiled(executable, time.perf_counter() - started, int(memory.peak_memory_in_bytes), None)
 
 
-def out_of_memory(message: str) -> tuple[int | None, int | None]:
-    """Bytes used and allowed, from the compiler's `Used 17.52G of 15.75G hbm`."""
-    match = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
-    if match is None:
-        return None, None
-    scale = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    return int(float(match[1]) * scale[match[2]]), int(float(match[3]) * scale[match[4]])
+def out_of_memory(message: str, arguments: int) -> tuple[int | None, int | None]:
+    """Bytes used and allowed, from the compiler's message: `Used 17.52G of 15.75G hbm`, which counts everything, or
+    `HLO temporaries (52.51G) exceeds available HBM (15.75G)`, beside which `arguments` bytes stand."""
+    size = r"([\d.]+)([KMGT]?)"
+    if match := re.search(rf"Used {size} of {size} hbm", message):
+        return _bytes(match[1], match[2]), _bytes(match[3], match[4])
+    if match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
+        return arguments + _bytes(match[1], match[2]), _bytes(match[3], match[4])
+    return None, None
+
+
+def bytes_per_chip(tree: Any) -> int:
+    """Of ShapeDtypeStructs with shardings: the part of one chip."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _bytes(number: str, unit: str) -> int:
+    return int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
 
 
 def _lower_sft(

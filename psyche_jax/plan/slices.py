@@ -23,6 +23,7 @@ class Chip:
     accelerator: str  # the prefix of TPU_ACCELERATOR_TYPE
     per_accelerator_unit: int  # v4 and v5p count TensorCores in accelerator types, two a chip
     dimensions: int
+    most: int  # chips of the largest slice
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -30,10 +31,10 @@ SOURCE = "cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: peak compute, HBM and inte
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 31.25, 1.228e12, 300e9, "v4", 2, 3, (("chip_config_name", "megacore"),)),
-        Chip("v5e", 197e12, 15.75, 0.819e12, 200e9, "v5litepod", 1, 2),
-        Chip("v5p", 459e12, 95.0, 2.765e12, 600e9, "v5p", 2, 3, (("chip_config_name", "megacore"),)),
-        Chip("v6e", 918e12, 31.25, 1.640e12, 448e9, "v6e", 1, 2, (("chips_per_host_bounds", (2, 2, 1)),)),
+        Chip("v4", 275e12, 31.25, 1.228e12, 300e9, "v4", 2, 3, 4096, (("chip_config_name", "megacore"),)),
+        Chip("v5e", 197e12, 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256),
+        Chip("v5p", 459e12, 95.0, 2.765e12, 600e9, "v5p", 2, 3, 6144, (("chip_config_name", "megacore"),)),
+        Chip("v6e", 918e12, 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256, (("chips_per_host_bounds", (2, 2, 1)),)),
     )
 }
 _EXAMPLES = "v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x2"
@@ -99,6 +100,8 @@ def parse_topology(text: str) -> Slice:
     shape = tuple(int(size) for size in match[2].split("x"))
     if len(shape) != chip.dimensions or 0 in shape:
         raise UsageError(f"--topology {text}: {chip.name} slices have {chip.dimensions} dimensions; try {_EXAMPLES}")
+    if math.prod(shape) > chip.most:
+        raise UsageError(f"--topology {text}: the largest {chip.name} slice has {chip.most} chips; try {_EXAMPLES}")
     return Slice(chip, shape)
 
 

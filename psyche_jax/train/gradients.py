@@ -43,6 +43,7 @@ def accumulate_gradients(
     sums = jax.tree.map(jax.new_ref, zeros if places is None else jax.lax.with_sharding_constraint(zeros, places))
 
     def add(total: jax.Array, part: Any) -> tuple[jax.Array, Any]:
+        pull_back: Any  # jax.VJP, which jax.vjp's type does not say
         value, pull_back, extras = jax.vjp(lambda parameters: loss(parameters, part), parameters, has_aux=True)
         pull_back.with_refs(sums)(jnp.ones_like(value))
         return total + value, extras

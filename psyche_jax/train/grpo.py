@@ -307,7 +307,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)
     iteration = Iteration(config, model, execution, optimizer, schedule, shardings).program()
-    reference = setup.read_parameters() if config.kl_coefficient else None
+    reference = setup.read_parameters(config.reference_dtype) if config.kl_coefficient else None
     key = jax.random.key(config.run.seed)
     collate = partial(_collate, largest=config.data.max_prompt_length)
     place = execution.sharding.named("batch")

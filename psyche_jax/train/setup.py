@@ -15,6 +15,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import new_folder
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
+from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
@@ -31,9 +32,9 @@ class Setup:
     tokenizer: Any
     execution: Execution
 
-    def read_parameters(self) -> Parameters:
-        """The model's weights, placed for training."""
-        return self.model.read_parameters(self.execution.sharding, self.dtype)
+    def read_parameters(self, dtype: str | None = None) -> Parameters:
+        """The model's weights, placed for training, in the dtype that is trained if `dtype` names no other."""
+        return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
 
 
 def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str) -> Setup:
@@ -50,6 +51,7 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
     stored = open_model(model.path)
+    check_architecture(model.architecture, stored.config, model.path)
     check_mesh_fits(sharding.mesh, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     if longest > (limit := stored.config.max_position_embeddings):

@@ -8,14 +8,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx, traverse_util
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, Mesh
 from orbax.checkpoint import type_handlers
 
 from psyche_jax.errors import UserError, first_reason
@@ -26,7 +26,7 @@ from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding
 from psyche_jax.pieces import Index, blocks, read_ahead
 
 # Chunks are the shards of this mesh (data, fsdp, tensor), so each of up to 16 devices reads no more than its own.
-_FINEST_MESH = AbstractMesh((1, 16, 4), MESH_AXES)
+_FINEST_MESH = cast(Mesh, AbstractMesh((1, 16, 4), MESH_AXES))
 _LEAST_BYTES, _MOST_BYTES = 2**20, 2**24
 _SAVED_CHUNK_BYTES = 2**28
 
@@ -134,8 +134,9 @@ def chunk_shape(shape: Sequence[int], spec: Sequence[str | None], item_bytes: in
 
 def save_args(tree: Any) -> Any:
     """How training's arrays are cut when Orbax saves them, so that a reader need not take all layers at once."""
+    by_layers = {3: (0,)}  # axes to cut, by the number of dimensions
     return jax.tree.map(
-        lambda x: ocp.SaveArgs(chunk_byte_size=_SAVED_CHUNK_BYTES, shard_axes=(0,) * (x.ndim == 3)), tree
+        lambda x: ocp.SaveArgs(chunk_byte_size=_SAVED_CHUNK_BYTES, shard_axes=by_layers.get(x.ndim, ())), tree
     )
 
 
@@ -163,7 +164,7 @@ class StoredArrays:
 
     def chunk(self, path: str) -> tuple[int, ...]:
         """In which blocks the parameter at `path` is stored."""
-        return tuple(self._stores[path].chunk_layout.read_chunk.shape)
+        return tuple(cast(Sequence[int], self._stores[path].chunk_layout.read_chunk.shape))
 
     def read(self, path: str, index: Index) -> np.ndarray:
         """The part `index` of the parameter at `path`, in the dtype it is stored in.

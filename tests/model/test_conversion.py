@@ -1,5 +1,6 @@
 """Import and export of model folders: bit for bit, and read by plain transformers."""
 
+import dataclasses
 import json
 
 import jax
@@ -72,12 +73,21 @@ def test_round_trip_is_bit_for_bit(tied, dtype, shard_bytes, tmp_path, monkeypat
     assert loaded.config.rope_parameters["rope_theta"] == config.rope_theta == 20_000
 
 
+NEW = ModelConfig(41, 12, 20, 2, 3, 3, head_dim=6, rope_theta=123.0, pad_token_id=1)
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """Parameters that no file held, three times as large as training starts from."""
+    parameters = initialize(NEW, jax.random.key(0), one_device().sharding, jnp.float32)
+    return jax.tree.map(lambda x: 3 * np.asarray(x) if x.ndim > 1 else np.asarray(x), parameters)
+
+
 @pytest.mark.parametrize("stop", [(), (5, 9)])
-def test_a_new_model_exported(stop, tmp_path, figure):
+def test_a_new_model_exported(stop, fresh, tmp_path, figure):
     """Made by the port, so with nothing of transformers' in the folder; its generation config takes effect."""
-    config = ModelConfig(41, 12, 20, 2, 3, 3, head_dim=6, rope_theta=123.0, stop_token_ids=stop, pad_token_id=1)
-    parameters = initialize(config, jax.random.key(0), one_device().sharding, jnp.float32)
-    write_weights(tmp_path, config, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, parameters))
+    config = dataclasses.replace(NEW, stop_token_ids=stop)
+    write_weights(tmp_path, config, fresh)
     assert read_hf_config(tmp_path) == config
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(model) is transformers.Qwen2ForCausalLM

@@ -103,6 +103,7 @@ def test_weights_make_sense(port, text, tokenizer):
     assert tokenizer("<|im_start|>user").input_ids[0] == port.config.bos_token_id == 1
     assert port.config.stop_token_ids == (tokenizer.eos_token_id,) == (2,)
     assert port.config.num_parameters == 134_543_808
+    assert (port.config.rms_norm_eps, port.config.rope_theta) == (1e-5, 1e5)
 
 
 @pytest.mark.slow

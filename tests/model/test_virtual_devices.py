@@ -142,8 +142,9 @@ def test_responses(sizes, sampling, folder, figure):
     figure("8 devices to 1: sampler's log-probs", worst(rollout.log_probs, one.log_probs), 1e-5)
 
 
-@pytest.mark.parametrize(("sizes", "column"), [((2, 2, 2), 0), ((1, 2, 4), 1)])
-@pytest.mark.parametrize("made", ["read", "initialized"])
+@pytest.mark.parametrize(
+    ("made", "sizes", "column"), [("read", (2, 2, 2), 0), ("read", (1, 2, 4), 1), ("initialized", (2, 2, 2), 0)]
+)
 def test_parameters_lie_in_parts(made, sizes, column, folder):
     config, parameters, execution = read(folder, on(sizes))
     if made == "initialized":

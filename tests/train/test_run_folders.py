@@ -14,6 +14,7 @@ from training_fixtures import execution, grpo_config, metrics_of, sft_config, st
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
+from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.runs import PreemptedError, Run, open_run, read_lines
 from psyche_jax.train import sft
 from psyche_jax.train.checkpoints import find_checkpoint, open_model, read_checkpoint_metadata
@@ -81,7 +82,7 @@ def test_evaluation_loss_is_the_mean_over_all_learned_tokens(finished):
     model = open_model(str(run))
     here = execution(1)
     parameters = model.read_parameters(here.sharding, np.dtype("float32"))
-    tokenizer = sft.prepare(config.model, config.mesh).tokenizer
+    tokenizer = load_tokenizer(model.tokenizer_folder)
     examples, _ = sft._tokenized(tokenizer, config.data.evaluation, config.prompt, 96)
     batch = sft.pad_examples(examples, 96)
     weights = batch["loss_mask"].astype(np.float32)
@@ -231,7 +232,7 @@ def test_records_that_do_not_fit_are_set_aside_by_name(root, capsys):
     [
         ({"batch_size": 12}, "12 rows cannot be spread over data × fsdp = 8"),
         ({"mesh": MeshSection(data=3)}, "does not divide the 8 devices"),
-        ({"data": SftDataSection("absent.jsonl")}, "absent.jsonl: the data cannot be read"),
+        ({"data": SftDataSection("absent.jsonl", max_length=64)}, "absent.jsonl: the data cannot be read"),
         ({"data": None}, "no example has at most data.max_length 5 tokens"),
     ],
 )

@@ -1,0 +1,203 @@
+"""FLOPs and bytes of each phase, counted by arithmetic with loops multiplied out, and the time they take at least."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.plan.compile import PlanConfig
+from psyche_jax.plan.memory import rows_at_once
+from psyche_jax.plan.slices import SOURCE, Slice
+
+ASSUMPTIONS = (
+    f"published peaks ({SOURCE}); compute, memory and interconnect overlap wholly, and no latency counts",
+    "causal attention computes half of all pairs, decoding reads the whole cache in every step",
+    "weights are gathered once per micro-batch and direction; all links of a chip carry them",
+)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a program. `flops` of all chips together; bytes of one chip: from and to its memory, and received."""
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0
+    ici_bytes: float = 0.0
+
+    def __add__(self, other: "Phase") -> "Phase":
+        return Phase(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes, self.ici_bytes + other.ici_bytes)
+
+    def __rmul__(self, times: float) -> "Phase":
+        return Phase(times * self.flops, times * self.hbm_bytes, times * self.ici_bytes)
+
+    def seconds(self, slice_: Slice) -> float:
+        """The longest of computing, memory and interconnect."""
+        chip = slice_.chip
+        return max(
+            self.flops / slice_.chips / chip.bf16_flops,
+            self.hbm_bytes / chip.hbm_bytes_per_second,
+            self.ici_bytes / chip.ici_bytes_per_second,
+        )
+
+    def bound(self, slice_: Slice) -> str:
+        """Which of the three it is."""
+        chip = slice_.chip
+        times = {
+            "compute": self.flops / slice_.chips / chip.bf16_flops,
+            "memory": self.hbm_bytes / chip.hbm_bytes_per_second,
+            "interconnect": self.ici_bytes / chip.ici_bytes_per_second,
+        }
+        return max(times, key=lambda name: times[name])
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Numbers in the matrices of one layer."""
+    heads, kv_heads = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    return model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
+
+
+def layers_flops(model: ModelConfig, rows: int, length: int, pairs: float | None = None) -> float:
+    """Of all layers, forward, on `rows` sequences of `length`; `pairs` of query and key a row (default: length²)."""
+    pairs = length * length if pairs is None else pairs
+    attention = 4 * pairs * model.num_attention_heads * model.head_dim
+    return model.num_hidden_layers * rows * (2 * length * layer_weights(model) + attention)
+
+
+def head_flops(model: ModelConfig, positions: int) -> float:
+    """Of the logits of so many positions."""
+    return 2.0 * positions * model.vocab_size * model.hidden_size
+
+
+def count_phases(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> dict[str, Phase]:
+    """The phases of one run of the program (one step of SFT, one iteration of GRPO)."""
+    return _Counter(config, model, mesh).phases()
+
+
+@dataclass(frozen=True)
+class _Counter:
+    config: PlanConfig
+    model: ModelConfig
+    mesh: Mapping[str, int]
+
+    def phases(self) -> dict[str, Phase]:
+        config = self.config
+        rows, length = rows_at_once(config)
+        if isinstance(config, SftConfig):
+            parts = config.batch_size // rows
+            forward, backward = self._forward(rows, length, length), self._backward(rows, length, length)
+            return {"forward": parts * forward, "backward": parts * backward, "optimizer": self._optimizer()}
+        responses = config.prompts_per_step * config.generations_per_prompt
+        parts = responses // rows
+        updates = config.prompts_per_step // (config.minibatch_prompts or config.prompts_per_step)
+        scoring = self._forward(rows, length, config.max_new_tokens)
+        phases = {
+            "gather_for_decoding": self._decoding_layout(),
+            "prefill": self._prefill(config),
+            "decode": self._decode(config),
+        }
+        if config.kl_coefficient:
+            phases["reference"] = parts * scoring
+        if updates > 1:
+            phases["old_log_probs"] = parts * scoring
+        return {
+            **phases,
+            "forward": parts * scoring,
+            "backward": parts * self._backward(rows, length, config.max_new_tokens),
+            "optimizer": updates * self._optimizer(),
+        }
+
+    @property
+    def _compute(self) -> int:
+        return jnp.dtype(self.config.model.compute_dtype).itemsize
+
+    @property
+    def _stored(self) -> int:
+        return jnp.dtype(self.config.model.dtype).itemsize
+
+    @property
+    def _places(self) -> int:
+        return self.mesh["data"] * self.mesh["fsdp"]
+
+    def _forward(self, rows: int, length: int, positions: int) -> Phase:
+        """One micro-batch: layers, and the loss on the last `positions` of each row."""
+        model, fsdp, tensor = self.model, self.mesh["fsdp"], self.mesh["tensor"]
+        flops = layers_flops(model, rows, length, length * length / 2) + head_flops(model, rows * positions)
+        weights = model.num_hidden_layers * layer_weights(model) / tensor
+        own = model.num_parameters / fsdp / tensor
+        hbm = own * self._stored + 2 * weights * self._compute
+        hbm += rows / self._places * length * self._traffic_per_token()
+        ici = weights * self._compute * (fsdp - 1) / fsdp + self._reduced_activations(rows, length)
+        return Phase(flops, hbm, ici)
+
+    def _backward(self, rows: int, length: int, positions: int) -> Phase:
+        """As `_forward`: twice its products, what remat computes again, and the gradients' way to their places."""
+        model, mesh = self.model, self.mesh
+        forward = self._forward(rows, length, positions)
+        head = head_flops(model, rows * positions)
+        layers = forward.flops - head
+        attention = layers - layers_flops(model, rows, length, 0)
+        again = {"full": layers, "dots": attention, "none": 0.0}[self.config.model.remat]
+        turns = 3 if self.config.model.remat == "full" else 2
+        gradients = model.num_parameters / mesh["tensor"] * self._compute * (mesh["fsdp"] - 1) / mesh["fsdp"]
+        gradients += _all_reduced(model.num_parameters * self._stored / mesh["fsdp"] / mesh["tensor"], mesh["data"])
+        accumulated = 2 * model.num_parameters * self._stored / mesh["fsdp"] / mesh["tensor"]
+        return Phase(
+            2 * forward.flops + again + head,
+            turns * forward.hbm_bytes + accumulated,
+            forward.ici_bytes + gradients + (turns - 2) * self._reduced_activations(rows, length),
+        )
+
+    def _optimizer(self) -> Phase:
+        numbers = self.model.num_parameters / self.mesh["fsdp"] / self.mesh["tensor"]
+        # Reads weights, two moments and the gradient (twice: also for its norm), writes the first three.
+        return Phase(15.0 * self.model.num_parameters, 8 * numbers * self._stored, 0.0)
+
+    def _decoding_layout(self) -> Phase:
+        size, fsdp = self.model.num_parameters / self.mesh["tensor"] * self._compute, self.mesh["fsdp"]
+        own = self.model.num_parameters * self._stored / fsdp / self.mesh["tensor"]
+        return Phase(0.0, own + size, size * (fsdp - 1) / fsdp)
+
+    def _prefill(self, config: GrpoConfig) -> Phase:
+        model, length, waves = self.model, config.data.max_prompt_length, config.rollout_waves
+        prompts = config.prompts_per_step
+        weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._compute
+        flops = layers_flops(model, prompts, length, length * length / 2) + head_flops(model, prompts)
+        tokens = prompts / self._places * length
+        return Phase(
+            flops, waves * weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts, length)
+        )
+
+    def _decode(self, config: GrpoConfig) -> Phase:
+        model, tensor = self.model, self.mesh["tensor"]
+        steps, prompt = config.max_new_tokens, config.data.max_prompt_length
+        responses = config.prompts_per_step * config.generations_per_prompt
+        tokens = responses * steps
+        attended = layers_flops(model, tokens, 1, prompt + steps)
+        flops = attended + head_flops(model, tokens)
+        # Every step of every wave reads all weights and the whole cache.
+        embedding = model.vocab_size * model.hidden_size
+        weights = (model.num_hidden_layers * layer_weights(model) + embedding) / tensor * self._compute
+        numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / tensor * self._compute
+        cache = (config.prompts_per_step * prompt + responses * steps) / self._places * numbers
+        logits = responses / self._places * model.vocab_size / tensor * 4 * 3
+        hbm = steps * (config.rollout_waves * weights + cache + logits)
+        return Phase(flops, hbm, self._reduced_activations(responses, steps))
+
+    def _traffic_per_token(self) -> float:
+        """Bytes: what the matrix products of all layers read and write for one token."""
+        model, tensor = self.model, self.mesh["tensor"]
+        heads, kv_heads = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+        split = 2 * heads + 2 * kv_heads + 3 * model.intermediate_size
+        return model.num_hidden_layers * (6 * model.hidden_size + split / tensor) * self._compute
+
+    def _reduced_activations(self, rows: int, length: int) -> float:
+        """Bytes a chip receives where two products of each layer are summed over `tensor`."""
+        size = rows / self._places * length * self.model.hidden_size * self._compute
+        return 2 * self.model.num_hidden_layers * _all_reduced(size, self.mesh["tensor"])
+
+
+def _all_reduced(size: float, parts: int) -> float:
+    """Bytes that a chip receives when an array of `size` is summed over `parts` chips."""
+    return 2 * size * (parts - 1) / parts

@@ -1,0 +1,109 @@
+"""A stand-in for the Hugging Face hub: as much of its HTTP interface as downloading and pushing a model takes."""
+
+import base64
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlparse
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+WRITER, READER = "hf_writer", "hf_reader"  # tokens
+
+
+class Hub(ThreadingHTTPServer):
+    """`repos`: files by repository; `gated` are those that want terms accepted; `asked`: every request, in order."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.asked: list[str] = []
+        self.created: list[dict] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        thread = threading.Thread(target=hub.serve_forever)
+        thread.start()
+        yield hub
+        hub.shutdown()
+        thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+
+    def log_message(self, *_) -> None: ...
+
+    def answer(self, status: int, body: bytes | dict | list, **headers: str) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def refuse(self, status: int, code: str) -> None:
+        self.answer(status, {"error": code}, X_Error_Code=code, X_Error_Message=code)
+
+    def do_GET(self) -> None:
+        path = urlparse(self.path).path
+        self.server.asked.append(f"{self.command} {path}")
+        parts = path.strip("/").split("/")
+        api = parts[:2] == ["api", "models"]
+        name = "/".join(parts[2:4] if api else parts[:2])
+        what = parts[4:] if api else parts[2:]
+        if name not in self.server.repos:
+            return self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
+        if name in self.server.gated:
+            return self.refuse(403, "GatedRepo")
+        files = self.server.repos[name]
+        if what[:1] in ([], ["revision"]):
+            if what and what[1] not in ("main", "v1", SHA):
+                return self.refuse(404, "RevisionNotFound")
+            return self.answer(200, {"id": name, "sha": SHA, "siblings": [{"rfilename": file} for file in files]})
+        if what[0] == "tree":
+            oids = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+            entries = [{"type": "file", "path": f, "size": len(c), "oid": oids[f]} for f, c in files.items()]
+            return self.answer(200, entries)
+        content = files["/".join(what[2:])]
+        return self.answer(200, content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path = urlparse(self.path).path
+        self.server.asked.append(f"POST {path}")
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if self.headers.get("Authorization") != f"Bearer {WRITER}":
+            return self.refuse(403, "Forbidden")
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            self.server.created.append(wanted)
+            name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
+            self.server.repos.setdefault(name, {})
+            return self.answer(200, {"url": f"{self.server.url}/{name}"})
+        name = "/".join(path.split("/")[3:5])
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            modes = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
+            return self.answer(200, {"files": modes})
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                self.server.repos[name][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+        commit = {"commitUrl": f"{self.server.url}/{name}/commit/{SHA}", "commitOid": SHA, "success": True}
+        return self.answer(200, commit)

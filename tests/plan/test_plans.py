@@ -1,0 +1,154 @@
+"""`psyche plan` of a tiny model on v5e:2x2, through the real TPU compiler, splash attention included."""
+
+import json
+
+import pytest
+from tiny_plans import ROOT, needs_libtpu, write_config
+
+from psyche_jax import cli
+from psyche_jax.model import decoding
+from psyche_jax.model.sharding import TRAIN_RULES
+from psyche_jax.plan.planning import load_plan_config
+from psyche_jax.plan.slices import parse_topology
+
+pytestmark = needs_libtpu
+KEYS = {
+    "topology",
+    "program",
+    "fits",
+    "peak_gib",
+    "limit_gib",
+    "memory_gib",
+    "collectives",
+    "flops",
+    "roofline_seconds",
+    "compile_seconds",
+}
+LOOP = {"count", "bytes", "weight_sized"}
+
+
+def plan(capsys, config, *arguments, topology="v5e:2x2"):
+    """Exit code, the JSON object and stderr."""
+    code = cli.main(["plan", "--config", str(config), "--topology", topology, "--json", *arguments])
+    out, err = capsys.readouterr()
+    (line,) = out.splitlines()
+    return code, json.loads(line), err
+
+
+def check(result, program):
+    assert set(result) >= KEYS
+    assert (result["program"], result["topology"], result["fits"]) == (program, "v5e:2x2", True)
+    assert 0 < result["peak_gib"] < result["limit_gib"] == 15.75
+    assert set(result["collectives"]) >= {"decoding_loop", "layer_loop", "once"}
+    assert all(set(place) >= LOOP for place in result["collectives"].values())
+    memory = result["memory_gib"]
+    parts = [memory.get(name, 0) for name in ("parameters", "optimizer", "reference", "batch", "temporaries")]
+    assert sum(parts) == pytest.approx(memory["peak"], abs=1e-3)
+    seconds = dict(result["roofline_seconds"])
+    assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
+    assert result["flops"] == pytest.approx(sum(phase["flops"] for phase in result["phases"].values()))
+
+
+def test_sft(tmp_path, capsys):
+    code, result, _ = plan(capsys, write_config(tmp_path, "sft"))
+    assert code == 0
+    check(result, "sft")
+    collectives = result["collectives"]
+    assert collectives["decoding_loop"]["count"] == 0
+    # Seven matrices a layer, gathered in both directions, in 2 micro-batches of 3 layers.
+    assert collectives["layer_loop"]["weight_sized"] >= 14
+    assert collectives["layer_loop"]["count"] >= 14 * 2 * 3
+
+
+def test_grpo(tmp_path, capsys):
+    code, result, _ = plan(capsys, write_config(tmp_path, "grpo"), "--program", "grpo")
+    assert code == 0
+    check(result, "grpo")
+    loop = result["collectives"]["decoding_loop"]
+    assert loop["weight_sized"] == 0, "no step of decoding gathers weights"
+    # Two sums over `tensor` in each of 3 layers, 128 steps, 2 waves: at most 10 more a step.
+    assert 2 * 3 * 128 * 2 <= loop["count"] <= (2 * 3 + 10) * 128 * 2
+    assert {"kv_cache", "decoding_weights", "reference"} <= set(result["memory_gib"])
+    assert any("single bytes" in line for line in result["assumptions"])
+
+
+@pytest.mark.slow
+def test_weights_gathered_while_decoding_are_found(tmp_path, capsys, monkeypatch):
+    """Decoding with the rules of training, as one mistake would have it."""
+    monkeypatch.setattr(decoding, "DECODE_RULES", TRAIN_RULES)
+    _, result, _ = plan(capsys, write_config(tmp_path, "grpo", rollout_waves=1, kl_coefficient=0.0))
+    loop = result["collectives"]["decoding_loop"]
+    assert loop["weight_sized"] >= 7, "each matrix of a layer is gathered in each step"
+    assert loop["bytes"] > 128 * 3 * 256 * 512 * 3 * 2 / 2
+
+
+def test_too_large(tmp_path, capsys):
+    """What the compiler refuses is a plan too, with what to change."""
+    config = write_config(tmp_path, "sft")
+    large = json.loads((tmp_path / "model" / "config.json").read_text())
+    large["intermediate_size"] = 2**22
+    (tmp_path / "model" / "config.json").write_text(json.dumps(large))
+    code, result, err = plan(capsys, config)
+    assert (code, result["fits"]) == (1, False)
+    assert result["peak_gib"] > 27 > result["limit_gib"] == 15.75
+    assert "a larger slice" in result["advice"][0]
+    (line,) = err.splitlines()
+    assert line.startswith(f"psyche plan: {config} does not fit v5e:2x2: a larger slice")
+
+
+@pytest.mark.slow
+def test_search(tmp_path, capsys):
+    config = write_config(tmp_path, "sft")
+    code = cli.main(["plan", "--config", str(config), "--topology", "v5e:2x2", "--search"])
+    out, err = capsys.readouterr()
+    assert code == 0
+    # The whole batch at once and nothing computed again is the fastest, and fits.
+    assert "model.remat=none micro_batch_size=16: fits, " in err
+    assert out.startswith(
+        "sft on v5e:2x2 (4 chips, fsdp 2 × tensor 2), model.remat=none micro_batch_size=16\nfits: peak "
+    )
+
+
+@pytest.mark.parametrize(
+    ("topology", "kind"), [("v4:2x2x1", "v4"), ("v5p:2x2x1", "v5p"), ("v6e:2x2", "v6e"), ("v6e:2x4", "v6e")]
+)
+def test_devices_of_other_chips(topology, kind):
+    slice_ = parse_topology(topology)
+    devices = slice_.devices()
+    assert len(devices) == slice_.chips
+    assert {device.platform for device in devices} == {"tpu"}
+
+
+def test_the_program_is_known_by_its_keys(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    assert type(load_plan_config(write_config(tmp_path / "a", "sft"), [], None)).__name__ == "SftConfig"
+    assert type(load_plan_config(write_config(tmp_path / "b", "grpo"), [], None)).__name__ == "GrpoConfig"
+
+
+@pytest.mark.slow
+def test_sft_of_7b_on_v5e_16(capsys):
+    code, result, _ = plan(capsys, ROOT / "configs" / "sft_7b_v5e16.yaml", topology="v5e:4x4")
+    assert code == 0
+    assert result["peak_gib"] <= 8.5
+
+
+@pytest.mark.slow
+@pytest.mark.tpu7b
+@pytest.mark.parametrize(
+    ("config", "topology", "overrides", "limit"),
+    [
+        ("sft_7b_v6e8", "v6e:2x4", [], 19.0),
+        ("grpo_7b_v5e16", "v5e:4x4", [], 13.5),
+        ("grpo_7b_v5e16", "v5e:4x4", ["--set", "max_new_tokens=2048"], 15.5),
+        ("sft_7b_v5p8", "v5p:2x2x1", [], 95.0),
+        ("grpo_7b_v6e8", "v6e:2x4", [], 31.0),
+        ("grpo_7b_v5p8", "v5p:2x2x1", [], 95.0),
+        ("sft_1_5b_v5e8", "v5e:2x4", [], 15.5),
+    ],
+)
+def test_ready_configs_fit(config, topology, overrides, limit, capsys):
+    code, result, _ = plan(capsys, ROOT / "configs" / f"{config}.yaml", *overrides, topology=topology)
+    assert (code, result["fits"]) == (0, True)
+    assert result["peak_gib"] <= limit
+    assert result["collectives"]["decoding_loop"]["weight_sized"] == 0

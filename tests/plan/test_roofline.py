@@ -1,0 +1,98 @@
+"""Counts by arithmetic against XLA's own of a program without loops, and against each other."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import psyche_jax
+from psyche_jax.config import GrpoConfig, SftConfig, load_config
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.published import ARCHITECTURES, published_architecture
+from psyche_jax.model.qwen2 import Execution, bind, build, initialize
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.plan.memory import estimated_parts, least_peak
+from psyche_jax.plan.roofline import count_phases, head_flops, layers_flops
+from psyche_jax.plan.slices import parse_topology
+
+CONFIGS = Path(psyche_jax.__file__).parents[1] / "configs"
+MESH = {"data": 1, "fsdp": 16, "tensor": 1}
+SEVEN = published_architecture("Qwen2.5-7B")
+
+
+def test_flops_are_those_that_xla_counts():
+    model = ModelConfig(512, 256, 1024, 1, 4, 2, 64, stop_token_ids=(1,))
+    sharding = Sharding(make_mesh(1, 1, 1, jax.devices()[:1]), TRAIN_RULES)
+    execution = Execution(sharding, jnp.dtype("float32"), attention="xla")
+    parameters = initialize(model, jax.random.key(0), sharding, jnp.float32)
+    rows, length = 2, 64
+    tokens = jnp.ones((rows, length), jnp.int32)
+
+    @jax.jit
+    def forward(parameters, tokens):
+        bound = bind(model, parameters)
+        hidden = bound(tokens, tokens, jnp.broadcast_to(jnp.arange(length), tokens.shape), execution)
+        return bound.logits(hidden)
+
+    counted = forward.lower(parameters, tokens).compile().cost_analysis()["flops"]
+    expected = layers_flops(model, rows, length) + head_flops(model, rows * length)
+    # XLA also counts norms, softmax and rotary embedding, which are small beside the products.
+    assert expected <= counted <= 1.03 * expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_published_sizes(name):
+    """The parameters that the module has, which the model cards give as 0.49, 1.54, 3.09, 7.61 and 14.7 billion."""
+    model = ARCHITECTURES[name]
+    leaves = jax.tree.leaves(build(model)[1])
+    assert sum(leaf.size for leaf in leaves) == model.num_parameters
+    published = {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7}[name.removeprefix("Qwen2.5-")]
+    assert model.num_parameters / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_phases_of_sft():
+    config = load_config(SftConfig, CONFIGS / "sft_7b_v5e16.yaml")
+    phases = count_phases(config, SEVEN, MESH)
+    assert list(phases) == ["forward", "backward", "optimizer"]
+    tokens = config.batch_size * config.data.max_length
+    # Two FLOPs a parameter and token (but for the embedding, which is looked up), and attention.
+    matrices = SEVEN.num_parameters - SEVEN.vocab_size * SEVEN.hidden_size
+    assert 1.0 < phases["forward"].flops / (2 * tokens * matrices) < 1.1
+    assert phases["backward"].flops == pytest.approx(3 * phases["forward"].flops)
+    halved = dataclasses.replace(config, micro_batch_size=8)
+    assert count_phases(halved, SEVEN, MESH)["forward"].flops == pytest.approx(phases["forward"].flops)
+    assert count_phases(halved, SEVEN, MESH)["forward"].ici_bytes == pytest.approx(2 * phases["forward"].ici_bytes)
+    slice_ = parse_topology("v5e:4x4")
+    seconds = {name: phase.seconds(slice_) for name, phase in phases.items()}
+    assert all(value > 0 for value in seconds.values())
+    assert phases["forward"].bound(slice_) in ("compute", "interconnect")
+    assert phases["optimizer"].bound(slice_) == "memory"
+
+
+def test_phases_of_grpo():
+    config = load_config(GrpoConfig, CONFIGS / "grpo_7b_v5e16.yaml")
+    mesh = {"data": 1, "fsdp": 4, "tensor": 4}
+    phases = count_phases(config, SEVEN, mesh)
+    assert list(phases) == [
+        "gather_for_decoding",
+        "prefill",
+        "decode",
+        "reference",
+        "old_log_probs",
+        "forward",
+        "backward",
+        "optimizer",
+    ]
+    slice_ = parse_topology("v5e:4x4")
+    assert phases["decode"].bound(slice_) == "memory"
+    plain = dataclasses.replace(config, kl_coefficient=0.0, minibatch_prompts=None)
+    assert not {"reference", "old_log_probs"} & set(count_phases(plain, SEVEN, mesh))
+    more_waves = dataclasses.replace(config, rollout_waves=8)
+    assert count_phases(more_waves, SEVEN, mesh)["decode"].hbm_bytes > phases["decode"].hbm_bytes
+    parts, fewer = estimated_parts(config, SEVEN, mesh), estimated_parts(more_waves, SEVEN, mesh)
+    assert parts["kv_cache"] == pytest.approx(2 * fewer["kv_cache"])
+    # 56 KiB a token, 256 responses of 1024 tokens and 32 prompts of 512 a wave, on 16 chips.
+    assert parts["kv_cache"] == pytest.approx((256 * 1024 + 32 * 512) * 56 * 1024 / 16)
+    assert least_peak(config, SEVEN, mesh) > least_peak(more_waves, SEVEN, mesh)

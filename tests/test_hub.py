@@ -1,0 +1,102 @@
+"""`psyche import hub:NAME` and `psyche export --push NAME` against a stand-in for the Hugging Face hub."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hub_server import READER, SHA, WRITER, running_hub
+from tiny import save_model
+
+RUN_ALL = """
+import contextlib, io, json, sys
+from psyche_jax import cli
+for command in json.loads(sys.argv[1]):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = cli.main(command)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with running_hub() as server:
+        folder = save_model(tmp_path / "model")
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        code = {"modeling.py": b"raise SystemExit('was run')", "pytorch_model.bin": b"pickle", "sub/x.json": b"{}"}
+        server.repos["org/model"] = {**files, **code}
+        yield server
+
+
+def commands(hub, *lines, token="", **environment):
+    """Code, stdout and stderr of commands, run in one process that knows only this hub."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    variables |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.url, "HF_HOME": "hf_home", **environment}
+    if token:
+        variables["HF_TOKEN"] = token
+    arguments = json.dumps([line.split() for line in lines])
+    done = subprocess.run([sys.executable, "-c", RUN_ALL, arguments], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def failures(hub, *lines, **environment):
+    found = []
+    for code, out, err in commands(hub, *lines, **environment):
+        assert (code, out) == (1, "")
+        (line,) = (part for part in err.splitlines() if part.startswith("psyche "))
+        assert "Traceback" not in err
+        found.append(line)
+    return found
+
+
+def test_from_the_hub_and_back(hub, tmp_path):
+    import_, export, again = commands(
+        hub,
+        "import hub:org/model@v1 checkpoint",
+        "export checkpoint exported --push org/mine",
+        f"import hub:org/mine@{SHA} again",
+        token=WRITER,
+    )
+    assert [import_[0], export[0], again[0]] == [0, 0, 0], (import_, export, again)
+    fetched = {request.rpartition("/")[2] for request in hub.asked if "/resolve/" in request and "/org/model/" in request}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= fetched
+    assert not fetched & {"modeling.py", "pytorch_model.bin", "x.json"}
+    pushed = hub.repos["org/mine"]
+    assert set(pushed) == {path.name for path in (tmp_path / "exported").iterdir()}
+    assert pushed["model.safetensors"] == hub.repos["org/model"]["model.safetensors"]
+    assert "README.md" in pushed
+    (created,) = hub.created
+    assert created["name"] == "mine"
+    assert created.get("private") or created.get("visibility") == "private"
+
+
+def test_one_line_says_what_is_wrong(hub, tmp_path):
+    hub.gated.add("org/gated")
+    hub.repos["org/gated"] = {}
+    absent, revision, gated, name = failures(
+        hub, "import hub:org/none new", "import hub:org/model@v9 new", "import hub:org/gated new", "import hub:a/b/c new"
+    )
+    assert "hub:org/none: " in absent and "HF_TOKEN" in absent
+    assert "hub:org/model: has no revision 'v9'" in revision
+    assert "hub:org/gated: is gated" in gated
+    assert "hub:a/b/c: is no name of a repository" in name
+    absent, forbidden = failures(
+        hub, "import hub:org/none new", "export model new --push org/mine", token=READER
+    )
+    assert "hub:org/none: there is no such repository, or it is private" in absent
+    assert "hub:org/mine: HF_TOKEN is not set, or gives no permission" in forbidden
+    (no_token,) = failures(hub, "export model new --push org/mine")
+    assert "hub:org/mine: set HF_TOKEN" in no_token
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "hf_home"}
+
+
+def test_no_network(hub, tmp_path):
+    unreachable = "http://127.0.0.1:9"
+    for line in failures(unreachable, "import hub:org/model new", "export model new --push org/m", token=WRITER):
+        assert f"{unreachable} cannot be reached" in line
+    (offline,) = failures(hub, "import hub:org/model new", HF_HUB_OFFLINE="1")
+    assert "cannot be reached" in offline
