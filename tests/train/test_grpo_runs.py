@@ -12,6 +12,7 @@ from psyche_jax.model.huggingface import read_parameters
 from psyche_jax.train import grpo
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length")
+NAMES = ("tokens", "mask", "answers")
 STEPS = 8
 
 
@@ -28,7 +29,7 @@ def train(root, tiny_config, monkeypatch):
                 raise UserError("no more")
             assert largest_difference(reference, start) == 0, "the reference is the model that training starts from"
             rows = jax.device_get(prompts)
-            texts = {(row[mask].tobytes(), int(a)) for row, mask, a in zip(*map(rows.get, rows), strict=True)}
+            texts = {(row[mask].tobytes(), int(a)) for row, mask, a in zip(*(rows[n] for n in NAMES), strict=True)}
             seen.append((jax.random.key_data(key).tobytes(), frozenset(texts)))
             moved = jax.tree.map(lambda x: x + 1, state.parameters)
             return dataclasses.replace(state, parameters=moved), {"metrics": dict.fromkeys(NUMBERS, 1.0), "samples": {}}

