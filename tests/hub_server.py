@@ -80,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = files["/".join(what[2:])]
         return self.answer(200, content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
         path = urlparse(self.path).path

@@ -1,4 +1,4 @@
-"""Conversion piece by piece: every bit arrives, memory stays small, plain Orbax restores it, from and to a bucket too."""
+"""Conversion piece by piece: every bit arrives, memory stays small, plain Orbax restores it, a bucket will do too."""
 
 import contextlib
 import json

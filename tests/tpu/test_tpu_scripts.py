@@ -151,7 +151,7 @@ def test_the_example_settings_are_complete(cloud: Cloud) -> None:
     for key in SETTINGS:
         assert f"\n{key}=" in example
     text = example.replace("SOURCE=\n", f"SOURCE={cloud.folder}/source\n").replace(
-        "configs/grpo.yaml", "configs/tiny.yaml"
+        "configs/grpo_7b_v5e16.yaml", "configs/tiny.yaml"
     )
     (cloud.folder / "settings.env").write_text(text)
     assert cloud.run("run", "--dry-run").returncode == 0
