@@ -190,7 +190,7 @@ def test_configs(place, psyche):
         (["batch_size=many"], "batch_size: "),
         (["epochs=.inf"], "epochs: "),
         (["run.seed"], "key=value"),
-        (["run.dir=gs://bucket/run"], "buckets are not supported"),
+        (["run.dir=gs://bucket/run"], "buckets are not supported yet"),
         (["run.seed=-1"], "seed"),
         (["micro_batch_size=3"], "micro_batch_size must divide batch_size 8, not 3"),
     ):
