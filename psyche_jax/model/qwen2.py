@@ -222,8 +222,7 @@ class Qwen2(nnx.Module):
         # holds whole rows (as in decoding) serves each device's own tokens, any other those of all devices.
         sharding = execution.sharding
         rows = "batch" if sharding.rules["embed"] is None else None
-        x = self.embedding[...][sharding.constrain(tokens, rows, None)]
-        x = cast_weights(x, execution.compute_dtype)
+        x = self.embedding[...][sharding.constrain(tokens, rows, None)].astype(execution.compute_dtype)
         x = sharding.constrain(x, rows, None, "embed")
         return sharding.constrain(x, "batch", "sequence", "activation_embed")
 

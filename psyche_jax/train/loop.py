@@ -91,6 +91,7 @@ def run_training(
             now = time.perf_counter()
             metrics["step_time"] = now - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+            metrics["tokens_per_second_per_device"] = metrics["tokens_per_second"] / jax.device_count()
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
                 raise UserError(
                     f"{program.name}: the loss or gradient of step {index} is not finite; "

@@ -81,8 +81,15 @@ class _StreamHandler(type_handlers.TypeHandler):
                 process_index=0,
             )
             store = await ts.open(spec, create=True, open=True, context=info.ts_context)
-            for index, part in value.parts():
-                await store[index].write(part, can_reference_source_data_indefinitely=True)
+            writing = None
+            try:
+                for index, part in value.parts():
+                    if writing is not None:
+                        await writing
+                    writing = store[index].write(part, can_reference_source_data_indefinitely=True)
+            finally:  # also when reading failed: nothing may be written into a folder that is being removed
+                if writing is not None:
+                    await writing
         return []  # nothing is left to wait for
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[ts.TensorStore]:

@@ -52,6 +52,7 @@ def test_a_finished_run(finished):
     lines = read_lines(run / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     always = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second"}
+    always |= {"tokens_per_second_per_device"}
     for line in lines:
         assert always <= line.keys()
         assert all(math.isfinite(value) for value in line.values())
