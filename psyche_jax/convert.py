@@ -55,7 +55,7 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Co
     Raises:
       UserError: the source is broken or cannot be had, the checkpoint exists or cannot be written.
     """
-    folder = hub.download(source) if isinstance(source, str) and source.startswith(hub.PREFIX) else Path(source)
+    folder = hub.download(source) if isinstance(source, str) and source.startswith(hub.PREFIX) else as_path(source)
     target = as_path(checkpoint)
     stored = open_model(str(folder))
     if stored.weights != folder:
@@ -158,9 +158,9 @@ class _Progress:
 def _check_space(target: Path, size: int) -> None:
     """Whether the disk of `target`, which need not exist, has `size` bytes left."""
     place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(place).free
-    if free < size:
-        needed, left = (tqdm.format_sizeof(x, "B") for x in (size, free))
+    usage = shutil.disk_usage(place)
+    if usage.total and usage.free < size:  # some network disks do not say
+        needed, left = (tqdm.format_sizeof(x, "B") for x in (size, usage.free))
         raise UserError(f"{target}: needs {needed}, and only {left} are left on its disk")
 
 

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,5 +118,15 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder into which threads of what failed may still be writing their last files."""
+    for _ in range(10):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
+        if not folder.exists():
+            return

@@ -192,7 +192,9 @@ def search(config: PlanConfig, slice_: Slice) -> Plan:
     check_mesh_fits(mesh, model)
     shape = dict(mesh.shape)
     seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_)
-    candidates = sorted(set(_candidates(config, shape["data"] * shape["fsdp"])), key=lambda c: (seconds(c), repr(c)))
+    candidates = list(_candidates(config, shape["data"] * shape["fsdp"]))
+    # Of equally fast ones the largest first: what it does not compute again costs nothing where there is room.
+    candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
     limit = slice_.chip.hbm_gib * GIB
     possible = [c for c in candidates if least_peak(c, model, shape) <= limit]
     _say(f"{len(candidates)} variants, {len(candidates) - len(possible)} of them too large by arithmetic")

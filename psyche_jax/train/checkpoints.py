@@ -152,6 +152,8 @@ def open_model(path: str) -> StoredModel:
 
 def _open_model(folder: Path) -> StoredModel:
     if (folder / "config.json").is_file():
+        if in_bucket(folder):
+            raise UserError(f"{folder}: a Hugging Face folder in a bucket; copy it to a disk (gcloud storage cp -r)")
         prompt = None
         if (folder / PROMPT_FILE).is_file():
             prompt = parse_config(PromptSection, read_json(folder / PROMPT_FILE), str(folder / PROMPT_FILE))

@@ -80,16 +80,16 @@ class _StreamHandler(type_handlers.TypeHandler):
                 dtype=value.dtype,
                 process_index=0,
             )
-            store = await ts.open(spec, create=True, open=True, context=info.ts_context)
+            store = ts.open(spec, create=True, open=True, context=info.ts_context).result()
             writing = None
             try:
                 for index, part in value.parts():
                     if writing is not None:
-                        await writing
+                        writing.result()
                     writing = store[index].write(part, can_reference_source_data_indefinitely=True)
-            finally:  # also when reading failed: nothing may be written into a folder that is being removed
+            finally:  # also after an error: nothing may be written into a folder that is being removed
                 if writing is not None:
-                    await writing
+                    writing.result()
         return []  # nothing is left to wait for
 
     async def deserialize(self, infos: Sequence[Any], args: Sequence[Any] | None = None) -> Sequence[ts.TensorStore]:
@@ -101,7 +101,7 @@ class _StreamHandler(type_handlers.TypeHandler):
 
 
 def stream_handler() -> ocp.PyTreeCheckpointHandler:
-    """What saves trees of StreamedArrays. Not compressed: weights hardly shrink, and it takes four times as long."""
+    """What saves and restores such trees. Not compressed: it saves a quarter of bfloat16, at a quarter of the speed."""
     registry = type_handlers.create_type_handler_registry(
         (StreamedArray, _StreamHandler("np.ndarray")), (jax.Array, _StreamHandler("jax.Array"))
     )
