@@ -130,9 +130,7 @@ class RunSection(Section):
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _require(
-            "://" not in self.dir, "dir", self.dir, "must be a folder that all hosts see; buckets are not supported"
-        )
+        _require("://" not in self.dir, "dir", self.dir, "must be a folder: buckets are not supported yet")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295")
 
 
