@@ -19,7 +19,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.evaluation import read_bench
 
 ROOT = Path(psyche_jax.__file__).parents[1]
-VERBS = ("import", "sft", "grpo", "export", "eval", "report", "demo")
+VERBS = ("import", "sft", "grpo", "export", "eval", "report", "plan", "demo")
 
 
 @pytest.fixture(autouse=True)
@@ -188,14 +188,14 @@ def test_from_a_model_folder_to_a_report(model, capsys):
         **common,
         "run": {"dir": "sft"},
         "model": {"path": "checkpoint"},
-        "data": {"train": "sft.jsonl"},
+        "data": {"train": "sft.jsonl", "max_length": 512},
         "batch_size": 8,
     }
     grpo = {
         **common,
         "run": {"dir": "grpo"},
         "model": {"path": "sft"},
-        "data": {"train": "rl.jsonl"},
+        "data": {"train": "rl.jsonl", "max_prompt_length": 512},
         "prompts_per_step": 8,
         "generations_per_prompt": 2,
         "max_new_tokens": 4,
