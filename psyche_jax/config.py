@@ -271,7 +271,19 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML with keys in the order given and Chinese as it is."""
-    return yaml.safe_dump(dict(values), allow_unicode=True, sort_keys=False, width=110)
+    return yaml.dump(dict(values), Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings with rare line ends, which PyYAML else writes bare and reads back as spaces."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    rare = any(end in text for end in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if rare else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def parse_yaml_mapping(path: Path) -> dict[str, Any]:

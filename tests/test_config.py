@@ -364,3 +364,16 @@ def test_configs_of_the_repository(path):
     config = load_config(kind, path)
     assert load_config(kind, path, ["run.seed=7"]).run.seed == 7
     assert config.run.dir and not Path(config.run.dir).is_absolute()
+
+
+def test_rare_line_ends_in_texts_read_back(tmp_path):
+    """PyYAML writes U+0085 bare, and reads it as a blank."""
+    values = {
+        "run": {"dir": "run"},
+        "model": {"path": "m"},
+        "data": {"train": "t"},
+        "prompt": {"system": "\x85", "instruction": "一\u2028二\u2029\x85三\n"},
+    }
+    config = parse_config(SftConfig, values, "x")
+    (tmp_path / "config.yaml").write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
+    assert load_config(SftConfig, tmp_path / "config.yaml") == config
