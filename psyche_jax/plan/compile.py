@@ -99,20 +99,19 @@ def compile_lowered(lowered: Lowered) -> Compiled:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
-        used, limit = out_of_memory(message, bytes_per_chip(lowered.arguments))
+        used, limit = out_of_memory(message)
         return Compiled(None, time.perf_counter() - started, used, limit, message)
     memory = executable.memory_analysis()
     return Compiled(executable, time.perf_counter() - started, int(memory.peak_memory_in_bytes), None)
 
 
-def out_of_memory(message: str, arguments: int) -> tuple[int | None, int | None]:
-    """Bytes used and allowed, from the compiler's message: `Used 17.52G of 15.75G hbm`, which counts everything, or
-    `HLO temporaries (52.51G) exceeds available HBM (15.75G)`, beside which `arguments` bytes stand."""
+def out_of_memory(message: str) -> tuple[int | None, int | None]:
+    """Bytes used and allowed, from the compiler's message: `Used 17.52G of 15.75G hbm`, or `HLO temporaries (52.51G)
+    exceeds available HBM (15.75G)`, which counts the arguments too, whatever it says."""
     size = r"([\d.]+)([KMGT]?)"
-    if match := re.search(rf"Used {size} of {size} hbm", message):
-        return _bytes(match[1], match[2]), _bytes(match[3], match[4])
-    if match := re.search(rf"temporaries \({size}\) exceeds available HBM \({size}\)", message):
-        return arguments + _bytes(match[1], match[2]), _bytes(match[3], match[4])
+    for form in (rf"Used {size} of {size} hbm", rf"temporaries \({size}\) exceeds available HBM \({size}\)"):
+        if match := re.search(form, message):
+            return _bytes(match[1], match[2]), _bytes(match[3], match[4])
     return None, None
 
 

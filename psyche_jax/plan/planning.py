@@ -33,7 +33,6 @@ class Plan:
     mesh: dict[str, int]
     fits: bool
     peak_bytes: int | None
-    allocated_bytes: int | None
     limit_bytes: int
     memory_gib: dict[str, float | None]
     collectives: tuple[Collective, ...]
@@ -56,7 +55,6 @@ class Plan:
             "mesh": self.mesh,
             "fits": self.fits,
             "peak_gib": _gib(self.peak_bytes),
-            "allocated_gib": _gib(self.allocated_bytes),
             "limit_gib": _gib(self.limit_bytes),
             "memory_gib": {k: None if v is None else round(v, 4) for k, v in self.memory_gib.items()},
             "collectives": summarize(list(self.collectives)),
@@ -101,19 +99,11 @@ def make_plan(config: PlanConfig, slice_: Slice) -> Plan:
     compiled = compile_lowered(lowered)
     mesh = dict(lowered.mesh.shape)
     collectives: tuple[Collective, ...] = ()
-    allocated = compiled.peak_bytes
     if compiled.executable is not None:
-        memory = compiled.executable.memory_analysis()
-        allocated = int(
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            - memory.alias_size_in_bytes
-            + memory.temp_size_in_bytes
-        )
         smallest = smallest_weight_bytes(config, lowered.model, mesh["tensor"])
         collectives = tuple(find_collectives(compiled.executable.as_text(), smallest))
     limit = compiled.limit_bytes or int(slice_.chip.hbm_gib * GIB)
-    fits = compiled.executable is not None
+    fits = compiled.executable is not None and (compiled.peak_bytes or 0) <= limit
     memory_gib = memory_by_kind(lowered, config, compiled.peak_bytes)
     return Plan(
         config,
@@ -122,7 +112,6 @@ def make_plan(config: PlanConfig, slice_: Slice) -> Plan:
         mesh,
         fits,
         compiled.peak_bytes,
-        allocated,
         limit,
         memory_gib,
         collectives,

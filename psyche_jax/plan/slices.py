@@ -31,9 +31,9 @@ SOURCE = "cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: peak compute, HBM and inte
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 31.25, 1.228e12, 300e9, "v4", 2, 3, 4096, (("chip_config_name", "megacore"),)),
+        Chip("v4", 275e12, 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, (("chip_config_name", "megacore"),)),
         Chip("v5e", 197e12, 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256),
-        Chip("v5p", 459e12, 95.0, 2.765e12, 600e9, "v5p", 2, 3, 6144, (("chip_config_name", "megacore"),)),
+        Chip("v5p", 459e12, 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, (("chip_config_name", "megacore"),)),
         Chip("v6e", 918e12, 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256, (("chips_per_host_bounds", (2, 2, 1)),)),
     )
 }

@@ -43,8 +43,6 @@ def as_text(plan: Plan) -> str:
         if name in plan.memory_gib:
             lines.append(_gib_line(f"  {_LABELS[name]}*", plan.memory_gib[name]))
     lines.append("  * by arithmetic; not all of them stand at the same time")
-    if plan.fits and plan.allocated_bytes is not None:
-        lines.append(_gib_line("reserved, with gaps between buffers", plan.allocated_bytes / GIB))
     if plan.fits:
         lines += ["", f"{'collectives':20}{'in program':>12}{'executed':>12}{'GiB':>10}{'weight-sized':>14}"]
         summary = summarize(list(plan.collectives))

@@ -104,10 +104,10 @@ def test_the_model_that_is_there_counts(tmp_path, capsys):
 
 def test_out_of_memory_messages():
     message = "Ran out of memory in memory space hbm. Used 17.52G of 15.75G hbm. Exceeded hbm capacity by 1.77G."
-    assert out_of_memory(message, 5) == (int(17.52 * 2**30), int(15.75 * 2**30))
+    assert out_of_memory(message) == (int(17.52 * 2**30), int(15.75 * 2**30))
     message = "the total memory required for HLO temporaries (52.51G) exceeds available HBM (15.75G)."
-    assert out_of_memory(message, 2**30) == (2**30 + int(52.51 * 2**30), int(15.75 * 2**30))
-    assert out_of_memory("something else", 5) == (None, None)
+    assert out_of_memory(message) == (int(52.51 * 2**30), int(15.75 * 2**30))
+    assert out_of_memory("something else") == (None, None)
 
 
 @pytest.mark.parametrize("path", sorted(Path(ROOT / "configs").glob("*_*_v*.yaml")), ids=lambda path: path.stem)
