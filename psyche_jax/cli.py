@@ -296,6 +296,9 @@ def _check_seed(seed: int) -> None:
 
 def _start_jax(distributed: "DistributedSection | None" = None) -> None:
     """What must come before the first computation: the persistent compilation cache, the other hosts."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        # XLA's threads, else one a virtual device: collectives that wait for each other could hold all of them.
+        os.environ.setdefault("NPROC", "64")
     import jax
 
     from psyche_jax import hosts

@@ -14,6 +14,8 @@ import pytest
 # Before jax starts, hence here. A test that needs one device takes `jax.devices()[:1]`.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's threads, else one a device: collectives that wait for each other must not hold all of them (a deadlock).
+os.environ.setdefault("NPROC", "64")
 
 # A busy machine is no failure.
 # In CI the same examples every time: what chance finds, it is to find on a developer's machine.
