@@ -11,6 +11,8 @@ from typing import Any
 import yaml
 
 _BLANK = "□"
+_PART = 400  # characters of a long text that are read at once
+_OVERLAP = 60
 _TRADITIONAL = str.maketrans(
     "殺輕遺書結束離開這個們樓藥農煩氣嚇壞麼為會時後說覺說沒還讓媽爺難過給跟對應該從來無夠許東單車擔燒絕對傷殘劃臉頭發體驚慌憂鬱願點兒歲將動",
     "杀轻遗书结束离开这个们楼药农烦气吓坏么为会时后说觉说没还让妈爷难过给跟对应该从来无够许东单车担烧绝对伤残划脸头发体惊慌忧郁愿点儿岁将动",
@@ -65,9 +67,18 @@ class Assessment:
 
 
 def classify(text: str) -> Assessment:
-    """The class of what somebody wrote. Local, without a model; costs well under a millisecond a sentence."""
-    book = rule_book()
+    """The class of what somebody wrote. Local, without a model; costs well under a millisecond a sentence.
+
+    A long text is read in overlapping parts, so that its cost grows with its length only, and has the class of its most
+    urgent part.
+    """
     text = normalize(text)
+    parts = (text[start : start + _PART] for start in range(0, max(len(text) - _OVERLAP, 1), _PART - _OVERLAP))
+    return max(map(_classify_part, parts), key=lambda assessment: assessment.risk.severity)
+
+
+def _classify_part(text: str) -> Assessment:
+    book = rule_book()
     for rule in book.set_aside:
         text = rule.pattern.sub(_BLANK, text)
     subjects = []
@@ -76,7 +87,11 @@ def classify(text: str) -> Assessment:
         if count:
             subjects.append(rule.name)
     for risk in sorted(book.crisis, key=lambda risk: -risk.severity):
-        if found := tuple(rule.name for rule in book.crisis[risk] if rule.pattern.search(text)):
+        said = text
+        if risk is Risk.PASSIVE_IDEATION:  # what is wished on others is no wish for oneself
+            for rule in book.crisis[Risk.HARM_TO_OTHERS]:
+                said = rule.pattern.sub(_BLANK, said)
+        if found := tuple(rule.name for rule in book.crisis[risk] if rule.pattern.search(said)):
             return Assessment(risk, found)
     return Assessment(Risk.EXPLORATION, tuple(subjects)) if subjects else Assessment(Risk.NONE)
 
@@ -87,6 +102,7 @@ def normalize(text: str) -> str:
     text = "".join(c for c in text if unicodedata.category(c) not in ("Cf", "Mn") or c == "\n")
     text = text.replace("’", "'").translate(_PUNCTUATION)
     text = re.sub(r"(?<=[^\x00-\x7f])\s+(?=[^\x00-\x7f])", ",", text)  # a space is a pause in Chinese
+    text = re.sub(r"(.)\1{5,}", lambda run: run[1] * 5, text)
     for word, pattern in rule_book().spellings:
         text = pattern.sub(word, text)
     return text
@@ -96,30 +112,26 @@ def normalize(text: str) -> str:
 def rule_book() -> RuleBook:
     """rules.yaml, compiled once."""
     data = yaml.safe_load((files("psyche_jax.serve.crisis") / "rules.yaml").read_text(encoding="utf-8"))
-    terms: dict[str, str] = {}
-    for name, term in data["terms"].items():
-        terms[name] = _join(term, terms)
+    terms = {name: join_lines(term) for name, term in data["terms"].items()}
+
+    def rules(entries: list[dict[str, Any]]) -> tuple[Rule, ...]:
+        return tuple(read_rule(entry, terms) for entry in entries)
+
     return RuleBook(
-        tuple((word, re.compile(_join(pattern, terms))) for word, pattern in data["spellings"].items()),
-        _rules(data["set_aside"], terms),
-        _rules(data["check_in"], terms),
-        {Risk(name): _rules(rules, terms) for name, rules in data["crisis"].items()},
+        tuple((word, re.compile(pattern)) for word, pattern in data["spellings"].items()),
+        rules(data["set_aside"]),
+        rules(data["check_in"]),
+        {Risk(name): rules(entries) for name, entries in data["crisis"].items()},
     )
 
 
-def _rules(entries: list[dict[str, Any]], terms: dict[str, str]) -> tuple[Rule, ...]:
-    return tuple(
-        Rule(
-            entry["name"],
-            re.compile(_join(entry["pattern"], terms)),
-            tuple(entry["examples"]),
-            tuple(entry.get("counterexamples", ())),
-        )
-        for entry in entries
-    )
+def read_rule(entry: dict[str, Any], terms: dict[str, str]) -> Rule:
+    """One entry of a data file of rules, its pattern compiled with the <terms> filled in."""
+    pattern = re.sub(r"<(\w+)>", lambda term: terms[term[1]], join_lines(entry["pattern"]))
+    examples, counterexamples = entry["examples"], entry.get("counterexamples", ())
+    return Rule(entry["name"], re.compile(pattern), tuple(examples), tuple(counterexamples))
 
 
-def _join(pattern: str, terms: dict[str, str]) -> str:
-    """A pattern of several lines as one, its <terms> filled in."""
-    pattern = "".join(line.strip() for line in pattern.splitlines())
-    return re.sub(r"<(\w+)>", lambda term: terms[term[1]], pattern)
+def join_lines(pattern: str) -> str:
+    """A pattern that is written on several lines, as one."""
+    return "".join(line.strip() for line in pattern.splitlines())

@@ -1,0 +1,164 @@
+"""The classes of messages: every rule is held to the sentences beside it; properties; the real posts, if here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psyche_jax.serve.crisis import Risk, classify
+from psyche_jax.serve.crisis.classify import normalize, rule_book
+
+ROOT = Path(__file__).parents[2]
+POSTS = ROOT.parent / "shared" / "data" / "psyguard_valid.jsonl"
+BOOK = rule_book()
+CRISIS = [(risk, rule) for risk, rules in BOOK.crisis.items() for rule in rules]
+
+
+@pytest.mark.parametrize(("risk", "rule"), CRISIS, ids=lambda value: getattr(value, "name", value))
+def test_a_crisis_rule_matches_its_examples_and_not_its_counterexamples(risk, rule):
+    assert rule.examples
+    for sentence in rule.examples:
+        assessment = classify(sentence)
+        assert assessment.risk is risk, sentence
+        assert rule.name in assessment.rules, sentence
+    for sentence in rule.counterexamples:
+        assert rule.name not in classify(sentence).rules, sentence
+
+
+@pytest.mark.parametrize("rule", BOOK.check_in, ids=lambda rule: rule.name)
+def test_talk_about_suicide_is_no_crisis_of_the_writer(rule):
+    assert rule.examples
+    for sentence in rule.examples:
+        assessment = classify(sentence)
+        assert assessment.risk is Risk.EXPLORATION, sentence
+        assert rule.name in assessment.rules, sentence
+    for sentence in rule.counterexamples:
+        assert classify(sentence).risk not in (Risk.EXPLORATION, Risk.NONE), sentence
+
+
+@pytest.mark.parametrize("rule", BOOK.set_aside, ids=lambda rule: rule.name)
+def test_figures_of_speech_and_denials_are_no_crisis(rule):
+    assert rule.examples
+    for sentence in rule.examples:
+        assert rule.pattern.search(normalize(sentence)), sentence
+        assert classify(sentence).risk is Risk.NONE, sentence
+    for sentence in rule.counterexamples:
+        assert classify(sentence).risk is not Risk.NONE, sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "risk"),
+    [
+        ("我不想死 可是控制不住想跳楼", Risk.PLAN_OR_PREPARATION),
+        ("朋友自杀了，我也想死", Risk.PASSIVE_IDEATION),
+        ("累死了，真的不想活了", Risk.PASSIVE_IDEATION),
+        ("我想让他死，也想自杀", Risk.ACTIVE_IDEATION),
+        ("我怕死，但是我还是割腕了", Risk.ATTEMPT),
+        ("我妈让我去死，我真的想去死", Risk.ACTIVE_IDEATION),
+        ("my friend killed herself and i want to die too", Risk.PASSIVE_IDEATION),
+    ],
+)
+def test_the_most_urgent_thing_said_of_oneself_counts(text, risk):
+    assert classify(text).risk is risk
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["想 死", "我想*死", "想亖", "我好想4", "想s", "我想﻿死", "我想死。", "自sha", "自\u200b杀", "我要自鲨", "自殺"],
+)
+def test_ways_to_write_around_a_word_are_seen_through(text):
+    assert classify(text).risk.severity >= Risk.PASSIVE_IDEATION.severity
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "\n",
+        "?",
+        "今天天气真好",
+        "如何准备心理咨询师考试？",
+        "单项选择题：艾宾浩斯研究的是？A. 记忆 B. 思维",
+        "我想换工作",
+        "a",
+        "🙂",
+    ],
+)
+def test_ordinary_messages_are_none(text):
+    assert classify(text) == classify("好")
+    assert classify(text).risk is Risk.NONE
+
+
+@given(st.text(max_size=300))
+def test_any_text_has_a_class(text):
+    assessment = classify(text)
+    assert (assessment.risk is Risk.NONE) == (assessment.rules == ())
+
+
+@given(
+    st.text(alphabet="好的呢，今天去公园散步吃饭。", max_size=1500),
+    st.text(alphabet="好的呢，今天去公园散步吃饭。", max_size=1500),
+)
+def test_a_crisis_is_found_anywhere_in_a_long_text(before, after):
+    assert classify(f"{before}。我真的不想活了。{after}").risk.severity >= Risk.PASSIVE_IDEATION.severity
+
+
+def test_the_gate_needs_neither_jax_nor_a_web_framework():
+    code = (
+        "import sys, psyche_jax.serve.crisis.gate, psyche_jax.serve.crisis.outputs;"
+        "print(sorted({'jax', 'fastapi', 'transformers', 'openai'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_measure_reaches_what_is_promised_on_real_posts():
+    if not POSTS.is_file():
+        pytest.skip(f"{POSTS} is absent: PsyGUARD's validation split")
+    posts = [json.loads(line) for line in POSTS.read_text(encoding="utf-8").splitlines()]
+    risks = [(set(post["labels"]), classify(post["text"]).risk) for post in posts]
+
+    def share(labels, answered=lambda risk: risk.severity > Risk.EXPLORATION.severity):
+        found = [answered(risk) for own, risk in risks if own & labels]
+        return sum(found) / len(found)
+
+    assert share({"自杀计划", "自杀准备行为", "自杀未遂"}) >= 0.95
+    assert share({"主动自杀意图"}) >= 0.95
+    assert share({"被动自杀意图"}) >= 0.85
+    assert share({"与自杀/自伤/攻击行为无关"}, lambda risk: risk is not Risk.NONE) <= 0.05
+
+
+def test_the_measuring_script_counts(tmp_path):
+    posts = [
+        {"id": 1, "text": "我想自杀", "labels": ["主动自杀意图"]},
+        {"id": 2, "text": "今天好累", "labels": ["被动自杀意图", "他人攻击行为"]},
+        {"id": 3, "text": "今天好累", "labels": ["与自杀/自伤/攻击行为无关"]},
+    ]
+    dialogues = [
+        {
+            "id": "d",
+            "turns": [
+                {"role": "client", "content": "不想活了"},
+                {"role": "counselor", "content": "你这是典型的抑郁症。"},
+            ],
+        }
+    ]
+    for name, items in (("posts", posts), ("dialogues", dialogues)):
+        (tmp_path / name).write_text(
+            "\n".join(json.dumps(item, ensure_ascii=False) for item in items), encoding="utf-8"
+        )
+    script = [sys.executable, ROOT / "scripts" / "measure_crisis.py"]
+    arguments = ["--posts", tmp_path / "posts", "--dialogues", tmp_path / "dialogues", "--show", "1", "--errors"]
+    out = subprocess.run([*script, *arguments], capture_output=True, text=True, check=True).stdout
+    whole = out.split("## all of posts: 3 posts")[1].split("Confusion")[0]
+    rows = {line[:26].strip(): line[26:].split() for line in whole.splitlines() if line}
+    assert rows["active_ideation"][:2] == ["1", "1.000"]
+    assert rows["passive_ideation"][:2] == ["1", "0.000"]
+    assert "- passive_ideation as none (): '今天好累'" in out
+    assert "- passive_ideation (does not want to live) d: '不想活了'" in out
+    assert "- withheld, diagnosis: '你这是典型的抑郁症。'" in out
