@@ -124,6 +124,28 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
     verb = add(
+        "data",
+        _data,
+        "Look at, check, print or copy data sets (folders of ArrayRecord files with a manifest), also in buckets.",
+        "psyche data copy data/sft gs://my-bucket/sft",
+    )
+    actions = {
+        "ls": "list the data sets at or under URI",
+        "verify": "read every byte and compare checksums",
+        "cat": "print records, one JSON object a line",
+        "copy": "copy to TO, the manifest last",
+    }
+    verb.add_argument(
+        "action", choices=actions, metavar="ACTION", help="; ".join(f"{name}: {text}" for name, text in actions.items())
+    )
+    verb.add_argument("uri", metavar="URI", help="a local folder or gs://bucket/prefix")
+    verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` writes")
+    verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
+    verb.add_argument(
+        "--deadline", type=float, default=300.0, metavar="SECONDS", help="give up on a file after that long (300)"
+    )
+
+    verb = add(
         "report",
         _report,
         "Write one offline HTML page about one or several runs.",
@@ -252,6 +274,32 @@ def _eval(arguments: argparse.Namespace) -> None:
         write_json(arguments.out, evaluation)
     summary = {**evaluation["scores"], "set_aside": len(records.set_aside)}
     print(json.dumps(summary) if arguments.json else _scores_table(summary))
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from psyche_jax.data import dataset
+
+    action, uri, deadline = arguments.action, arguments.uri, arguments.deadline
+    if (action == "copy") != (arguments.to is not None):
+        raise UsageError(
+            "copy needs two addresses: psyche data copy URI TO" if action == "copy" else "too many addresses"
+        )
+    if not 0 < deadline < math.inf:
+        raise UsageError(f"--deadline must be positive, not {deadline}")
+    _check_at_least("limit", arguments.limit, 1)
+    if action == "ls":
+        for address, manifest in dataset.find_datasets(uri, deadline):
+            print(f"{address}: {manifest}")
+    elif action == "verify":
+        manifest, others = dataset.verify_dataset(uri, deadline)
+        print(f"{uri}: whole: {manifest}")
+        for name in others:
+            print(f"{uri}: {name} is not part of it and may be removed")
+    elif action == "cat":
+        for content in dataset.first_records(uri, arguments.limit, deadline):
+            print(content)
+    else:
+        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to, deadline)}")
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""A bucket on this machine: fake-gcs-server, and what makes gcsfs and TensorStore use it."""
+"""A bucket on this machine: fake-gcs-server, and what makes the clients of ours use it."""
 
 import json
 import os
@@ -19,6 +19,7 @@ def running_bucket(name: str = "bucket") -> Iterator[str]:
         threading.Thread(target=server._process.stderr.read, daemon=True).start()
         environment = {
             "STORAGE_EMULATOR_HOST": server.url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": server.url,  # array_record
             "TENSORSTORE_GCS_HTTP_URL": server.url,
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # would ask a server for credentials
         }

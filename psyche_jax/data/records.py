@@ -16,6 +16,8 @@ from psyche_jax.files import write_text
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
 
+_ADAPTERS: dict[type, pydantic.TypeAdapter[Any]] = {}
+
 
 @dataclass(frozen=True)
 class Message:
@@ -127,24 +129,15 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
         raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    adapter = pydantic.TypeAdapter(kind)
     good: list[Record] = []
     set_aside = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair ("\ud800") is no text
-            good.append(adapter.validate_python(value))
-        except pydantic.ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(map(str, first["loc"]))
-            message = first["msg"].removeprefix("Value error, ")
-            fault = f"{name + ': ' if name else ''}{message}"
-            set_aside.append(f"{path}:{number}: {' '.join(fault.split())}")
-        except (ValueError, RecursionError) as error:  # also: numbers too long, nesting too deep
-            set_aside.append(f"{path}:{number}: not JSON ({error})")
+            good.append(record_from_json(kind, line))
+        except (ValueError, RecursionError) as error:
+            set_aside.append(f"{path}:{number}: {fault_of(error)}")
     if not good:
         first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
         raise UserError(f"{path}: holds no usable record of {kind.__name__}{first_fault}")
@@ -153,11 +146,39 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
 
 def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
     """Write records as JSONL, in one step."""
-    lines = [
-        json.dumps(pydantic.TypeAdapter(type(record)).dump_python(record, mode="json"), ensure_ascii=False)
-        for record in records
-    ]
+    lines = [json.dumps(record_to_json(record), ensure_ascii=False) for record in records]
     write_text(path, "".join(f"{line}\n" for line in lines))
+
+
+def record_to_json(record: BaseRecord) -> dict[str, Any]:
+    """A record's plain values."""
+    return _adapter(type(record)).dump_python(record, mode="json")
+
+
+def record_from_json(kind: type[Record], text: str | bytes) -> Record:
+    """The record that a JSON text holds.
+
+    Raises:
+      ValueError, RecursionError: it holds none; `fault_of` says why.
+    """
+    value = json.loads(text)
+    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair ("\ud800") is no text
+    return _adapter(kind).validate_python(value)
+
+
+def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
+    if kind not in _ADAPTERS:  # to make one takes a millisecond
+        _ADAPTERS[kind] = pydantic.TypeAdapter(kind)
+    return _ADAPTERS[kind]
+
+
+def fault_of(error: BaseException) -> str:
+    """What is wrong with a record, in one line."""
+    if not isinstance(error, pydantic.ValidationError):
+        return f"not JSON ({error})"  # also: numbers too long, nesting too deep
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    return " ".join(f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}".split())
 
 
 def question_text(question: Question) -> str:

@@ -18,7 +18,8 @@ import optax
 from psyche_jax import hosts
 from psyche_jax.config import GrpoConfig, config_to_dict
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import RlPrompt, answer_mask, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
@@ -361,7 +362,7 @@ def decoded_samples(
 
 def _tokenized(tokenizer: Any, config: GrpoConfig) -> tuple[list[Prompt], list[str]]:
     path, largest = config.data.train, config.data.max_prompt_length
-    records = read_records(RlPrompt, Path(path))
+    records = load_records(RlPrompt, path)
     prompts, faults = [], list(records.set_aside)
     for record in records.good:
         tokens = prompt_tokens(tokenizer, record.messages, config.prompt)

@@ -13,7 +13,8 @@ import optax
 from psyche_jax import hosts
 from psyche_jax.config import PromptSection, SftConfig, config_to_dict
 from psyche_jax.data.chat import TokenizedExample, tokenize_example
-from psyche_jax.data.records import Records, SftExample, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Records, SftExample
 from psyche_jax.data.streams import Batch, batches, pad_examples
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
@@ -151,7 +152,7 @@ def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def _tokenized(
     tokenizer: Any, path: str, prompt: PromptSection, max_length: int
 ) -> tuple[list[TokenizedExample], list[str]]:
-    records: Records[SftExample] = read_records(SftExample, Path(path))
+    records: Records[SftExample] = load_records(SftExample, path)
     examples, faults = [], list(records.set_aside)
     for record in records.good:
         example = tokenize_example(tokenizer, record.messages, prompt)

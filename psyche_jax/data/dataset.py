@@ -1,0 +1,377 @@
+"""Data sets: a folder, local or in a bucket, of ArrayRecord shards and a manifest that is written last.
+
+A folder without a manifest is no data set, so one is either whole or absent. Shards are named by number and CRC32C:
+the same records make the same files, and what a killed writer left behind never gets in the way of the next one.
+"""
+
+import itertools
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import google_crc32c
+import numpy as np
+import pydantic
+
+import psyche_jax
+from psyche_jax.data.records import (
+    BaseRecord,
+    Record,
+    Records,
+    fault_of,
+    read_records,
+    record_from_json,
+    record_to_json,
+)
+from psyche_jax.data.store import DEADLINE_SECONDS, Store, open_store
+from psyche_jax.errors import UserError, first_reason
+from psyche_jax.files import in_bucket
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+# Before compression; JSON and tokens shrink to a third or so, and files of 64 to 256 MiB suit buckets.
+SHARD_BYTES = 2**28
+_OPTIONS = "group_size:1,zstd:3"  # a record can be read alone
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of a data set."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    name: str
+    records: int
+    bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data set holds: `kind` names the schema of its records, `config` is how it was made."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    kind: str
+    records: int
+    shards: tuple[Shard, ...]
+    code_version: str = psyche_jax.__version__
+    config: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.records != sum(shard.records for shard in self.shards):
+            raise ValueError("its shards hold another number of records")
+
+    def __str__(self) -> str:
+        size = sum(shard.bytes for shard in self.shards) / 2**20
+        return f"{self.records} records of {self.kind} in {len(self.shards)} shards, {size:.1f} MiB"
+
+
+class Dataset:
+    """A data set opened for reading; `dataset[i]` is the content of record i, as bytes. Made by `open_dataset`."""
+
+    def __init__(self, store: Store, manifest: Manifest) -> None:
+        self.store = store
+        self.manifest = manifest
+        self._starts = np.cumsum([0, *(shard.records for shard in manifest.shards)])
+        self._readers: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return self.manifest.records
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read([index])[0]
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        """Several records, in the order asked for; those of one shard are read together.
+
+        Raises:
+          UserError: a shard is missing, broken or not the one that the manifest names.
+        """
+        places = np.asarray(indices, np.int64)
+        if places.size and (places.min() < 0 or places.max() >= len(self)):
+            raise IndexError(f"{self.store.address} has {len(self)} records, and none of them is {places.max()}")
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        found: dict[int, bytes] = {}
+        for number in np.unique(shards):
+            of_shard = np.flatnonzero(shards == number)
+            positions = (places[of_shard] - self._starts[number]).tolist()
+            found |= zip(of_shard.tolist(), self._read_shard(int(number), positions), strict=True)
+        return [found[position] for position in range(len(places))]
+
+    def __iter__(self) -> Iterator[bytes]:
+        """All records in order, each shard checked against its CRC32C before any of its records is given."""
+        for shard in self.manifest.shards:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / shard.name
+                _check(self.store, shard, self.store.download(shard.name, path), path.stat().st_size)
+                reader = _open_reader(str(path), self.store.path(shard.name))
+                for start in range(0, shard.records, 256):
+                    yield from reader.read(start, min(start + 256, shard.records))
+                reader.close()
+
+    def _read_shard(self, number: int, positions: list[int]) -> list[bytes]:
+        shard = self.manifest.shards[number]
+        path = self.store.path(shard.name)
+        if number not in self._readers:
+            reader = _open_reader(path, path)
+            if reader.num_records() != shard.records:
+                raise _broken(path, f"it holds {reader.num_records()} records, the manifest says {shard.records}")
+            self._readers[number] = reader
+        try:
+            return self._readers[number].read(positions)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise _broken(path, first_reason(error)) from None
+
+
+def write_dataset(
+    uri: str,
+    records: Iterable[BaseRecord],
+    config: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    deadline: float = DEADLINE_SECONDS,
+) -> Manifest:
+    """Write records of one kind as a new data set.
+
+    Args:
+      uri: a local folder or gs://bucket/prefix.
+      records: all of the same class, at least one.
+      config: how they were made; stored in the manifest.
+      shard_bytes: content of a shard, before compression.
+      deadline: seconds that one file may take, see `store`.
+
+    Raises:
+      UserError: there is a data set already, there are no records, or the store cannot be written to.
+    """
+    several = iter(records)
+    first = next(several, None)
+    if first is None:
+        raise UserError(f"{uri}: there are no records to write")
+    kind = type(first)
+
+    def contents() -> Iterator[bytes]:
+        for record in itertools.chain([first], several):
+            if type(record) is not kind:
+                raise TypeError(f"{uri}: a {kind.__name__} and a {type(record).__name__} in one data set")
+            yield json.dumps(record_to_json(record), ensure_ascii=False).encode()
+
+    return write_contents(uri, kind.__name__, contents(), config or {}, shard_bytes, deadline)
+
+
+def write_contents(
+    uri: str,
+    kind: str,
+    contents: Iterable[bytes],
+    config: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    deadline: float = DEADLINE_SECONDS,
+) -> Manifest:
+    """As `write_dataset`, with the records' contents and the name of their schema."""
+    store = _new_place(uri, deadline)
+    shards = _write_shards(store, contents, shard_bytes)
+    manifest = Manifest(kind, sum(shard.records for shard in shards), shards, config=dict(config))
+    write_manifest(store, manifest)
+    return manifest
+
+
+def write_manifest(store: Store, manifest: Manifest) -> None:
+    """Make the shards that are there a data set."""
+    values = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json")
+    sealed = {**values, "crc32c": _seal(values)}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / MANIFEST
+        path.write_text(json.dumps(sealed, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        store.upload(path, MANIFEST)
+
+
+def open_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> Dataset:
+    """Open a data set: its manifest is read, and its files' names and sizes (in a bucket CRC32Cs) are compared.
+
+    Raises:
+      UserError: there is no whole data set, it was changed, or a newer version wrote it.
+    """
+    store = open_store(uri, deadline)
+    manifest = _read_manifest(store)
+    there = {stored.name: stored for stored in store.objects()}
+    for shard in manifest.shards:
+        if shard.name not in there:
+            raise _broken(store.path(shard.name), "it is missing")
+        stored = there[shard.name]
+        _check(store, shard, shard.crc32c if stored.crc32c is None else stored.crc32c, stored.bytes)
+    return Dataset(store, manifest)
+
+
+def is_dataset(uri: str) -> bool:
+    """Whether `uri` is to be read as a data set: a folder, or anything in a bucket."""
+    return in_bucket(uri) or Path(uri).is_dir()
+
+
+def load_records(kind: type[Record], location: str) -> Records[Record]:
+    """Records of a JSONL file or of a data set, with a line for each bad one.
+
+    Raises:
+      UserError: nothing usable is there, or a data set holds records of another kind.
+    """
+    if not is_dataset(location):
+        return read_records(kind, Path(location))
+    dataset = open_dataset(location)
+    if dataset.manifest.kind != kind.__name__:
+        raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
+    good: list[Record] = []
+    set_aside = []
+    for number, content in enumerate(dataset):
+        try:
+            good.append(record_from_json(kind, content))
+        except ValueError as error:
+            set_aside.append(f"{location}: record {number}: {fault_of(error)}")
+    if not good:
+        raise UserError(f"{location}: holds no usable record of {kind.__name__}")
+    return Records(tuple(good), tuple(set_aside))
+
+
+def verify_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> tuple[Manifest, list[str]]:
+    """Read every byte of a data set.
+
+    Returns:
+      Its manifest, and the names of files that it does not list (a killed writer leaves such).
+
+    Raises:
+      UserError: the first file that is not as it was written.
+    """
+    dataset = open_dataset(uri, deadline)
+    if sum(1 for _ in dataset) != len(dataset):
+        raise UserError(f"{uri}: holds another number of records than its manifest says")
+    listed = {MANIFEST, *(shard.name for shard in dataset.manifest.shards)}
+    return dataset.manifest, [stored.name for stored in dataset.store.objects() if stored.name not in listed]
+
+
+def first_records(uri: str, limit: int | None = None, deadline: float = DEADLINE_SECONDS) -> Iterator[str]:
+    """The records of a data set as JSON, all or the first `limit`.
+
+    Raises:
+      UserError: the data set is broken, or its records are no JSON (packed ones are not).
+    """
+    dataset = open_dataset(uri, deadline)
+    contents = iter(dataset) if limit is None else (dataset[index] for index in range(min(limit, len(dataset))))
+    for content in contents:
+        yield content.decode("utf-8")
+
+
+def copy_dataset(source: str, target: str, deadline: float = DEADLINE_SECONDS) -> Manifest:
+    """Copy a data set, its manifest last; every file's CRC32C is checked on the way.
+
+    Raises:
+      UserError: `source` is broken, `target` is taken, or a store cannot be used.
+    """
+    dataset = open_dataset(source, deadline)
+    store = _new_place(target, deadline)
+    with tempfile.TemporaryDirectory() as folder:
+        for shard in dataset.manifest.shards:
+            path = Path(folder) / shard.name
+            _check(dataset.store, shard, dataset.store.download(shard.name, path), path.stat().st_size)
+            store.upload(path, shard.name)
+            path.unlink()
+    write_manifest(store, dataset.manifest)
+    return dataset.manifest
+
+
+def find_datasets(uri: str, deadline: float = DEADLINE_SECONDS) -> list[tuple[str, Manifest]]:
+    """The data sets at or under `uri`, by address.
+
+    Raises:
+      UserError: there is none.
+    """
+    store = open_store(uri, deadline)
+    names = [stored.name for stored in store.objects() if stored.name.rpartition("/")[2] == MANIFEST]
+    if not names:
+        raise UserError(f"{uri}: there is no data set here (no {MANIFEST})")
+    folders = [store.path(name).removesuffix(MANIFEST).rstrip("/") for name in names]
+    return [(folder, _read_manifest(open_store(folder, deadline))) for folder in folders]
+
+
+def _new_place(uri: str, deadline: float) -> Store:
+    store = open_store(uri, deadline)
+    if store.read(MANIFEST) is not None:
+        raise UserError(f"{uri}: there is a data set already; choose another place or remove it first")
+    return store
+
+
+def _write_shards(store: Store, contents: Iterable[bytes], shard_bytes: int) -> tuple[Shard, ...]:
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    shards: list[Shard] = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "shard"
+
+        def finish(writer: Any, records: int) -> None:
+            writer.close()
+            checksum = google_crc32c.Checksum(path.read_bytes())
+            number = int.from_bytes(checksum.digest(), "big")
+            stored = store.upload(path, f"{len(shards):05}-{number:08x}.array_record")
+            shards.append(Shard(stored.name, records, stored.bytes, number))
+
+        writer, records, filled = None, 0, 0
+        try:
+            for content in contents:
+                if writer is None:
+                    writer, records, filled = ArrayRecordWriter(str(path), _OPTIONS), 0, 0
+                writer.write(content)
+                records += 1
+                filled += len(content)
+                if filled >= shard_bytes:
+                    finish(writer, records)
+                    writer = None
+            if writer is not None:
+                finish(writer, records)
+                writer = None
+        finally:
+            if writer is not None:
+                writer.close()
+    if not shards:
+        raise UserError(f"{store.address}: there are no records to write")
+    return tuple(shards)
+
+
+def _read_manifest(store: Store) -> Manifest:
+    where = store.path(MANIFEST)
+    content = store.read(MANIFEST)
+    if content is None:
+        count = len(store.objects())
+        what = f"{count} files but no {MANIFEST}: it was not written to its end" if count else "nothing is there"
+        raise UserError(f"{store.address}: is no data set ({what})")
+    try:
+        values = json.loads(content)
+        checksum = values.pop("crc32c")
+        if isinstance(version := values.get("format"), int) and version > FORMAT:
+            raise UserError(f"{where}: was written by a newer version of psyche_jax (format {version}); upgrade it")
+        if checksum != _seal(values):
+            raise ValueError("its CRC32C is another: it was changed")
+        return pydantic.TypeAdapter(Manifest).validate_python(values)
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{where}: the manifest is broken ({fault_of(error)})") from None
+
+
+def _seal(values: Mapping[str, Any]) -> int:
+    return google_crc32c.value(json.dumps(values, ensure_ascii=False, sort_keys=True).encode())
+
+
+def _check(store: Store, shard: Shard, crc32c: int, size: int) -> None:
+    if (crc32c, size) != (shard.crc32c, shard.bytes):
+        raise _broken(store.path(shard.name), "it is not the file that the manifest names (size or CRC32C differs)")
+
+
+def _open_reader(path: str, name: str) -> Any:
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    try:
+        return ArrayRecordReader(path)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _broken(name, first_reason(error)) from None
+
+
+def _broken(path: str, why: str) -> UserError:
+    return UserError(f"{path}: the shard is broken: {why}; make the data set again or copy it anew")

@@ -1,0 +1,277 @@
+"""Where data sets lie: a local folder or one in a bucket (`gs://`), behind one interface.
+
+Objects are written once, whole, with their CRC32C, and never changed. What a bucket answers with "later" (408, 429,
+5xx), what it cuts short or sends damaged, and broken connections are tried again, with growing pauses, until the
+deadline. Missing permissions, credentials, buckets and objects are not: they are said at once.
+"""
+
+import base64
+import os
+import shutil
+import struct
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import google_crc32c
+
+from psyche_jax.errors import UserError
+from psyche_jax.files import in_bucket
+
+DEADLINE_SECONDS = 300.0  # of one object's reading or writing, with all that is tried again
+
+Result = TypeVar("Result")
+_BLOCK = 2**20
+_ANSWER_SECONDS = 30.0  # how long a server may be silent
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object of a store. `crc32c` is None where only reading the object could tell it."""
+
+    name: str
+    bytes: int
+    crc32c: int | None = None
+
+
+class Store(Protocol):
+    """The objects under one address. Every method raises UserError, naming the object and the reason."""
+
+    address: str
+
+    def path(self, name: str) -> str:
+        """The full address of an object, as ArrayRecord opens it."""
+
+    def objects(self) -> list[StoredObject]:
+        """All objects, by name."""
+
+    def read(self, name: str) -> bytes | None:
+        """The content of an object; None if there is none of that name."""
+
+    def download(self, name: str, target: Path) -> int:
+        """Copy an object into the local file `target`; returns the CRC32C of what came."""
+
+    def upload(self, source: Path, name: str) -> StoredObject:
+        """Write an object from a local file. An object of the same content may be there already.
+
+        Raises:
+          UserError: another object of that name is there, or the store cannot be written to.
+        """
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+
+
+def open_store(address: str, deadline: float = DEADLINE_SECONDS) -> Store:
+    """The store at a local path or a `gs://bucket/prefix`, which need not exist yet; nothing is asked of it here."""
+    if in_bucket(address):
+        return _Bucket(address, deadline)
+    if "://" in address:
+        raise UserError(f"{address}: must be a local folder or gs://bucket/prefix")
+    return _Folder(address)
+
+
+def crc32c_of(path: Path) -> int:
+    """The CRC32C of a local file."""
+    checksum = google_crc32c.Checksum()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum.update(block)
+    return int.from_bytes(checksum.digest(), "big")
+
+
+class _Folder:
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._folder = Path(address)
+
+    def path(self, name: str) -> str:
+        return str(self._folder / name)
+
+    def objects(self) -> list[StoredObject]:
+        files = [path for path in self._folder.rglob("*") if path.is_file() and not path.name.endswith(".partial")]
+        return sorted(
+            (StoredObject(path.relative_to(self._folder).as_posix(), path.stat().st_size) for path in files),
+            key=lambda found: found.name,
+        )
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return (self._folder / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise UserError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
+
+    def download(self, name: str, target: Path) -> int:
+        checksum = google_crc32c.Checksum()
+        try:
+            with (self._folder / name).open("rb") as source, target.open("wb") as copy:
+                while block := source.read(_BLOCK):
+                    checksum.update(block)
+                    copy.write(block)
+        except OSError as error:
+            raise UserError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
+        return int.from_bytes(checksum.digest(), "big")
+
+    def upload(self, source: Path, name: str) -> StoredObject:
+        target = self._folder / name
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+        stored = StoredObject(name, source.stat().st_size, crc32c_of(source))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                shutil.copyfile(source, partial)
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                target.hardlink_to(partial)  # unlike a renaming, this fails if there is one
+            finally:
+                partial.unlink(missing_ok=True)
+        except FileExistsError:
+            if not target.is_file() or crc32c_of(target) != stored.crc32c:
+                raise _taken(self.path(name)) from None
+        except OSError as error:
+            raise UserError(f"{self.path(name)}: cannot be written ({error.strerror})") from None
+        return stored
+
+    def remove(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+
+
+class _Bucket:
+    def __init__(self, address: str, deadline: float) -> None:
+        self._deadline = deadline
+        self._timeout = min(_ANSWER_SECONDS, deadline / 2)
+        bucket, _, prefix = address.removeprefix("gs://").partition("/")
+        if not bucket:
+            raise UserError(f"{address}: names no bucket")
+        prefix = prefix.strip("/")
+        self.address = f"gs://{bucket}/{prefix}".rstrip("/")
+        self._bucket_name, self._prefix = bucket, f"{prefix}/" if prefix else ""
+        self._client: Any = None
+
+    def path(self, name: str) -> str:
+        return f"{self.address}/{name}"
+
+    def objects(self) -> list[StoredObject]:
+        def found() -> list[StoredObject]:
+            blobs = self._bucket().list_blobs(prefix=self._prefix, retry=None, timeout=self._timeout)
+            return [
+                StoredObject(blob.name.removeprefix(self._prefix), blob.size, _decoded(blob.crc32c)) for blob in blobs
+            ]
+
+        return sorted(self._trying(self.address, found), key=lambda stored: stored.name)
+
+    def read(self, name: str) -> bytes | None:
+        from google.api_core.exceptions import NotFound
+
+        def content() -> bytes | None:
+            blob = self._bucket().blob(self._prefix + name)
+            try:
+                return blob.download_as_bytes(checksum="crc32c", retry=None, timeout=self._timeout)
+            except NotFound:
+                return None
+
+        return self._trying(self.path(name), content)
+
+    def download(self, name: str, target: Path) -> int:
+        def copy() -> int:
+            blob = self._bucket().blob(self._prefix + name)
+            blob.download_to_filename(str(target), checksum="crc32c", retry=None, timeout=self._timeout)
+            return crc32c_of(target)
+
+        return self._trying(self.path(name), copy)
+
+    def upload(self, source: Path, name: str) -> StoredObject:
+        from google.api_core.exceptions import PreconditionFailed
+
+        stored = StoredObject(name, source.stat().st_size, crc32c_of(source))
+
+        def write() -> None:
+            blob = self._bucket().blob(self._prefix + name)
+            try:
+                blob.upload_from_filename(
+                    str(source), if_generation_match=0, checksum="crc32c", retry=None, timeout=self._timeout
+                )
+            except PreconditionFailed:  # by someone else, or by a write of ours whose answer was lost
+                blob.reload(retry=None, timeout=self._timeout)
+                if (blob.size, _decoded(blob.crc32c)) != (stored.bytes, stored.crc32c):
+                    raise _taken(self.path(name)) from None
+
+        self._trying(self.path(name), write)
+        return stored
+
+    def remove(self, name: str) -> None:
+        from google.api_core.exceptions import NotFound
+
+        def delete() -> None:
+            try:
+                self._bucket().blob(self._prefix + name).delete(retry=None, timeout=self._timeout)
+            except NotFound:
+                return
+
+        self._trying(self.path(name), delete)
+
+    def _bucket(self) -> Any:
+        if self._client is None:
+            from google.cloud import storage
+
+            self._client = storage.Client()
+        return self._client.bucket(self._bucket_name)
+
+    def _trying(self, where: str, operation: Callable[[], Result]) -> Result:
+        """The operation's result, tried again until the deadline where that may help."""
+        from google.api_core import exceptions, retry
+        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
+        from google.cloud.storage.exceptions import InvalidResponse
+
+        last_start = self._deadline - self._timeout
+        again = retry.Retry(predicate=_may_pass, initial=_FIRST_PAUSE, maximum=_LONGEST_PAUSE, timeout=last_start)
+        try:
+            return again(operation)()
+        except UserError:
+            raise
+        except exceptions.RetryError as error:
+            reason = _reason(error.cause or error)
+            raise UserError(f"{where}: gave up after {self._deadline:.0f} s of trying ({reason})") from None
+        except DefaultCredentialsError:
+            raise UserError(f"{where}: there are no credentials; run `gcloud auth application-default login`") from None
+        except (exceptions.Forbidden, exceptions.Unauthorized) as error:
+            raise UserError(f"{where}: no permission ({_reason(error)}); see `gcloud auth list`") from None
+        except exceptions.NotFound as error:
+            raise UserError(f"{where}: the bucket or the object does not exist ({_reason(error)})") from None
+        except (exceptions.GoogleAPIError, GoogleAuthError, InvalidResponse, OSError, ValueError) as error:
+            raise UserError(f"{where}: the bucket cannot be used ({_reason(error)})") from None
+
+
+def _taken(where: str) -> UserError:
+    return UserError(f"{where}: already exists with other content; is another run writing there? Choose another place")
+
+
+def _may_pass(error: BaseException) -> bool:
+    """Whether trying again may help."""
+    from google.api_core import exceptions
+    from google.auth.exceptions import TransportError
+    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
+    from requests.exceptions import RequestException
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, exceptions.GoogleAPICallError):
+        return error.code in (408, 429) or (error.code is not None and error.code >= 500)
+    if isinstance(error, InvalidResponse):
+        return error.response.status_code in (408, 429) or error.response.status_code >= 500
+    return isinstance(
+        error, RequestException | HTTPError | ConnectionError | TimeoutError | TransportError | DataCorruption
+    )
+
+
+def _decoded(crc32c: str) -> int:
+    """A checksum as buckets write it."""
+    return struct.unpack(">I", base64.b64decode(crc32c))[0]
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join((str(error) or type(error).__name__).split())[:200]
