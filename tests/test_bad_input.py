@@ -267,7 +267,6 @@ def test_data_that_cannot_be_used(place, psyche):
     (place / "other.jsonl").write_text('{"text": "x"}\n')
     for file, expected in (
         ("none.jsonl", "none.jsonl: the data cannot be read (No such file or directory)"),
-        ("full", "full: the data cannot be read (Is a directory)"),
         ("empty.jsonl", "empty.jsonl: holds no usable record"),
         ("binary.jsonl", "binary.jsonl: is not UTF-8 text"),
         ("other.jsonl", "other.jsonl:1: "),
@@ -280,6 +279,11 @@ def test_data_that_cannot_be_used(place, psyche):
         ):
             code, line = psyche(*arguments)
             assert (code, expected in line) == (1, True), line
+    code, line = psyche("eval", "model", "--bench", "full")
+    assert (code, "full: the data cannot be read (Is a directory)" in line) == (1, True)
+    for arguments in (with_set("sft", "data.train=full"), with_set("grpo", "data.train=full")):
+        code, line = psyche(*arguments)
+        assert (code, "full: is no data set (1 files but no manifest.json" in line) == (1, True)
 
 
 def test_records_that_are_too_long(place, psyche):
