@@ -14,6 +14,8 @@ from psyche_jax.errors import UsageError
 from psyche_jax.rewards.config import AnswerSetRule, RuleConfig, ThinkFormatRule, check_rules
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
+ObjectiveName: TypeAlias = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"]
+Scale: TypeAlias = Literal["group", "batch", "none"]
 Config = TypeVar("Config")
 
 
@@ -182,6 +184,42 @@ class GrpoDataSection(Section):
 
 
 @dataclass(frozen=True)
+class ObjectiveSection(Section):
+    """What GRPO optimizes; the formulas are in `train/objectives.py` and docs/grpo.md."""
+
+    name: ObjectiveName = "grpo"
+    scale: Scale = "group"  # the std that advantages are divided by
+    clip_low: float = 0.2  # the ratio to the old policy counts from 1 - clip_low (1: no limit)
+    clip_high: float = 0.2  # to 1 + clip_high
+    clip_delta: float | None = None  # two-sided clip: the largest ratio where the advantage is negative
+    kl_coefficient: float = 0.001
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_unbiased: bool = False  # times the ratio: makes the gradient of k1 and k3 that of the KL
+    entropy_coefficient: float = 0.0  # of a bonus for entropy
+    top_entropy: float = 1.0  # below 1: learn only from that share of tokens, those of the highest entropy
+    mask_truncated: bool = False  # responses without a stop token are not learned from
+    sampler_cap: float | None = None  # weigh tokens by trainer's / sampler's probability, at most this; None: do not
+
+    def __post_init__(self) -> None:
+        _require(0 < self.clip_low <= 1, "clip_low", self.clip_low, "must be above 0 and at most 1")
+        _require(self.clip_high > 0, "clip_high", self.clip_high, "must be positive")
+        _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "must not be negative")
+        _require(self.entropy_coefficient >= 0, "entropy_coefficient", self.entropy_coefficient, "must not be negative")
+        _require(0 < self.top_entropy <= 1, "top_entropy", self.top_entropy, "must be above 0 and at most 1")
+        if self.clip_delta is not None:
+            _require(self.clip_delta > 1, "clip_delta", self.clip_delta, "must be above 1")
+            _require(
+                self.name != "cispo", "clip_delta", self.clip_delta, "does nothing with name: cispo; must be absent"
+            )
+        if self.sampler_cap is not None:
+            _require(self.sampler_cap >= 1, "sampler_cap", self.sampler_cap, "must be at least 1")
+        if self.kl_coefficient == 0:
+            _require(not self.kl_unbiased, "kl_unbiased", self.kl_unbiased, "needs a kl_coefficient above 0")
+        if self.kl_estimator == "k2":  # its gradient is the KL's as it is, and is not with the ratio
+            _require(not self.kl_unbiased, "kl_unbiased", self.kl_unbiased, "is for k1 and k3; must be false for k2")
+
+
+@dataclass(frozen=True)
 class GrpoConfig(Section):
     """Group-relative policy optimization (DeepSeekMath, arXiv 2402.03300)."""
 
@@ -192,16 +230,13 @@ class GrpoConfig(Section):
     prompts_per_step: int = 128
     generations_per_prompt: int = 8
     minibatch_prompts: int | None = None  # prompts of one optimizer update; None: all of a step
+    passes_per_step: int = 1  # how often the updates go through what a step has sampled (μ)
     micro_batch_prompts: int | None = None  # prompts at once in forward and backward; None: the minibatch
     max_new_tokens: int = 1024
     rollout_waves: int = 1  # the prompts of a step are decoded in that many parts, one after the other
     temperature: float = 1.0  # of the rollout; policy, old, reference and entropy use the same
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coefficient: float = 0.001
+    objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     reference_dtype: Dtype = "float32"  # of the reference policy's weights; bfloat16 halves them
-    aggregation: Literal["grpo", "dapo", "dr_grpo", "bnpo"] = "grpo"
-    scale: Literal["group", "batch", "none"] = "group"
     rewards: tuple[RuleConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
@@ -213,7 +248,7 @@ class GrpoConfig(Section):
     logging: LoggingSection = field(default_factory=LoggingSection)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "prompts_per_step", "max_new_tokens")
+        _at_least_one(self, "prompts_per_step", "passes_per_step", "max_new_tokens")
         _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         _require(
             self.generations_per_prompt >= 2,
@@ -222,15 +257,17 @@ class GrpoConfig(Section):
             "must be at least 2: the advantage compares the responses to one prompt",
         )
         _require(self.temperature > 0, "temperature", self.temperature, "must be positive to sample")
-        _require(0 < self.clip_low < 1, "clip_low", self.clip_low, "must lie between 0 and 1")
-        _require(self.clip_high > 0, "clip_high", self.clip_high, "must be positive")
-        _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "must not be negative")
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
         check_rules(self.rewards)
         _divides("rollout_waves", self.rollout_waves, "prompts_per_step", self.prompts_per_step)
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
         minibatch = self.minibatch_prompts or self.prompts_per_step
         _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", minibatch)
+
+    @property
+    def updates_per_step(self) -> int:
+        """How often the optimizer changes the policy in a step."""
+        return self.passes_per_step * self.prompts_per_step // (self.minibatch_prompts or self.prompts_per_step)
 
 
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:

@@ -209,7 +209,6 @@ def grpo_config(paths: Paths, seed: int) -> GrpoConfig:
         micro_batch_prompts=4,
         max_new_tokens=MAX_NEW_TOKENS,
         rewards=(ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0)),
-        kl_coefficient=0.001,
         prompt=PROMPT,
         optimizer=OptimizerSection(learning_rate=1e-3, schedule="constant", warmup=3),
         checkpoints=CheckpointSection(every_steps=20),

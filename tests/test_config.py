@@ -53,7 +53,7 @@ def test_defaults_are_the_papers(kind, values, tmp_path):
         assert (config.batch_size, config.epochs, optimizer.learning_rate, optimizer.warmup) == (256, 2, 1e-5, 0.1)
         assert optimizer.schedule == "cosine"
     else:
-        assert (config.prompts_per_step, config.kl_coefficient, config.epochs) == (128, 0.001, 2)
+        assert (config.prompts_per_step, config.objective.kl_coefficient, config.epochs) == (128, 0.001, 2)
         assert (optimizer.learning_rate, optimizer.warmup) == (1e-6, 10)
 
 
@@ -136,10 +136,20 @@ WRONG = [
     (GrpoConfig, "minibatch_prompts: 3", "minibatch_prompts", "must divide prompts_per_step 128"),
     (GrpoConfig, "minibatch_prompts: 32\nmicro_batch_prompts: 64", "micro_batch_prompts", "minibatch_prompts 32"),
     (GrpoConfig, "temperature: 0", "temperature", "positive"),
-    (GrpoConfig, "clip_low: 1", "clip_low", "between 0 and 1"),
-    (GrpoConfig, "clip_high: 0", "clip_high", "positive"),
-    (GrpoConfig, "kl_coefficient: -1", "kl_coefficient", "negative"),
-    (GrpoConfig, "aggregation: mean", "aggregation", "'mean'"),
+    (GrpoConfig, "passes_per_step: 0", "passes_per_step", "at least 1"),
+    (GrpoConfig, "objective: {clip_low: 1.5}", "clip_low", "at most 1"),
+    (GrpoConfig, "objective: {clip_high: 0}", "clip_high", "positive"),
+    (GrpoConfig, "objective: {clip_delta: 1}", "clip_delta", "above 1"),
+    (GrpoConfig, "objective: {clip_delta: 2, name: cispo}", "clip_delta", "cispo"),
+    (GrpoConfig, "objective: {kl_coefficient: -1}", "kl_coefficient", "negative"),
+    (GrpoConfig, "objective: {kl_coefficient: 0, kl_unbiased: true}", "kl_unbiased", "above 0"),
+    (GrpoConfig, "objective: {kl_estimator: k2, kl_unbiased: true}", "kl_unbiased", "k2"),
+    (GrpoConfig, "objective: {kl_estimator: k4}", "objective.kl_estimator", "'k4'"),
+    (GrpoConfig, "objective: {entropy_coefficient: -1}", "entropy_coefficient", "negative"),
+    (GrpoConfig, "objective: {top_entropy: 0}", "top_entropy", "above 0"),
+    (GrpoConfig, "objective: {sampler_cap: 0.5}", "sampler_cap", "at least 1"),
+    (GrpoConfig, "objective: {name: mean}", "objective.name", "'mean'"),
+    (GrpoConfig, "objective: {scale: std}", "objective.scale", "'std'"),
     (GrpoConfig, "rewards: []", "rewards", "at least one"),
     (GrpoConfig, "rewards: think_format", "rewards", "'think_format'"),
     (GrpoConfig, "rewards: [{rule: format}]", "rewards.0", "'format'"),

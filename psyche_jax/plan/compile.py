@@ -152,12 +152,14 @@ def _lower_grpo(
     rows = (config.micro_batch_prompts or minibatch) * config.generations_per_prompt
     check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", sharding)
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
-    schedule = make_schedule(config.optimizer, _STEPS, config.prompts_per_step // minibatch)
+    schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     state, shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), sharding, optimizer)
     program = Iteration(config, model, execution, optimizer, schedule, shardings).program()
     reference = (
-        abstract_parameters(model, sharding, jnp.dtype(config.reference_dtype)) if config.kl_coefficient else None
+        abstract_parameters(model, sharding, jnp.dtype(config.reference_dtype))
+        if config.objective.kl_coefficient
+        else None
     )
     # Any byte vocabulary gives tables of nearly the same size; which token is which changes nothing in the program.
     vocabulary: list[bytes | None] = [bytes([byte]) for byte in range(min(256, model.vocab_size))]

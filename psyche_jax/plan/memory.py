@@ -65,7 +65,7 @@ def least_peak(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) 
     stored = jnp.dtype(config.model.dtype).itemsize
     held = 3 * model.num_parameters * stored / chips
     parts = estimated_parts(config, model, mesh)
-    if isinstance(config, GrpoConfig) and config.kl_coefficient:
+    if isinstance(config, GrpoConfig) and config.objective.kl_coefficient:
         held += model.num_parameters * jnp.dtype(config.reference_dtype).itemsize / chips
     update = parts["gradients"] + parts["saved_activations"]
     return held + max(update, parts.get("kv_cache", 0.0) + parts.get("decoding_weights", 0.0))

@@ -153,7 +153,7 @@ def advise(
         if smaller := _smaller(wave, config.prompts_per_step, places):
             waves = config.prompts_per_step // smaller
             advice.append(f"rollout_waves={waves} instead of {config.rollout_waves}: less KV cache at a time")
-        if config.kl_coefficient and config.reference_dtype == "float32":
+        if config.objective.kl_coefficient and config.reference_dtype == "float32":
             advice.append("reference_dtype=bfloat16: halves the reference policy")
         if mesh["tensor"] < 4 and model.num_key_value_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
             advice.append(

@@ -90,21 +90,23 @@ class _Counter:
             return {"forward": parts * forward, "backward": parts * backward, "optimizer": self._optimizer()}
         responses = config.prompts_per_step * config.generations_per_prompt
         parts = responses // rows
-        updates = config.prompts_per_step // (config.minibatch_prompts or config.prompts_per_step)
+        updates, passes = config.updates_per_step, config.passes_per_step
         scoring = self._forward(rows, length, config.max_new_tokens)
         phases = {
             "gather_for_decoding": self._decoding_layout(),
             "prefill": self._prefill(config),
             "decode": self._decode(config),
         }
-        if config.kl_coefficient:
+        if config.objective.kl_coefficient:
             phases["reference"] = parts * scoring
         if updates > 1:
             phases["old_log_probs"] = parts * scoring
+        if config.objective.top_entropy < 1:
+            phases["entropies"] = passes * parts * scoring
         return {
             **phases,
-            "forward": parts * scoring,
-            "backward": parts * self._backward(rows, length, config.max_new_tokens),
+            "forward": passes * parts * scoring,
+            "backward": passes * parts * self._backward(rows, length, config.max_new_tokens),
             "optimizer": updates * self._optimizer(),
         }
 

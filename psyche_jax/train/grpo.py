@@ -32,7 +32,15 @@ from psyche_jax.runs import Run, open_run
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Program, run_training
-from psyche_jax.train.objectives import clipped_policy_loss, group_advantages, token_weights, zero_std_groups
+from psyche_jax.train.objectives import (
+    TokenLoss,
+    group_advantages,
+    high_entropy_tokens,
+    policy_loss,
+    sampler_correction,
+    token_weights,
+    zero_std_groups,
+)
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
@@ -41,7 +49,8 @@ class Experience(NamedTuple):
     """What a rollout gives the updates; rows are responses, those of one prompt consecutive.
 
     `tokens`, `segments`, `positions`: int32 [responses, prompt_length + max_new_tokens], prompt and response;
-    `mask`: bool [responses, max_new_tokens], the response up to its first stop token;
+    `mask`: bool [responses, max_new_tokens], what is learned from: the response up to its first stop token, or
+    nothing of it;
     `sampler_log_probs`: float32 [responses, max_new_tokens]; `advantages`: float32 [responses];
     `reference_log_probs`, `old_log_probs`: as `sampler_log_probs`, or None: without a KL term, and with one update
     a step, they are not needed (the old policy then is the current one).
@@ -58,14 +67,13 @@ class Experience(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one optimizer update reports: `loss`, `grad_norm` and, by token, `scores`, `kl` and the clips."""
+    """What one optimizer update reports: `loss`, `grad_norm` and, by token, `scores`, `terms` and `correction`."""
 
     loss: jax.Array
     grad_norm: jax.Array
     scores: TokenScores
-    kl: jax.Array
-    clipped_low: jax.Array
-    clipped_high: jax.Array
+    terms: TokenLoss
+    correction: jax.Array | None
 
 
 @dataclass(frozen=True)
@@ -114,17 +122,13 @@ class Iteration:
         answers = jnp.repeat(prompts["answers"], config.generations_per_prompt)
         rewards, rewards_by_rule = score(rules, rollout.tokens, answers)
         grouped = rewards.reshape(-1, config.generations_per_prompt)
-        advantages = group_advantages(grouped, config.scale).reshape(-1)
-        experience = self._experience(state.parameters, reference, prompts, rollout, advantages)
-
-        updates = config.prompts_per_step // (config.minibatch_prompts or config.prompts_per_step)
-        if updates == 1:
-            state, update = self._update(state, experience)
-            history = jax.tree.map(lambda leaf: leaf[None], update)
-        else:
-            state, history = jax.lax.scan(self._update, state, split_rows(experience, updates, self.execution.sharding))
+        advantages = group_advantages(grouped, config.objective.scale).reshape(-1)
+        finished = jnp.any(rollout.mask & jnp.isin(rollout.tokens, jnp.asarray(self.model.stop_token_ids)), axis=1)
+        learned = rollout.mask & finished[:, None] if config.objective.mask_truncated else rollout.mask
+        experience = self._experience(state.parameters, reference, prompts, rollout, learned, advantages)
+        state, history = self._updates(state, experience)
         state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
-        metrics = self._metrics(state, experience, rollout, history)
+        metrics = self._metrics(state, experience, rollout, finished, history)
         for name, values in rewards_by_rule.items():
             metrics |= {f"rewards/{name}/mean": values.mean(), f"rewards/{name}/std": values.std()}
         metrics |= {
@@ -149,6 +153,7 @@ class Iteration:
         reference: Parameters | None,
         prompts: dict[str, jax.Array],
         rollout: Rollout,
+        learned: jax.Array,
         advantages: jax.Array,
     ) -> Experience:
         """Prompts and responses side by side, with the log-probs that stay fixed during the updates."""
@@ -160,13 +165,13 @@ class Iteration:
             tokens=jnp.concatenate([prompt_tokens, rollout.tokens], axis=1),
             segments=segments,
             positions=jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0),
-            mask=rollout.mask,
+            mask=learned,
             sampler_log_probs=rollout.log_probs,
             advantages=advantages,
             reference_log_probs=None,
             old_log_probs=None,
         )
-        several_updates = config.minibatch_prompts not in (None, config.prompts_per_step)
+        several_updates = config.updates_per_step > 1
         return experience._replace(
             reference_log_probs=None if reference is None else self._fixed_log_probs(reference, experience),
             old_log_probs=self._fixed_log_probs(parameters, experience) if several_updates else None,
@@ -188,34 +193,61 @@ class Iteration:
         # What stands after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
         return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
+    def _updates(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
+        """All updates of a step: `passes_per_step` times through its minibatches. Of the `Update`s, [updates, ...]."""
+        config = self.config
+        if config.updates_per_step == 1:
+            state, update = self._update(state, experience)
+            return state, jax.tree.map(lambda leaf: leaf[None], update)
+        minibatches = config.updates_per_step // config.passes_per_step
+        parts = split_rows(experience, minibatches, self.execution.sharding)
+
+        def one_pass(state: TrainState, _: None) -> tuple[TrainState, Update]:
+            return jax.lax.scan(self._update, state, parts)
+
+        state, history = jax.lax.scan(one_pass, state, length=config.passes_per_step)
+        return state, join_rows(history)
+
     def _update(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
         """One optimizer update on a minibatch, its gradient summed over micro-batches."""
-        config = self.config
+        config, objective = self.config, self.config.objective
         minibatch = config.minibatch_prompts or config.prompts_per_step
         micro_batches = minibatch // (config.micro_batch_prompts or minibatch)
-        weights = token_weights(experience.mask, config.aggregation, micro_batches)
+        weights = token_weights(experience.mask, objective.name, micro_batches)
+        learned = None
+        if objective.top_entropy < 1:
+            parts = split_rows(experience, micro_batches, self.execution.sharding)
+            entropy = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
+            learned = high_entropy_tokens(entropy, experience.mask, objective.top_entropy)
 
-        def loss(parameters: Parameters, part: tuple[Experience, jax.Array]) -> tuple[jax.Array, Any]:
-            experience, weights = part
+        def loss(
+            parameters: Parameters, part: tuple[Experience, jax.Array, jax.Array | None]
+        ) -> tuple[jax.Array, tuple[TokenScores, TokenLoss, jax.Array | None]]:
+            experience, weights, learned = part
             scores = self._scores(parameters, experience)
             current = jax.lax.stop_gradient(scores.log_probs)
             old = current if experience.old_log_probs is None else experience.old_log_probs
             reference = current if experience.reference_log_probs is None else experience.reference_log_probs
-            terms = clipped_policy_loss(
+            correction = None
+            if objective.sampler_cap is not None:
+                correction = sampler_correction(old, experience.sampler_log_probs, objective.sampler_cap)
+            terms = policy_loss(
                 scores.log_probs,
                 old,
                 reference,
+                scores.entropy,
                 experience.advantages,
-                config.clip_low,
-                config.clip_high,
-                config.kl_coefficient,
+                experience.mask,
+                objective,
+                learned,
+                correction,
             )
-            return jnp.sum(terms.loss * weights), (scores, terms.kl, terms.clipped_low, terms.clipped_high)
+            return jnp.sum(terms.loss * weights), (scores, terms, correction)
 
         value, extras, gradients = accumulate_gradients(
             loss,
             state.parameters,
-            (experience, weights),
+            (experience, weights, learned),
             micro_batches,
             self.execution.sharding,
             self.shardings.parameters,
@@ -225,38 +257,32 @@ class Iteration:
         return TrainState(state.step, parameters, optimizer_state), Update(value, optax.global_norm(gradients), *extras)
 
     def _metrics(
-        self, state: TrainState, experience: Experience, rollout: Rollout, history: Update
+        self, state: TrainState, experience: Experience, rollout: Rollout, finished: jax.Array, history: Update
     ) -> dict[str, jax.Array]:
-        """Means over the responses' tokens, by the names that users of TRL know."""
-        mask = experience.mask
-        tokens = mask.sum()
+        """Means over the tokens that are learned from and over updates, by the names that users of TRL know."""
+        config, mask = self.config, experience.mask
+        tokens = jnp.maximum(mask.sum(), 1)
+
+        # Of all updates: [updates, responses of a minibatch, length] to [passes, responses, length].
+        scores, terms, correction = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *mask.shape), (history.scores, history.terms, history.correction)
+        )
 
         def mean(values: jax.Array) -> jax.Array:
-            return jnp.sum(values * mask) / tokens
+            return jnp.sum(values * mask) / tokens / config.passes_per_step
 
-        by_token = jax.tree.map(
-            lambda leaf: leaf.reshape(mask.shape),
-            {
-                "scores": history.scores,
-                "kl": history.kl,
-                "low": history.clipped_low,
-                "high": history.clipped_high,
-            },
-        )
-        trainer = by_token["scores"].log_probs if experience.old_log_probs is None else experience.old_log_probs
+        trainer = scores.log_probs[0] if experience.old_log_probs is None else experience.old_log_probs
         difference = jnp.abs(trainer - experience.sampler_log_probs) * mask
-        lengths = mask.sum(axis=1)
-        finished = jnp.any(mask & jnp.isin(rollout.tokens, jnp.asarray(self.model.stop_token_ids)), axis=1)
-        updates = history.loss.shape[0]
-        return {
+        lengths = rollout.mask.sum(axis=1)
+        metrics = {
             "loss": history.loss.mean(),
             "grad_norm": history.grad_norm.mean(),
-            "learning_rate": self.schedule(state.step * updates - 1),
-            "kl": mean(by_token["kl"]),
-            "entropy": mean(by_token["scores"].entropy),
-            "clip_ratio/low_mean": mean(by_token["low"]),
-            "clip_ratio/high_mean": mean(by_token["high"]),
-            "clip_ratio/region_mean": mean(by_token["low"] | by_token["high"]),
+            "learning_rate": self.schedule(state.step * config.updates_per_step - 1),
+            "kl": mean(terms.kl),
+            "entropy": mean(scores.entropy),
+            "clip_ratio/low_mean": mean(terms.clipped_low),
+            "clip_ratio/high_mean": mean(terms.clipped_high),
+            "clip_ratio/region_mean": mean(terms.clipped_low | terms.clipped_high),
             "completions/mean_length": lengths.mean(),
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
@@ -265,6 +291,13 @@ class Iteration:
             "sampling/logp_difference/mean": difference.sum() / tokens,
             "sampling/logp_difference/max": difference.max(),
         }
+        if config.objective.clip_delta is not None:
+            metrics["clip_ratio/delta_mean"] = mean(terms.clipped_delta)
+        if correction is not None:
+            metrics["sampling/importance_sampling_ratio/mean"] = mean(correction)
+            metrics["sampling/importance_sampling_ratio/min"] = jnp.min(jnp.where(mask, correction, jnp.inf))
+            metrics["sampling/importance_sampling_ratio/max"] = jnp.max(jnp.where(mask, correction, 0.0))
+        return metrics
 
 
 @dataclass(frozen=True)
@@ -304,11 +337,11 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
     )
     prompts, faults = _tokenized(setup.tokenizer, config)
     total_steps = math.ceil(config.epochs * len(prompts) / config.prompts_per_step)
-    schedule = make_schedule(config.optimizer, total_steps, config.prompts_per_step // minibatch)
+    schedule = make_schedule(config.optimizer, total_steps, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)
     iteration = Iteration(config, model, execution, optimizer, schedule, shardings).program()
-    reference = setup.read_parameters(config.reference_dtype) if config.kl_coefficient else None
+    reference = setup.read_parameters(config.reference_dtype) if config.objective.kl_coefficient else None
     key = jax.random.key(config.run.seed)
     collate = partial(_collate, largest=config.data.max_prompt_length)
     place = execution.sharding.named("batch")

@@ -1,48 +1,60 @@
-"""What GRPO optimizes, as pure functions of log-probs, rewards and masks. No model, no mesh."""
+"""What GRPO and its kin optimize, as pure functions of log-probs, rewards and masks. No model, no mesh."""
 
-from typing import Literal, NamedTuple, TypeAlias
+import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-Aggregation: TypeAlias = Literal["grpo", "dapo", "dr_grpo", "bnpo"]
-Scale: TypeAlias = Literal["group", "batch", "none"]
+from psyche_jax.config import ObjectiveName, ObjectiveSection, Scale
 
 _STD_EPSILON = 1e-4
 
 
-def group_advantages(rewards: jax.Array, scale: Scale) -> jax.Array:
+def group_advantages(rewards: jax.Array, scale: Scale, counted: jax.Array | None = None) -> jax.Array:
     """(reward - mean of its group) / (std + 1e-4), std with one degree of freedom less (DeepSeekMath, eq. 10; TRL).
 
     Args:
       rewards: float [prompts, generations].
       scale: the std of the `group`, of the whole `batch` (arXiv 2508.08221), or `none` (Dr. GRPO, arXiv 2503.20783).
+      counted: bool, the same shape: responses that belong to their group; None: all do.
 
     Returns:
-      The same shape; exactly 0 in groups whose rewards are all equal.
+      The same shape; exactly 0 in groups whose rewards are all equal, and for responses that do not count.
     """
-    centered = rewards - rewards.mean(axis=1, keepdims=True)
-    centered = jnp.where(zero_std_groups(rewards)[:, None], 0.0, centered)
+    counted = jnp.ones(rewards.shape, bool) if counted is None else counted
+    rewards = jnp.where(counted, rewards, 0.0)
+    centered = rewards - rewards.sum(axis=1, keepdims=True) / _size(counted, axis=1)
+    centered = jnp.where(counted & ~zero_std_groups(rewards, counted)[:, None], centered, 0.0)
     if scale == "none":
         return centered
-    std = rewards.std(axis=1, ddof=1, keepdims=True) if scale == "group" else rewards.std(ddof=1)
-    return centered / (std + _STD_EPSILON)
+    return centered / (masked_std(rewards, counted, axis=1 if scale == "group" else None) + _STD_EPSILON)
 
 
-def zero_std_groups(rewards: jax.Array) -> jax.Array:
-    """Which groups teach nothing, all their rewards being equal: bool [prompts]."""
-    return rewards.max(axis=1) == rewards.min(axis=1)
+def masked_std(rewards: jax.Array, counted: jax.Array, axis: int | None) -> jax.Array:
+    """The std, with one degree of freedom less, of what is counted along `axis` (kept as 1) or over all; 0 of one."""
+    mean = jnp.sum(rewards, axis, where=counted, keepdims=True) / _size(counted, axis)
+    squares = jnp.sum((rewards - mean) ** 2, axis, where=counted, keepdims=True)
+    return jnp.sqrt(squares / jnp.maximum(counted.sum(axis, keepdims=True) - 1, 1))
 
 
-def token_weights(mask: jax.Array, aggregation: Aggregation, micro_batches: int = 1) -> jax.Array:
+def zero_std_groups(rewards: jax.Array, counted: jax.Array | None = None) -> jax.Array:
+    """Which groups teach nothing, all rewards that count in them being equal: bool [prompts]."""
+    counted = jnp.ones(rewards.shape, bool) if counted is None else counted
+    most = jnp.max(rewards, axis=1, where=counted, initial=-jnp.inf)
+    return most <= jnp.min(rewards, axis=1, where=counted, initial=jnp.inf)
+
+
+def token_weights(mask: jax.Array, objective: ObjectiveName, micro_batches: int = 1) -> jax.Array:
     """What each token counts, so that the loss is the sum of weight × token loss, however a batch is split.
 
-    `grpo`: mean over sequences of the mean over tokens; `dapo`: mean over all tokens of the batch; `dr_grpo`: sum
-    over sequences × length limit; `bnpo`: mean over the tokens of each micro-batch, so the split does matter there.
+    `grpo`, `gspo`: mean over sequences of the mean over tokens (a sequence that is masked wholly counts as 0);
+    `dapo`, `cispo`: mean over all tokens of the batch; `dr_grpo`: sum over sequences × length limit; `bnpo`: mean
+    over the tokens of each micro-batch, so the split does matter there.
 
     Args:
       mask: bool [responses, length] of the whole batch that one update sees.
-      aggregation: the name.
+      objective: the name.
       micro_batches: into how many equal parts (consecutive rows) the batch will be split.
 
     Returns:
@@ -50,53 +62,137 @@ def token_weights(mask: jax.Array, aggregation: Aggregation, micro_batches: int 
     """
     weights = mask.astype(jnp.result_type(float))
     responses, length = mask.shape
-    if aggregation == "grpo":
-        return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0) / responses
-    if aggregation == "dapo":
-        return weights / jnp.maximum(weights.sum(), 1.0)
-    if aggregation == "dr_grpo":
-        return weights / (responses * length)
-    parts = weights.reshape(micro_batches, -1, length)
-    return (parts / jnp.maximum(parts.sum(axis=(1, 2), keepdims=True), 1.0) / micro_batches).reshape(mask.shape)
+    match objective:
+        case "grpo" | "gspo":
+            return weights / jnp.maximum(weights.sum(axis=1, keepdims=True), 1.0) / responses
+        case "dapo" | "cispo":
+            return weights / jnp.maximum(weights.sum(), 1.0)
+        case "dr_grpo":
+            return weights / (responses * length)
+        case "bnpo":
+            parts = weights.reshape(micro_batches, -1, length)
+            tokens = jnp.maximum(parts.sum(axis=(1, 2), keepdims=True), 1.0)
+            return (parts / tokens / micro_batches).reshape(mask.shape)
+
+
+def high_entropy_tokens(entropy: jax.Array, mask: jax.Array, share: float) -> jax.Array:
+    """The tokens whose entropy is among the highest `share` of the batch (arXiv 2506.01939, eq. 6).
+
+    Args:
+      entropy: float [responses, length].
+      mask: bool, the same shape: the batch's tokens.
+      share: from 0 to 1; the limit is the quantile 1 - share, interpolated linearly.
+
+    Returns:
+      bool, the same shape.
+    """
+    limit = jnp.nanquantile(jnp.where(mask, entropy, jnp.nan), 1 - share)
+    return mask & (entropy >= limit)
+
+
+def sampler_correction(trainer: jax.Array, sampler: jax.Array, cap: float) -> jax.Array:
+    """Truncated importance weights min(π_trainer / π_sampler, cap) of the policy that sampled, by token.
+
+    Sampling and training compute the same policy in other ways and precisions; this makes up for it (Yao et al.
+    2025, "Your efficient RL framework secretly brings you off-policy RL training").
+
+    Args:
+      trainer, sampler: log-probs of that one policy, float [responses, length].
+      cap: the largest weight.
+    """
+    return jnp.exp(jnp.minimum(trainer - sampler, math.log(cap)))
 
 
 class TokenLoss(NamedTuple):
-    """Per token, float [responses, length]: `loss`; `kl` to the reference (k3); which ratios the clip has cut."""
+    """Per token, float [responses, length]: `loss`; `kl` to the reference (k3); which ratios were cut.
+
+    `clipped_low`, `clipped_high`: where the clip takes the gradient (`cispo`: where it cuts the weight);
+    `clipped_delta`: where the two-sided clip takes it.
+    """
 
     loss: jax.Array
     kl: jax.Array
     clipped_low: jax.Array
     clipped_high: jax.Array
+    clipped_delta: jax.Array
 
 
-def clipped_policy_loss(
+def policy_loss(
     log_probs: jax.Array,
     old_log_probs: jax.Array,
     reference_log_probs: jax.Array,
+    entropy: jax.Array,
     advantages: jax.Array,
-    clip_low: float,
-    clip_high: float,
-    kl_coefficient: float,
+    mask: jax.Array,
+    objective: ObjectiveSection,
+    learned: jax.Array | None = None,
+    correction: jax.Array | None = None,
 ) -> TokenLoss:
-    """-min(r·A, clip(r, 1 - clip_low, 1 + clip_high)·A) + β·k3, r the ratio to the old policy (DeepSeekMath, eq. 3).
+    """Loss of each token, to be summed with `token_weights`.
 
-    k3 = exp(d) - d - 1 with d = reference - policy (eq. 4; Schulman, "Approximating KL divergence").
+    With r the ratio of the policy to the old one and A the advantage,
+
+      grpo, dapo, dr_grpo, bnpo   -min(min(r, δ)·A, clip(r, 1 - clip_low, 1 + clip_high)·A)
+      gspo                        the same, r being the sequence's: exp(mean over its tokens of log r)
+      cispo                       -stop_gradient(clip(r, 1 - clip_low, 1 + clip_high))·A·log π
+
+    then times `learned` and `correction`, + kl_coefficient × KL (`kl_terms`), - entropy_coefficient × entropy.
+
+    Sources: DeepSeekMath (arXiv 2402.03300) eq. 3; DAPO (2503.14476) eq. 8; GSPO (2507.18071) eq. 5 to 7;
+    MiniMax-M1 (2506.13585) eq. 4 and 5; δ: INTELLECT-2 (2505.07291), section 3.4.
 
     Args:
-      log_probs, old_log_probs, reference_log_probs: float [responses, length].
+      log_probs, old_log_probs, reference_log_probs, entropy: float [responses, length].
       advantages: float [responses].
-      clip_low, clip_high: how far below and above 1 the ratio counts.
-      kl_coefficient: β.
+      mask: bool [responses, length], the tokens that count.
+      objective: name, clips, coefficients.
+      learned: bool [responses, length], tokens that the policy's term counts for (None: all); see
+        `high_entropy_tokens`.
+      correction: float [responses, length]; see `sampler_correction`.
     """
-    ratio = jnp.exp(log_probs - old_log_probs)
     advantages = advantages[:, None]
-    clipped = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
-    loss = -jnp.minimum(ratio * advantages, clipped * advantages)
+    token_log_ratio = log_ratio = log_probs - old_log_probs
+    if objective.name == "gspo":
+        log_ratio = jnp.sum(log_ratio, axis=1, where=mask, keepdims=True) / _size(mask, axis=1)
+    ratio = jnp.broadcast_to(jnp.exp(log_ratio), log_probs.shape)
+    low, high = 1 - objective.clip_low, 1 + objective.clip_high
+    clipped = jnp.clip(ratio, low, high)
+    clipped_low, clipped_high = ratio < low, ratio > high
+    clipped_delta = jnp.zeros(ratio.shape, bool)
+    if objective.name == "cispo":
+        loss = -jax.lax.stop_gradient(clipped) * advantages * log_probs
+    else:
+        unclipped = ratio
+        if objective.clip_delta is not None:
+            unclipped = jnp.minimum(ratio, objective.clip_delta)
+            clipped_delta = (ratio > objective.clip_delta) & (advantages < 0)
+        loss = -jnp.minimum(unclipped * advantages, clipped * advantages)
+        clipped_low, clipped_high = clipped_low & (advantages < 0), clipped_high & (advantages > 0)
+    if learned is not None:
+        loss = loss * learned
+    if correction is not None:
+        loss = loss * correction
+    kl = kl_terms(log_probs, reference_log_probs)
+    if objective.kl_coefficient:
+        penalty = kl[objective.kl_estimator]
+        if objective.kl_unbiased:
+            penalty = penalty * jnp.exp(token_log_ratio)
+        loss = loss + objective.kl_coefficient * penalty
+    if objective.entropy_coefficient:
+        loss = loss - objective.entropy_coefficient * entropy
+    return TokenLoss(loss, kl["k3"], clipped_low, clipped_high, clipped_delta)
+
+
+def kl_terms(log_probs: jax.Array, reference_log_probs: jax.Array) -> dict[str, jax.Array]:
+    """Schulman's estimators of KL(policy, reference) by token ("Approximating KL divergence"), d = reference - policy.
+
+    k1 = -d, k2 = d² / 2, k3 = exp(d) - d - 1. As a term of the loss, on policy, k1 has a gradient of mean 0, k2 the
+    KL's, k3 that of KL(reference, policy); k1 and k3 times the ratio have the KL's (arXiv 2512.02556, eq. 7).
+    """
     distance = reference_log_probs - log_probs
-    kl = jnp.exp(distance) - distance - 1
-    return TokenLoss(
-        loss + kl_coefficient * kl if kl_coefficient else loss,
-        kl,
-        (ratio < 1 - clip_low) & (advantages < 0),
-        (ratio > 1 + clip_high) & (advantages > 0),
-    )
+    return {"k1": -distance, "k2": distance**2 / 2, "k3": jnp.exp(distance) - distance - 1}
+
+
+def _size(counted: jax.Array, axis: int | None) -> jax.Array:
+    """How many are counted, at least 1."""
+    return jnp.maximum(counted.sum(axis=axis, keepdims=True), 1)

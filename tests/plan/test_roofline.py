@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import psyche_jax
-from psyche_jax.config import GrpoConfig, SftConfig, load_config
+from psyche_jax.config import GrpoConfig, ObjectiveSection, SftConfig, load_config
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.published import ARCHITECTURES, published_architecture
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
@@ -87,7 +87,7 @@ def test_phases_of_grpo():
     ]
     slice_ = parse_topology("v5e:4x4")
     assert phases["decode"].bound(slice_) == "memory"
-    plain = dataclasses.replace(config, kl_coefficient=0.0, minibatch_prompts=None)
+    plain = dataclasses.replace(config, objective=ObjectiveSection(kl_coefficient=0.0), minibatch_prompts=None)
     assert not {"reference", "old_log_probs"} & set(count_phases(plain, SEVEN, mesh))
     more_waves = dataclasses.replace(config, rollout_waves=8)
     assert count_phases(more_waves, SEVEN, mesh)["decode"].hbm_bytes > phases["decode"].hbm_bytes

@@ -15,6 +15,7 @@ import pytest
 from test_objectives import plain_advantages
 from training_fixtures import PROMPT, execution, grpo_config, largest_difference
 
+from psyche_jax.config import ObjectiveSection
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import RlPrompt, answer_mask, read_records
 from psyche_jax.data.streams import pad_prompts
@@ -34,10 +35,8 @@ FAST = {"xla_backend_optimization_level": 0}
 PLAIN: dict[str, Any] = {}
 SEVERAL: dict[str, Any] = {
     "temperature": 0.7,
-    "clip_low": 0.02,  # so narrow that a small update meets them
-    "clip_high": 0.03,
-    "aggregation": "dapo",
-    "scale": "batch",
+    # Clips so narrow that a small update meets them.
+    "objective": ObjectiveSection("dapo", "batch", clip_low=0.02, clip_high=0.03, kl_coefficient=0.05),
     "minibatch_prompts": 4,
     "micro_batch_prompts": 2,
 }
@@ -70,7 +69,7 @@ class Bench:
         padded = pad_prompts([prompt_tokens(self.tokenizer, r.messages, PROMPT) for r in records], 64)
         answers = np.asarray([answer_mask(record.answer) for record in records], np.int32)
         self.batch = jax.device_put({**padded, "answers": answers}, self.execution.sharding.named("batch"))
-        self.reference = self.read() if self.config.kl_coefficient else None
+        self.reference = self.read() if self.config.objective.kl_coefficient else None
         iteration = Iteration(
             self.config, self.model, self.execution, self.optimizer, optax.constant_schedule(RATE), self.shardings()
         ).program()
@@ -169,7 +168,7 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
         jax.device_get(jax.jit(scores, compiler_options=FAST)(p)) for p in (start, outcome.reference)
     )
     rewards = samples["rewards"].astype(np.float64).reshape(-1, config.generations_per_prompt)
-    advantages = plain_advantages(rewards, config.scale).reshape(-1, 1)
+    advantages = plain_advantages(rewards, config.objective.scale).reshape(-1, 1)
     size = (config.minibatch_prompts or config.prompts_per_step) * config.generations_per_prompt
 
     @functools.partial(jax.jit, compiler_options=FAST)
@@ -177,17 +176,17 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
     def loss(parameters: Any, rows: Any) -> tuple[jax.Array, Any]:
         log_probs, entropy = scores(parameters)
         ratio = jnp.where(mask, jnp.exp(log_probs - old), 1.0)
-        clipped = jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
+        clipped = jnp.clip(ratio, 1 - config.objective.clip_low, 1 + config.objective.clip_high)
         distance = jnp.where(mask, reference - log_probs, 0.0)
         kl = jnp.exp(distance) - distance - 1
-        token = -jnp.minimum(ratio * advantages, clipped * advantages) + config.kl_coefficient * kl
+        token = -jnp.minimum(ratio * advantages, clipped * advantages) + config.objective.kl_coefficient * kl
         here = rows[:, None] & mask
-        if config.aggregation == "dapo":
+        if config.objective.name == "dapo":
             value = jnp.sum(token * here) / jnp.sum(here)
         else:
             value = jnp.sum(jnp.sum(token * here, axis=1) / mask.sum(axis=1)) / jnp.sum(rows)
-        low = (ratio < 1 - config.clip_low) & (advantages < 0)
-        high = (ratio > 1 + config.clip_high) & (advantages > 0)
+        low = (ratio < 1 - config.objective.clip_low) & (advantages < 0)
+        high = (ratio > 1 + config.objective.clip_high) & (advantages > 0)
         return value, jax.tree.map(
             lambda x: jnp.sum(x * here), {"kl": kl, "entropy": entropy, "low": low, "high": high}
         )
@@ -255,7 +254,7 @@ def test_rewards_are_those_of_the_plain_reference(several, tiny_root):
         equal = samples["rewards"].reshape(-1, generations)
         equal = equal.min(axis=1) == equal.max(axis=1)
         assert metrics["frac_reward_zero_std"] == pytest.approx(equal.mean())
-        expected = plain_advantages(equal_where(groups, equal), this.config.scale).reshape(-1)
+        expected = plain_advantages(equal_where(groups, equal), this.config.objective.scale).reshape(-1)
         np.testing.assert_allclose(samples["advantages"], expected, atol=1e-4)
 
 
@@ -317,6 +316,35 @@ def test_micro_batches_change_nothing(tiny_root, figure):
     """2 prompts at once in place of 8."""
     expected = outcome(tiny_root)
     compare(Bench(tiny_root, micro_batch_prompts=2).run(2), expected, figure, "micro-batches")
+
+
+WIDE = ObjectiveSection("gspo", kl_coefficient=0.05, mask_truncated=True, top_entropy=0.5, sampler_cap=1.0001)
+
+
+def test_micro_batches_change_nothing_of_what_looks_at_the_whole_batch(tiny_root, figure):
+    """The limit of entropy, masked truncated responses, two passes; also against the objective by hand."""
+    this = [Bench(tiny_root, objective=WIDE, passes_per_step=2, micro_batch_prompts=size) for size in (2, 8)]
+    ours, expected = (bench.run(2) for bench in this)
+    compare(ours, expected, figure, "micro-batches, gspo")
+    metrics, samples = ours.metrics[0], ours.samples[0]
+    stops = np.isin(samples["tokens"], this[0].model.stop_token_ids).any(axis=1)
+    assert metrics["completions/clipped_ratio"] == pytest.approx(1 - stops.mean())
+    assert metrics["completions/mean_length"] == pytest.approx(samples["mask"].sum(axis=1).mean())
+    ratios = [metrics[f"sampling/importance_sampling_ratio/{part}"] for part in ("min", "mean", "max")]
+    assert 0.999 < ratios[0] <= ratios[1] <= ratios[2] <= 1.00011
+    assert largest_difference(ours.parameters[1], ours.parameters[0]) > 0
+
+
+def test_truncated_responses_teach_nothing(tiny_root):
+    """On policy the loss is minus the mean advantage, by token: of the responses that stop."""
+    this = Bench(tiny_root, objective=ObjectiveSection("dapo", kl_coefficient=0.0, mask_truncated=True))
+    metrics, samples = (values[0] for values in this.run(1)[1:3])
+    stops = np.isin(samples["tokens"], this.model.stop_token_ids).any(axis=1)
+    assert 0 < stops.mean() < 1
+    tokens = samples["mask"].sum(axis=1) * stops
+    assert metrics["loss"] == pytest.approx(-(samples["advantages"] * tokens).sum() / tokens.sum(), abs=1e-6)
+    assert metrics["completions/clipped_ratio"] == pytest.approx(1 - stops.mean())
+    assert metrics["completions/mean_length"] == pytest.approx(samples["mask"].sum(axis=1).mean())
 
 
 @pytest.mark.parametrize("mesh", [FSDP, ALL], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])
@@ -401,7 +429,7 @@ def test_samples_as_text(tiny_root):
 def test_a_step_without_anything_to_learn_changes_nothing(tiny_root):
     """All rewards equal and no KL term: the loss is 0, the parameters stay, bit for bit."""
     rules = (ThinkFormatRule(), AnswerSetRule())
-    this = Bench(tiny_root, rewards=rules, kl_coefficient=0.0)
+    this = Bench(tiny_root, rewards=rules, objective=ObjectiveSection(kl_coefficient=0.0))
     result = this.run(1)
     assert result.metrics[0]["frac_reward_zero_std"] == 1
     assert result.metrics[0]["loss"] == result.metrics[0]["grad_norm"] == result.metrics[0]["kl"] == 0
@@ -411,7 +439,12 @@ def test_a_step_without_anything_to_learn_changes_nothing(tiny_root):
 def test_it_learns(tiny_root):
     """To answer in ASCII, from chance: three seeds of one program."""
     rules = (PatternRule(pattern="[ -~]+", name="ascii"),)
-    changes = {"rewards": rules, "kl_coefficient": 0.0, "max_new_tokens": 3, "generations_per_prompt": 8}
+    changes = {
+        "rewards": rules,
+        "objective": ObjectiveSection(kl_coefficient=0.0),
+        "max_new_tokens": 3,
+        "generations_per_prompt": 8,
+    }
     this = Bench(tiny_root, optimizer=optax.adam(1e-2), **changes)
     for seed in range(3):
         rewards = [metrics["reward"] for metrics in this.run(30, seed=seed).metrics]
