@@ -7,13 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psyche_jax
 from psyche_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from psyche_jax.config import DistributedSection
+    from psyche_jax.evaluate.evaluation import Model
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
 
@@ -108,19 +109,34 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(
         "eval",
         _eval,
-        "Ask a model multiple-choice questions and score its answers.",
+        "Ask a model the questions of a benchmark and score its answers.",
         "psyche eval runs/demo/grpo --bench samples --limit 20",
     )
-    verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
+    verb.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face folder, a checkpoint, a run, or URL#NAME of an OpenAI-compatible endpoint "
+        "(http://localhost:8000/v1#my-model; its key is OPENAI_API_KEY)",
+    )
     verb.add_argument("--bench", required=True, metavar="NAME|FILE", help="`samples`, or a JSONL file of questions")
     verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
+    verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
-    verb.add_argument("--batch-size", type=int, default=64, metavar="N", help="questions at once (default 64)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="questions at once (default 64; of an endpoint 16)")
+    verb.add_argument(
+        "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
+    )
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
-    verb.add_argument("--out", type=Path, metavar="FILE", help="also write scores and answers to a JSON file")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write scores and answers to a JSON file; what was killed goes on from what is kept beside it",
+    )
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
     verb = add(
@@ -241,39 +257,64 @@ def _grpo(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    for name in ("limit", "max_new_tokens", "batch_size"):
+    for name in ("limit", "samples", "max_new_tokens", "batch_size"):
         _check_at_least(name, getattr(arguments, name), 1)
     if not 0 <= arguments.temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, not {arguments.temperature}")
+    if arguments.samples > 1 and arguments.temperature == 0:
+        raise UsageError("--samples above 1 needs a --temperature above 0: greedy answers are all alike")
     _check_seed(arguments.seed)
     if arguments.out is not None:
         if arguments.out.is_dir():
             raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    from psyche_jax.evaluate.benchmarks import read_benchmark
+    from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
+    from psyche_jax.evaluate.scores import scores_table
+
+    benchmark = read_benchmark(arguments.bench)
+    for line in benchmark.set_aside:
+        print(f"set aside: {line}", file=sys.stderr)
+    benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
+    model = _model_to_evaluate(arguments)
+    label = arguments.label or model.short_name
+    is_run = (Path(arguments.model) / "config.yaml").is_file()
+    places = [evaluation_file(Path(arguments.model), benchmark.name, label)] if is_run else []
+    places += [arguments.out] if arguments.out is not None else []
+    evaluation = evaluate(model, benchmark, label=label, samples=arguments.samples, files=places)
+    for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
+        print(f"set aside: {line}", file=sys.stderr)
+    summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"])}
+    print(json.dumps(summary) if arguments.json else scores_table(summary))
+
+
+def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
+    """What `psyche eval` asks."""
+    from psyche_jax.config import PromptSection
+    from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+
+    prompt = PromptSection(system="", instruction="") if arguments.bare else None
+    if arguments.model.startswith(SCHEMES):
+        return Endpoint(
+            arguments.model,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            concurrency=arguments.batch_size or 16,
+            prompt=prompt,
+        )
     _start_jax()
-    from psyche_jax.evaluate.evaluation import evaluate_model, read_bench, save_evaluation
-    from psyche_jax.files import write_json
+    from psyche_jax.evaluate.local import LocalModel
     from psyche_jax.model.decoding import Sampling
 
-    records = read_bench(arguments.bench)
-    for line in records.set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
-    evaluation = evaluate_model(
+    return LocalModel(
         arguments.model,
-        arguments.bench,
-        records.good[: arguments.limit],
         Sampling(arguments.max_new_tokens, arguments.temperature),
-        label=arguments.label or Path(arguments.model).absolute().name,
         compute_dtype=arguments.compute_dtype,
-        batch_size=arguments.batch_size,
+        batch_size=arguments.batch_size or 64,
         seed=arguments.seed,
+        prompt=prompt,
     )
-    if (Path(arguments.model) / "config.yaml").is_file():
-        save_evaluation(Path(arguments.model), evaluation)
-    if arguments.out is not None:
-        write_json(arguments.out, evaluation)
-    summary = {**evaluation["scores"], "set_aside": len(records.set_aside)}
-    print(json.dumps(summary) if arguments.json else _scores_table(summary))
 
 
 def _data(arguments: argparse.Namespace) -> None:
@@ -359,17 +400,6 @@ def _start_jax(distributed: "DistributedSection | None" = None) -> None:
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         # A program from the cache may enter its collectives in another order on each virtual device, and hang.
         jax.config.update("jax_enable_compilation_cache", False)
-
-
-def _scores_table(summary: dict[str, Any]) -> str:
-    rows = [("all", summary), *summary["by_kind"].items()]
-    lines = [f"{'':8}{'questions':>10}{'strict':>9}{'chance':>9}{'elastic':>9}{'chance':>9}{'unanswered':>12}"]
-    for name, row in rows:
-        numbers = "".join(f"{row[key]:9.3f}" for key in ("strict", "chance", "elastic", "chance_elastic"))
-        lines.append(f"{name:8}{row['count']:10}{numbers}{row['unanswered']:12}")
-    if summary["set_aside"]:
-        lines.append(f"{summary['set_aside']} records set aside")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,9 @@ from psyche_jax.data.records import (
 )
 from psyche_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.evaluation import evaluate_model, save_evaluation
+from psyche_jax.evaluate.benchmarks import read_benchmark
+from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
+from psyche_jax.evaluate.local import LocalModel
 from psyche_jax.evaluate.report import write_report
 from psyche_jax.files import new_folder, read_json, write_json
 from psyche_jax.model.config import ModelConfig
@@ -218,19 +220,17 @@ def grpo_config(paths: Paths, seed: int) -> GrpoConfig:
 
 def evaluate_stages(paths: Paths) -> dict[str, dict[str, float]]:
     """Strict and elastic accuracy on the held-out questions before SFT, after it and after GRPO."""
-    bench = paths.data / "heldout.jsonl"
-    questions = read_records(Question, bench).good
+    benchmark = read_benchmark(str(paths.data / "heldout.jsonl"))
+    sampling = Sampling(MAX_NEW_TOKENS, temperature=0.0)
     scores = {}
     for label, model, run in (
         ("base", paths.checkpoint, paths.sft),
         ("sft", paths.sft, paths.sft),
         ("grpo", paths.grpo, paths.grpo),
     ):
-        file = run / "evaluations" / f"heldout-{label}.json"
+        file = evaluation_file(run, benchmark.name, label)
         if not file.is_file():
-            sampling = Sampling(MAX_NEW_TOKENS, temperature=0.0)
-            evaluation = evaluate_model(str(model), str(bench), questions, sampling, label=label, prompt=PROMPT)
-            save_evaluation(run, evaluation)
+            evaluate(LocalModel(str(model), sampling, prompt=PROMPT), benchmark, label=label, files=[file])
         scores[label] = {name: read_json(file)["scores"][name] for name in ("strict", "elastic", "chance")}
     return scores
 

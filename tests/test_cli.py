@@ -16,7 +16,7 @@ import psyche_jax
 from psyche_jax import cli
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.evaluate.evaluation import read_bench
+from psyche_jax.evaluate.benchmarks import read_benchmark
 
 ROOT = Path(psyche_jax.__file__).parents[1]
 VERBS = ("import", "sft", "grpo", "export", "eval", "data", "report", "plan", "demo")
@@ -160,19 +160,21 @@ def test_eval(model, capsys):
     written = json.loads(Path("new/e.json").read_text())
     assert written["label"] == "mine"
     assert {**written["scores"], "set_aside": 0} == summary
-    assert [item["id"] for item in written["items"]] == [q.id for q in read_bench("samples").good[:5]]
+    assert [item["id"] for item in written["items"]] == [task.id for task in read_benchmark("samples").tasks[:5]]
     assert not (model / "evaluations").exists(), "a model folder is no run"
 
     assert cli.main([*arguments]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert table[0].split() == ["questions", "strict", "chance", "elastic", "chance", "unanswered"]
+    assert table[0].split() == ["questions", "strict", "95", "%", "chance", "elastic", "chance", "unanswered"]
     assert table[1].split() == [
         "all",
         "5",
-        *(f"{summary[name]:.3f}" for name in ("strict", "chance", "elastic", "chance_elastic")),
+        f"{summary['strict']:.3f}",
+        "–".join(f"{bound:.3f}" for bound in summary["interval"]),
+        *(f"{summary[name]:.3f}" for name in ("chance", "elastic", "chance_elastic")),
         str(summary["unanswered"]),
     ]
-    assert {line.split()[0] for line in table[2:]} == set(summary["by_kind"])
+    assert {line.split()[0] for line in table[2:4]} == set(summary["by_kind"])
     assert json.loads(Path("new/e.json").read_text())["label"] == "model"
 
 

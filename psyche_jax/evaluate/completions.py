@@ -1,25 +1,16 @@
 """Completions of tokenized prompts, batch by batch."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 
 from psyche_jax.data.streams import pad_prompts
+from psyche_jax.evaluate.answers import Completion
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decoding import Rollout, Sampling, generate
 from psyche_jax.model.qwen2 import Execution, Parameters
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a model said. `finished`: it ended with a stop token, which `text` leaves out."""
-
-    text: str
-    tokens: int
-    finished: bool
 
 
 def complete(
@@ -31,12 +22,15 @@ def complete(
     execution: Execution,
     batch_size: int,
     seed: int = 0,
-    advance: Callable[[int], object] = lambda done: None,
-) -> list[Completion]:
-    """One completion for each prompt, in their order.
+    keep: Callable[[int, Completion], object] = lambda index, completion: None,
+    skip: Collection[int] = (),
+) -> dict[int, Completion]:
+    """One completion for each prompt, by its place.
 
-    Prompts are sorted by length, so that batches waste little and few shapes are compiled. `advance(n)` is told
-    of each n prompts done. `batch_size` is rounded up to a multiple of what the mesh's batch axes need.
+    Prompts are sorted by length, so that batches waste little and few shapes are compiled. `keep(place, completion)`
+    is called as they come. Prompts at the places `skip` have theirs already; the others get what they would have got
+    without it, since batches are always cut alike. `batch_size` is rounded up to a multiple of what the mesh's batch
+    axes need.
     """
     places = _batch_places(execution)
     rows = -(-min(batch_size, len(prompts)) // places) * places
@@ -48,17 +42,21 @@ def complete(
     completions: dict[int, Completion] = {}
     for start in range(0, len(order), rows):
         indices = order[start : start + rows]
+        if all(index in skip for index in indices):
+            continue
         padded = indices + indices[:1] * (rows - len(indices))
         batch = jax.device_put(pad_prompts([prompts[i] for i in padded], config.max_position_embeddings), place)
         key = jax.random.fold_in(jax.random.key(seed), start)
         rollout = jax.device_get(program(parameters, batch["tokens"], batch["mask"], key))
         for row, index in enumerate(indices):
+            if index in skip:
+                continue
             tokens = rollout.tokens[row][rollout.mask[row]].tolist()
             finished = bool(tokens) and tokens[-1] in config.stop_token_ids
             text = tokenizer.decode(tokens[:-1] if finished else tokens)
             completions[index] = Completion(text, len(tokens), finished)
-        advance(len(indices))
-    return [completions[index] for index in range(len(prompts))]
+            keep(index, completions[index])
+    return completions
 
 
 def _batch_places(execution: Execution) -> int:

@@ -2,116 +2,153 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
-from importlib.resources import files
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import jax.numpy as jnp
 from tqdm import tqdm
 
-from psyche_jax.config import Dtype, MeshSection, PromptSection
-from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import Message, Question, Records, question_text, read_records
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.choice import score_item, summarize
-from psyche_jax.evaluate.completions import complete
+from psyche_jax.evaluate.answers import Answers, Completion, Key
+from psyche_jax.evaluate.choice import score_answer, summarize
+from psyche_jax.evaluate.essays import score_essay, summarize_essays
+from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task
 from psyche_jax.files import write_json
-from psyche_jax.model.decoding import Sampling
-from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.model.qwen2 import Execution
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.train.checkpoints import open_model
 
-SAMPLES = "samples"  # the benchmark that comes with the package
+SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal
 
 
-def read_bench(bench: str) -> Records[Question]:
-    """The questions of a benchmark: `samples`, or a JSONL file of `Question` records.
+class Model(Protocol):
+    """What an evaluation asks: `LocalModel` or `Endpoint`."""
 
-    Raises:
-      UserError: the file is missing, or holds no usable question.
-    """
-    path = Path(str(files("psyche_jax.data") / "samples" / "questions.jsonl")) if bench == SAMPLES else Path(bench)
-    return read_records(Question, path)
+    name: str
+    parameters: int | None
+
+    @property
+    def short_name(self) -> str:
+        """What reports call it."""
+
+    @property
+    def step(self) -> int:
+        """The training step of a checkpoint, else 0."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How it is asked, for the record."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that an answer depends on."""
+
+    def answer(
+        self, tasks: Mapping[Key, Task], known: Collection[Key], keep: Callable[[Key, Completion], object]
+    ) -> dict[Key, str]:
+        """Answer all tasks but those `known`; returns why there is none, for each that has no answer."""
 
 
-def evaluate_model(
-    model_path: str,
-    bench: str,
-    questions: Sequence[Question],
-    sampling: Sampling,
-    *,
-    label: str,
-    mesh: MeshSection | None = None,
-    compute_dtype: Dtype = "float32",
-    batch_size: int = 64,
-    seed: int = 0,
-    prompt: PromptSection | None = None,
+def evaluate(
+    model: Model, benchmark: Benchmark, *, label: str, samples: int = 1, files: Sequence[Path] = ()
 ) -> dict[str, Any]:
-    """Ask all questions and score the answers.
+    """Ask everything and score the answers.
 
     Args:
-      model_path: a Hugging Face folder, a checkpoint or a run.
-      bench: the benchmark's name, for the record.
-      questions: what is asked.
-      sampling: lengths and temperature.
+      model: who is asked.
+      benchmark: what is asked.
       label: what the report calls the model.
-      mesh: sizes of the mesh's axes; all devices along `fsdp` if None.
-      compute_dtype: dtype of activations and of the weights while decoding.
-      batch_size: questions at once.
-      seed: of sampling.
-      prompt: system prompt and instruction; None: those that the model was trained with, else the defaults.
+      samples: answers to each question.
+      files: where to write the evaluation. Beside the first, answers are kept as they come until it is written; an
+        evaluation that was killed, or to which some questions have no answer, goes on from them.
 
     Returns:
-      `label, model, bench, sampling, scores, items`; what `psyche eval --json` prints but for the items.
+      `label, model, parameters, bench, step, samples, sampling, scores, set_aside, items`. `scores` is what
+      `choice.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
+      leaked tasks) and `leaked` (how many) if leaks were looked for.
 
     Raises:
-      UserError: the model cannot be used.
+      UserError: the model cannot be used, or answered nothing at all.
     """
-    stored = open_model(model_path)
-    mesh = mesh or MeshSection()
-    sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
-    check_mesh_fits(sharding.mesh, stored.config)
-    tokenizer = load_tokenizer(stored.tokenizer_folder)
-    prompt = prompt or stored.prompt or PromptSection()
-    prompts = [prompt_tokens(tokenizer, [Message("user", question_text(q))], prompt) for q in questions]
-    longest, places = max(map(len, prompts)), stored.config.max_position_embeddings
-    if longest + sampling.max_new_tokens > places:
-        raise UserError(
-            f"{bench}: a question of {longest} tokens and an answer of {sampling.max_new_tokens} do not fit the "
-            f"{places} positions of {model_path}; allow fewer new tokens, or take the question out"
-        )
-    parameters = stored.read_parameters(sharding, jnp.dtype(compute_dtype))
-    with tqdm(total=len(prompts), desc=f"eval {label}", unit="question", disable=not sys.stderr.isatty()) as bar:
-        completions = complete(
-            stored.config,
-            parameters,
-            tokenizer,
-            prompts,
-            sampling,
-            Execution(sharding, jnp.dtype(compute_dtype)),
-            batch_size,
-            seed,
-            bar.update,
-        )
-    items = [score_item(question, completion) for question, completion in zip(questions, completions, strict=True)]
-    return {
+    if not benchmark.tasks:
+        raise UserError(f"{benchmark.name}: holds nothing to ask")
+    requests = {(task.id, sample): task for sample in range(samples) for task in benchmark.tasks}
+    identity = {**model.identity, "bench": benchmark.name, "requests": [list(key) for key in requests]}
+    with (
+        Answers(files[0] if files else None, identity) as answers,
+        progress(label, len(requests), len(answers.known)) as advance,
+    ):
+
+        def keep(key: Key, completion: Completion) -> None:
+            answers.keep(key, completion)
+            advance()
+
+        failed = model.answer(requests, answers.known.keys(), keep)
+    unanswered = {task_id: reason for (task_id, _), reason in failed.items()}
+    tasks = [task for task in benchmark.tasks if task.id not in unanswered]
+    if not tasks:
+        reason = next(iter(failed.values()))
+        raise UserError(f"{model.name}: answered none of {len(benchmark.tasks)} questions: {reason}")
+    evaluation = {
         "label": label,
-        "model": model_path,
-        "bench": bench,
-        "step": int(stored.weights.name) if stored.weights.name.isdecimal() else 0,
-        "sampling": dataclasses.asdict(sampling),
-        "scores": summarize(questions, items),
-        "items": [dataclasses.asdict(item) for item in items],
+        "model": model.name,
+        "parameters": model.parameters,
+        "bench": benchmark.name,
+        "step": model.step,
+        "samples": samples,
+        "sampling": model.settings,
+        **_scored(benchmark, tasks, answers.known, samples),
+        "set_aside": [*benchmark.set_aside, *(f"{task_id}: no answer: {why}" for task_id, why in unanswered.items())],
     }
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, evaluation)
+    if files and not failed:
+        answers.discard()
+    return evaluation
 
 
-def save_evaluation(run: Path, evaluation: dict[str, Any]) -> Path:
-    """Write an evaluation into a run's folder, where `report` finds it."""
-    folder = run / "evaluations"
-    folder.mkdir(exist_ok=True)
-    name = f"{Path(evaluation['bench']).stem}-{evaluation['label']}.json"
-    path = folder / name.replace("/", "-")
-    write_json(path, evaluation)
-    return path
+def evaluation_file(run: Path, bench: str, label: str) -> Path:
+    """Where `report` looks for an evaluation of a run."""
+    return run / "evaluations" / f"{Path(bench).stem}-{label}.json".replace("/", "-")
+
+
+def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Completion], samples: int) -> dict[str, Any]:
+    choices = [task for task in tasks if task.kind in CHOICE_KINDS]
+    items = {task.id: [score_answer(task, known[task.id, n], n) for n in range(samples)] for task in choices}
+    essays = [score_essay(task, known[task.id, n], n) for task in tasks if task.kind == "essay" for n in range(samples)]
+    scores = summarize(choices, items)
+    if essays:
+        scores["essays"] = summarize_essays(essays)
+    if benchmark.leaked is not None:
+        clean = [task for task in choices if task.id not in benchmark.leaked]
+        scores["decontaminated"] = summarize(clean, items)
+        clean_essays = [item for item in essays if item.id not in benchmark.leaked]
+        if clean_essays:
+            scores["decontaminated"]["essays"] = summarize_essays(clean_essays)
+        scores["leaked"] = sum(task.id in benchmark.leaked for task in tasks)
+    listed = [dataclasses.asdict(item) for task in choices for item in items[task.id]]
+    listed += [dataclasses.asdict(item) for item in essays]
+    if benchmark.leaked is not None:
+        listed = [{**item, "leaked": benchmark.leaked.get(item["id"], "")} for item in listed]
+    return {"scores": scores, "items": listed}
+
+
+@contextmanager
+def progress(label: str, total: int, done: int) -> Iterator[Callable[[], object]]:
+    """A bar on a terminal; elsewhere a plain line now and then. Yields what to call after each answer."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, initial=done, desc=f"eval {label}", unit="answer") as bar:
+            yield bar.update
+        return
+    if done:
+        print(f"eval {label}: {done} of {total} answers are there already", file=sys.stderr)
+    last = time.monotonic()
+
+    def advance() -> None:
+        nonlocal done, last
+        done += 1
+        if time.monotonic() - last > SECONDS_BETWEEN_LINES:
+            last = time.monotonic()
+            print(f"eval {label}: {done} of {total}", file=sys.stderr, flush=True)
+
+    yield advance

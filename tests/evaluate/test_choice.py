@@ -10,12 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_jax.data.records import Question, question_text
-from psyche_jax.evaluate.choice import Item, chance, score_item, summarize
-from psyche_jax.evaluate.completions import Completion
+from psyche_jax.evaluate.answers import Completion
+from psyche_jax.evaluate.choice import Item, score_answer, summarize
+from psyche_jax.evaluate.choice import chance as chance_of_task
+from psyche_jax.evaluate.tasks import choice_task
 
 
 def question(options: int, answer: str, kind: str = "multi", name: str = "问") -> Question:
     return Question(name, {letter: f"选项{letter}" for letter in string.ascii_uppercase[:options]}, answer, kind)
+
+
+def score_item(question: Question, completion: Completion) -> Item:
+    return score_answer(choice_task(question), completion)
+
+
+def chance(question: Question) -> tuple[float, float]:
+    return chance_of_task(choice_task(question))
+
+
+def scores_of(questions: list[Question], items: list[Item]) -> dict:
+    """The summary of one answer to each question."""
+    return summarize([choice_task(one) for one in questions], {item.id: [item] for item in items})
 
 
 def asked(text: str, gold: str = "AC", kind: str = "multi") -> Item:
@@ -144,7 +159,7 @@ def test_summary(rows):
     ]
     texts = ["" if predicted is None else f"答案：{predicted}" for *_, predicted in rows]
     items = [score_item(asked, Completion(text, 1, True)) for asked, text in zip(questions, texts, strict=True)]
-    summary = summarize(questions, items)
+    summary = scores_of(questions, items)
 
     def mean(values):
         return sum(values) / Fraction(len(values))
@@ -179,9 +194,9 @@ def test_summary(rows):
 
 
 def test_single_comes_first_in_summaries():
-    questions = [question(4, "AB"), question(4, "A", "single")]
+    questions = [question(4, "AB"), question(4, "A", "single", "另一问")]
     items = [score_item(one, Completion("答案：A", 1, True)) for one in questions]
-    summary = summarize(questions, items)
+    summary = scores_of(questions, items)
     assert list(summary["by_kind"]) == ["single", "multi"]
     assert (summary["strict"], summary["elastic"]) == (0.5, 0.75)
     assert dataclasses.asdict(items[1])["strict"] == 1

@@ -9,10 +9,13 @@ from tiny import save_model
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import Message, question_text
+from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
+from psyche_jax.evaluate import evaluation
+from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.completions import complete
-from psyche_jax.evaluate.evaluation import evaluate_model, read_bench, save_evaluation
+from psyche_jax.evaluate.local import LocalModel
+from psyche_jax.evaluate.tasks import Benchmark
 from psyche_jax.model.decoding import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
@@ -39,8 +42,8 @@ def run(model):
     prompts = [tokenizer.encode(text) for text in PROMPTS]
     known = {}
 
-    def completions(batch_size=4, devices=8, new_tokens=NEW_TOKENS, temperature=0.0, seed=0, order=1):
-        key = (batch_size, devices, new_tokens, temperature, seed, order)
+    def completions(batch_size=4, devices=8, new_tokens=NEW_TOKENS, temperature=0.0, seed=0, order=1, skip=()):
+        key = (batch_size, devices, new_tokens, temperature, seed, order, skip)
         if key not in known:
             sharding = Sharding(make_mesh(devices=jax.devices()[:devices]), TRAIN_RULES)
             parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
@@ -56,10 +59,11 @@ def run(model):
                 execution,
                 batch_size,
                 seed,
-                done.append,
+                lambda place, completion: done.append((place, completion)),
+                skip,
             )
-            assert sum(done) == len(prompts)
-            known[key] = result
+            assert dict(done) == result and len(done) == len(prompts) - len(skip)
+            known[key] = [result[place] for place in range(len(prompts)) if place in result]
         return known[key]
 
     return completions
@@ -99,36 +103,73 @@ def test_sampling_depends_on_the_seed_alone(run):
     assert len({tuple(some) for some in (*texts, greedy)}) == 3
 
 
+@pytest.mark.parametrize("skip", [(0, 3, 4), tuple(range(9))])
+def test_what_is_left_is_answered_as_it_would_have_been(run, skip):
+    """Sampled, too: so an evaluation that was killed ends as one that was not."""
+    whole = run(4, 1, temperature=1.0)
+    assert run(4, 1, temperature=1.0, skip=skip) == [one for place, one in enumerate(whole) if place not in skip]
+
+
 @pytest.fixture(scope="module")
-def questions():
-    good = read_bench("samples").good
-    return [next(q for q in good if q.kind == kind) for kind in ("single", "multi")] + list(good[:3])
+def benchmark():
+    tasks = read_benchmark("samples").tasks
+    return Benchmark(
+        "samples", (*(next(t for t in tasks if t.kind == kind) for kind in ("single", "multi")), *tasks[:3])
+    )
 
 
-def evaluate(model, questions, **changes):
-    options = {"label": "tiny", "batch_size": 8, **changes}
-    return evaluate_model(str(model), "samples", questions, Sampling(4, 0.0), **options)
+def evaluate(model, benchmark, samples=1, temperature=0.0, files=(), **changes):
+    local = LocalModel(str(model), Sampling(4, temperature), **{"batch_size": 8, **changes})
+    return evaluation.evaluate(local, benchmark, label="tiny", samples=samples, files=files)
 
 
-def test_a_whole_evaluation(model, questions):
-    found = evaluate(model, questions)
-    assert json.loads(json.dumps(found)) == found
+def test_a_whole_evaluation(model, benchmark):
+    found = evaluate(model, benchmark)
+    tasks = benchmark.tasks
+    assert json.loads(json.dumps(found)) == json.loads(json.dumps(evaluate(model, benchmark)))
     assert (found["label"], found["model"], found["bench"], found["step"]) == ("tiny", str(model), "samples", 0)
     assert found["sampling"]["temperature"] == 0.0
     items = found["items"]
-    assert [item["id"] for item in items] == [question.id for question in questions]
-    assert [item["gold"] for item in items] == [question.answer for question in questions]
-    assert [item["question"] for item in items] == [question_text(question) for question in questions]
+    assert [item["id"] for item in items] == [task.id for task in tasks]
+    assert [task.id for task in tasks if task.id.endswith("#2")], "a question that stands there twice is asked twice"
+    assert [item["gold"] for item in items] == [task.gold for task in tasks]
+    assert [item["question"] for item in items] == [task.text for task in tasks]
     scores = found["scores"]
-    assert scores["count"] == len(questions) == sum(part["count"] for part in scores["by_kind"].values())
+    assert scores["count"] == len(tasks) == sum(part["count"] for part in scores["by_kind"].values())
     assert scores["strict"] == sum(item["strict"] for item in items) / len(items)
     assert scores["unanswered"] == sum(item["predicted"] is None for item in items)
-    assert evaluate(model, questions) == found
 
 
-def test_the_prompt_that_a_model_was_trained_with_is_used(model, questions, monkeypatch):
+def test_an_evaluation_that_was_killed_goes_on_to_the_same_scores(model, benchmark, tmp_path, monkeypatch):
+    whole = evaluate(model, benchmark, 3, 1.0)
+    file, asked = tmp_path / "new" / "e.json", []
+    keep = evaluation.Answers.keep
+
+    def dies(self, key, completion):
+        asked.append(key)
+        if len(asked) == 7:
+            raise KeyboardInterrupt
+        keep(self, key, completion)
+
+    monkeypatch.setattr(evaluation.Answers, "keep", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, benchmark, 3, 1.0, [file])
+    assert not file.exists()
+    (kept,) = file.parent.glob("e.*.answers.jsonl")
+    with kept.open("a") as cut:
+        cut.write('{"id": "half')
+    evaluate(model, benchmark, 3, 1.0, [tmp_path / "other.json"], seed=5)  # others' answers are left alone
+    asked.clear()
+    asked.extend(range(10))
+    assert evaluate(model, benchmark, 3, 1.0, [file]) == whole
+    assert len(asked) - 10 == len(whole["items"]) - 6
+    assert json.loads(file.read_text()) == json.loads(json.dumps(whole))
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["e.json", "other.json"]
+
+
+def test_the_prompt_that_a_model_was_trained_with_is_used(model, benchmark, monkeypatch):
     """`psyche_prompt.json` of the folder, unless another is given; the defaults where there is none."""
-    from psyche_jax.evaluate import evaluation
+    from psyche_jax.evaluate import local
 
     asked = []
     tokenizer = load_tokenizer(model)
@@ -137,7 +178,7 @@ def test_the_prompt_that_a_model_was_trained_with_is_used(model, questions, monk
         asked.append(prompts)
         raise StopIteration
 
-    monkeypatch.setattr(evaluation, "complete", instead)
+    monkeypatch.setattr(local, "complete", instead)
     own, given = PromptSection("自己的", "先想。"), PromptSection("给的", "")
     file = model / "psyche_prompt.json"
     for stored, argument, expected in (
@@ -149,21 +190,18 @@ def test_the_prompt_that_a_model_was_trained_with_is_used(model, questions, monk
         if stored is not None:
             file.write_text(json.dumps({"system": stored.system, "instruction": stored.instruction}))
         with pytest.raises(StopIteration):
-            evaluate(model, questions, prompt=argument)
-        turns = [[Message("user", question_text(question))] for question in questions]
+            evaluate(model, benchmark, prompt=argument)
+        turns = [[Message("user", task.text)] for task in benchmark.tasks]
         assert asked.pop() == [prompt_tokens(tokenizer, turn, expected) for turn in turns]
     file.unlink()
 
 
-def test_what_does_not_fit_the_model(model, questions):
+def test_what_does_not_fit_the_model(model, benchmark):
     places = open_model(str(model)).config.max_position_embeddings
-    with pytest.raises(UserError, match=rf"samples: a question of \d+ tokens .* the {places} positions"):
-        evaluate_model(str(model), "samples", questions, Sampling(places), label="x")
+    with pytest.raises(UserError, match=rf"a question of \d+ tokens .* the {places} positions"):
+        evaluation.evaluate(LocalModel(str(model), Sampling(places)), benchmark, label="x")
 
 
-def test_saving(tmp_path):
-    evaluation = {"bench": "data/held out.jsonl", "label": "a/b", "scores": {}}
-    path = save_evaluation(tmp_path, evaluation)
+def test_where_a_runs_evaluations_are(tmp_path):
+    path = evaluation.evaluation_file(tmp_path, "data/held out.jsonl", "a/b")
     assert path == tmp_path / "evaluations" / "held out-a-b.json"
-    assert json.loads(path.read_text()) == evaluation
-    assert save_evaluation(tmp_path, evaluation) == path

@@ -1,0 +1,127 @@
+"""A model on disk as one that answers: a Hugging Face folder, a checkpoint or a run."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from psyche_jax.config import Dtype, MeshSection, PromptSection, config_to_dict
+from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.errors import UserError
+from psyche_jax.evaluate.answers import Completion, Key
+from psyche_jax.evaluate.completions import complete
+from psyche_jax.evaluate.tasks import Task
+from psyche_jax.model.decoding import Sampling
+from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.train.checkpoints import open_model
+
+
+class LocalModel:
+    """A model on disk, its weights not yet read."""
+
+    def __init__(
+        self,
+        path: str,
+        sampling: Sampling,
+        *,
+        mesh: MeshSection | None = None,
+        compute_dtype: Dtype = "float32",
+        batch_size: int = 64,
+        seed: int = 0,
+        prompt: PromptSection | None = None,
+    ) -> None:
+        """Find the model.
+
+        Args:
+          path: a Hugging Face folder, a checkpoint or a run.
+          sampling: lengths and temperature.
+          mesh: sizes of the mesh's axes; all devices along `fsdp` if None.
+          compute_dtype: dtype of activations and of the weights while decoding.
+          batch_size: questions at once.
+          seed: of sampling.
+          prompt: system prompt and instruction; None: those that the model was trained with, else the defaults.
+
+        Raises:
+          UserError: there is no usable model.
+        """
+        self.name = path
+        self._stored = open_model(path)
+        mesh = mesh or MeshSection()
+        self._sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
+        check_mesh_fits(self._sharding.mesh, self._stored.config)
+        self._tokenizer = load_tokenizer(self._stored.tokenizer_folder)
+        self._prompt = prompt or self._stored.prompt or PromptSection()
+        self._sampling, self._dtype, self._batch_size, self._seed = sampling, compute_dtype, batch_size, seed
+        self.parameters: int | None = self._stored.config.num_parameters
+
+    @property
+    def step(self) -> int:
+        """The training step of a checkpoint, 0 for a Hugging Face folder."""
+        name = self._stored.weights.name
+        return int(name) if name.isdecimal() else 0
+
+    @property
+    def short_name(self) -> str:
+        """What reports call it."""
+        return Path(self.name).absolute().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked how, for the record."""
+        return {
+            "max_new_tokens": self._sampling.max_new_tokens,
+            "temperature": self._sampling.temperature,
+            "seed": self._seed,
+            "prompt": config_to_dict(self._prompt),
+        }
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that an answer depends on."""
+        files = sorted(self._stored.weights.rglob("*")) if isinstance(self._stored.weights, Path) else []
+        return {
+            **self.settings,
+            "dtype": self._dtype,
+            "batch": self._batch_size,
+            "weights": str(self._stored.weights),
+            "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()],
+        }
+
+    def answer(
+        self, tasks: Mapping[Key, Task], known: Collection[Key], keep: Callable[[Key, Completion], object]
+    ) -> dict[Key, str]:
+        """Answer all tasks but those `known`; never fails for some alone.
+
+        Raises:
+          UserError: a question does not fit, or the weights cannot be read.
+        """
+        keys = list(tasks)
+        prompts = self._prompts([tasks[key] for key in keys])
+        if len(known) == len(keys):
+            return {}
+        complete(
+            self._stored.config,
+            self._stored.read_parameters(self._sharding, jnp.dtype(self._dtype)),
+            self._tokenizer,
+            prompts,
+            self._sampling,
+            Execution(self._sharding, jnp.dtype(self._dtype)),
+            self._batch_size,
+            self._seed,
+            lambda place, completion: keep(keys[place], completion),
+            {place for place, key in enumerate(keys) if key in known},
+        )
+        return {}
+
+    def _prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
+        prompts = [prompt_tokens(self._tokenizer, task.turns, self._prompt) for task in tasks]
+        longest, places = max(map(len, prompts)), self._stored.config.max_position_embeddings
+        if longest + self._sampling.max_new_tokens > places:
+            raise UserError(
+                f"a question of {longest} tokens and an answer of {self._sampling.max_new_tokens} do not fit the "
+                f"{places} positions of {self.name}; allow fewer new tokens, or take the question out"
+            )
+        return prompts

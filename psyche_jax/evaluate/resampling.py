@@ -1,0 +1,29 @@
+"""Confidence intervals by bootstrap."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+RESAMPLES = 1000
+_SEED = 0
+
+
+def bootstrap_means(values: Sequence[float], groups: Sequence[str], name: str = "") -> np.ndarray:
+    """float64 [RESAMPLES]: means of `values` over groups drawn with replacement, as many as there are.
+
+    Values of one group (the questions on one case) are drawn together, since they are not independent. The draws
+    depend on `name` and the number of groups alone, so the same scores have the same interval everywhere.
+    """
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([places[group] for group in groups])
+    sums = np.bincount(index, np.asarray(values, float))
+    counts = np.bincount(index).astype(float)
+    random = np.random.default_rng([_SEED, *name.encode()])
+    drawn = random.multinomial(len(places), np.full(len(places), 1 / len(places)), RESAMPLES)
+    return (drawn @ sums) / (drawn @ counts)
+
+
+def interval(means: np.ndarray) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled means."""
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
