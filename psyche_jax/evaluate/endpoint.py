@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import httpx
+import httpx2
 import openai
 
 from psyche_jax.config import PromptSection, config_to_dict
@@ -134,7 +134,7 @@ class Endpoint:
                 except openai.APIStatusError as error:
                     failed[key] = _said(error)
                     unreachable += error.status_code >= 500 or error.status_code == 429
-                except (openai.APIError, httpx.HTTPError) as error:
+                except (openai.APIError, httpx2.HTTPError) as error:
                     failed[key] = _said(error)
                     unreachable += 1
                 if unreachable >= UNREACHABLE_AFTER:
@@ -160,7 +160,7 @@ class Endpoint:
 
         Raises:
           BadAnswerError: it is never whole, or another model's.
-          openai.APIError, httpx.HTTPError: the request did not come through.
+          openai.APIError, httpx2.HTTPError: the request did not come through.
         """
         for attempt in range(ATTEMPTS):
             try:
@@ -183,12 +183,16 @@ class Endpoint:
             seed=seed,
             stream=True,
         )
+        begun = False
         try:
             async with request as response:
+                begun = True
                 if "event-stream" in response.headers.get("content-type", ""):
                     return await _streamed(await response.parse())
                 return _whole(await response.json())  # the server does not stream
-        except (httpx.RemoteProtocolError, httpx.ReadError):
+        except (openai.APIConnectionError, httpx2.TransportError):
+            if not begun:
+                raise
             raise BadAnswerError("the answer broke off") from None
         except ValueError:
             raise BadAnswerError("the answer is not JSON") from None
@@ -197,7 +201,7 @@ class Endpoint:
         async with self._client() as client:
             try:
                 names = [model.id async for model in client.models.list()]
-            except (openai.APIError, httpx.HTTPError, ValueError) as error:
+            except (openai.APIError, httpx2.HTTPError, ValueError) as error:
                 raise UserError(f"{self.url}: names no model ({_said(error)}); say which: {self.url}#MODEL") from None
         if len(names) != 1:
             shown = ", ".join(map(str, names[:5])) or "none"
@@ -255,5 +259,6 @@ def _text(value: Any) -> str:
 def _said(error: Exception) -> str:
     """What went wrong in one line."""
     if isinstance(error, openai.APIStatusError):
-        return f"HTTP {error.status_code}: {' '.join(str(error.message).split())[:200]}"
+        message = " ".join(error.message.split()).removeprefix(f"Error code: {error.status_code} - ")
+        return f"HTTP {error.status_code}: {message[:200]}"
     return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0][:200]

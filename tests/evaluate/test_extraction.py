@@ -1,0 +1,90 @@
+"""What is read from prose, and what is not."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psyche_jax.evaluate.extraction import answer_part, lenient_letters, read_letters
+from psyche_jax.rewards import extract_letters
+
+
+@pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("A 不对，选 B 和 C", "BC"),
+        ("不选A，应选C。", "C"),
+        ("我先选A，后来改选BD", "BD"),
+        ("选A和B不对，应选C", "C"),
+        ("错误的选项是A，正确的选项是B", "B"),
+        ("排除A和B", None),
+        ("正确答案为ＡＣ", "AC"),
+        ("正确答案为b", "B"),
+        ("The answer is B because it is a good one", "B"),
+        ("Answer: A and C", "AC"),
+        (r"所以 \boxed{AD}", "AD"),
+        ("选A. 具体化", "A"),
+        ("选A.B", None),
+        ("选A或B", None),
+        ("答案是 A 或者 C", None),
+        ("答案：A-D", None),
+        ("AC", "AC"),
+        ("**B**", "B"),
+        ("（A、C）。", "AC"),
+        ("B. 具体化", "B"),
+        ("A. 甲\nC. 丙", "AC"),
+        ("A. 甲\nB. 乙\nC. 丙\nD. 丁", None),
+        ("A正确，B错误，C正确", "AC"),
+        ("A不正确，D对", "D"),
+        ("A和C都是正确的", "AC"),
+        ("选项A错误", None),
+        ("答案不是A", None),
+        ("DNA", None),
+        ("选E", None),
+        ("没有答案", None),
+        ("以上都对", None),
+        ("", None),
+    ],
+)
+def test_prose(text: str, letters: str | None) -> None:
+    assert lenient_letters(text, "ABCD") == letters
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "strict", "lenient", "failure"),
+    [
+        ("<think>选A</think>\n答案：C", True, "C", "C", ""),
+        ("<think>答案：A</think>\n我选C", True, None, "C", "no letters after the marker"),
+        ("答案：A 因为…", True, None, "A", "no letters after the marker"),
+        ("<think>答案：A</think>", True, None, None, "reasoning only"),
+        ("<think>答案是A", False, None, None, "cut at the limit"),
+        ("我想说", False, None, None, "cut at the limit"),
+        (" \n", True, None, None, "empty"),
+    ],
+)
+def test_readings(text: str, finished: bool, strict: str | None, lenient: str | None, failure: str) -> None:
+    reading = read_letters(text, "ABCD", finished)
+    assert (reading.strict, reading.lenient, reading.failure) == (strict, lenient, failure)
+
+
+pieces = st.sampled_from(
+    ["选", "答案", "：", "是", "不", "A", "B", "Ｃ", "d", "E", "、", "和", "或", " ", "\n", "对", "。"]
+)
+tags = st.sampled_from(["<think>", "</think>"])
+
+
+@given(st.lists(pieces | tags, max_size=14).map("".join))
+def test_any_text(text: str) -> None:
+    """The strict reading is the rewards' and nothing overrules it; the other one names nothing but options."""
+    reading = read_letters(text, "ABCD")
+    strict = extract_letters(text)
+    assert reading.strict == (None if strict is None else "".join(sorted(strict)))
+    assert reading.strict is None or (reading.lenient, reading.failure) == (reading.strict, "")
+    if reading.strict is None:
+        assert reading.failure
+        assert reading.lenient is None or (set(reading.lenient) <= set("ABCD") and answer_part(text))
+
+
+@given(st.lists(pieces, max_size=10).map("".join), st.sampled_from(["选{}", "答案是{}", "故选{}。"]))
+def test_a_letter_in_the_reasoning_is_never_read(thought: str, form: str) -> None:
+    assert read_letters(f"<think>{thought}{form.format('A')}</think>", "ABCD").lenient is None
+    assert read_letters(f"<think>{form.format('A')}</think>{form.format('B')}", "ABCD").lenient == "B"
