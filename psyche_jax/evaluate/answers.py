@@ -1,5 +1,6 @@
 """Answers kept as they come, so that an evaluation that was killed asks only for the rest."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -85,6 +86,10 @@ class Answers:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
         except OSError as error:
+            if self._file is not None:
+                with contextlib.suppress(OSError):  # it tries to write again
+                    self._file.close()
+                self._file = None
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def discard(self) -> None:
