@@ -251,7 +251,7 @@ def _grpo(arguments: argparse.Namespace) -> None:
     _check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
     _start_jax(config.distributed)
-    from psyche_jax.train.grpo import train_grpo
+    from psyche_jax.train.grpo_run import train_grpo
 
     train_grpo(config, arguments.profile)
 

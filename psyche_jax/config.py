@@ -11,7 +11,14 @@ import pydantic
 import yaml
 
 from psyche_jax.errors import UsageError
-from psyche_jax.rewards.config import AnswerSetRule, RuleConfig, ThinkFormatRule, check_rules
+from psyche_jax.rewards.config import (
+    AnswerSetRule,
+    FunctionReward,
+    RewardConfig,
+    RuleConfig,
+    ThinkFormatRule,
+    check_rules,
+)
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 ObjectiveName: TypeAlias = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"]
@@ -90,6 +97,7 @@ class OptimizerSection(Section):
     epsilon: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    max_skipped_steps: int = 3  # in a row: steps whose gradient is not finite change nothing; after so many, stop
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
@@ -98,6 +106,7 @@ class OptimizerSection(Section):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be from 0 to below 1")
         _require(self.epsilon > 0, "epsilon", self.epsilon, "must be positive")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
+        _at_least_one(self, "max_skipped_steps")
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be positive")
 
 
@@ -178,6 +187,7 @@ class GrpoDataSection(Section):
 
     train: str
     max_prompt_length: int = 512  # tokens; longer prompts are set aside
+    evaluation: str | None = None  # prompts that are held out: never trained on
 
     def __post_init__(self) -> None:
         _at_least_one(self, "max_prompt_length")
@@ -220,6 +230,14 @@ class ObjectiveSection(Section):
 
 
 @dataclass(frozen=True)
+class DynamicSamplingSection(Section):
+    """DAPO's dynamic sampling: prompts whose responses are equally right teach nothing, and others take their place."""
+
+    candidate_prompts: int | None = None  # what a step may sample from, a multiple of prompts_per_step; None: off
+    rule: str = "answer_set"  # name of the reward rule that says how right a response is
+
+
+@dataclass(frozen=True)
 class GrpoConfig(Section):
     """Group-relative policy optimization (DeepSeekMath, arXiv 2402.03300)."""
 
@@ -237,7 +255,9 @@ class GrpoConfig(Section):
     temperature: float = 1.0  # of the rollout; policy, old, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     reference_dtype: Dtype = "float32"  # of the reference policy's weights; bfloat16 halves them
-    rewards: tuple[RuleConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
+    rewards: tuple[RewardConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
+    dynamic_sampling: DynamicSamplingSection = field(default_factory=DynamicSamplingSection)
+    evaluate_every_steps: int = 100  # the reward on data.evaluation
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
@@ -248,7 +268,7 @@ class GrpoConfig(Section):
     logging: LoggingSection = field(default_factory=LoggingSection)
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "prompts_per_step", "passes_per_step", "max_new_tokens")
+        _at_least_one(self, "prompts_per_step", "passes_per_step", "max_new_tokens", "evaluate_every_steps")
         _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         _require(
             self.generations_per_prompt >= 2,
@@ -263,6 +283,34 @@ class GrpoConfig(Section):
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
         minibatch = self.minibatch_prompts or self.prompts_per_step
         _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", minibatch)
+        if (candidates := self.dynamic_sampling.candidate_prompts) is not None:
+            _require(
+                candidates >= self.prompts_per_step and candidates % self.prompts_per_step == 0,
+                "dynamic_sampling.candidate_prompts",
+                candidates,
+                f"must be a multiple of prompts_per_step {self.prompts_per_step}",
+            )
+            _require(
+                self.dynamic_sampling.rule in [rule.name for rule in self.rules],
+                "dynamic_sampling.rule",
+                self.dynamic_sampling.rule,
+                "must name one of the rules in rewards (not a function)",
+            )
+
+    @property
+    def rules(self) -> tuple[RuleConfig, ...]:
+        """The rewards that are computed in the graph."""
+        return tuple(reward for reward in self.rewards if not isinstance(reward, FunctionReward))
+
+    @property
+    def functions(self) -> tuple[FunctionReward, ...]:
+        """The rewards that are Python functions."""
+        return tuple(reward for reward in self.rewards if isinstance(reward, FunctionReward))
+
+    @property
+    def candidates_per_step(self) -> int:
+        """How many prompts a step takes from the data."""
+        return self.dynamic_sampling.candidate_prompts or self.prompts_per_step
 
     @property
     def updates_per_step(self) -> int:

@@ -56,7 +56,7 @@ from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
 from psyche_jax.runs import read_lines
 from psyche_jax.train.checkpoints import open_model
-from psyche_jax.train.grpo import train_grpo
+from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.sft import train_sft
 
 VOCAB_SIZE = 4096

@@ -57,6 +57,11 @@ def on_any(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def from_first(tree: Any) -> Any:
+    """Arrays of the same shapes on every process: those that the first one has."""
+    return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
+
+
 def place(tree: Any, sharding: Sharding) -> Any:
     """Put arrays that every process holds alike onto the mesh; each process sends only what its devices keep."""
     return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda part: leaf[part]), tree)

@@ -55,6 +55,10 @@ class Run:
                 text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
                 write_text(self.folder / name, text)
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`, which every process may read."""
+        return read_lines(self.folder / "metrics.jsonl")
+
     def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to `metrics.jsonl` and send it to TensorBoard or W&B if they are on."""
         self._append("metrics.jsonl", {"step": step, **metrics})

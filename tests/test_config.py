@@ -20,7 +20,15 @@ from psyche_jax.config import (
     parse_config,
 )
 from psyche_jax.errors import UsageError
-from psyche_jax.rewards import AnswerSetRule, LengthRule, PatternRule, RepetitionRule, RuleConfig, ThinkFormatRule
+from psyche_jax.rewards import (
+    AnswerSetRule,
+    FunctionReward,
+    LengthRule,
+    PatternRule,
+    RepetitionRule,
+    RuleConfig,
+    ThinkFormatRule,
+)
 
 PACKAGE = Path(psyche_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
@@ -150,6 +158,14 @@ WRONG = [
     (GrpoConfig, "objective: {sampler_cap: 0.5}", "sampler_cap", "at least 1"),
     (GrpoConfig, "objective: {name: mean}", "objective.name", "'mean'"),
     (GrpoConfig, "objective: {scale: std}", "objective.scale", "'std'"),
+    (GrpoConfig, "dynamic_sampling: {candidate_prompts: 130}", "candidate_prompts", "multiple of prompts_per_step 128"),
+    (GrpoConfig, "dynamic_sampling: {candidate_prompts: 0}", "candidate_prompts", "multiple of prompts_per_step 128"),
+    (GrpoConfig, "dynamic_sampling: {candidate_prompts: 256, rule: x}", "dynamic_sampling.rule", "'x'"),
+    (GrpoConfig, "evaluate_every_steps: 0", "evaluate_every_steps", "at least 1"),
+    (GrpoConfig, "optimizer: {max_skipped_steps: 0}", "max_skipped_steps", "at least 1"),
+    (GrpoConfig, "rewards: [{rule: function}]", "'rewards.0.function' is missing", ""),
+    (GrpoConfig, "rewards: [{rule: function, function: judge}]", "function", "module:function"),
+    (GrpoConfig, "rewards: [{rule: function, function: a:b, on_error: x}]", "rewards.0.on_error", "'x'"),
     (GrpoConfig, "rewards: []", "rewards", "at least one"),
     (GrpoConfig, "rewards: think_format", "rewards", "'think_format'"),
     (GrpoConfig, "rewards: [{rule: format}]", "rewards.0", "'format'"),
@@ -340,7 +356,7 @@ def sections(kind):
 
 
 def fields_of_configs():
-    kinds = {*sections(SftConfig), *sections(GrpoConfig), *get_args(get_args(RuleConfig)[0])}
+    kinds = {*sections(SftConfig), *sections(GrpoConfig), *get_args(RuleConfig), FunctionReward}
     assert len(kinds) >= 16
     named = {(kind.__name__, field.name) for kind in kinds for field in dataclasses.fields(kind)}
     return sorted(named)

@@ -167,10 +167,10 @@ def _lower_grpo(
     everywhere = sharding.named()
     rules = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        compile_rules(config.rewards, vocabulary, model.stop_token_ids, cache_dir=None),
+        compile_rules(config.rules, vocabulary, model.stop_token_ids, cache_dir=None),
     )
     place = sharding.named("batch")
-    prompts, length = config.prompts_per_step, config.data.max_prompt_length
+    prompts, length = config.candidates_per_step, config.data.max_prompt_length
     batch = {
         "tokens": jax.ShapeDtypeStruct((prompts, length), jnp.int32, sharding=place),
         "mask": jax.ShapeDtypeStruct((prompts, length), jnp.bool_, sharding=place),
@@ -188,5 +188,7 @@ def _lower_grpo(
         "reward tables are those of a vocabulary of single bytes (the real one's have a column more for each kind "
         "of token, a few MiB)",
         "every response is as long as max_new_tokens",
+        *(["dynamic sampling finds all of its prompts at the first try"] if prompts > config.prompts_per_step else []),
+        *(["reward functions take no time"] if config.functions else []),
     )
     return program.lower(state, reference, rules, batch, key), arguments, assumptions

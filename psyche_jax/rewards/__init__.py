@@ -6,9 +6,11 @@ plain Python in `psyche_jax.rewards.reference`.
 
 from psyche_jax.rewards.config import (
     AnswerSetRule,
+    FunctionReward,
     LengthRule,
     PatternRule,
     RepetitionRule,
+    RewardConfig,
     RuleConfig,
     ThinkFormatRule,
 )
@@ -28,9 +30,11 @@ from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 __all__ = [
     "AnswerSetRule",
     "CompiledRules",
+    "FunctionReward",
     "LengthRule",
     "PatternRule",
     "RepetitionRule",
+    "RewardConfig",
     "RewardState",
     "RuleConfig",
     "ThinkFormatRule",

@@ -155,12 +155,35 @@ class RepetitionRule(_Rule):
         self._require(1 <= self.ngram <= MAX_NGRAM, "ngram", f"must be from 1 to {MAX_NGRAM}")
 
 
-RuleConfig = Annotated[
-    PatternRule | AnswerSetRule | ThinkFormatRule | LengthRule | RepetitionRule, Field(discriminator="rule")
-]
+@dataclass(frozen=True, kw_only=True)
+class FunctionReward(_Rule):
+    """What a Python function says of responses, on the host; see `rewards/functions.py`."""
+
+    rule: Literal["function"] = "function"
+    function: str
+    """`module:function`, importable, or in the current folder."""
+    timeout_seconds: float = 60.0
+    """How long one call, with all responses of a step, may take."""
+    on_error: Literal["stop", "absent"] = "stop"
+    """Where it fails: end the run, or go on as if it had returned None for every response."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self.function.rpartition(":")[2])
+        super().__post_init__()
+        module, _, function = self.function.partition(":")
+        named = all(part.isidentifier() for part in (*module.split("."), *function.split(".")))
+        self._require(named, "function", "must have the form module:function")
+        self._require(0 < self.timeout_seconds < math.inf, "timeout_seconds", "must be positive")
 
 
-def check_rules(rules: Sequence[RuleConfig]) -> None:
+RuleConfig = PatternRule | AnswerSetRule | ThinkFormatRule | LengthRule | RepetitionRule
+"""Rules on token ids, computed in the graph."""
+RewardConfig = Annotated[RuleConfig | FunctionReward, Field(discriminator="rule")]
+"""What the list of rewards in a config may hold."""
+
+
+def check_rules(rules: Sequence[RuleConfig | FunctionReward]) -> None:
     """Raises UsageError where two rules share a name, or one has the name of no use: `total`."""
     names = [rule.name for rule in rules]
     for name in names:

@@ -5,6 +5,8 @@ models) and `metadata`.
 """
 
 import dataclasses
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
+from orbax.checkpoint import checkpoint_managers
 
 from psyche_jax.config import PromptSection, config_to_dict, parse_config
 from psyche_jax.errors import UserError, first_reason
@@ -25,6 +28,7 @@ from psyche_jax.train.state import TrainState
 from psyche_jax.train.streaming import save_args, stream_handler
 
 FORMAT = 1
+_GLANCE = 1 << 16
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
@@ -55,11 +59,62 @@ class StoredModel:
             raise UserError(f"{self.weights}: the checkpoint is broken: {first_reason(error)}") from None
 
 
-class Checkpoints:
-    """The checkpoints of one run, written in the background."""
+def identity(model: StoredModel) -> str:
+    """A hash of what a model's weights are, from a few bytes of each file: cheap for large models.
 
-    def __init__(self, folder: Path, keep: int | None = None) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    It is that of the config and of each file's name, size, first and last 64 KiB; the same for a copy of the folder.
+    """
+    root = model.weights if (model.weights / "config.json").is_file() else model.weights / "parameters"
+    digest = hashlib.sha256(repr(dataclasses.astuple(model.config)).encode())
+    with bucket_errors(root):
+        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+            name = path.relative_to(root).as_posix()
+            if root == model.weights and not name.endswith(".safetensors"):
+                continue  # of a Hugging Face folder the weights, whatever else lies beside
+            status: Any = path.stat()
+            size = status.length if in_bucket(path) else status.st_size
+            digest.update(f"{name} {size} ".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_GLANCE))
+                file.seek(max(0, size - _GLANCE))
+                digest.update(file.read(_GLANCE))
+    return digest.hexdigest()[:16]
+
+
+def check_reference(checkpoints: Path, reference: str) -> None:
+    """Whether the checkpoints, if there are any yet, are of a run with this reference policy (see `identity`).
+
+    Raises:
+      UserError: of one with another.
+    """
+    if not any(_is_step(child) for child in checkpoints.iterdir()):
+        return
+    known = read_checkpoint_metadata(find_checkpoint(checkpoints)).get("reference_identity", reference)
+    if known != reference:
+        raise UserError(
+            f"model.path: the model there has changed since this run began (its weights are {reference}, those of the "
+            f"reference policy were {known}); put the former one there, or start a new run"
+        )
+
+
+class Checkpoints:
+    """The checkpoints of one run, written in the background: the latest `keep` (None: all), and the best.
+
+    `best` names the metric that decides, and says whether the higher value is better; of equal ones the first is.
+    """
+
+    def __init__(self, folder: Path, keep: int | None = None, best: tuple[str, bool] | None = None) -> None:
+        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
+        self._best = best
+        if best is not None:
+            policies.append(
+                checkpoint_managers.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)
+            )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            best_fn=None if best is None else self._rank,
+            enable_async_checkpointing=True,
+        )
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
         self._folder = folder
 
@@ -68,14 +123,25 @@ class Checkpoints:
         """The last step that was saved whole."""
         return self._manager.latest_step()
 
-    def save(self, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
-        """Save after `step` steps. Returns when `state` may be changed; writing goes on in the background."""
+    def _rank(self, metrics: Any) -> tuple[float, float]:
+        assert self._best is not None
+        name, higher_is_better = self._best
+        return metrics[name] if higher_is_better else -metrics[name], -metrics["step"]
+
+    def save(
+        self, state: TrainState, step: int, metadata: dict[str, Any], metrics: Mapping[str, float] | None = None
+    ) -> None:
+        """Save after `step` steps. Returns when `state` may be changed; writing goes on in the background.
+
+        `metrics` are what was measured of this state, empty or None if it was not evaluated.
+        """
         items = {
             "parameters": ocp.args.StandardSave(state.parameters, save_args(state.parameters)),
             "optimizer": ocp.args.StandardSave(state.optimizer_state, save_args(state.optimizer_state)),
             "metadata": ocp.args.JsonSave({**metadata, "format": FORMAT, "step": step}),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        ranked = {**metrics, "step": step} if self._best is not None and metrics else None
+        self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked)
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The latest state, placed as `abstract` (of ShapeDtypeStructs with shardings) says.
@@ -138,7 +204,8 @@ def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> N
 
 
 def open_model(path: str) -> StoredModel:
-    """Find a Hugging Face folder, a checkpoint folder, one step of it, or a run (its latest checkpoint).
+    """Find a Hugging Face folder, a checkpoint folder, one step of it, or a run (its latest checkpoint; RUN/best: its
+    best one).
 
     Checkpoints and runs may be in a bucket.
 
@@ -170,11 +237,16 @@ def _open_model(folder: Path) -> StoredModel:
 
 
 def find_checkpoint(folder: Path) -> Path:
-    """The step folder that a run, a checkpoint folder or a step folder stands for.
+    """The step folder that a run (its latest), RUN/best, a checkpoint folder or a step folder stands for.
 
     Raises:
       UserError: there is none.
     """
+    if folder.name == "best" and (folder.parent / "state.json").is_file():
+        best = read_json(folder.parent / "state.json").get("best")
+        if best is None:
+            raise UserError(f"{folder}: there is none; the run has no data.evaluation to choose on, or is too young")
+        return folder.parent / "checkpoints" / str(best["step"])
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model: neither a Hugging Face folder nor a checkpoint nor a run")
     if _is_step(folder):

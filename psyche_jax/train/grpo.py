@@ -1,48 +1,52 @@
 """GRPO, one XLA program an iteration: prompts in; rollout, rewards, advantages, updates; new state and metrics out.
 
+With rewards that are Python functions it is two programs, `sample` and `learn`, and the functions between them.
+
 Source: DeepSeekMath (arXiv 2402.03300), section 4.
 """
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from psyche_jax import hosts
-from psyche_jax.config import GrpoConfig, config_to_dict
-from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.dataset import load_records
-from psyche_jax.data.records import RlPrompt, answer_mask
-from psyche_jax.data.streams import Batch, batches, pad_prompts
-from psyche_jax.errors import UserError
+from psyche_jax.config import GrpoConfig
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decoding import Rollout, Sampling, generate
 from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import join_rows, split_rows
-from psyche_jax.rewards import CompiledRules, compile_rules, score, token_bytes_from_tokenizer
-from psyche_jax.runs import Run, open_run
-from psyche_jax.train.checkpoints import checkpoint_metadata
+from psyche_jax.rewards import CompiledRules, score
 from psyche_jax.train.gradients import accumulate_gradients
-from psyche_jax.train.loop import Program, run_training
 from psyche_jax.train.objectives import (
     TokenLoss,
     group_advantages,
     high_entropy_tokens,
+    masked_std,
     policy_loss,
     sampler_correction,
     token_weights,
+    total_rewards,
     zero_std_groups,
 )
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
-from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
+from psyche_jax.train.state import TrainState, apply_gradients
+
+
+class Sampled(NamedTuple):
+    """What the policy of a step answered, scored by the rules; responses to one prompt are consecutive.
+
+    `prompts`: those of the candidates that were answered, [prompts_per_step, ...]; `rollout`: [responses,
+    max_new_tokens]; `rewards`: float32 [prompts_per_step, generations] by rule; `chosen`: bool [prompts_per_step],
+    the prompts that are learned from (all, without dynamic sampling); `statistics`: metrics of dynamic sampling.
+    """
+
+    prompts: dict[str, jax.Array]
+    rollout: Rollout
+    rewards: dict[str, jax.Array]
+    chosen: jax.Array
+    statistics: dict[str, jax.Array]
 
 
 class Experience(NamedTuple):
@@ -67,8 +71,9 @@ class Experience(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one optimizer update reports: `loss`, `grad_norm` and, by token, `scores`, `terms` and `correction`."""
+    """What one optimizer update reports: whether it was `applied`, `loss`, `grad_norm`, and by token the rest."""
 
+    applied: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
     scores: TokenScores
@@ -95,12 +100,20 @@ class Iteration:
         everywhere = self.execution.sharding.named()
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=(self.shardings, everywhere))
 
+    def programs(self) -> tuple[Any, Any]:
+        """`sample` and `learn`, jitted: the same in two parts."""
+        everywhere = self.execution.sharding.named()
+        return (
+            jax.jit(self.sample, out_shardings=everywhere),
+            jax.jit(self.learn, donate_argnums=0, out_shardings=(self.shardings, everywhere)),
+        )
+
     def __call__(
         self,
         state: TrainState,
         reference: Parameters | None,
         rules: CompiledRules,
-        prompts: dict[str, jax.Array],
+        candidates: dict[str, jax.Array],
         key: jax.Array,
     ) -> tuple[TrainState, dict[str, Any]]:
         """Sample, score, learn.
@@ -109,43 +122,133 @@ class Iteration:
           state: policy, optimizer, step.
           reference: parameters of the reference policy, None if the KL coefficient is 0.
           rules: compiled rewards.
-          prompts: `tokens` int32, `mask` bool [prompts, length], `answers` int32 [prompts] (bit masks).
+          candidates: `tokens` int32, `mask` bool [candidates_per_step, length], `answers` int32 (bit masks); what
+            else it holds by prompt comes out again with `Sampled.prompts`.
           key: random key of this step.
         """
+        return self.learn(state, reference, self.sample(state.parameters, rules, candidates, key), {})
+
+    def sample(
+        self, parameters: Parameters, rules: CompiledRules, candidates: dict[str, jax.Array], key: jax.Array
+    ) -> Sampled:
+        """Responses to `prompts_per_step` of the candidates, with the values of the rules.
+
+        With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) the candidates are answered in parts, in order,
+        until enough prompts have responses that are not all equally right, or the candidates are used up.
+        """
+        config = self.config
+        size, parts = config.prompts_per_step, config.candidates_per_step // config.prompts_per_step
+        if config.dynamic_sampling.candidate_prompts is None:
+            return self._respond(parameters, rules, candidates, key)
+        slate = split_rows(candidates, parts, self.execution.sharding)
+
+        def part(number: jax.Array) -> Sampled:
+            prompts = jax.tree.map(lambda leaf: leaf[number], slate)
+            return self._respond(parameters, rules, prompts, jax.random.fold_in(key, number))
+
+        def unfilled(carry: tuple[jax.Array, Sampled]) -> jax.Array:
+            number, kept = carry
+            return (number < parts) & (kept.chosen.sum() < size)
+
+        def one_more(carry: tuple[jax.Array, Sampled]) -> tuple[jax.Array, Sampled]:
+            number, kept = carry
+            return number + 1, self._merge(kept, part(number))
+
+        number, kept = jax.lax.while_loop(unfilled, one_more, (jnp.int32(1), part(jnp.int32(0))))
+        sampled = number * size
+        return kept._replace(
+            statistics={
+                "dynamic_sampling/sampled_prompts": sampled,
+                "dynamic_sampling/unused_prompts": config.candidates_per_step - sampled,
+                "dynamic_sampling/kept_prompts": kept.chosen.sum(),
+                "dynamic_sampling/accuracy": kept.statistics["accuracy"] / number,
+            }
+        )
+
+    def learn(
+        self,
+        state: TrainState,
+        reference: Parameters | None,
+        sampled: Sampled,
+        function_values: dict[str, jax.Array],
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Rewards to advantages, and the updates.
+
+        Args:
+          state, reference: as for the whole iteration.
+          sampled: what `sample` gave for `state`.
+          function_values: float32 [prompts_per_step, generations] by name, NaN where a function has no value.
+        """
+        config, rollout = self.config, sampled.rollout
+        values = {**sampled.rewards, **function_values}
+        rewards, counted = total_rewards(values, {reward.name: reward.weight for reward in config.rewards})
+        counted &= sampled.chosen[:, None]
+        advantages = group_advantages(rewards, config.objective.scale, counted)
+        finished = jnp.any(rollout.mask & jnp.isin(rollout.tokens, jnp.asarray(self.model.stop_token_ids)), axis=1)
+        learned = rollout.mask & counted.reshape(-1, 1)
+        if config.objective.mask_truncated:
+            learned &= finished[:, None]
+        experience = self._experience(
+            state.parameters, reference, sampled.prompts, rollout, learned, advantages.reshape(-1)
+        )
+        state, history = self._updates(state, experience)
+        state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
+        metrics = self._metrics(state, experience, rollout, finished, history)
+        metrics |= reward_metrics(values, rewards, counted) | sampled.statistics
+        samples = {
+            "prompts": sampled.prompts["tokens"],
+            "prompt_mask": sampled.prompts["mask"],
+            "tokens": rollout.tokens,
+            "mask": rollout.mask,
+            "rewards": rewards.reshape(-1),
+            "rewards_by_rule": {name: value.reshape(-1) for name, value in values.items()},
+            "advantages": advantages.reshape(-1),
+        }
+        return state, {"metrics": metrics, "samples": samples}
+
+    def evaluate(
+        self, parameters: Parameters, rules: CompiledRules, prompts: dict[str, jax.Array]
+    ) -> tuple[Rollout, dict[str, jax.Array]]:
+        """One greedy response to each prompt, and the values of the rules, float32 [prompts]."""
+        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.rollout_waves)
+        key = jax.random.key(0)  # of no matter
+        rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
+        return rollout, score(rules, rollout.tokens, prompts["answers"])[1]
+
+    def _respond(
+        self,
+        parameters: Parameters,
+        rules: CompiledRules,
+        prompts: dict[str, jax.Array],
+        key: jax.Array,
+    ) -> Sampled:
+        """Responses to given prompts; those whose responses are equally right are not chosen, if that matters."""
         config = self.config
         sampling = Sampling(
             config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout_waves
         )
-        rollout = generate(
-            self.model, state.parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution
-        )
+        rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
         answers = jnp.repeat(prompts["answers"], config.generations_per_prompt)
-        rewards, rewards_by_rule = score(rules, rollout.tokens, answers)
-        grouped = rewards.reshape(-1, config.generations_per_prompt)
-        advantages = group_advantages(grouped, config.objective.scale).reshape(-1)
-        finished = jnp.any(rollout.mask & jnp.isin(rollout.tokens, jnp.asarray(self.model.stop_token_ids)), axis=1)
-        learned = rollout.mask & finished[:, None] if config.objective.mask_truncated else rollout.mask
-        experience = self._experience(state.parameters, reference, prompts, rollout, learned, advantages)
-        state, history = self._updates(state, experience)
-        state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
-        metrics = self._metrics(state, experience, rollout, finished, history)
-        for name, values in rewards_by_rule.items():
-            metrics |= {f"rewards/{name}/mean": values.mean(), f"rewards/{name}/std": values.std()}
-        metrics |= {
-            "reward": rewards.mean(),
-            "reward_std": grouped.std(axis=1, ddof=1).mean(),
-            "frac_reward_zero_std": zero_std_groups(grouped).mean(),
-        }
-        samples = {
-            "prompts": prompts["tokens"],
-            "prompt_mask": prompts["mask"],
-            "tokens": rollout.tokens,
-            "mask": rollout.mask,
-            "rewards": rewards,
-            "rewards_by_rule": rewards_by_rule,
-            "advantages": advantages,
-        }
-        return state, {"metrics": metrics, "samples": samples}
+        _, by_rule = score(rules, rollout.tokens, answers)
+        rewards = {name: value.reshape(-1, config.generations_per_prompt) for name, value in by_rule.items()}
+        chosen, statistics = jnp.ones(config.prompts_per_step, bool), {}
+        if config.dynamic_sampling.candidate_prompts is not None:
+            accuracy = rewards[config.dynamic_sampling.rule]
+            chosen, statistics = ~zero_std_groups(accuracy), {"accuracy": accuracy.mean()}
+        return Sampled(prompts, rollout, rewards, chosen, statistics)
+
+    def _merge(self, kept: Sampled, new: Sampled) -> Sampled:
+        """As many prompts as before, of both: first the chosen ones, in order."""
+        size = len(kept.chosen)
+        order = jnp.argsort(~jnp.concatenate([kept.chosen, new.chosen]), stable=True)[:size]
+
+        def pick(old: jax.Array, new: jax.Array) -> jax.Array:
+            by_prompt = [leaf.reshape(size, -1, *leaf.shape[1:]) for leaf in (old, new)]
+            return jnp.concatenate(by_prompt)[order].reshape(old.shape)
+
+        statistics = jax.tree.map(jnp.add, kept.statistics, new.statistics)
+        picked = jax.tree.map(pick, kept._replace(statistics={}), new._replace(statistics={}))
+        return picked._replace(statistics=statistics)
 
     def _experience(
         self,
@@ -252,9 +355,8 @@ class Iteration:
             self.execution.sharding,
             self.shardings.parameters,
         )
-        changes, optimizer_state = self.optimizer.update(gradients, state.optimizer_state, state.parameters)
-        parameters = optax.apply_updates(state.parameters, changes)
-        return TrainState(state.step, parameters, optimizer_state), Update(value, optax.global_norm(gradients), *extras)
+        state, norm, applied = apply_gradients(self.optimizer, state, value, gradients)
+        return state, Update(applied, value, norm, *extras)
 
     def _metrics(
         self, state: TrainState, experience: Experience, rollout: Rollout, finished: jax.Array, history: Update
@@ -277,6 +379,7 @@ class Iteration:
         metrics = {
             "loss": history.loss.mean(),
             "grad_norm": history.grad_norm.mean(),
+            "skipped_updates": jnp.sum(~history.applied),
             "learning_rate": self.schedule(state.step * config.updates_per_step - 1),
             "kl": mean(terms.kl),
             "entropy": mean(scores.entropy),
@@ -300,114 +403,21 @@ class Iteration:
         return metrics
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A tokenized prompt with its record."""
+def reward_metrics(values: dict[str, jax.Array], rewards: jax.Array, counted: jax.Array) -> dict[str, jax.Array]:
+    """By the names that users of TRL know, of the responses that count; arrays are [prompts, generations].
 
-    tokens: list[int]
-    record: RlPrompt
-
-
-def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
-    """Run GRPO as `config` says, or go on with it; see `psyche grpo --help`.
-
-    Raises:
-      UserError: the model, the data, a rule or the run folder cannot be used.
+    `values` are those of each reward, NaN where absent; `rewards` the totals.
     """
-    setup = prepare(
-        config.model,
-        config.mesh,
-        config.data.max_prompt_length + config.max_new_tokens,
-        "data.max_prompt_length + max_new_tokens",
-    )
-    execution = setup.execution
-    model = setup.model.config
-    minibatch = config.minibatch_prompts or config.prompts_per_step
-    micro_batch = config.micro_batch_prompts or minibatch
-    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", execution.sharding)
-    check_rows(
-        micro_batch * config.generations_per_prompt,
-        "micro_batch_prompts × generations_per_prompt",
-        execution.sharding,
-    )
-    if not model.stop_token_ids:
-        raise UserError(f"{config.model.path}: names no stop token (eos_token_id); a response could never end")
-    rules = compile_rules(
-        config.rewards, token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size), model.stop_token_ids
-    )
-    prompts, faults = _tokenized(setup.tokenizer, config)
-    total_steps = math.ceil(config.epochs * len(prompts) / config.prompts_per_step)
-    schedule = make_schedule(config.optimizer, total_steps, config.updates_per_step)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    abstract, shardings = abstract_state(setup, optimizer)
-    iteration = Iteration(config, model, execution, optimizer, schedule, shardings).program()
-    reference = setup.read_parameters(config.reference_dtype) if config.objective.kl_coefficient else None
-    key = jax.random.key(config.run.seed)
-    collate = partial(_collate, largest=config.data.max_prompt_length)
-    place = execution.sharding.named("batch")
-
-    def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
-        stream = batches(prompts, config.prompts_per_step, config.run.seed, collate, range(first, total_steps))
-        return (hosts.place(batch, place) for batch in stream)
-
-    def train_step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
-        return iteration(state, reference, rules, batch, jax.random.fold_in(key, index))
-
-    def log_samples(run: Run, _: TrainState, index: int, outputs: dict[str, Any]) -> dict[str, float]:
-        if index == 1 or index == total_steps or index % config.logging.samples_every_steps == 0:
-            for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
-                run.log_sample(index, sample)
-        return {}
-
-    with open_run(Path(config.run.dir), "grpo", config_to_dict(config), config.logging) as run:
-        keep_tokenizer(run, setup)
-        report_set_aside(run, faults)
-        program = Program(
-            "grpo", total_steps, device_batches, train_step, log_samples, ("reward", "kl", "completions/mean_length")
-        )
-        run_training(
-            program,
-            run,
-            lambda: initial_state(optimizer, setup.read_parameters(), shardings),
-            abstract,
-            checkpoint_metadata(model, config.prompt, seed=config.run.seed, reference=config.model.path),
-            config.checkpoints,
-            profile_steps,
-        )
-
-
-def decoded_samples(
-    tokenizer: Any, samples: dict[str, Any], generations: int, prompts: int = 2
-) -> Iterator[dict[str, Any]]:
-    """Text, rewards and advantages of all responses to the first few prompts of a step."""
-    rows = jax.device_get(samples)
-    for row in range(min(prompts * generations, len(rows["tokens"]))):
-        prompt = row // generations
-        yield {
-            "prompt": tokenizer.decode(rows["prompts"][prompt][rows["prompt_mask"][prompt]]),
-            "completion": tokenizer.decode(rows["tokens"][row][rows["mask"][row]]),
-            "tokens": int(rows["mask"][row].sum()),
-            "reward": float(rows["rewards"][row]),
-            "rewards": {name: float(values[row]) for name, values in rows["rewards_by_rule"].items()},
-            "advantage": float(rows["advantages"][row]),
-        }
-
-
-def _tokenized(tokenizer: Any, config: GrpoConfig) -> tuple[list[Prompt], list[str]]:
-    path, largest = config.data.train, config.data.max_prompt_length
-    records = load_records(RlPrompt, path)
-    prompts, faults = [], list(records.set_aside)
-    for record in records.good:
-        tokens = prompt_tokens(tokenizer, record.messages, config.prompt)
-        if len(tokens) > largest:
-            faults.append(f"{path}: record {record.id}: {len(tokens)} tokens, over data.max_prompt_length {largest}")
-        else:
-            prompts.append(Prompt(tokens, record))
-    if not prompts:
-        raise UserError(f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
-    return prompts, faults
-
-
-def _collate(prompts: list[Prompt], largest: int) -> Batch:
-    answers = np.asarray([answer_mask(prompt.record.answer) for prompt in prompts], np.int32)
-    return {**pad_prompts([prompt.tokens for prompt in prompts], largest), "answers": answers}
+    metrics: dict[str, jax.Array] = {}
+    for name, value in values.items():
+        present = ~jnp.isnan(value) & counted
+        mean = jnp.sum(value, where=present) / jnp.maximum(present.sum(), 1)
+        squares = jnp.sum((value - mean) ** 2, where=present) / jnp.maximum(present.sum(), 1)
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": jnp.sqrt(squares)}
+    groups = counted.any(axis=1)
+    zero = zero_std_groups(rewards, counted) & groups
+    return metrics | {
+        "reward": jnp.sum(rewards, where=counted) / jnp.maximum(counted.sum(), 1),
+        "reward_std": jnp.sum(masked_std(rewards, counted, axis=1)[:, 0], where=groups) / jnp.maximum(groups.sum(), 1),
+        "frac_reward_zero_std": zero.sum() / jnp.maximum(groups.sum(), 1),
+    }

@@ -25,20 +25,35 @@ StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Evaluation:
+    """What is measured on data that is never trained on: before the first step, every so many, and after the last.
+
+    The checkpoint whose `best` metric is the highest (or the lowest) is kept beside the latest ones.
+    """
+
+    every_steps: int
+    measure: Callable[[TrainState], dict[str, float]]
+    best: str
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
 class Program:
     """What a kind of training brings to the loop.
 
     `batches(first)` iterates over device batches from step `first` on. `step(state, batch, index)` gives the new
     state and a dict with `metrics` (float32 scalars on the device) and what else `after_step` wants.
-    `after_step(run, state, index, outputs)` gives more metrics, or writes samples.
+    `after_step(run, index, metrics, outputs)` writes samples, or warns.
     """
 
     name: str
     total_steps: int
     batches: Callable[[int], Iterator[Any]]
     step: StepFunction
-    after_step: Callable[[Run, TrainState, int, dict[str, Any]], dict[str, float]]
     headline: tuple[str, ...]  # the metrics that progress shows
+    max_skipped_steps: int  # how many steps in a row may be skipped for a gradient that is not finite
+    after_step: Callable[[Run, int, dict[str, float], dict[str, Any]], None] = lambda *_: None
+    evaluation: Evaluation | None = None
 
 
 def run_training(
@@ -63,23 +78,29 @@ def run_training(
 
     Raises:
       PreemptedError: SIGTERM or SIGINT came; what was done is saved.
-      UserError: the loss is not finite.
+      UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
     """
+    evaluation = program.evaluation
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep)))
+        best = None if evaluation is None else (evaluation.best, evaluation.higher_is_better)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep, best)))
         stopped = stack.enter_context(_stop_signals())
         first = checkpoints.latest or 0
-        run.continue_from(first)
+        run.continue_from(first or -1)
         if first >= program.total_steps:
             _say(f"{program.name}: all {first} steps are done already")
             run.write_state("done", first)
             return
+        evaluations = _Evaluations(evaluation, program.total_steps, run, first)
         if first == 0:
             state = initial()
+            if evaluation is not None:
+                run.log_metrics(0, evaluation.measure(state))
         else:
             state = checkpoints.restore(abstract_like(abstract, jax.tree.map(lambda x: x.sharding, abstract)))
             _say(f"{program.name}: going on after step {first}")
         progress = Progress(program, first)
+        skipped = 0  # steps in a row
         started = time.perf_counter()
         profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
         index = first
@@ -92,18 +113,24 @@ def run_training(
             metrics["step_time"] = now - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
             metrics["tokens_per_second_per_device"] = metrics["tokens_per_second"] / jax.device_count()
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise UserError(
-                    f"{program.name}: the loss or gradient of step {index} is not finite; "
-                    "lower optimizer.learning_rate, or start from the last checkpoint with other data"
-                )
-            metrics |= program.after_step(run, state, index, outputs)
+            program.after_step(run, index, metrics, outputs)
+            skipped = skipped + 1 if metrics["skipped_updates"] else 0
+            if skipped:
+                _say(f"{program.name}: step {index}: the loss or gradient is not finite; the update was skipped")
+            found, is_best = evaluations.after(index, state)
+            metrics |= found
             run.log_metrics(index, metrics)
             progress.update(index, metrics)
             stop = hosts.on_any(bool(stopped))
-            if index == program.total_steps or index % section.every_steps == 0 or stop:
-                checkpoints.save(state, index, metadata)
-                run.write_state("running", index)
+            broken = skipped >= program.max_skipped_steps
+            if index == program.total_steps or index % section.every_steps == 0 or stop or broken or is_best:
+                checkpoints.save(state, index, metadata, found)
+                run.write_state("running", index, **evaluations.best_so_far())
+            if broken:
+                raise UserError(
+                    f"{program.name}: the loss or gradient of step {index} is not finite, as in the "
+                    f"{skipped - 1} steps before; lower optimizer.learning_rate, or start again with other data"
+                )
             if stop and index < program.total_steps:
                 checkpoints.close()
                 signal_name = stopped[0] if stopped else "another host"
@@ -113,6 +140,42 @@ def run_training(
             started = time.perf_counter()
         progress.close()
     run.write_state("done", index)
+
+
+class _Evaluations:
+    """When a run is evaluated, and which step was the best so far."""
+
+    def __init__(self, evaluation: Evaluation | None, last: int, run: Run, done: int) -> None:
+        self._evaluation, self._last = evaluation, last
+        self._best: tuple[float, int] | None = None  # value and step
+        for line in run.metrics() if evaluation is not None else ():
+            if line["step"] <= done:
+                self._compare(line, line["step"])
+
+    def after(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
+        """What is measured after `step` (nothing, if it is not due), and whether it is the best so far."""
+        if self._evaluation is None or (step % self._evaluation.every_steps and step != self._last):
+            return {}, False
+        found = self._evaluation.measure(state)
+        return found, self._compare(found, step)
+
+    def best_so_far(self) -> dict[str, Any]:
+        """For `state.json`: which step, and its value."""
+        if self._evaluation is None or self._best is None:
+            return {}
+        return {"best": {"step": self._best[1], self._evaluation.best: self._best[0]}}
+
+    def _compare(self, metrics: dict[str, float], step: int) -> bool:
+        assert self._evaluation is not None
+        value = metrics.get(self._evaluation.best)
+        if value is None or not math.isfinite(value) or step == 0:  # before the first step there is no checkpoint
+            return False
+        better = self._best is None or (
+            value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]
+        )
+        if better:
+            self._best = value, step
+        return better
 
 
 class Progress:

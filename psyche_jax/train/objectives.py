@@ -1,7 +1,8 @@
 """What GRPO and its kin optimize, as pure functions of log-probs, rewards and masks. No model, no mesh."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,29 @@ import jax.numpy as jnp
 from psyche_jax.config import ObjectiveName, ObjectiveSection, Scale
 
 _STD_EPSILON = 1e-4
+
+
+def total_rewards(values: Mapping[str, Any], weights: Mapping[str, float]) -> tuple[jax.Array, jax.Array]:
+    """Weighted sums of rewards, some of which may be absent.
+
+    A reward that is absent for a whole group does not apply to its prompt: the group's totals go without it. One that
+    is absent for some responses of a group makes these no longer comparable with the others: they do not count.
+
+    Args:
+      values: float [prompts, generations] by name, of JAX or numpy; NaN where absent.
+      weights: factors by name.
+
+    Returns:
+      Totals, float [prompts, generations], and which of them count (bool).
+    """
+    total = jnp.zeros(next(iter(values.values())).shape, jnp.result_type(float))
+    counted, any_applies = jnp.ones(total.shape, bool), jnp.zeros((len(total), 1), bool)
+    for name, value in values.items():
+        present = ~jnp.isnan(value)
+        applies = present.any(axis=1, keepdims=True)
+        counted, any_applies = counted & (present | ~applies), any_applies | applies
+        total = total + weights[name] * jnp.where(present, value, 0.0)
+    return total, counted & any_applies
 
 
 def group_advantages(rewards: jax.Array, scale: Scale, counted: jax.Array | None = None) -> jax.Array:

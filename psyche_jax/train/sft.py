@@ -20,12 +20,12 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
-from psyche_jax.runs import Run, open_run
+from psyche_jax.runs import open_run
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
-from psyche_jax.train.loop import Program, run_training
+from psyche_jax.train.loop import Evaluation, Program, run_training
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
-from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
+from psyche_jax.train.state import TrainState, apply_gradients, initial_state, make_optimizer, make_schedule
 
 
 def next_token_loss(
@@ -61,15 +61,14 @@ def make_sft_step(
         value, _, gradients = accumulate_gradients(
             loss, state.parameters, _weighted(batch), micro_batches, execution.sharding, shardings.parameters
         )
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
         metrics = {
             "loss": value,
-            "grad_norm": optax.global_norm(gradients),
             "learning_rate": schedule(state.step),
             "num_tokens": jnp.sum(batch["segments"] > 0),
         }
-        parameters = optax.apply_updates(state.parameters, updates)
-        return TrainState(state.step + 1, parameters, optimizer_state), metrics
+        state, norm, applied = apply_gradients(optimizer, state, value, gradients)
+        metrics |= {"grad_norm": norm, "skipped_updates": 1.0 - applied}
+        return TrainState(state.step + 1, state.parameters, state.optimizer_state), metrics
 
     return step
 
@@ -113,9 +112,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         state, metrics = step(state, batch)
         return state, {"metrics": metrics}
 
-    def evaluation_loss(run: Run, state: TrainState, index: int, _: dict[str, Any]) -> dict[str, float]:
-        if not evaluation or (index % config.evaluate_every_steps and index != total_steps):
-            return {}
+    def evaluation_loss(state: TrainState) -> dict[str, float]:
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             weights = batch["loss_mask"].astype("float32")
@@ -127,7 +124,15 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         keep_tokenizer(run, setup)
         report_set_aside(run, faults)
         program = Program(
-            "sft", total_steps, device_batches, train_step, evaluation_loss, ("loss", "evaluation_loss", "grad_norm")
+            "sft",
+            total_steps,
+            device_batches,
+            train_step,
+            ("loss", "evaluation_loss", "grad_norm"),
+            config.optimizer.max_skipped_steps,
+            evaluation=Evaluation(config.evaluate_every_steps, evaluation_loss, "evaluation_loss", False)
+            if evaluation
+            else None,
         )
         run_training(
             program,

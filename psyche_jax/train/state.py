@@ -78,5 +78,23 @@ def initial_state(optimizer: optax.GradientTransformation, parameters: Parameter
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer_state)
 
 
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, loss: jax.Array, gradients: Parameters
+) -> tuple[TrainState, jax.Array, jax.Array]:
+    """One update of the optimizer, which changes nothing if the loss or the gradient is not finite.
+
+    Returns:
+      The state (of the same step), the gradient's norm before clipping, and whether there was an update (bool).
+    """
+    norm = optax.global_norm(gradients)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    changes, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
+    new = optax.apply_updates(state.parameters, changes), optimizer_state
+    parameters, optimizer_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old), new, (state.parameters, state.optimizer_state)
+    )
+    return TrainState(state.step, parameters, optimizer_state), norm, finite
+
+
 def _is_matrix(path: tuple[Any, ...], _: Any) -> bool:
     return path[-1].key not in ("bias", "scale")

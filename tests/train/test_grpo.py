@@ -13,18 +13,28 @@ import numpy as np
 import optax
 import pytest
 from test_objectives import plain_advantages
-from training_fixtures import PROMPT, execution, grpo_config, largest_difference
+from training_fixtures import PROMPT, RULES, execution, grpo_config, largest_difference
 
-from psyche_jax.config import ObjectiveSection
+from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import RlPrompt, answer_mask, read_records
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
 from psyche_jax.model.qwen2 import bind, build
-from psyche_jax.rewards import AnswerSetRule, PatternRule, ThinkFormatRule, compile_rules, token_bytes_from_tokenizer
+from psyche_jax.rewards import (
+    AnswerSetRule,
+    FunctionReward,
+    LengthRule,
+    PatternRule,
+    ThinkFormatRule,
+    compile_rules,
+    token_bytes_from_tokenizer,
+)
 from psyche_jax.rewards.reference import score_response
-from psyche_jax.train.grpo import Iteration, decoded_samples
+from psyche_jax.train import grpo_run
+from psyche_jax.train.grpo import Iteration
+from psyche_jax.train.grpo_run import decoded_samples
 from psyche_jax.train.state import initial_state, state_shardings
 
 RATE = 0.001
@@ -62,19 +72,20 @@ class Bench:
         self.execution = execution(math.prod(mesh), *mesh)
         self.tokenizer = load_tokenizer(root / "model")
         self.bytes = token_bytes_from_tokenizer(self.tokenizer, self.model.vocab_size)
-        self.rules = compile_rules(self.config.rewards, self.bytes, self.model.stop_token_ids)
+        self.rules = compile_rules(self.config.rules, self.bytes, self.model.stop_token_ids)
         self.optimizer = optimizer or optax.sgd(RATE)
         self.folder = root / "model"
-        records = read_records(RlPrompt, root / "rl.jsonl").good[: self.config.prompts_per_step]
+        records = read_records(RlPrompt, root / "rl.jsonl").good[: self.config.candidates_per_step]
         padded = pad_prompts([prompt_tokens(self.tokenizer, r.messages, PROMPT) for r in records], 64)
         answers = np.asarray([answer_mask(record.answer) for record in records], np.int32)
-        self.batch = jax.device_put({**padded, "answers": answers}, self.execution.sharding.named("batch"))
+        batch = {**padded, "answers": answers, "number": np.arange(len(records), dtype=np.int32)}
+        self.batch = jax.device_put(batch, self.execution.sharding.named("batch"))
         self.reference = self.read() if self.config.objective.kl_coefficient else None
-        iteration = Iteration(
+        self.iteration = Iteration(
             self.config, self.model, self.execution, self.optimizer, optax.constant_schedule(RATE), self.shardings()
-        ).program()
+        )
         arguments = (self.state(self.read()), self.reference, self.rules, self.batch, jax.random.key(0))
-        self.step = iteration.lower(*arguments).compile(FAST)
+        self.step = self.iteration.program().lower(*arguments).compile(FAST)
 
     def read(self) -> Any:
         return read_parameters(self.folder, self.model, self.execution.sharding, jnp.dtype("float32"))
@@ -290,7 +301,7 @@ def test_metrics_have_the_names_that_users_of_trl_know(tiny_root):
         *("loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"),
         *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region")),
         *(f"completions/{part}_length" for part in ("mean", "min", "max")),
-        *("completions/clipped_ratio", "num_tokens"),
+        *("completions/clipped_ratio", "num_tokens", "skipped_updates"),
         *(f"sampling/logp_difference/{part}" for part in ("mean", "max")),
         *(f"rewards/{rule}/{part}" for rule in ("ascii", "length", "repetition") for part in ("mean", "std")),
     }
@@ -345,6 +356,107 @@ def test_truncated_responses_teach_nothing(tiny_root):
     assert metrics["loss"] == pytest.approx(-(samples["advantages"] * tokens).sum() / tokens.sum(), abs=1e-6)
     assert metrics["completions/clipped_ratio"] == pytest.approx(1 - stops.mean())
     assert metrics["completions/mean_length"] == pytest.approx(samples["mask"].sum(axis=1).mean())
+
+
+@pytest.mark.parametrize(("candidates", "tokens"), [(16, 2), (8, 2)], ids=["a slate", "a filter"])
+def test_dynamic_sampling(candidates, tokens, tiny_root):
+    """Trained on are the first prompts of the slate whose responses are not equally right, by the rule alone."""
+    section = DynamicSamplingSection(candidates, "ascii")
+    objective = ObjectiveSection("dapo", kl_coefficient=0.05)
+    rules = (PatternRule(pattern="[ -~]*", name="ascii"), LengthRule(max_length=2, buffer=1, weight=0.5))
+    this = Bench(tiny_root, dynamic_sampling=section, objective=objective, max_new_tokens=tokens, rewards=rules)
+    result = this.run(1)
+    metrics, samples = result.metrics[0], result.samples[0]
+    sampled, kept = metrics["dynamic_sampling/sampled_prompts"], metrics["dynamic_sampling/kept_prompts"]
+    assert sampled in range(8, candidates + 1, 8)
+    assert metrics["dynamic_sampling/unused_prompts"] == candidates - sampled
+    assert kept == 8 or sampled == candidates, "it goes on until it has enough, or all are used up"
+    accuracy = samples["rewards_by_rule"]["ascii"].reshape(8, -1)
+    chosen = accuracy.min(axis=1) < accuracy.max(axis=1)
+    assert chosen.sum() == kept > 0
+    assert chosen[: int(kept)].all() or sampled == 8, "of several parts the chosen ones stand first"
+    advantages = samples["advantages"].reshape(8, -1)
+    assert (advantages[~chosen] == 0).all()
+    lengths = samples["mask"].sum(axis=1).reshape(8, -1)[chosen]
+    assert metrics["loss"] == pytest.approx(-(advantages[chosen] * lengths).sum() / lengths.sum(), abs=1e-6)
+    assert metrics["reward"] == pytest.approx(samples["rewards"].reshape(8, -1)[chosen].mean(), abs=1e-6)
+    assert metrics["frac_reward_zero_std"] == 0
+    prompts = [row[mask].tobytes() for row, mask in zip(samples["prompts"], samples["prompt_mask"], strict=True)]
+    assert len(set(prompts)) == 8
+    assert all(math.isfinite(value) for value in metrics.values())
+
+
+def test_two_programs_are_the_one(tiny_root, figure):
+    """A function that says what a rule says gives the same update; where it says nothing, less is learned from."""
+    this, expected = bench(tiny_root), outcome(tiny_root)
+    iteration = dataclasses.replace(
+        this.iteration,
+        config=dataclasses.replace(this.config, rewards=(*RULES[1:], FunctionReward(function="a:ascii"))),
+    )
+    rules = compile_rules(iteration.config.rules, this.bytes, this.model.stop_token_ids)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    sample, learn = iteration.programs()
+    state = this.state(this.read())
+    sampled = sample.lower(state.parameters, rules, this.batch, key).compile(FAST)(
+        state.parameters, rules, this.batch, key
+    )
+    rows = jax.device_get(sampled.rollout)
+    assert (rows.tokens == expected.samples[0]["tokens"]).all()
+    values = expected.samples[0]["rewards_by_rule"]["ascii"].reshape(8, 4)
+    learn = learn.lower(state, this.reference, sampled, {"ascii": values}).compile(FAST)
+    new, outputs = learn(state, this.reference, sampled, {"ascii": values})
+    figure(
+        "GRPO parameters, two programs",
+        largest_difference(jax.device_get(new.parameters), expected.parameters[1]),
+        1e-5,
+    )
+    for name, value in expected.metrics[0].items():
+        assert float(outputs["metrics"][name]) == pytest.approx(value, rel=1e-5, abs=1e-6), name
+    some = values.copy()
+    some[0] = some[1, 2] = np.nan
+    _, outputs = learn(this.state(this.read()), this.reference, sampled, {"ascii": some})
+    total = outputs["samples"]["rewards"].reshape(8, 4)
+    np.testing.assert_allclose(total[0], expected.samples[0]["rewards"].reshape(8, 4)[0] - values[0], atol=1e-6)
+    advantages = outputs["samples"]["advantages"].reshape(8, 4)
+    assert advantages[1, 2] == 0
+    group = np.delete(np.asarray(total[1], np.float64), 2)
+    assert np.delete(advantages[1], 2) == pytest.approx((group - group.mean()) / (group.std(ddof=1) + 1e-4), abs=1e-4)
+    assert float(outputs["metrics"]["rewards/ascii/mean"]) == pytest.approx(np.nanmean(some), abs=1e-6)
+
+
+def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
+    """Rewards of the plain reference on greedy responses, also where the last batch is not full, and with functions."""
+    this = bench(tiny_root)
+    config = dataclasses.replace(this.config, rewards=(*RULES, FunctionReward(function="a:judge", weight=2.0)))
+    iteration = dataclasses.replace(this.iteration, config=config)
+    _prompts, _ = grpo_run._tokenized(this.tokenizer, config, str(tiny_root / "rl.jsonl"))
+    prompts = _prompts[:11]
+    program = jax.jit(iteration.evaluate, compiler_options=FAST)
+    seen = []
+
+    def judge(numbers, tokens, mask):
+        seen.extend(zip(numbers, tokens, mask, strict=True))
+        values = [[np.nan if number == 3 else float(number)] for number in numbers]
+        return {"judge": np.asarray(values, np.float32)}, {}
+
+    state = this.state(this.read())
+    arguments = (program, config, this.execution.sharding, this.rules, prompts, judge, state)
+    metrics = grpo_run.held_out_reward(*arguments)
+    assert [number for number, _, _ in seen] == list(range(11))
+    scores = {
+        rule.name: [
+            score_response(rule, tokens.tolist(), this.bytes, this.model.stop_token_ids, 0) for _, tokens, _ in seen
+        ]
+        for rule in RULES
+    }
+    for name, values in scores.items():
+        assert metrics[f"evaluation_rewards/{name}/mean"] == pytest.approx(np.mean(values), abs=1e-6)
+    numbers = [number for number in range(11) if number != 3]
+    assert metrics["evaluation_rewards/judge/mean"] == pytest.approx(np.mean(numbers))
+    total = sum(rule.weight * np.asarray(scores[rule.name]) for rule in RULES)
+    assert metrics["evaluation_reward"] == pytest.approx((total.sum() + 2 * sum(numbers)) / 11, rel=1e-5)
+    assert metrics["evaluation_completions/mean_length"] == pytest.approx(np.mean([mask.sum() for _, _, mask in seen]))
+    assert grpo_run.held_out_reward(*arguments) == metrics
 
 
 @pytest.mark.parametrize("mesh", [FSDP, ALL], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])
@@ -418,7 +530,8 @@ def test_samples_as_text(tiny_root):
         assert sample["prompt"].startswith("<|im_start|>system\n专家。<|im_end|>")
         assert sample["prompt"].endswith("<|im_start|>assistant\n")
         assert sample["completion"] == this.tokenizer.decode(rows["tokens"][row][rows["mask"][row]])
-        assert sample["tokens"] == rows["mask"][row].sum()
+        assert sample["tokens"] == rows["mask"][row].sum() == len(sample["token_ids"])
+        assert sample["completion"] == this.tokenizer.decode(sample["token_ids"])
         assert sample["reward"] == rows["rewards"][row]
         assert sum(rule.weight * sample["rewards"][rule.name] for rule in this.config.rewards) == pytest.approx(
             sample["reward"], abs=1e-6

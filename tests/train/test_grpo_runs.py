@@ -1,17 +1,19 @@
 """What `train_grpo` gives each step: a key, prompts and the reference. The steps themselves are left out."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
-from training_fixtures import execution, grpo_config, largest_difference, state_of
+from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
 from psyche_jax.errors import UserError
-from psyche_jax.model.huggingface import read_parameters
-from psyche_jax.train import grpo
+from psyche_jax.model.huggingface import load_tokenizer, read_parameters
+from psyche_jax.train import grpo_run
+from psyche_jax.train.checkpoints import identity, open_model
 
-NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length")
+NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
 NAMES = ("tokens", "mask", "answers")
 STEPS = 8
 
@@ -21,7 +23,7 @@ def train(root, tiny_config, monkeypatch):
     """`train(run, seed, fail_at)` runs 8 steps that only note what they get: key, prompts with answers."""
     start = read_parameters(root / "model", tiny_config, execution(8).sharding, jnp.dtype("float32"))
 
-    def train(run, seed=3, fail_at=None):
+    def train(run, seed=3, fail_at=None, epochs=4.0):
         seen = []
 
         def step(state, reference, rules, prompts, key):
@@ -32,14 +34,17 @@ def train(root, tiny_config, monkeypatch):
             texts = {(row[mask].tobytes(), int(a)) for row, mask, a in zip(*(rows[n] for n in NAMES), strict=True)}
             seen.append((jax.random.key_data(key).tobytes(), frozenset(texts)))
             moved = jax.tree.map(lambda x: x + 1, state.parameters)
-            return dataclasses.replace(state, parameters=moved), {"metrics": dict.fromkeys(NUMBERS, 1.0), "samples": {}}
+            return dataclasses.replace(state, parameters=moved), {
+                "metrics": {**dict.fromkeys(NUMBERS, 1.0), "skipped_updates": 0.0},
+                "samples": {},
+            }
 
-        monkeypatch.setattr(grpo.Iteration, "program", lambda _: step)
-        monkeypatch.setattr(grpo, "decoded_samples", lambda *_: [])
-        config = grpo_config(root, run, epochs=4.0)
+        monkeypatch.setattr(grpo_run.Iteration, "program", lambda _: step)
+        monkeypatch.setattr(grpo_run, "decoded_samples", lambda *_: [])
+        config = grpo_config(root, run, epochs=epochs)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=seed))
         try:
-            grpo.train_grpo(config)
+            grpo_run.train_grpo(config)
         except UserError:
             assert state_of(root / run)["status"] == "failed"
         return seen
@@ -63,3 +68,54 @@ def test_a_run_that_failed_goes_on_with_the_same_steps(train):
     first, second = train("run", fail_at=6), train("run")
     assert first == whole[:5]
     assert second == whole[4:]
+
+
+def test_another_reference_policy_is_refused(train, root):
+    """Weights that changed since the run began: not those that it would measure the KL divergence from."""
+    train("run", fail_at=4)
+    weights = root / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match=r"model.path: the model there has changed since this run began"):
+        grpo_run.train_grpo(dataclasses.replace(grpo_config(root, "run", epochs=4.0)))
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert len(train("run")) == STEPS - 2
+
+
+def test_an_identity_is_that_of_the_weights(root, tmp_path):
+    """The same for a copy, with whatever else beside it; another for other weights."""
+    shutil.copytree(root / "model", tmp_path / "copy")
+    (tmp_path / "copy" / "README.md").write_text("a copy")
+    first, copy = (identity(open_model(str(path))) for path in (root / "model", tmp_path / "copy"))
+    assert first == copy
+    make_model(tmp_path / "other")
+    assert identity(open_model(str(tmp_path / "other"))) == first, "the same seed gives the same weights"
+    path = tmp_path / "other" / "model.safetensors"
+    path.write_bytes(path.read_bytes() + b" ")
+    assert identity(open_model(str(tmp_path / "other"))) != first
+
+
+def test_rewards_that_are_always_equal_are_warned_of_once(train, capsys):
+    train("run", epochs=20.0)
+    said = [line for line in capsys.readouterr().err.splitlines() if "the same reward" in line]
+    assert len(said) == 1
+    assert said[0].startswith("grpo: in 10 steps in a row all responses to each prompt had the same reward")
+
+
+def test_what_is_held_out_is_not_trained_on(root):
+    """Prompts of data.evaluation that are in data.train are set aside by name; if all are, that is an error."""
+    write_prompts(root / "more.jsonl", 18)
+    config = grpo_config(root)
+    tokenizer = load_tokenizer(root / "model")
+    trained, _ = grpo_run._tokenized(tokenizer, config, str(root / "rl.jsonl"))
+    more, _ = grpo_run._tokenized(tokenizer, config, str(root / "more.jsonl"))
+    kept, faults = grpo_run._without(more, trained, "more.jsonl")
+    assert [prompt.record for prompt in kept] == [prompt.record for prompt in more[16:]]
+    assert [prompt.number for prompt in kept] == [0, 1]
+    assert len(faults) == 16
+    assert f"record {more[0].record.id}: is in data.train too" in faults[0]
+    data = dataclasses.replace(config.data, evaluation=config.data.train)
+    with pytest.raises(UserError, match=r"all of its prompts are in data.train too"):
+        grpo_run.train_grpo(dataclasses.replace(config, data=data))

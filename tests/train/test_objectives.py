@@ -20,6 +20,7 @@ from psyche_jax.train.objectives import (
     policy_loss,
     sampler_correction,
     token_weights,
+    total_rewards,
     zero_std_groups,
 )
 
@@ -336,3 +337,16 @@ def test_sampler_corrections_are_truncated():
     trainer = jnp.log(jnp.asarray([[0.5, 0.1, 1.0, 1e-30]]))
     sampler = jnp.log(jnp.asarray([[0.25, 0.2, 1e-30, 1.0]]))
     np.testing.assert_allclose(sampler_correction(trainer, sampler, 3.0), [[2.0, 0.5, 3.0, 0.0]], rtol=1e-5, atol=1e-9)
+
+
+def test_rewards_that_are_absent():
+    """Absent for a group: its totals go without it. Absent for some of a group: they do not count. All absent: none."""
+    none = np.nan
+    values = {
+        "rule": np.asarray([[1.0, 0.0, 1.0]] * 3 + [[none] * 3]),
+        "judge": np.asarray([[0.5, 1.0, 0.0], [none] * 3, [0.5, none, 0.0], [none] * 3]),
+    }
+    total, counted = total_rewards(values, {"rule": 1.0, "judge": 2.0})
+    assert counted.tolist() == [[True] * 3, [True] * 3, [True, False, True], [False] * 3]
+    expected = [[2.0, 2.0, 1.0], [1.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0] * 3]
+    np.testing.assert_allclose(np.where(counted, total, 0), expected)

@@ -9,7 +9,7 @@ import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from psyche_jax.config import OptimizerSection
-from psyche_jax.train.state import make_optimizer, make_schedule
+from psyche_jax.train.state import TrainState, apply_gradients, make_optimizer, make_schedule
 
 
 def torch_rates(kind, warmup, total, peak):
@@ -93,3 +93,23 @@ def test_updates_are_those_of_torch_adamw():
         schedule.step()
         for name, parameter in theirs.items():
             np.testing.assert_allclose(ours[name], parameter.detach().numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    """Neither parameters nor moments; the next one does."""
+    optimizer = make_optimizer(OptimizerSection(warmup=0), optax.constant_schedule(0.1))
+    parameters = {"weight": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+    good = jax.tree.map(jnp.ones_like, parameters)
+    broken = {**good, "bias": good["bias"].at[1].set(bad)}
+    update = jax.jit(lambda state, loss, gradients: apply_gradients(optimizer, state, loss, gradients))
+    state, _, applied = update(TrainState(jnp.int32(0), parameters, optimizer.init(parameters)), 1.0, good)
+    assert applied
+    for loss, gradients in ((1.0, broken), (bad, good)):
+        after, _, applied = update(state, loss, gradients)
+        assert not applied
+        for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
+            assert old.tobytes() == new.tobytes()
+    after, norm, applied = update(after, 1.0, good)
+    assert applied and norm == pytest.approx(3.0)
+    assert (after.parameters["weight"] != state.parameters["weight"]).all()

@@ -37,7 +37,7 @@ def no_compilation_cache(monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished(tiny_root, tmp_path_factory):
-    """A whole SFT run with everything on: 5 steps, checkpoints after 3 and 5."""
+    """A whole SFT run with everything on: 5 steps, checkpoints after 3, 5 and the best evaluation."""
     root = shutil.copytree(tiny_root, tmp_path_factory.mktemp("finished") / "work")
     write_sft_data(root / "evaluation.jsonl", 11)
     data = SftDataSection(str(root / "sft.jsonl"), str(root / "evaluation.jsonl"), max_length=96)
@@ -49,8 +49,9 @@ def finished(tiny_root, tmp_path_factory):
 
 def test_a_finished_run(finished):
     run, config = finished
-    lines = read_lines(run / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    start, *lines = read_lines(run / "metrics.jsonl")
+    assert start.keys() == {"step", "evaluation_loss"}, "before the first step the model is evaluated"
+    assert [start["step"], *(line["step"] for line in lines)] == [0, 1, 2, 3, 4, 5]
     always = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second"}
     always |= {"tokens_per_second_per_device"}
     for line in lines:
@@ -65,7 +66,14 @@ def test_a_finished_run(finished):
     assert (state["status"], state["step"], state["kind"], state["reason"]) == ("done", 5, "sft", "")
     assert abs(state["time"] - time.time()) < 3600
     assert state["environment"]["versions"]["jax"] == jax.__version__
-    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["3", "5", "tokenizer"]
+    losses = {line["step"]: line["evaluation_loss"] for line in lines if "evaluation_loss" in line}
+    best = min(losses, key=losses.get)
+    assert losses[best] < start["evaluation_loss"]
+    assert state["best"] == {"step": best, "evaluation_loss": losses[best]}
+    assert find_checkpoint(run / "best").name == str(best)
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert {"5", str(best), "tokenizer"} <= kept
+    assert len(kept) <= 4, "the latest two and the best"
     assert list(run.rglob("*.partial")) == []
 
 
@@ -198,19 +206,24 @@ def test_the_difference_of_configs_is_named(change, key, tmp_path):
     assert files(tmp_path) == before
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(root, capsys):
-    """With a rate that throws the parameters away: failed, the step and what to do are named, exit code 1."""
+def test_a_loss_that_stays_not_finite_ends_the_run(root, capsys):
+    """With a rate that throws the parameters away: steps are skipped and counted, three in a row end the run with its
+    state kept, what to do is said, exit code 1."""
     optimizer = OptimizerSection(learning_rate=1e36, warmup=0, schedule="constant")
-    path = write_config(sft_config(root, optimizer=optimizer), root / "config.yaml")
+    path = write_config(sft_config(root, optimizer=optimizer, epochs=4.0), root / "config.yaml")
     assert cli.main(["sft", "--config", str(path)]) == 1
-    last = capsys.readouterr().err.strip().splitlines()[-1]
+    said = capsys.readouterr().err
+    last = said.strip().splitlines()[-1]
     assert last.startswith(
-        "psyche sft: sft: the loss or gradient of step 2 is not finite; lower optimizer.learning_rate"
+        "psyche sft: sft: the loss or gradient of step 4 is not finite, as in the 2 steps before; lower optimizer"
     )
+    assert said.count("the update was skipped") == 3
     state = state_of(root / "run")
-    assert state["status"] == "failed"
-    assert "step 2 is not finite" in state["reason"]
-    assert [line["step"] for line in metrics_of(root / "run")] == [1]
+    assert (state["status"], state["step"]) == ("failed", 4)
+    assert "step 4 is not finite" in state["reason"]
+    lines = metrics_of(root / "run")
+    assert [(line["step"], line["skipped_updates"]) for line in lines] == [(1, 0), (2, 1), (3, 1), (4, 1)]
+    assert read_checkpoint_metadata(find_checkpoint(root / "run"))["step"] == 4
 
 
 def test_records_that_do_not_fit_are_set_aside_by_name(root, capsys):
@@ -289,7 +302,7 @@ def test_a_file_broken_in_the_middle_is_not_read_over(tmp_path):
 
 def test_metadata_of_checkpoints(finished):
     run, config = finished
-    for step, folder in ((5, run), (5, run / "checkpoints"), (3, run / "checkpoints" / "3")):
+    for step, folder in ((5, run), (5, run / "checkpoints"), (5, run / "checkpoints" / "5")):
         metadata = read_checkpoint_metadata(find_checkpoint(folder))
         assert (metadata["step"], metadata["seed"], metadata["format"]) == (step, 3, 1)
         assert metadata["started_from"] == config.model.path

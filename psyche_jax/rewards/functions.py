@@ -1,0 +1,151 @@
+"""Rewards by Python functions on the host, such as an LLM that judges: found by name, called together, and checked."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.rewards.config import FunctionReward
+
+RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
+"""`(prompts, completions, records) -> list[float | None]`, or a coroutine function of the same."""
+
+
+@dataclass(frozen=True)
+class LoadedFunction:
+    """A reward of a config with the function that it names."""
+
+    reward: FunctionReward
+    call: RewardFunction
+
+
+@dataclass(frozen=True)
+class FunctionValues:
+    """What a function gave: one value a response, None where it has none; and what went wrong, "" if nothing did."""
+
+    values: tuple[float | None, ...]
+    fault: str = ""
+
+
+def load_functions(rewards: Sequence[FunctionReward]) -> tuple[LoadedFunction, ...]:
+    """Import what `module:function` names; modules in the current folder are found too.
+
+    Raises:
+      UsageError: it cannot be imported, or is no function.
+    """
+    if rewards and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+    return tuple(LoadedFunction(reward, _load(reward)) for reward in rewards)
+
+
+def call_functions(
+    functions: Sequence[LoadedFunction], prompts: list[str], completions: list[str], records: list[dict[str, Any]]
+) -> dict[str, FunctionValues]:
+    """The values of all functions, by name, called at the same time on the same responses.
+
+    A function that raises, takes longer than its `timeout_seconds`, or returns anything but one number or None a
+    response gives no value at all (None for each), if `on_error` is `absent`.
+
+    Raises:
+      UserError: so did a function whose `on_error` is `stop`.
+    """
+    calls = [_Call(function, (prompts, completions, records)) for function in functions]
+    results = {}
+    for call in calls:
+        result = call.result(len(completions))
+        if result.fault and call.reward.on_error == "stop":
+            raise UserError(result.fault)
+        results[call.reward.name] = result
+    return results
+
+
+class _Call:
+    """One call in a thread of its own: a function that never returns cannot be ended, only left behind."""
+
+    def __init__(self, function: LoadedFunction, arguments: tuple[list[Any], ...]) -> None:
+        self.reward = function.reward
+        self._answer: Any = None
+        self._error: BaseException | None = None
+        self._deadline = time.monotonic() + self.reward.timeout_seconds
+        self._thread = threading.Thread(target=self._run, args=(function.call, arguments), daemon=True)
+        self._thread.start()
+
+    def _run(self, function: RewardFunction, arguments: tuple[list[Any], ...]) -> None:
+        try:
+            answer = function(*(list(argument) for argument in arguments))
+            if inspect.isawaitable(answer):
+                answer = asyncio.run(_awaited(answer, self.reward.timeout_seconds))
+            self._answer = answer
+        except BaseException as error:  # whatever it is, it must not be lost with the thread
+            self._error = error
+
+    def result(self, count: int) -> FunctionValues:
+        self._thread.join(max(0.0, self._deadline - time.monotonic()))
+        if self._thread.is_alive() or isinstance(self._error, _TookTooLongError):
+            fault = f"took longer than timeout_seconds {self.reward.timeout_seconds:g}"
+        elif self._error is not None:
+            words = " ".join(str(self._error).split())
+            fault = f"raised {type(self._error).__name__}{': ' if words else ''}{words}"
+        else:
+            values, fault = _checked(self._answer, count)
+            if not fault:
+                return FunctionValues(values)
+        where = f"reward function `{self.reward.name}` ({self.reward.function})"
+        return FunctionValues((None,) * count, f"{where}: {fault}")
+
+
+class _TookTooLongError(Exception):
+    """A coroutine did, and was cancelled."""
+
+
+async def _awaited(answer: Any, seconds: float) -> Any:
+    try:
+        async with asyncio.timeout(seconds) as limit:
+            return await answer
+    except TimeoutError:  # the limit's, or one of its own
+        if limit.expired():
+            raise _TookTooLongError from None
+        raise
+
+
+def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
+    """The values as floats, and what is wrong with them."""
+    if isinstance(answer, str | bytes) or not hasattr(answer, "__len__") or not hasattr(answer, "__iter__"):
+        return (), f"returned {type(answer).__name__}, not a list of numbers"
+    if len(answer) != count:
+        return (), f"returned {len(answer)} values for {count} completions"
+    values: list[float | None] = []
+    for index, value in enumerate(answer):
+        if value is not None and not isinstance(value, Real):
+            return (), f"returned {type(value).__name__} for completion {index}, neither a number nor None"
+        if value is not None and not math.isfinite(value):
+            return (), f"returned {float(value)} for completion {index}; a reward must be finite"
+        values.append(None if value is None else float(value))
+    return tuple(values), ""
+
+
+def _load(reward: FunctionReward) -> RewardFunction:
+    module_name, _, name = reward.function.partition(":")
+    try:
+        function = importlib.import_module(module_name)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except Exception as error:  # a module may raise anything while it is imported
+        words = " ".join(str(error).split())
+        raise UsageError(
+            f"reward function `{reward.name}` ({reward.function}): cannot be imported: {type(error).__name__}: {words}"
+        ) from None
+    if not callable(function):
+        raise UsageError(f"reward function `{reward.name}` ({reward.function}): is no function")
+    return function

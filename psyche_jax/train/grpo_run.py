@@ -1,0 +1,332 @@
+"""A run of GRPO: what `train/grpo.py` is given from a config and its files, and what becomes of its outputs."""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from psyche_jax import hosts
+from psyche_jax.config import GrpoConfig, config_to_dict
+from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import RlPrompt, answer_mask
+from psyche_jax.data.streams import Batch, batches, pad_prompts
+from psyche_jax.errors import UserError
+from psyche_jax.model.sharding import Sharding
+from psyche_jax.rewards import CompiledRules, compile_rules, token_bytes_from_tokenizer
+from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions
+from psyche_jax.runs import Run, open_run
+from psyche_jax.train.checkpoints import check_reference, checkpoint_metadata, identity
+from psyche_jax.train.grpo import Iteration
+from psyche_jax.train.loop import Evaluation, Program, StepFunction, run_training
+from psyche_jax.train.objectives import total_rewards
+from psyche_jax.train.setup import Setup, abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
+from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
+
+Judge = Callable[[Sequence[int], Any, Any], tuple[dict[str, np.ndarray], dict[str, float]]]
+
+_EQUAL_STEPS = 10  # so many steps whose rewards teach nothing are worth a warning
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt with its record."""
+
+    tokens: list[int]
+    record: RlPrompt
+    number: int  # its place in the data
+
+
+def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
+    """Run GRPO as `config` says, or go on with it; see `psyche grpo --help`.
+
+    Raises:
+      UserError: the model, the data, a rule or the run folder cannot be used.
+    """
+    setup = prepare(
+        config.model,
+        config.mesh,
+        config.data.max_prompt_length + config.max_new_tokens,
+        "data.max_prompt_length + max_new_tokens",
+    )
+    execution = setup.execution
+    model = setup.model.config
+    minibatch = config.minibatch_prompts or config.prompts_per_step
+    micro_batch = config.micro_batch_prompts or minibatch
+    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", execution.sharding)
+    check_rows(
+        micro_batch * config.generations_per_prompt,
+        "micro_batch_prompts × generations_per_prompt",
+        execution.sharding,
+    )
+    if not model.stop_token_ids:
+        raise UserError(f"{config.model.path}: names no stop token (eos_token_id); a response could never end")
+    rules = compile_rules(
+        config.rules, token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size), model.stop_token_ids
+    )
+    functions = load_functions(config.functions)
+    prompts, faults = _tokenized(setup.tokenizer, config, config.data.train)
+    held_out: list[Prompt] = []
+    if config.data.evaluation is not None:
+        held_out, more = _tokenized(setup.tokenizer, config, config.data.evaluation)
+        held_out, seen = _without(held_out, prompts, config.data.evaluation)
+        faults += [*more, *seen]
+    total_steps = math.ceil(config.epochs * len(prompts) / config.candidates_per_step)
+    schedule = make_schedule(config.optimizer, total_steps, config.updates_per_step)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    abstract, shardings = abstract_state(setup, optimizer)
+    iteration = Iteration(config, model, execution, optimizer, schedule, shardings)
+    reference = setup.read_parameters(config.reference_dtype) if config.objective.kl_coefficient else None
+    key = jax.random.key(config.run.seed)
+    collate = partial(_collate, largest=config.data.max_prompt_length)
+    place = execution.sharding.named("batch")
+
+    def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
+        stream = batches(prompts, config.candidates_per_step, config.run.seed, collate, range(first, total_steps))
+        return (hosts.place(batch, place) for batch in stream)
+
+    step = _one_program(iteration, reference, rules, key)
+    if functions:
+        judge = partial(_judged, functions, setup, prompts)
+        step = _two_programs(iteration, reference, rules, key, judge)
+    evaluation = None
+    if held_out:
+        judge = partial(_judged, functions, setup, held_out)
+        program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
+        measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
+        evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
+    warn = _EqualRewards()
+
+    def after_step(run: Run, index: int, metrics: dict[str, float], outputs: dict[str, Any]) -> None:
+        warn.look_at(metrics)
+        if index == 1 or index == total_steps or index % config.logging.samples_every_steps == 0:
+            for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
+                run.log_sample(index, {"policy_step": index - 1, **sample})
+
+    with open_run(Path(config.run.dir), "grpo", config_to_dict(config), config.logging) as run:
+        keep_tokenizer(run, setup)
+        reference_identity = identity(setup.model)
+        check_reference(run.checkpoints, reference_identity)
+        report_set_aside(run, faults)
+        run_training(
+            Program(
+                "grpo",
+                total_steps,
+                device_batches,
+                step,
+                ("reward", "evaluation_reward", "kl", "completions/mean_length"),
+                config.optimizer.max_skipped_steps,
+                after_step,
+                evaluation,
+            ),
+            run,
+            lambda: initial_state(optimizer, setup.read_parameters(), shardings),
+            abstract,
+            checkpoint_metadata(
+                model,
+                config.prompt,
+                seed=config.run.seed,
+                reference=config.model.path,
+                reference_identity=reference_identity,
+            ),
+            config.checkpoints,
+            profile_steps,
+        )
+
+
+def _one_program(iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array) -> StepFunction:
+    program = iteration.program()
+
+    def step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
+        return program(state, reference, rules, batch, jax.random.fold_in(key, index))
+
+    return step
+
+
+def _two_programs(
+    iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array, judge: Judge
+) -> StepFunction:
+    """The same step with functions between sampling and learning."""
+    sample, learn = iteration.programs()
+    everywhere = iteration.execution.sharding.named()
+
+    def step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
+        sampled = sample(state.parameters, rules, batch, jax.random.fold_in(key, index))
+        numbers, tokens, mask = jax.device_get(
+            (sampled.prompts["number"], sampled.rollout.tokens, sampled.rollout.mask)
+        )
+        values, failures = judge(numbers, tokens, mask)
+        state, outputs = learn(state, reference, sampled, hosts.place(values, everywhere))
+        return state, {**outputs, "metrics": {**outputs["metrics"], **failures}}
+
+    return step
+
+
+def _judged(
+    functions: Sequence[LoadedFunction], setup: Setup, prompts: Sequence[Prompt], numbers: Any, tokens: Any, mask: Any
+) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """What the functions say of responses. The first process asks them, and tells the others.
+
+    Args:
+      functions, setup: the functions; the tokenizer and the model's stop tokens.
+      prompts: where `numbers` point.
+      numbers: int [prompts], which prompts these are.
+      tokens, mask: [responses, length], the responses to one prompt consecutive.
+
+    Returns:
+      By name, values float32 [prompts, generations], NaN where a function gave None; and by name of a metric, whether
+      the function failed.
+
+    Raises:
+      UserError: a function failed, and is to end the run then.
+    """
+    generations = len(tokens) // len(numbers)
+    shape = (len(numbers), generations)
+    values = {function.reward.name: np.zeros(shape, np.float32) for function in functions}
+    failures = {name: np.float32(0) for name in values}
+    error = None
+    if hosts.is_first():
+        asked = [prompts[number] for number in np.repeat(numbers, generations)]
+        texts = [setup.tokenizer.decode(prompt.tokens) for prompt in asked]
+        completions = [_without_stop(setup, row[row_mask]) for row, row_mask in zip(tokens, mask, strict=True)]
+        try:
+            found = call_functions(functions, texts, completions, [dataclasses.asdict(p.record) for p in asked])
+        except UserError as stop:
+            error = stop
+        else:
+            for name, result in found.items():
+                if result.fault:
+                    print(f"grpo: {result.fault}; its reward is absent in this step", file=sys.stderr, flush=True)
+                failures[name] = np.float32(bool(result.fault))
+                numbers_or_nan = [math.nan if value is None else value for value in result.values]
+                values[name] = np.asarray(numbers_or_nan, np.float32).reshape(shape)
+    if hosts.on_any(error is not None):
+        raise error or UserError("a reward function failed on the first host")
+    values, failures = hosts.from_first((values, failures))
+    return values, {f"rewards/{name}/failed": float(failed) for name, failed in failures.items()}
+
+
+def _without_stop(setup: Setup, tokens: np.ndarray) -> str:
+    stops = setup.model.config.stop_token_ids
+    return setup.tokenizer.decode(tokens[:-1] if len(tokens) and tokens[-1] in stops else tokens)
+
+
+def held_out_reward(
+    program: Any,
+    config: GrpoConfig,
+    sharding: Sharding,
+    rules: CompiledRules,
+    prompts: Sequence[Prompt],
+    judge: Judge,
+    state: TrainState,
+) -> dict[str, float]:
+    """Rewards of one greedy response to each held-out prompt: the mean of the totals, and of each reward.
+
+    `program` is `Iteration.evaluate`, jitted.
+    """
+    parts: list[dict[str, np.ndarray]] = []
+    lengths: list[int] = []
+    for start in range(0, len(prompts), config.prompts_per_step):
+        numbers = list(range(start, min(start + config.prompts_per_step, len(prompts))))
+        filled = [prompts[number] for number in numbers] + [prompts[0]] * (config.prompts_per_step - len(numbers))
+        batch = hosts.place(_collate(filled, config.data.max_prompt_length), sharding.named("batch"))
+        rollout, by_rule = jax.device_get(program(state.parameters, rules, batch))
+        rows = slice(len(numbers))
+        values = {name: value[rows, None] for name, value in by_rule.items()}
+        if config.functions:
+            values |= judge(numbers, rollout.tokens[rows], rollout.mask[rows])[0]
+        parts.append(values)
+        lengths += rollout.mask[rows].sum(axis=1).tolist()
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    total, counted = jax.device_get(total_rewards(joined, {reward.name: reward.weight for reward in config.rewards}))
+    metrics = {"evaluation_reward": _mean(total[counted])}
+    metrics |= {f"evaluation_rewards/{name}/mean": _mean(v[~np.isnan(v)]) for name, v in joined.items()}
+    return {**metrics, "evaluation_completions/mean_length": _mean(lengths)}
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else math.nan
+
+
+class _EqualRewards:
+    """Warns, once, of many steps in a row in which all rewards of each group were equal."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def look_at(self, metrics: dict[str, float]) -> None:
+        """At the metrics of one more step."""
+        self._steps = self._steps + 1 if metrics["frac_reward_zero_std"] == 1 else min(self._steps, 0)
+        if self._steps == _EQUAL_STEPS and hosts.is_first():
+            self._steps = -sys.maxsize
+            print(
+                f"grpo: in {_EQUAL_STEPS} steps in a row all responses to each prompt had the same reward: there was "
+                "nothing to learn; look at samples.jsonl, whether the rewards are out of the policy's reach",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def decoded_samples(
+    tokenizer: Any, samples: dict[str, Any], generations: int, prompts: int = 2
+) -> Iterator[dict[str, Any]]:
+    """Text, rewards and advantages of all responses to the first few prompts of a step."""
+    rows = jax.device_get(samples)
+
+    def number(value: np.floating) -> float | None:
+        return None if np.isnan(value) else float(value)
+
+    for row in range(min(prompts * generations, len(rows["tokens"]))):
+        prompt = row // generations
+        yield {
+            "prompt": tokenizer.decode(rows["prompts"][prompt][rows["prompt_mask"][prompt]]),
+            "completion": tokenizer.decode(rows["tokens"][row][rows["mask"][row]]),
+            "tokens": int(rows["mask"][row].sum()),
+            "token_ids": rows["tokens"][row][rows["mask"][row]].tolist(),
+            "reward": float(rows["rewards"][row]),
+            "rewards": {name: number(values[row]) for name, values in rows["rewards_by_rule"].items()},
+            "advantage": float(rows["advantages"][row]),
+        }
+
+
+def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prompt], list[str]]:
+    largest = config.data.max_prompt_length
+    records = load_records(RlPrompt, path)
+    prompts: list[Prompt] = []
+    faults = list(records.set_aside)
+    for record in records.good:
+        tokens = prompt_tokens(tokenizer, record.messages, config.prompt)
+        if len(tokens) > largest:
+            faults.append(f"{path}: record {record.id}: {len(tokens)} tokens, over data.max_prompt_length {largest}")
+        else:
+            prompts.append(Prompt(tokens, record, len(prompts)))
+    if not prompts:
+        raise UserError(f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
+    return prompts, faults
+
+
+def _without(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:
+    """Held-out prompts that are not trained on, numbered anew, and a line for each that is."""
+    known = {tuple(prompt.tokens) for prompt in trained}
+    kept = [prompt for prompt in held_out if tuple(prompt.tokens) not in known]
+    faults = [
+        f"{path}: record {prompt.record.id}: is in data.train too, so it is not held out"
+        for prompt in held_out
+        if tuple(prompt.tokens) in known
+    ]
+    if not kept:
+        raise UserError(f"{path}: all of its prompts are in data.train too; data.evaluation must be held out")
+    return [dataclasses.replace(prompt, number=number) for number, prompt in enumerate(kept)], faults
+
+
+def _collate(prompts: list[Prompt], largest: int) -> Batch:
+    answers = np.asarray([answer_mask(prompt.record.answer) for prompt in prompts], np.int32)
+    numbers = np.asarray([prompt.number for prompt in prompts], np.int32)
+    return {**pad_prompts([prompt.tokens for prompt in prompts], largest), "answers": answers, "number": numbers}
