@@ -164,11 +164,17 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(
         "report",
         _report,
-        "Write one offline HTML page about one or several runs.",
+        "Write one offline HTML page about one or several runs, or Markdown for a model card.",
         "psyche report runs/demo/sft runs/demo/grpo --out report.html",
     )
     verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
-    verb.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="default: report.html")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html; one that ends with .md gets the figures as Markdown for a model card",
+    )
 
     verb = add(
         "plan",

@@ -25,7 +25,11 @@ class Evaluation:
     model: str
     step: int
     scores: dict[str, Any]
-    items: dict[str, dict[str, Any]]
+    items: dict[str, dict[str, Any]]  # choice questions, the first sample of each
+    parameters: int | None = None
+    samples: int = 1
+    set_aside: tuple[str, ...] = ()
+    empathy: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, path: Path, run: str) -> "Evaluation":
@@ -37,11 +41,18 @@ class Evaluation:
         content = read_json(path)
         try:
             scores = content["scores"]
-            for part in (scores, *scores.get("by_kind", {}).values()):
-                values = [part["strict"], part["count"], *(part.get(name) or 0 for name in _OPTIONAL)]
+            groups = [scores, *scores.get("by_kind", {}).values(), *scores.get("cells", {}).values()]
+            for part in groups:
+                strict = part["strict"] if part["count"] else 0
+                values = [strict, part["count"], *(part.get(name) or 0 for name in _OPTIONAL)]
                 if not all(isinstance(value, int | float) for value in values):
                     raise ValueError("a score is not a number")
-            items = {str(item["id"]): {**item, "strict": int(item["strict"])} for item in content.get("items", [])}
+            items = {
+                str(item["id"]): {**item, "strict": int(item["strict"])}
+                for item in content.get("items", [])
+                if not item.get("sample") and item.get("kind") not in ("essay", "dialogue")
+            }
+            parameters = content.get("parameters")
             return cls(
                 run,
                 str(content["label"]),
@@ -50,6 +61,10 @@ class Evaluation:
                 int(content.get("step") or 0),
                 scores,
                 items,
+                int(parameters) if parameters else None,
+                int(content.get("samples") or 1),
+                tuple(map(str, content.get("set_aside", []))),
+                content.get("empathy"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
@@ -63,7 +78,7 @@ class Row:
     name: str
     step: int
     strict: float
-    low: float  # of the 95 % Wilson interval of `strict`
+    low: float  # of the 95 % interval of `strict`: bootstrap, or Wilson's where the evaluation has none
     high: float
     change: float | None  # of `strict` against the first row, if both answered as many questions
     chance: float | None
@@ -71,6 +86,7 @@ class Row:
     chance_elastic: float | None
     unanswered: int | None
     count: int
+    deviation: float | None = None  # of `strict` over samples
 
 
 @dataclass(frozen=True)
@@ -126,8 +142,13 @@ class Bench:
 
     @property
     def overall(self) -> list[Row]:
-        """Scores on all questions."""
-        return self.groups[0].rows
+        """Scores on all questions; none where there are only essays or dialogues."""
+        return self.groups[0].rows if self.groups else []
+
+    @property
+    def named(self) -> list[tuple[str, Evaluation]]:
+        """Evaluations with their names."""
+        return list(zip(self.names, self.evaluations, strict=True))
 
 
 def read_benches(evaluations: Sequence[Evaluation]) -> list[Bench]:
@@ -140,6 +161,13 @@ def read_benches(evaluations: Sequence[Evaluation]) -> list[Bench]:
         _bench(name, [evaluation for evaluation in unique if evaluation.bench == name])
         for name in dict.fromkeys(evaluation.bench for evaluation in unique)
     ]
+
+
+def cell_name(cell: str) -> str:
+    """The name of a cell in words: `case_smcq` is Case, one right answer."""
+    part, _, kind = cell.rpartition("_")
+    kinds = {"smcq": _KINDS["single"].lower(), "mmcq": _KINDS["multi"].lower()}
+    return f"{part.capitalize()}, {kinds[kind]}" if part and kind in kinds else cell
 
 
 def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -162,10 +190,19 @@ def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
     kinds = list(dict.fromkeys(kind for one in evaluations for kind in one.scores.get("by_kind", {})))
     if len(kinds) == 1:
         kinds = []  # all questions are of this kind
+    cells = list(dict.fromkeys(cell for one in evaluations for cell in one.scores.get("cells", {})))
     groups = [ScoreGroup(_KINDS["all"], _rows(evaluations, names, [one.scores for one in evaluations]))]
     for kind in kinds:
         parts = [one.scores.get("by_kind", {}).get(kind) for one in evaluations]
         groups.append(ScoreGroup(_KINDS.get(kind, kind), _rows(evaluations, names, parts)))
+    if len(cells) > 2:  # else they are the kinds
+        for cell in cells:
+            parts = [one.scores.get("cells", {}).get(cell) for one in evaluations]
+            groups.append(ScoreGroup(cell_name(cell), _rows(evaluations, names, parts)))
+    if any("decontaminated" in one.scores for one in evaluations):
+        parts = [one.scores.get("decontaminated") for one in evaluations]
+        groups.append(ScoreGroup("Without what the training data hold too", _rows(evaluations, names, parts)))
+    groups = [group for group in groups if group.rows]
 
     answered = [index for index, evaluation in enumerate(evaluations) if evaluation.items]
     shown = answered if len(answered) <= SHOWN_MODELS else [answered[0], *answered[-(SHOWN_MODELS - 1) :]]
@@ -181,7 +218,7 @@ def _rows(
 ) -> list[Row]:
     rows: list[Row] = []
     for evaluation, name, part in zip(evaluations, names, scores, strict=True):
-        if part is None:
+        if not part or not part["count"]:
             continue
         strict, count = float(part["strict"]), int(part["count"])
         comparable = bool(rows) and rows[0].count == count
@@ -190,13 +227,14 @@ def _rows(
                 name,
                 evaluation.step,
                 strict,
-                *wilson(strict, count),
+                *(part.get("interval") or wilson(strict, count)),
                 strict - rows[0].strict if comparable else None,
                 part.get("chance"),
                 part.get("elastic"),
                 part.get("chance_elastic"),
                 part.get("unanswered"),
                 count,
+                part.get("deviation"),
             )
         )
     return rows

@@ -17,10 +17,10 @@ SMOOTH_ABOVE = 30  # points; a longer curve gets a moving mean over its faint ra
 COLORS = 6
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 # Drawn in these colours, which then become CSS variables: the page decides what they are.
-_TEXT, _GRID = "#010001", "#010002"
-_SERIES = tuple(f"#0200{index:02x}" for index in range(COLORS))
-_VARIABLES = {_TEXT: "--chart-text", _GRID: "--chart-grid"} | {
-    color: f"--series-{index + 1}" for index, color in enumerate(_SERIES)
+TEXT, GRID = "#010001", "#010002"
+SERIES = tuple(f"#0200{index:02x}" for index in range(COLORS))
+_VARIABLES = {TEXT: "--chart-text", GRID: "--chart-grid"} | {
+    color: f"--series-{index + 1}" for index, color in enumerate(SERIES)
 }
 
 
@@ -223,14 +223,7 @@ def _series(lines: Sequence[dict[str, Any]], key: str, name: str, style: int, ba
 
 
 def _draw(metric: Metric, series: Sequence[Series], salt: str) -> str:
-    style: Any = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.size": 11.5,
-        "path.simplify_threshold": 0.4,
-        "axes.unicode_minus": True,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(style(salt)):
         figure = Figure(figsize=(3.9, 2.5), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
@@ -252,22 +245,22 @@ def _draw(metric: Metric, series: Sequence[Series], salt: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.tick_params(length=0, colors=_TEXT, pad=5)
-        axes.grid(axis="y", color=_GRID, linewidth=0.8)
+        axes.tick_params(length=0, colors=TEXT, pad=5)
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.margins(x=0.02)
-        axes.set_xlabel("step", color=_TEXT)
-        axes.set_ylabel(metric.unit, color=_TEXT)
+        axes.set_xlabel("step", color=TEXT)
+        axes.set_ylabel(metric.unit, color=TEXT)
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
-            spine.set_color(_GRID)
+            spine.set_color(GRID)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _themed(buffer.getvalue())
+    return themed(buffer.getvalue())
 
 
 def _draw_series(axes: Any, series: Series) -> None:
-    color, dash = _SERIES[series.style % COLORS], DASHES[series.style % len(DASHES)]
+    color, dash = SERIES[series.style % COLORS], DASHES[series.style % len(DASHES)]
     steps, values = np.asarray(series.steps, float), np.asarray(series.values, float)
     values = np.where(np.isfinite(values), values, np.nan)
     window = window_of(len(values))
@@ -281,7 +274,18 @@ def _draw_series(axes: Any, series: Series) -> None:
     axes.plot(steps, values, color=color, linewidth=2, linestyle=dash, **marker)
 
 
-def _themed(svg: str) -> str:
+def style(salt: str) -> Any:
+    """Settings of matplotlib for a drawing in a page; one `salt` always gives the same names within it."""
+    return {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.size": 11.5,
+        "path.simplify_threshold": 0.4,
+        "axes.unicode_minus": True,
+    }
+
+
+def themed(svg: str) -> str:
     """Only the drawing: no prologue, size or names of its own; colours by variable and the page's font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)

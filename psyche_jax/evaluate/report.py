@@ -17,9 +17,10 @@ from markupsafe import Markup
 import psyche_jax
 from psyche_jax.config import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.comparison import Evaluation, read_benches
+from psyche_jax.evaluate.comparison import Bench, Evaluation, read_benches
 from psyche_jax.evaluate.curves import SFT_METRICS, Chart, charts, grpo_metrics, number
-from psyche_jax.files import read_json, write_text
+from psyche_jax.evaluate.published import COLUMNS, PaperRow, draw_sizes, our_rows, published, summary_of_sizes
+from psyche_jax.files import in_bucket, read_json, write_text
 from psyche_jax.runs import read_lines
 
 LONGEST_TEXT = 8000  # characters of a response that the page shows
@@ -126,6 +127,18 @@ class RunRecord:
         return "" if self.state.get("status") == "done" else f"psyche {self.kind} --config {config}"
 
     @property
+    def data_card(self) -> dict[str, Any]:
+        """What `psyche synth` wrote about the training data, if they are on this machine; else empty."""
+        trained_on = self.setting("data.train")
+        if not isinstance(trained_on, str) or in_bucket(trained_on):
+            return {}
+        for folder in (Path(trained_on), Path(trained_on).parent):
+            if (folder / "card.json").is_file():
+                card = read_json(folder / "card.json")
+                return card if isinstance(card, dict) else {}
+        return {}
+
+    @property
     def yaml(self) -> str:
         """The config as text."""
         return dump_yaml(self.config)
@@ -168,6 +181,27 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
+class PaperSection:
+    """The paper's table and figure with ours among them."""
+
+    source: str
+    columns: tuple[tuple[str, str], ...]
+    rows: list[PaperRow]
+    figure: str
+    summary: str
+
+    @property
+    def ours(self) -> list[PaperRow]:
+        """The rows of evaluations here."""
+        return [row for row in self.rows if row.ours]
+
+    @property
+    def without_size(self) -> list[PaperRow]:
+        """Those that have no place in the figure."""
+        return [row for row in self.rows if not row.parameters_billion]
+
+
+@dataclass(frozen=True)
 class KindSection:
     """All runs of one kind: their curves and their configs."""
 
@@ -186,9 +220,11 @@ class KindSection:
 def write_report(runs: Sequence[Path], out: Path, title: str = "Training report") -> None:
     """Write one HTML file on `runs`, which also compares them. It holds all it needs and asks nothing of a network.
 
+    If `out` ends with `.md`, it gets the figures as Markdown for a model card instead.
+
     Args:
       runs: folders of runs, in the order in which they were trained (or are to be compared).
-      out: the HTML file; it is replaced in one step.
+      out: the file; it is replaced in one step.
       title: the page's title.
 
     Raises:
@@ -200,7 +236,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training report"
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give the name of an HTML file")
     records = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    page = render(records, title)
+    page = render(records, title, markdown=out.suffix == ".md")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # A model may say half a surrogate pair, which UTF-8 cannot hold.
@@ -234,29 +270,46 @@ def read_run(folder: Path, name: str) -> RunRecord:
     return RunRecord(folder, name, kind, config, state, lines["metrics.jsonl"], lines["samples.jsonl"], evaluations)
 
 
-def render(runs: Sequence[RunRecord], title: str) -> str:
-    """The page as HTML."""
+def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str:
+    """The page as HTML, or its figures as Markdown for a model card.
+
+    Raises:
+      UserError: an evaluation is not as `psyche eval` writes it.
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("psyche_jax.evaluate", ""),
-        autoescape=True,
+        autoescape=not markdown,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "points": points, "clip": clip, "spoken": spoken, "brief": brief}
+    environment.filters |= {"dumped": dump_yaml, "cell": cell}
     benches = read_benches([evaluation for run in runs for evaluation in run.evaluations])
     css = (files("psyche_jax.evaluate") / "report.css").read_text(encoding="utf-8")
-    return environment.get_template("report.html.jinja").render(
-        title=title,
-        css=Markup(css),
-        markup=Markup,
-        runs=runs,
-        benches=benches,
-        kinds=_kind_sections(runs),
-        rollouts=[found for run in runs if (found := _rollouts(run))],
-        version=psyche_jax.__version__,
-        written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-    )
+    try:
+        return environment.get_template("report.md.jinja" if markdown else "report.html.jinja").render(
+            title=title,
+            css=Markup(css),
+            markup=Markup,
+            runs=runs,
+            benches=benches,
+            paper=_paper_section(benches),
+            kinds=[] if markdown else _kind_sections(runs),
+            rollouts=[found for run in runs if (found := _rollouts(run))],
+            version=psyche_jax.__version__,
+            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        )
+    except (jinja2.UndefinedError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{', '.join(str(run.folder) for run in runs)}: an evaluation was changed by hand ({error}); write it "
+            "again with `psyche eval`"
+        ) from error
+
+
+def cell(text: str) -> str:
+    """A text as it may stand in a cell of a Markdown table, with no markup of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|])", r"\\\1", " ".join(str(text).split()))
 
 
 def percent(value: float | None) -> str:
@@ -321,6 +374,18 @@ def _kind_sections(runs: Sequence[RunRecord]) -> list[KindSection]:
         drawn = charts(metrics, [(run.name, run.metrics) for run in chosen])
         sections.append(KindSection(kind, _KINDS.get(kind, kind), chosen, drawn, _settings(chosen)))
     return sections
+
+
+def _paper_section(benches: Sequence[Bench]) -> PaperSection:
+    source, rows = published()
+    ours = [
+        row
+        for bench in benches
+        for name, evaluation in bench.named
+        for row in our_rows(name, evaluation.scores, evaluation.parameters)
+    ]
+    every = sorted([*rows, *ours], key=lambda row: -row.values["average_strict"])
+    return PaperSection(source, COLUMNS, every, draw_sizes(every), summary_of_sizes(every))
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from answerers import Answerer, six_cells
 from made_up_runs import make_chain, make_run
 
+from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.report import write_report
+from psyche_jax.evaluate.tasks import Benchmark
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is absent: pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -33,6 +36,13 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report")
     runs = make_chain(folder, completion=f"<think>{LONG}</think>{LONG}")
     runs.append(make_run(folder / ("a-run-with-a-name-" * 6), "grpo", 20, "preempted", learning_rate=3e-6))
+    tasks = six_cells(60).tasks
+    benchmark = Benchmark("pceb", tasks, (f"x.json: {LONG}",), {tasks[0].id: "same stem"})
+    for label, letters in (("A" * 60, "A"), ("other", "B")):
+        answerer = Answerer(
+            lambda task, _, said=letters: f"<think>{LONG}</think>答案：{said}", parameters=7_600_000_000
+        )
+        evaluate(answerer, benchmark, label=label, files=[evaluation_file(runs[0], "pceb", label)])
     write_report(runs, folder / "report.html", "Report")
     return folder / "report.html"
 
