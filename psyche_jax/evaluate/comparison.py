@@ -222,12 +222,14 @@ def _rows(
             continue
         strict, count = float(part["strict"]), int(part["count"])
         comparable = bool(rows) and rows[0].count == count
+        low, high = part.get("interval") or wilson(strict, count)
         rows.append(
             Row(
                 name,
                 evaluation.step,
                 strict,
-                *(part.get("interval") or wilson(strict, count)),
+                low,
+                high,
                 strict - rows[0].strict if comparable else None,
                 part.get("chance"),
                 part.get("elastic"),

@@ -96,12 +96,11 @@ def draw_sizes(rows: Sequence[PaperRow]) -> str:
         axes.patch.set_visible(False)
         sizes = [row.parameters_billion or 0 for row in known]
         axes.set_xscale("log")
-        for row in known:
-            point = (row.parameters_billion, row.values["average_strict"])
+        for size, row in zip(sizes, known, strict=True):
             color = SERIES[1] if row.ours else SERIES[0]
-            axes.plot(
-                *point, "o", color=color, markersize=9, markerfacecolor=color if row.ours else "none", markeredgewidth=2
-            )
+            inside = color if row.ours else "none"
+            height = row.values["average_strict"]
+            axes.plot(size, height, "o", color=color, markersize=9, markerfacecolor=inside, markeredgewidth=2)
         _label(axes, known)
         low, high = min(sizes), max(sizes)
         axes.set_xlim(low / 2.2, high * 4.5)
