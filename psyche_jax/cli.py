@@ -177,6 +177,20 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     verb = add(
+        "serve",
+        _serve,
+        "Serve a model behind an OpenAI-compatible endpoint, on this machine.",
+        "psyche serve runs/demo/grpo --port 8000",
+    )
+    verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
+    verb.add_argument("--config", type=Path, help="a YAML file of serving; see docs/serve.md")
+    _add_set(verb)
+    verb.add_argument("--host", help="default 127.0.0.1; another needs a token in PSYCHE_SERVE_TOKEN")
+    verb.add_argument("--port", type=int, metavar="N", help="default 8000; 0 takes any that is free")
+    verb.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
+    _add_conversation(verb)
+
+    verb = add(
         "plan",
         _plan,
         "Compile a training program for a TPU slice without having one: does it fit, what does it send, how long?",
@@ -211,6 +225,14 @@ def _add_set(verb: argparse.ArgumentParser) -> None:
         dest="overrides",
         help="change one key of the config, for example optimizer.learning_rate=1e-6; may be repeated",
     )
+
+
+def _add_conversation(verb: argparse.ArgumentParser) -> None:
+    """Options of whatever talks with people."""
+    verb.add_argument("--plain", action="store_true", help="add no system prompt and no instruction to the messages")
+    verb.add_argument("--region", metavar="CODE", help="whose hotline people in a crisis are given (default CN)")
+    verb.add_argument("--crisis-log", metavar="FILE", help="where crisis events are noted, without any text")
+    verb.add_argument("--no-crisis-gate", action="store_true", help="answer people in a crisis by the model alone")
 
 
 def _add_dtype(verb: argparse.ArgumentParser) -> None:
@@ -354,6 +376,26 @@ def _report(arguments: argparse.Namespace) -> None:
 
     write_report(arguments.runs, arguments.out)
     print(arguments.out)
+
+
+def _conversation(arguments: argparse.Namespace) -> list[str]:
+    """The options of `_add_conversation` as changes of a config."""
+    changes = ["prompt.system=''", "prompt.instruction=''"] if arguments.plain else []
+    changes += ["crisis.gate=false"] if arguments.no_crisis_gate else []
+    for key, value in (("crisis.region", arguments.region), ("crisis.log", arguments.crisis_log)):
+        changes += [f"{key}={json.dumps(value)}"] if value else []
+    return changes
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from psyche_jax.serve.config import serve_config
+
+    flags = {"model": arguments.model, "host": arguments.host, "port": arguments.port, "name": arguments.name}
+    config = serve_config(arguments.config, [*arguments.overrides, *_conversation(arguments)], flags)
+    _start_jax()
+    from psyche_jax.serve.server import announce, serve
+
+    serve(config, lambda address: announce(config, address))
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -327,13 +327,13 @@ def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -
     return parse_config(kind, read_values(path, overrides), str(path))
 
 
-def read_values(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What `load_config` checks: the YAML file with what it `extends`, and the overrides in it.
+def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_config` checks: the YAML file with what it `extends`, if there is one, and the overrides in it.
 
     Raises:
       UsageError: the file is missing or broken, or an override is.
     """
-    values = _read_yaml(path)
+    values = {} if path is None else _read_yaml(path)
     for override in overrides:
         _override(values, override)
     return values

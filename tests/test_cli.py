@@ -19,7 +19,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 
 ROOT = Path(psyche_jax.__file__).parents[1]
-VERBS = ("import", "sft", "grpo", "export", "eval", "data", "report", "plan", "demo")
+VERBS = ("import", "sft", "grpo", "export", "eval", "data", "report", "serve", "plan", "demo")
 
 
 @pytest.fixture(autouse=True)

@@ -45,15 +45,22 @@ class OutputFilter:
     """Takes a model's reply in pieces and gives back what may be shown, whole sentences at a time.
 
     `stopped` turns True when something unsafe was said; nothing more comes out then, and generation may end.
+    `withheld` counts the sentences that were not shown as they were said.
     """
 
     def __init__(self, gate: Gate, language: Language | None = None) -> None:
         self.stopped = False
+        self.withheld = 0
         self._gate = gate
         self._language = language
         self._waiting = ""
         self._said = ""
         self._claims: set[str] = set()
+
+    @property
+    def held_back(self) -> int:
+        """How many of the characters it was given are not checked yet."""
+        return len(self._waiting)
 
     def feed(self, piece: str) -> str:
         """Add `piece`; returns the checked text that it completes, often nothing."""
@@ -76,9 +83,12 @@ class OutputFilter:
         self._said += sentence
         if broken is None:
             return sentence
+        self.withheld += 1
         self._said = ""  # what was withheld is no context for what follows
         self._gate.record("reply", kind=broken.kind)
         self.stopped = broken.action == "unsafe"
+        if self.stopped:
+            self._waiting = ""
         text = self._gate.withheld(broken.action, self._language or language_of(sentence))
         if not self.stopped and broken.action in self._claims:
             return ""

@@ -1,0 +1,262 @@
+"""Decoding for many requests at once, a few tokens at a time: the one place of serving that touches the model.
+
+Rows that begin together are a batch with one key-value cache; between two chunks of a batch others may run, rows may be
+given up, and what was said is handed out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from psyche_jax.config import Dtype, MeshSection
+from psyche_jax.data.streams import pad_prompts
+from psyche_jax.errors import UserError
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind
+from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.train.checkpoints import StoredModel
+
+MOST_ALTERNATIVES = 20  # the most likely tokens of a step whose log-probs can be asked for
+_SHORTEST = 64  # responses are given room for this many tokens, or a power of two times as many
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How one response is drawn. `temperature` 0 is greedy; a seed gives the same response again."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
+class Chunk(NamedTuple):
+    """What a batch said in one step of `Engine.advance`, rows as they were given to `Engine.begin`.
+
+    `tokens`: int32 [rows, steps]; `mask`: bool, True on tokens up to and including the first stop token;
+    `log_probs`: float32 [rows, steps], of each token under the model at temperature 1, whatever it was drawn with;
+    `best`, `best_log_probs`: [rows, steps, MOST_ALTERNATIVES], the likeliest tokens; zeros if not asked for.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    log_probs: np.ndarray
+    best: np.ndarray
+    best_log_probs: np.ndarray
+
+
+class _State(NamedTuple):
+    """`logits` float32 [rows, vocab] of the next token; `finished` bool [rows]; `step` int32, tokens drawn so far."""
+
+    cache: KVCache
+    logits: jax.Array
+    positions: jax.Array
+    finished: jax.Array
+    step: jax.Array
+
+
+class _Said(NamedTuple):
+    """A `Chunk` on the device, with the rows of padding."""
+
+    tokens: jax.Array
+    mask: jax.Array
+    log_probs: jax.Array
+    best: jax.Array
+    best_log_probs: jax.Array
+
+
+class _Draw(NamedTuple):
+    """How each row is drawn: [rows]."""
+
+    temperature: jax.Array
+    top_p: jax.Array
+    seed: jax.Array
+
+
+class Batch:
+    """Rows that are decoded together. `capacity` rows lie in memory until the last of them is done."""
+
+    def __init__(self, state: _State, draw: _Draw, settings: Sequence[RowSettings], alternatives: bool) -> None:
+        self.capacity = len(draw.seed)
+        self.state = state
+        self.draw = draw
+        self.alternatives = alternatives
+        self.left = np.array([row.max_new_tokens for row in settings] + [0] * (self.capacity - len(settings)))
+        self.rows = len(settings)
+
+    def give_up(self, row: int) -> None:
+        """Nobody waits for the rest of this row."""
+        self.left[row] = 0
+
+    @property
+    def done(self) -> bool:
+        """No row has anything left to say."""
+        return not self.left.any()
+
+
+class Engine:
+    """A model on its mesh. Not for several threads at once."""
+
+    def __init__(self, config: ModelConfig, parameters: Parameters, execution: Execution, chunk: int = 8) -> None:
+        self.config = config
+        self._parameters = parameters
+        self._places = execution.sharding.mesh.shape["data"] * execution.sharding.mesh.shape["fsdp"]
+        self._begin = jax.jit(partial(_begin, config, execution), static_argnames="room")
+        self._advance = jax.jit(partial(_advance, config, execution, chunk), donate_argnames="state")
+
+    def begin(
+        self, prompts: Sequence[Sequence[int]], settings: Sequence[RowSettings], alternatives: bool = False
+    ) -> Batch:
+        """Read the prompts, one a row. `alternatives`: the likeliest tokens of each step will be wanted."""
+        rows = self._places
+        while rows < len(prompts):
+            rows *= 2
+        padding = rows - len(prompts)
+        padded = pad_prompts([*prompts, *[prompts[0]] * padding], self.config.max_position_embeddings)
+        room = _SHORTEST
+        while room < max(row.max_new_tokens for row in settings):
+            room *= 2
+        whole = [*settings, *[replace(settings[0], temperature=0.0)] * padding]
+        draw = _Draw(
+            jnp.asarray([row.temperature for row in whole], jnp.float32),
+            jnp.asarray([row.top_p for row in whole], jnp.float32),
+            jnp.asarray([row.seed for row in whole], jnp.uint32),
+        )
+        state = self._begin(self._parameters, padded["tokens"], padded["mask"], room=room)
+        return Batch(state, draw, settings, alternatives)
+
+    def advance(self, batch: Batch) -> Chunk:
+        """Decode the next few tokens of every row that has any left."""
+        batch.state, said = self._advance(
+            self._parameters, batch.draw, batch.left <= 0, batch.alternatives, state=batch.state
+        )
+        chunk = Chunk(*(part[: batch.rows] for part in jax.device_get(said)))
+        # Never more than a row was allowed, though the chunk may have gone further.
+        steps = np.arange(chunk.mask.shape[1])
+        chunk = chunk._replace(mask=chunk.mask & (steps < batch.left[: batch.rows, None]))
+        batch.left[: batch.rows] -= chunk.mask.sum(axis=1)
+        stopped = np.isin(chunk.tokens, self.config.stop_token_ids) & chunk.mask
+        batch.left[: batch.rows][stopped.any(axis=1)] = 0
+        return chunk
+
+
+def load_engine(stored: StoredModel, compute_dtype: Dtype, mesh: MeshSection) -> Engine:
+    """Place a model's weights for decoding.
+
+    Raises:
+      UserError: the mesh does not fit the model, or its weights cannot be read.
+    """
+    sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), DECODE_RULES)
+    check_mesh_fits(sharding.mesh, stored.config)
+    if not stored.config.stop_token_ids:
+        raise UserError(f"{stored.weights}: the model names no stop token (eos_token_id in generation_config.json)")
+    dtype = jnp.dtype(compute_dtype)
+    return Engine(stored.config, stored.read_parameters(sharding, dtype), Execution(sharding, dtype))
+
+
+def _begin(
+    config: ModelConfig, execution: Execution, parameters: Parameters, tokens: jax.Array, mask: jax.Array, room: int
+) -> _State:
+    """Prefill left-padded prompts [rows, length], with room for so many tokens after each."""
+    model = bind(config, parameters)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, (prompt_key, prompt_value) = model.prefill(tokens, mask.astype(jnp.int32), positions, execution)
+    layers, rows, _, kv_heads, head_dim = prompt_key.shape
+    own = jnp.zeros((layers, rows, room, kv_heads, head_dim), prompt_key.dtype)
+    own = execution.sharding.constrain(own, None, "batch", None, "kv_heads", None)
+    cache = KVCache(prompt_key, prompt_value, mask, own, own)
+    logits = model.logits(hidden[:, -1])
+    return _State(cache, logits, mask.sum(axis=1), jnp.zeros(rows, bool), jnp.int32(0))
+
+
+def _advance(
+    config: ModelConfig,
+    execution: Execution,
+    steps: int,
+    parameters: Parameters,
+    draw: _Draw,
+    given_up: jax.Array,
+    alternatives: jax.Array,
+    state: _State,
+) -> tuple[_State, "_Said"]:
+    """Draw and decode `steps` tokens, fewer if every row is finished before."""
+    model = bind(config, parameters)
+    stop = jnp.asarray(config.stop_token_ids, jnp.int32)
+    rows = state.logits.shape[0]
+
+    def unfinished(carry: tuple[jax.Array, _State, _Said]) -> jax.Array:
+        step, state, _ = carry
+        return (step < steps) & ~jnp.all(state.finished)
+
+    def advance(carry: tuple[jax.Array, _State, _Said]) -> tuple[jax.Array, _State, _Said]:
+        step, state, chunk = carry
+        token = _draw(state.logits, draw, state.step)
+        log_probs = jax.nn.log_softmax(state.logits, axis=-1)
+        best_log_probs, best = jax.lax.cond(
+            alternatives,
+            lambda: _likeliest(log_probs),
+            lambda: (jnp.zeros((rows, MOST_ALTERNATIVES)), jnp.zeros((rows, MOST_ALTERNATIVES), jnp.int32)),
+        )
+        chunk = _Said(
+            chunk.tokens.at[:, step].set(token),
+            chunk.mask.at[:, step].set(~state.finished),
+            chunk.log_probs.at[:, step].set(jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]),
+            chunk.best.at[:, step].set(best),
+            chunk.best_log_probs.at[:, step].set(best_log_probs),
+        )
+        positions = state.positions + state.step
+        hidden, cache = model.decode(token, positions, state.step, state.cache, execution)
+        finished = state.finished | jnp.isin(token, stop)
+        state = _State(cache, model.logits(hidden), state.positions, finished, state.step + 1)
+        return step + 1, state, chunk
+
+    empty = _Said(
+        jnp.zeros((rows, steps), jnp.int32),
+        jnp.zeros((rows, steps), bool),
+        jnp.zeros((rows, steps)),
+        jnp.zeros((rows, steps, MOST_ALTERNATIVES), jnp.int32),
+        jnp.zeros((rows, steps, MOST_ALTERNATIVES)),
+    )
+    state = state._replace(finished=state.finished | given_up)
+    _, state, chunk = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, empty))
+    return state, chunk
+
+
+def _draw(logits: jax.Array, draw: _Draw, step: jax.Array) -> jax.Array:
+    """A token for each row [rows], each by its own temperature, top-p and seed."""
+    tempered = logits / jnp.where(draw.temperature > 0, draw.temperature, 1.0)[:, None]
+    tempered = jax.lax.cond((draw.top_p < 1).any(), lambda: _nucleus(tempered, draw.top_p), lambda: tempered)
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(draw.seed)
+    sampled = jax.vmap(jax.random.categorical)(keys, tempered)
+    return jnp.where(draw.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+
+
+def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
+    """-inf on all but the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., 1904.09751).
+
+    The threshold is found by halving, so that a vocabulary is never sorted; ties with the last token kept are kept.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+
+    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # at `low` enough is kept, at `high` not
+        middle = (low + high) / 2
+        enough = jnp.where(probabilities >= middle[:, None], probabilities, 0).sum(axis=-1) >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    largest = probabilities.max(axis=-1)
+    low, _ = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(largest), largest * 1.0001))
+    low = jnp.where(top_p < 1, low, 0.0)
+    return jnp.where(probabilities >= jnp.minimum(low, largest)[:, None], logits, -jnp.inf)
+
+
+def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
+    count = min(MOST_ALTERNATIVES, log_probs.shape[-1])
+    best_log_probs, best = jax.lax.top_k(log_probs, count)
+    missing = ((0, 0), (0, MOST_ALTERNATIVES - count))
+    return jnp.pad(best_log_probs, missing, constant_values=-jnp.inf), jnp.pad(best, missing)

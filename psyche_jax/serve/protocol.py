@@ -1,0 +1,226 @@
+"""Requests and responses of OpenAI's chat completions, as far as they are supported; all else is refused by name."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+from psyche_jax.serve.engine import MOST_ALTERNATIVES
+
+_MOST_MESSAGES = 512
+StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Request):
+    """A part of a message; text is the only kind."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Request):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The content as one text."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatMessage":
+        try:
+            self.text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("the content holds half of a surrogate pair, which is no text") from None
+        if not self.text.strip():
+            raise ValueError(f"the message of the {self.role} is empty")
+        return self
+
+
+class StreamOptions(_Request):
+    """`include_usage`: a last chunk counts tokens."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(_Request):
+    """Text is the only format."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(_Request):
+    """The body of POST /v1/chat/completions."""
+
+    model: str = Field(max_length=256)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1, le=128)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    presence_penalty: Literal[0] | None = None
+    frequency_penalty: Literal[0] | None = None
+    response_format: ResponseFormat | None = None
+    user: str | None = Field(None, max_length=512)  # these are taken and not used
+    metadata: dict[str, str] | None = None
+    store: Literal[False] | None = None
+
+    @field_validator("presence_penalty", "frequency_penalty", mode="before")
+    @classmethod
+    def _zero(cls, value: Any) -> Any:
+        return 0 if isinstance(value, float) and value == 0 else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "ChatRequest":
+        if self.messages[-1].role != "user":
+            raise ValueError("the last message must be the user's")
+        if any(message.role in ("system", "developer") for message in self.messages[1:]):
+            raise ValueError("a system message can only be the first one")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options needs stream")
+        return self
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class TopLogProb(BaseModel):
+    """A token that could have stood there. `bytes` are None for ids that are no text."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class LogProb(TopLogProb):
+    """A token that was said, under the model at temperature 1 before top-p."""
+
+    top_logprobs: list[TopLogProb]
+
+
+class LogProbs(BaseModel):
+    """Log-probs of a choice's tokens."""
+
+    content: list[LogProb]
+    refusal: None = None
+
+
+class Reply(BaseModel):
+    """What the assistant said."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ReplyDelta(BaseModel):
+    """A part of it."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class Choice(BaseModel):
+    """One of `n` answers."""
+
+    index: int
+    message: Reply
+    finish_reason: Literal["stop", "length", "content_filter"]
+    logprobs: LogProbs | None = None
+
+
+class ChunkChoice(BaseModel):
+    """A part of one of them."""
+
+    index: int
+    delta: ReplyDelta
+    finish_reason: Literal["stop", "length", "content_filter"] | None = None
+    logprobs: LogProbs | None = None
+
+
+class Usage(BaseModel):
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Crisis(BaseModel):
+    """Beyond OpenAI's protocol: the answer is a fixed text of the crisis gate, for a message of this class."""
+
+    risk: str
+
+
+class ChatCompletion(BaseModel):
+    """The whole response."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[Choice]
+    usage: Usage
+    crisis: Crisis | None = None
+
+
+class ChatCompletionChunk(BaseModel):
+    """One event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChunkChoice]
+    usage: Usage | None = None
+    crisis: Crisis | None = None
+
+
+class ModelCard(BaseModel):
+    """The model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "psyche_jax"
+
+
+class ModelList(BaseModel):
+    """All of them: one."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class ErrorBody(BaseModel):
+    """What went wrong, in one line."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is no success."""
+
+    error: ErrorBody

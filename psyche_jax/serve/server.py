@@ -1,0 +1,337 @@
+"""The OpenAI-compatible HTTP server: chat completions, streamed or whole, and the list of models."""
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import fastapi
+import uvicorn
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+import psyche_jax
+from psyche_jax.data.records import Message
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.serve import protocol
+from psyche_jax.serve.batcher import BusyError, ClosingError
+from psyche_jax.serve.config import ServeConfig
+from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body
+from psyche_jax.serve.service import Answer, FailedError, Said, Service, TooLongError, Wanted
+from psyche_jax.serve.speech import TokenLogProb
+
+TOKEN_VARIABLE = "PSYCHE_SERVE_TOKEN"
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": protocol.ErrorResponse, "description": text}
+    for status, text in {
+        400: "The request is wrong",
+        401: "A token is required",
+        403: "Another host or web page asks",
+        404: "No such model",
+        408: "The body did not arrive in time",
+        413: "The body is too large",
+        415: "The body is no JSON",
+        429: "Too many requests",
+        500: "Decoding failed",
+        503: "The server is shutting down",
+        504: "The response took too long",
+    }.items()
+}
+
+
+def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: None) -> None:
+    """Load the model and serve it until told to stop. `ready` is told the address once it is answered on.
+
+    Raises:
+      UserError: the model, the address or the token is wrong.
+    """
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    if token is not None and (len(token) < 16 or not token.isascii()):
+        raise UsageError(f"{TOKEN_VARIABLE} must have at least 16 ASCII characters")
+    if token is None and config.host not in LOOPBACK:
+        raise UsageError(
+            f"host {config.host} can be reached from other machines: set {TOKEN_VARIABLE} to a token that clients must "
+            "show, or serve on 127.0.0.1"
+        )
+    listening = _listen(config.host, config.port)
+    service = Service(config)
+    settings = uvicorn.Config(
+        create_app(service, config, token),
+        log_level="warning",
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=int(config.limits.shutdown_seconds),
+        server_header=False,
+        limit_concurrency=None,
+        h11_max_incomplete_event_size=65536,
+    )
+    server = uvicorn.Server(settings)
+    host, port = listening.getsockname()[:2]
+    ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Uvicorn takes them while it runs and raises them again at its end, where they mean nothing more.
+        signal.signal(number, lambda *_: None)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.close(config.limits.shutdown_seconds)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except (OSError, UnicodeError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot serve on {host} port {port}: {reason}; choose another with --port") from None
+    listening.listen(512)
+    listening.setblocking(False)
+    return listening
+
+
+def create_app(service: Service, config: ServeConfig, token: str | None = None) -> Guard:
+    """The application behind its guard."""
+    app = fastapi.FastAPI(
+        title="psyche serve", version=psyche_jax.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
+    )
+    started = int(time.time())
+
+    @app.get("/health", responses={403: _ERRORS[403]})
+    async def health() -> dict[str, str]:
+        """Whether the server answers."""
+        return {"status": "ok"}
+
+    @app.get("/v1/models", responses={status: _ERRORS[status] for status in (401, 403, 429)})
+    async def models() -> protocol.ModelList:
+        """The model that is served."""
+        return protocol.ModelList(data=[protocol.ModelCard(id=service.name, created=started)])
+
+    @app.get("/v1/models/{model}", responses={status: _ERRORS[status] for status in (400, 401, 403, 404, 429)})
+    async def model(model: str) -> protocol.ModelCard:
+        """The model that is served, if that is its name."""
+        if model != service.name:
+            raise _no_model(service)
+        return protocol.ModelCard(id=service.name, created=started)
+
+    @app.post(
+        "/v1/chat/completions",
+        response_model=protocol.ChatCompletion,
+        responses={**_ERRORS, 200: {"content": {"text/event-stream": {}}, "description": "The answer"}},
+    )
+    async def chat(body: protocol.ChatRequest, request: fastapi.Request) -> Response:
+        """Answer a conversation."""
+        wanted = _wanted(body, service, config)
+        try:
+            answer = service.answer(wanted)
+        except TooLongError as error:
+            raise RefusalError(400, str(error), "context_length_exceeded") from None
+        except BusyError:
+            raise RefusalError(429, "the server is busy; try again", "server_busy", {"retry-after": "1"}) from None
+        except ClosingError:
+            raise RefusalError(503, "the server is shutting down", "closing") from None
+        about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        if answer.gate_reply is not None:
+            about["crisis"] = protocol.Crisis(risk=answer.gate_reply.assessment.risk.value)
+        limit = config.limits.request_seconds
+        if body.stream:
+            usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = _events(answer, about, service, body, usage, limit)
+            return StreamingResponse(events, media_type="text/event-stream")
+        completion = await _whole(answer, about, service, body, request, limit)
+        return JSONResponse(completion.model_dump(mode="json"))
+
+    @app.exception_handler(RequestValidationError)
+    async def wrong(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        text = first["msg"].removeprefix("Value error, ")
+        message = f"{place}: {text}" if place else text
+        return JSONResponse(error_body(400, message, "invalid_request", place or None), 400)
+
+    @app.exception_handler(RefusalError)
+    async def refused(_: fastapi.Request, error: RefusalError) -> JSONResponse:
+        return JSONResponse(error.body, error.status, error.headers)
+
+    @app.exception_handler(HTTPException)
+    async def failed(_: fastapi.Request, error: HTTPException) -> JSONResponse:
+        text = {404: "there is nothing at this address", 405: "this method is not allowed here"}
+        message = text.get(error.status_code, "the request cannot be read")
+        return JSONResponse(error_body(error.status_code, message, None), error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def broken(_: fastapi.Request, error: Exception) -> JSONResponse:
+        return JSONResponse(error_body(500, "something went wrong; the server's log says what", "internal_error"), 500)
+
+    local = config.host in LOOPBACK
+    return Guard(app, config.limits, token, local)
+
+
+def _no_model(service: Service) -> RefusalError:
+    return RefusalError(404, f"the model that is served here is {service.name!r}", "model_not_found")
+
+
+def _wanted(body: protocol.ChatRequest, service: Service, config: ServeConfig) -> Wanted:
+    if body.model != service.name:
+        raise _no_model(service)
+    choices = body.n or 1
+    if choices > config.limits.choices:
+        raise RefusalError(400, f"n: at most {config.limits.choices} here", "invalid_request")
+    turns = [
+        Message("system" if message.role == "developer" else message.role, message.text) for message in body.messages
+    ]
+    return Wanted(
+        turns,
+        config.temperature if body.temperature is None else body.temperature,
+        config.top_p if body.top_p is None else body.top_p,
+        choices,
+        body.max_completion_tokens or body.max_tokens,
+        body.stops,
+        (body.top_logprobs or 0) if body.logprobs else None,
+        body.seed,
+    )
+
+
+async def _whole(
+    answer: Answer,
+    about: dict[str, Any],
+    service: Service,
+    body: protocol.ChatRequest,
+    request: fastapi.Request,
+    limit: float,
+) -> protocol.ChatCompletion:
+    parts: dict[int, list[Said]] = {}
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        async with asyncio.timeout(limit):
+            async for said in _until(answer.parts, watch):
+                parts.setdefault(said.choice, []).append(said)
+    except TimeoutError:
+        raise RefusalError(504, "the response took too long", "timeout") from None
+    except FailedError:
+        raise RefusalError(503, "the response could not be finished", "failed") from None
+    finally:
+        watch.cancel()
+        await answer.parts.aclose()  # type: ignore[attr-defined]
+    choices = []
+    for index in sorted(parts):
+        own = parts[index]
+        entries = [entry for part in own for entry in part.delta.log_probs]
+        choices.append(
+            protocol.Choice(
+                index=index,
+                message=protocol.Reply(content="".join(part.delta.text for part in own)),
+                finish_reason=own[-1].finish or "length",
+                logprobs=_log_probs(entries, service) if body.logprobs else None,
+            )
+        )
+    return protocol.ChatCompletion(choices=choices, usage=_usage(answer, parts), **about)
+
+
+async def _gone(request: fastapi.Request) -> None:
+    """Returns once the client has gone away."""
+    while not await request.is_disconnected():
+        await asyncio.sleep(0.5)
+
+
+async def _until(parts: AsyncIterator[Said], watch: "asyncio.Future[None]") -> AsyncIterator[Said]:
+    """`parts`, broken off once `watch` is done."""
+    while True:
+        following: asyncio.Future[Said | None] = asyncio.ensure_future(anext(parts, None))
+        either: set[asyncio.Future[Any]] = {following, watch}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            if unfinished := not following.done():
+                following.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await following
+        if unfinished:
+            raise FailedError
+        said = following.result()
+        if said is None:
+            return
+        yield said
+
+
+async def _events(
+    answer: Answer,
+    about: dict[str, Any],
+    service: Service,
+    body: protocol.ChatRequest,
+    usage: bool,
+    limit: float,
+) -> AsyncIterator[str]:
+    """Server-sent events."""
+
+    def event(choices: list[protocol.ChunkChoice], counted: protocol.Usage | None = None) -> str:
+        chunk = protocol.ChatCompletionChunk(choices=choices, usage=counted, **about)
+        leave_out = {"usage"} if counted is None else set()
+        leave_out |= set() if "crisis" in about else {"crisis"}
+        return f"data: {chunk.model_dump_json(exclude=leave_out)}\n\n"
+
+    parts: dict[int, list[Said]] = {}
+    try:
+        async with asyncio.timeout(limit):
+            for index in range(body.n or 1):
+                yield event(
+                    [protocol.ChunkChoice(index=index, delta=protocol.ReplyDelta(role="assistant", content=""))]
+                )
+            async for said in answer.parts:
+                parts[said.choice] = [said]
+                entries = said.delta.log_probs
+                if said.delta.text or entries:
+                    log_probs = _log_probs(entries, service) if body.logprobs else None
+                    delta = protocol.ReplyDelta(content=said.delta.text)
+                    yield event([protocol.ChunkChoice(index=said.choice, delta=delta, logprobs=log_probs)])
+                if said.finish is not None:
+                    end = protocol.ChunkChoice(
+                        index=said.choice, delta=protocol.ReplyDelta(), finish_reason=said.finish
+                    )
+                    yield event([end])
+            if usage:
+                yield event([], _usage(answer, parts))
+        yield "data: [DONE]\n\n"
+    except (TimeoutError, FailedError) as error:
+        message = "the response took too long" if isinstance(error, TimeoutError) else "the response broke off"
+        yield f"data: {json.dumps(error_body(500, message, 'failed'))}\n\n"
+    finally:
+        await answer.parts.aclose()  # type: ignore[attr-defined]
+
+
+def _usage(answer: Answer, parts: dict[int, list[Said]]) -> protocol.Usage:
+    said = sum(own[-1].tokens for own in parts.values())
+    return protocol.Usage(
+        prompt_tokens=answer.prompt_tokens, completion_tokens=said, total_tokens=answer.prompt_tokens + said
+    )
+
+
+def _log_probs(entries: list[TokenLogProb], service: Service) -> protocol.LogProbs:
+    def known(token: int, log_prob: float) -> dict[str, Any]:
+        text, own = service.token_text(token)
+        return {"token": text, "bytes": own, "logprob": max(log_prob, -9999.0)}
+
+    return protocol.LogProbs(
+        content=[
+            protocol.LogProb(
+                **known(entry.token, entry.log_prob),
+                top_logprobs=[protocol.TopLogProb(**known(*best)) for best in entry.best],
+            )
+            for entry in entries
+        ]
+    )
+
+
+def announce(config: ServeConfig, address: str) -> None:
+    """Say on stderr where the server is, and what protects it."""
+    gate = f"on, region {config.crisis.region}" if config.crisis.gate else "OFF: nothing looks after people in a crisis"
+    print(f"serving {config.model} on {address}/v1; crisis gate {gate}", file=sys.stderr)

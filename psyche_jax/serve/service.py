@@ -1,0 +1,195 @@
+"""One model that answers: prompt, crisis gate, decoding, output filter; behind the HTTP server and the terminal."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from psyche_jax.config import PromptSection
+from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.records import Message
+from psyche_jax.errors import UserError
+from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
+from psyche_jax.serve.batcher import Batcher, Job, Piece
+from psyche_jax.serve.config import CrisisSection, ServeConfig
+from psyche_jax.serve.crisis.gate import Gate, GateReply, language_of
+from psyche_jax.serve.crisis.outputs import OutputFilter
+from psyche_jax.serve.engine import RowSettings, load_engine
+from psyche_jax.serve.speech import Delta, Finish, Speech
+from psyche_jax.train.checkpoints import open_model
+
+
+class TooLongError(ValueError):
+    """A conversation that does not fit the model's context."""
+
+
+class FailedError(Exception):
+    """Decoding failed, or the server closed, in the middle."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a request asks for. `max_new_tokens` None: as many as the limits and the context leave."""
+
+    turns: Sequence[Message]
+    temperature: float
+    top_p: float
+    choices: int = 1
+    max_new_tokens: int | None = None
+    stop: Sequence[str] = ()
+    alternatives: int | None = None  # None: no log-probs
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class Said:
+    """A part of one choice; `finish` with its last part."""
+
+    choice: int
+    delta: Delta
+    finish: Finish | None
+    tokens: int  # of this choice so far
+
+
+class Answer:
+    """What is being answered: an asynchronous iterator of `Said`. Left early, decoding stops."""
+
+    def __init__(self, prompt_tokens: int, gate_reply: GateReply | None, parts: AsyncIterator[Said]) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.gate_reply = gate_reply
+        self.parts = parts
+
+
+def open_gate(crisis: CrisisSection) -> Gate | None:
+    """The gate as configured; None if it is off.
+
+    Raises:
+      UsageError: the region has no hotline.
+      OSError: the log cannot be written.
+    """
+    if not crisis.gate:
+        return None
+    log = Path(crisis.log) if crisis.log else None
+    if log is not None:
+        log.open("a", encoding="utf-8").close()
+    return Gate(crisis.region, log)
+
+
+class Service:
+    """A loaded model. `close` ends its thread."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        if config.model.startswith(("http://", "https://")):
+            raise UserError(f"{config.model}: is served already; serve a Hugging Face folder, a checkpoint or a run")
+        self.gate = open_gate(config.crisis)
+        stored = open_model(config.model)
+        self.name = config.name or Path(config.model).absolute().name
+        self.tokenizer = load_tokenizer(stored.tokenizer_folder)
+        self._limits = config.limits
+        self._prompt = config.prompt or stored.prompt or PromptSection()
+        self._places = stored.config.max_position_embeddings
+        self._special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._bytes = token_bytes_from_tokenizer(self.tokenizer, stored.config.vocab_size)
+        prompt_tokens(self.tokenizer, [Message("user", "?")], self._prompt)  # a broken template is an error now
+        engine = load_engine(stored, config.compute_dtype, config.mesh)
+        self._batcher = Batcher(engine, config.limits.rows, config.limits.waiting)
+
+    def close(self, seconds: float) -> None:
+        """Refuse new requests; let running ones finish for so long."""
+        self._batcher.close(seconds)
+
+    def token_text(self, token: int) -> tuple[str, list[int] | None]:
+        """A token as text, and its bytes (None for ids that are no text)."""
+        own = self._bytes[token] if token < len(self._bytes) else None
+        if own is None:
+            return self.tokenizer.convert_ids_to_tokens(token) or "", None
+        return own.decode("utf-8", errors="replace"), list(own)
+
+    def answer(self, wanted: Wanted) -> Answer:
+        """Begin to answer.
+
+        Raises:
+          TooLongError: the conversation does not fit the context.
+          BusyError, ClosingError: the request is refused.
+        """
+        turns = [Message(turn.role, self._harmless(turn.content)) for turn in wanted.turns]
+        own = [turn.content for turn in turns if turn.role == "user"]
+        reply = self.gate.reply(_last_said(turns)) if self.gate else None
+        prompt = prompt_tokens(self.tokenizer, turns, self._prompt)
+        if reply is not None:
+            return Answer(len(prompt), reply, _fixed(reply.text, wanted.choices))
+        if (room := self._places - len(prompt)) < 1:
+            raise TooLongError(
+                f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
+            )
+        longest = min(wanted.max_new_tokens or self._limits.new_tokens, self._limits.new_tokens, room)
+        seed = secrets.randbits(32) if wanted.seed is None else wanted.seed % 2**32
+        settings = [
+            RowSettings(longest, wanted.temperature, wanted.top_p, (seed + choice * 0x9E3779B1) % 2**32)
+            for choice in range(wanted.choices)
+        ]
+        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(piece: Piece | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        job = Job(prompt, settings, wanted.alternatives or 0, deliver)
+        language = language_of(own[-1]) if own else None
+        speeches = [
+            Speech(
+                self.tokenizer,
+                wanted.stop,
+                OutputFilter(self.gate, language) if self.gate else None,
+                wanted.alternatives is not None,
+            )
+            for _ in settings
+        ]
+        self._batcher.submit(job)
+        return Answer(len(prompt), None, _speak(job, speeches, pieces))
+
+    def _harmless(self, text: str) -> str:
+        """Text in which the tokens that steer a conversation (`<|im_end|>`) are only text."""
+        for token in self._special:
+            text = text.replace(token, token[0] + " " + token[1:])
+        return text
+
+
+def _last_said(turns: Sequence[Message]) -> list[str]:
+    """The person's turns; several without an answer between them are one."""
+    said: list[str] = []
+    previous = ""
+    for turn in turns:
+        if turn.role == "user":
+            if previous == "user":
+                said[-1] += "\n" + turn.content
+            else:
+                said.append(turn.content)
+        previous = turn.role
+    return said
+
+
+async def _fixed(text: str, choices: int) -> AsyncIterator[Said]:
+    for choice in range(choices):
+        yield Said(choice, Delta(text), "stop", 0)
+
+
+async def _speak(job: Job, speeches: Sequence[Speech], pieces: "asyncio.Queue[Piece | None]") -> AsyncIterator[Said]:
+    try:
+        while not all(speech.ended for speech in speeches):
+            piece = await pieces.get()
+            if piece is None:
+                raise FailedError
+            speech = speeches[piece.row]
+            if speech.ended:
+                continue
+            delta = speech.feed(piece)
+            if delta.finish is not None:
+                job.give_up(piece.row)
+            if delta.text or delta.log_probs or delta.finish is not None:
+                yield Said(piece.row, delta, delta.finish, speech.tokens)
+    finally:
+        job.give_up()

@@ -1,0 +1,190 @@
+"""The thread that decodes for all, with an engine that counts instead of a model."""
+
+import queue
+import threading
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from psyche_jax.serve.batcher import Batcher, BusyError, ClosingError, Job
+from psyche_jax.serve.engine import Chunk, RowSettings
+
+STOP = 0
+
+
+class CountingBatch:
+    """What the batcher asks of a batch."""
+
+    def __init__(self, prompts, settings):
+        self.prompts, self.rows, self.said = prompts, len(prompts), 0
+        self.left = np.array([row.max_new_tokens for row in settings])
+
+    def give_up(self, row):
+        self.left[row] = 0
+
+    @property
+    def done(self):
+        return not self.left.any()
+
+
+class CountingEngine:
+    """Says the numbers after the prompt's last one; `STOP` after a prompt's first number of tokens."""
+
+    config = SimpleNamespace(stop_token_ids=(STOP,))
+
+    def __init__(self):
+        self.begun = []
+        self.may_advance = threading.Semaphore(0)
+
+    def begin(self, prompts, settings, alternatives):
+        if any(prompt[0] == 666 for prompt in prompts):
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
+        self.begun.append([tuple(prompt) for prompt in prompts])
+        return CountingBatch(prompts, settings)
+
+    def advance(self, batch):
+        assert self.may_advance.acquire(timeout=20)
+        steps = 2
+        numbers = np.arange(batch.said, batch.said + steps)
+        stops = np.array([prompt[0] for prompt in batch.prompts])
+        tokens = np.array(
+            [[prompt[-1] + 1 + n if n < prompt[0] else STOP for n in numbers] for prompt in batch.prompts]
+        )
+        live = (batch.left > 0)[:, None]
+        mask = live & (numbers <= stops[:, None]) & (np.arange(steps) < batch.left[:, None])
+        batch.left -= mask.sum(axis=1)
+        batch.left[(mask & (tokens == STOP)).any(axis=1)] = 0
+        batch.said += steps
+        empty = np.zeros((*tokens.shape, 3))
+        return Chunk(tokens, mask, tokens * -1.0, empty.astype(int), empty)
+
+
+@pytest.fixture
+def engine():
+    return CountingEngine()
+
+
+@pytest.fixture
+def batcher(engine):
+    batcher = Batcher(engine, rows=4, waiting=3)
+    yield batcher
+    engine.may_advance.release(1000)
+    batcher.close(20)
+
+
+def job(stop_after, last=100, most=20, rows=1):
+    pieces = queue.Queue()
+    wanted = Job([stop_after, last], [RowSettings(most, 0, 1, 0)] * rows, 0, pieces.put)
+    return wanted, pieces
+
+
+def everything(pieces):
+    """Tokens of a job of one row, and how it ended."""
+    tokens = []
+    while (piece := pieces.get(timeout=20)) is not None:
+        tokens += piece.tokens
+        assert piece.log_probs == [-token for token in piece.tokens]
+        if piece.finish:
+            return tokens, piece.finish
+    return tokens, "failed"
+
+
+def test_tokens_come_in_order_without_the_stop_token(engine, batcher):
+    engine.may_advance.release(1000)
+    for wanted, pieces in (job(5), job(0), job(3, last=40)):
+        batcher.submit(wanted)
+        tokens, finish = everything(pieces)
+        first = wanted.prompt[-1] + 1
+        assert tokens == list(range(first, first + wanted.prompt[0])) and finish == "stop"
+    wanted, pieces = job(99, most=7)
+    batcher.submit(wanted)
+    assert everything(pieces) == (list(range(101, 108)), "length")
+
+
+def test_what_waits_is_begun_together_as_far_as_there_is_room(engine, batcher):
+    first, pieces = job(1, last=1)
+    batcher.submit(first)
+    while not engine.begun:  # it is running, and stands still
+        pass
+    others = [job(1, last=10), job(1, last=20, rows=2), job(1, last=30, rows=2)]
+    for wanted, _ in others:
+        batcher.submit(wanted)
+    engine.may_advance.release(1000)
+    for _, own in [(first, pieces), *others]:
+        assert everything(own)[1] == "stop"
+    assert engine.begun[0] == [(1, 1)]
+    assert engine.begun[1][:3] == [(1, 10), (1, 20), (1, 20)], "in the order of arrival"
+    assert max(map(len, engine.begun)) <= 4
+
+
+def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher):
+    long, long_pieces = job(500, most=1000)
+    batcher.submit(long)
+    while not engine.begun:
+        pass
+    short, short_pieces = job(1)
+    batcher.submit(short)
+    engine.may_advance.release(10)
+    assert everything(short_pieces)[1] == "stop"
+    assert long_pieces.qsize() < 12
+    long.give_up()
+
+
+def test_too_many_are_refused_and_none_is_lost(engine, batcher):
+    accepted = []
+    with pytest.raises(BusyError):
+        for _ in range(20):
+            wanted, pieces = job(2, rows=4)
+            batcher.submit(wanted)
+            accepted.append(pieces)
+    assert 3 <= len(accepted) <= 5
+    engine.may_advance.release(1000)
+    assert [pieces.get(timeout=20) is not None for pieces in accepted] == [True] * len(accepted)
+
+
+def test_a_failure_fails_its_own_batch_only(engine, batcher):
+    engine.may_advance.release(1000)
+    bad, bad_pieces = job(666)
+    batcher.submit(bad)
+    assert everything(bad_pieces) == ([], "failed")
+    good, good_pieces = job(3)
+    batcher.submit(good)
+    assert everything(good_pieces)[1] == "stop"
+
+
+def test_what_is_given_up_makes_room(engine, batcher):
+    long, _ = job(500, most=1000, rows=4)
+    batcher.submit(long)
+    while not engine.begun:
+        pass
+    long.give_up()
+    engine.may_advance.release(3)
+    short, pieces = job(1)
+    batcher.submit(short)
+    assert everything(pieces)[1] == "stop"
+
+
+def test_closing_finishes_what_runs_and_refuses_the_rest(engine):
+    batcher = Batcher(engine, rows=1, waiting=5)
+    running, running_pieces = job(4)
+    batcher.submit(running)
+    while not engine.begun:
+        pass
+    waiting, waiting_pieces = job(4)
+    batcher.submit(waiting)
+    engine.may_advance.release(1000)
+    batcher.close(20)
+    assert everything(running_pieces)[1] == "stop"
+    assert everything(waiting_pieces)[1] in ("failed", "stop")
+    with pytest.raises(ClosingError):
+        batcher.submit(job(1)[0])
+
+
+def test_closing_breaks_off_what_takes_too_long(engine):
+    batcher = Batcher(engine, rows=1, waiting=5)
+    running, _ = job(5000, most=10**6)
+    batcher.submit(running)
+    threading.Timer(1.0, lambda: engine.may_advance.release(1)).start()  # the step that runs when time is up
+    batcher.close(0.5)
+    assert not batcher._thread.is_alive()

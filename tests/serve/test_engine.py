@@ -1,0 +1,134 @@
+"""Decoding in chunks against `generate`, rows that do not touch each other, top-p, log-probs."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import save_model
+
+from psyche_jax.data.streams import pad_prompts
+from psyche_jax.model.decoding import Sampling, generate
+from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.serve.engine import MOST_ALTERNATIVES, Engine, RowSettings, _nucleus
+from psyche_jax.train.checkpoints import open_model
+
+PROMPTS = [[5, 6, 7], [9], [30, 40, 50, 60, 70, 80, 90], [11, 12], [200, 3]]
+GREEDY = RowSettings(24, 0.0, 1.0, 0)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """Many ids end a response, so that some rows end early."""
+    folder = tmp_path_factory.mktemp("serve") / "model"
+    return open_model(str(save_model(folder, stop_token_ids=(*range(280, 304), *range(9)))))
+
+
+def make_engine(stored, devices=1, chunk=5):
+    sharding = Sharding(make_mesh(devices=jax.devices()[:devices]), DECODE_RULES)
+    execution = Execution(sharding, jnp.dtype("float32"))
+    return Engine(stored.config, stored.read_parameters(sharding, jnp.dtype("float32")), execution, chunk)
+
+
+@pytest.fixture(scope="module")
+def engine(stored):
+    return make_engine(stored)
+
+
+def responses(engine, prompts, settings, alternatives=False):
+    """Tokens of each row, and the log-probs of each."""
+    batch = engine.begin(prompts, settings, alternatives)
+    chunks = []
+    while not batch.done:
+        chunks.append(engine.advance(batch))
+    tokens, mask, log_probs = (np.concatenate([chunk[i] for chunk in chunks], axis=1) for i in range(3))
+    rows = [(t[m].tolist(), p[m]) for t, m, p in zip(tokens, mask, log_probs, strict=True)]
+    return rows, chunks
+
+
+def test_chunks_say_what_generate_says(stored, engine):
+    sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
+    execution = Execution(sharding, jnp.dtype("float32"))
+    parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
+    padded = pad_prompts(PROMPTS, stored.config.max_position_embeddings)
+    rollout = jax.jit(lambda *arrays: generate(stored.config, *arrays, Sampling(24, 0.0), execution))(
+        parameters, padded["tokens"], padded["mask"], jax.random.key(0)
+    )
+    rows, _ = responses(engine, PROMPTS, [GREEDY] * 5)
+    lengths = set()
+    for row, (tokens, log_probs) in enumerate(rows):
+        expected = np.asarray(rollout.mask[row])
+        assert tokens == np.asarray(rollout.tokens[row])[expected].tolist()
+        np.testing.assert_allclose(log_probs, np.asarray(rollout.log_probs[row])[expected], atol=1e-4)
+        lengths.add(len(tokens))
+    assert len(lengths) > 1, "no row ended early: the test shows nothing"
+
+
+def test_rows_are_those_that_they_are_alone(engine):
+    settings = [
+        RowSettings(n, t, p, seed)
+        for n, t, p, seed in [(9, 1, 1, 1), (24, 0.7, 0.9, 2), (1, 0, 1, 3), (7, 2, 0.5, 4), (24, 1, 1, 1)]
+    ]
+    together, _ = responses(engine, PROMPTS, settings)
+    for row, setting in enumerate(settings):
+        alone, _ = responses(engine, [PROMPTS[row]], [setting])
+        assert alone[0][0] == together[row][0]
+        assert len(alone[0][0]) <= setting.max_new_tokens
+
+
+def test_devices_and_chunks_change_nothing(stored, engine):
+    settings = [RowSettings(20, 1.0, 0.95, row) for row in range(5)]
+    one, _ = responses(engine, PROMPTS, settings)
+    other, _ = responses(make_engine(stored, devices=4, chunk=3), PROMPTS, settings)
+    assert [tokens for tokens, _ in one] == [tokens for tokens, _ in other]
+
+
+def test_seeds_differ_and_repeat(engine):
+    settings = [RowSettings(16, 1.5, 1.0, seed) for seed in (1, 1, 2, 3)]
+    rows = [tuple(tokens) for tokens, _ in responses(engine, [PROMPTS[2]] * 4, settings)[0]]
+    assert rows[0] == rows[1] and len(set(rows)) == 3
+
+
+def test_a_row_that_is_given_up_says_no_more(engine):
+    batch = engine.begin(PROMPTS[:2], [replace(GREEDY, max_new_tokens=64)] * 2)
+    engine.advance(batch)
+    batch.give_up(0)
+    while not batch.done:
+        assert not engine.advance(batch).mask[0].any()
+
+
+def test_alternatives_are_the_likeliest(engine):
+    rows, chunks = responses(engine, PROMPTS[:2], [GREEDY] * 2, alternatives=True)
+    best = np.concatenate([chunk.best for chunk in chunks], axis=1)
+    best_log_probs = np.concatenate([chunk.best_log_probs for chunk in chunks], axis=1)
+    for row, (tokens, log_probs) in enumerate(rows):
+        assert best[row, : len(tokens), 0].tolist() == tokens, "greedy takes the likeliest"
+        np.testing.assert_allclose(best_log_probs[row, : len(tokens), 0], log_probs, atol=1e-6)
+        assert (np.diff(best_log_probs[row, : len(tokens)]) <= 0).all()
+    assert best.shape[-1] == MOST_ALTERNATIVES
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_nucleus_is_what_sorting_gives(seed):
+    random = np.random.default_rng(seed)
+    logits = random.normal(size=(6, 500)).astype(np.float32) * random.choice([0.1, 1, 8])
+    top_p = random.uniform(0.01, 0.999, 6).astype(np.float32)
+    kept = np.isfinite(np.asarray(_nucleus(jnp.asarray(logits), jnp.asarray(top_p))))
+    for row in range(6):
+        probabilities = np.exp(logits[row].astype(np.float64))
+        probabilities /= probabilities.sum()
+        order = np.argsort(-probabilities)
+        count = 1 + np.searchsorted(np.cumsum(probabilities[order]), top_p[row] - 1e-6)
+        assert abs(kept[row].sum() - count) <= 1  # the last token, at the edge of float32
+        assert kept[row][order[: count - 1]].all()
+    whole = np.asarray(_nucleus(jnp.asarray(logits), jnp.ones(6)))
+    assert np.isfinite(whole).all()
+
+
+def test_a_tiny_top_p_is_greedy(engine):
+    settings = [RowSettings(12, 1.7, 1e-4, row) for row in range(5)]
+    sampled, _ = responses(engine, PROMPTS, settings)
+    greedy, _ = responses(engine, PROMPTS, [replace(GREEDY, max_new_tokens=12)] * 5)
+    assert [tokens for tokens, _ in sampled] == [tokens for tokens, _ in greedy]
