@@ -140,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
     verb = add(
+        "pack",
+        _pack,
+        "Tokenize chat records once and pack them into rows of one length, as SFT reads them fastest.",
+        "psyche pack --config configs/pack.yaml --set out=gs://my-bucket/packed",
+    )
+    verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/pack.yaml")
+    _add_set(verb)
+
+    verb = add(
         "data",
         _data,
         "Look at, check, print or copy data sets (folders of ArrayRecord files with a manifest), also in buckets.",
@@ -343,6 +352,19 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
         seed=arguments.seed,
         prompt=prompt,
     )
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from psyche_jax.config import load_config
+    from psyche_jax.data.packing import PackConfig, pack
+
+    config = load_config(PackConfig, arguments.config, arguments.overrides)
+    manifest, set_aside = pack(config)
+    for line in set_aside:
+        print(f"set aside: {line}", file=sys.stderr)
+    cut = f"; {manifest.packing.cut} cut" if manifest.packing is not None and manifest.packing.cut else ""
+    print(f"{config.out}: {manifest}; {len(set_aside)} set aside{cut}")
 
 
 def _data(arguments: argparse.Namespace) -> None:

@@ -147,14 +147,19 @@ class RunSection(Section):
 
 @dataclass(frozen=True)
 class SftDataSection(Section):
-    """Chat records (JSONL of `SftExample`)."""
+    """Chat records: JSONL files of `SftExample`, data sets of them, or packed data sets (`psyche pack`)."""
 
-    train: str
-    evaluation: str | None = None
+    train: str | dict[str, float]  # one place, or several with the share of each in every batch
+    evaluation: str | None = None  # not packed
     max_length: int = 2048  # tokens of an example; longer ones are set aside
+    prefetch_batches: int = 4  # packed ones and others: how many stand ready in memory
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_length")
+        _at_least_one(self, "max_length", "prefetch_batches")
+        if isinstance(self.train, dict):
+            _require(bool(self.train), "train", self.train, "must name at least one place")
+            for place, weight in self.train.items():
+                _require(weight > 0, f"train: the weight of {place}", weight, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,8 @@ class SftConfig(Section):
     model: ModelSection
     data: SftDataSection
     epochs: float = 2.0
-    batch_size: int = 256  # examples a step
-    micro_batch_size: int | None = None  # examples at once; None: the whole batch
+    batch_size: int = 256  # examples a step; of a packed data set: rows
+    micro_batch_size: int | None = None  # as many at once; None: the whole batch
     evaluate_every_steps: int = 100
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)

@@ -62,6 +62,30 @@ def from_first(tree: Any) -> Any:
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)
 
 
-def place(tree: Any, sharding: Sharding) -> Any:
-    """Put arrays that every process holds alike onto the mesh; each process sends only what its devices keep."""
-    return jax.tree.map(lambda leaf: jax.make_array_from_callback(leaf.shape, sharding, lambda part: leaf[part]), tree)
+def own_rows(sharding: Sharding, rows: int) -> slice:
+    """Which of the `rows` of a batch this process's devices keep: the least range that holds them all."""
+    indices = sharding.addressable_devices_indices_map((rows, 1)).values()
+    parts = [index[0].indices(rows) for index in indices if index is not None]
+    return slice(min(part[0] for part in parts), max(part[1] for part in parts))
+
+
+def place(tree: Any, sharding: Sharding, first: int = 0, rows: int | None = None) -> Any:
+    """Put arrays onto the mesh; each process sends only what its devices keep.
+
+    Args:
+      tree: arrays that every process holds alike; or each its own rows of them, as `own_rows` gives them.
+      sharding: how they lie.
+      first: the first row that this process holds.
+      rows: how many rows there are in all; None: as many as this process holds.
+    """
+
+    def placed(leaf: np.ndarray) -> jax.Array:
+        shape = (leaf.shape[0] if rows is None else rows, *leaf.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return leaf[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(placed, tree)

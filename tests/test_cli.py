@@ -19,7 +19,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 
 ROOT = Path(psyche_jax.__file__).parents[1]
-VERBS = ("import", "sft", "grpo", "export", "eval", "data", "report", "serve", "plan", "demo")
+VERBS = ("import", "sft", "grpo", "export", "eval", "pack", "data", "report", "serve", "plan", "demo")
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_help_shows_an_example_that_works(verb, capsys):
     assert program == "psyche"
     parsed = cli._parser().parse_args(arguments)
     assert parsed.verb == verb
-    if verb in ("sft", "grpo"):
+    if verb in ("sft", "grpo", "pack"):
         assert (ROOT / parsed.config).is_file(), f"the example names {parsed.config}, which does not exist"
 
 

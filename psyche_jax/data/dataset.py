@@ -50,6 +50,22 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How tokenized examples were packed into rows of `length` tokens (`packing.pack`)."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    length: int
+    examples: int
+    tokens: int
+    padding_share: float
+    set_aside: int
+    cut: int
+    tokenizer_sha256: str
+    template_sha256: str
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a data set holds: `kind` names the schema of its records, `config` is how it was made."""
 
@@ -60,6 +76,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     code_version: str = psyche_jax.__version__
     config: dict[str, Any] = field(default_factory=dict)
+    packing: Packing | None = None
     format: int = FORMAT
 
     def __post_init__(self) -> None:
@@ -68,7 +85,13 @@ class Manifest:
 
     def __str__(self) -> str:
         size = sum(shard.bytes for shard in self.shards) / 2**20
-        return f"{self.records} records of {self.kind} in {len(self.shards)} shards, {size:.1f} MiB"
+        packed = ""
+        if (packing := self.packing) is not None:
+            packed = (
+                f": {packing.examples} examples, {packing.tokens} tokens in rows of {packing.length}, "
+                f"{packing.padding_share:.2%} padding"
+            )
+        return f"{self.records} records of {self.kind} in {len(self.shards)} shards, {size:.1f} MiB{packed}"
 
 
 class Dataset:
@@ -169,11 +192,13 @@ def write_contents(
     config: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
     deadline: float = DEADLINE_SECONDS,
+    packing: Packing | None = None,
 ) -> Manifest:
     """As `write_dataset`, with the records' contents and the name of their schema."""
     store = _new_place(uri, deadline)
     shards = _write_shards(store, contents, shard_bytes)
-    manifest = Manifest(kind, sum(shard.records for shard in shards), shards, config=dict(config))
+    records = sum(shard.records for shard in shards)
+    manifest = Manifest(kind, records, shards, config=dict(config), packing=packing)
     write_manifest(store, manifest)
     return manifest
 
@@ -257,6 +282,8 @@ def first_records(uri: str, limit: int | None = None, deadline: float = DEADLINE
     """
     dataset = open_dataset(uri, deadline)
     contents = iter(dataset) if limit is None else (dataset[index] for index in range(min(limit, len(dataset))))
+    if dataset.manifest.packing is not None:
+        raise UserError(f"{uri}: holds packed tokens, which are no text; look at what was packed")
     for content in contents:
         yield content.decode("utf-8")
 

@@ -1,8 +1,7 @@
 """Batches of fixed shapes. The batch of step n is a pure function of the data, the seed and n."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import grain
 import numpy as np
@@ -11,27 +10,73 @@ from psyche_jax.data.chat import TokenizedExample
 
 Batch = dict[str, np.ndarray]
 Item = TypeVar("Item")
+Part = tuple[int, float]
+"""How many of the items, one after the other, belong together, and which share of all batches they get."""
 
+_THREADS = 2
 _PREFETCH = 4
 
 
+class ReadsSeveral(Protocol[Item]):
+    """Items that are better read together than one by one."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[Item]:
+        """The items at these places."""
+
+
 def batches(
-    items: Sequence[Item],
+    items: Sequence[Item] | ReadsSeveral[Item],
     batch_size: int,
     seed: int,
     collate: Callable[[list[Item]], Batch],
     steps: range,
+    parts: Sequence[Part] = (),
+    rows: slice = slice(None),
+    prefetch: int = _PREFETCH,
 ) -> Iterator[Batch]:
     """Batches of `steps`, in order, prepared ahead by threads.
 
     The items are shuffled anew in each epoch and follow each other without a gap, so that batch n holds positions
     n·batch_size to (n+1)·batch_size of that endless sequence, whichever step a run starts from.
+
+    Args:
+      items: what is trained on.
+      batch_size: items of a batch on all hosts together.
+      seed: of the shuffling.
+      collate: makes a batch of items.
+      steps: which batches.
+      parts: sizes and weights of what the items are a mixture of; each part is shuffled by itself and goes through
+        epochs of its own. None: all are one.
+      rows: which places of every batch are read: this host's.
+      prefetch: how many batches may stand ready.
     """
-    epochs = max(1, math.ceil(steps.stop * batch_size / len(items)))  # not endless: Grain cannot batch that by ones
-    dataset = grain.MapDataset.source(_Source(items)).shuffle(seed=seed).repeat(epochs)
-    dataset = dataset.batch(batch_size, batch_fn=lambda batch: collate(list(batch)))
-    reading = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCH)
-    return iter(dataset.slice(slice(steps.start, steps.stop)).to_iter_dataset(reading))
+    order = _order(parts or [(len(items), 1.0)], seed)
+
+    def batch(step: int) -> Batch:
+        places = range(step * batch_size, (step + 1) * batch_size)[rows]
+        indices = [order[place] for place in places]
+        if hasattr(items, "read"):
+            return collate(items.read(indices))
+        return collate([cast(Sequence[Item], items)[index] for index in indices])
+
+    reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=prefetch)
+    return iter(grain.MapDataset.source(steps).map(batch).to_iter_dataset(reading))
+
+
+def _order(parts: Sequence[Part], seed: int) -> Any:
+    """The endless sequence of indices of items."""
+    sequences = []
+    first = 0
+    for number, (size, _) in enumerate(parts):
+        own_seed = (seed + number * 0x9E3779B1) % 2**32  # epochs count the seed up by ones
+        indices = grain.MapDataset.range(first, first + size)
+        sequences.append(indices.shuffle(seed=own_seed).repeat())
+        first += size
+    if len(sequences) == 1:
+        return sequences[0]
+    return grain.MapDataset.mix(sequences, [weight for _, weight in parts])
 
 
 def length_bucket(length: int, largest: int) -> int:
@@ -70,15 +115,3 @@ def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> Batch:
         mask[row, length - len(prompt) :] = True
     return {"tokens": tokens, "mask": mask}
 
-
-class _Source:
-    """A sequence as Grain's random-access source."""
-
-    def __init__(self, items: Sequence[Any]) -> None:
-        self._items = items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._items[index]

@@ -11,12 +11,10 @@ import jax.numpy as jnp
 import optax
 
 from psyche_jax import hosts
-from psyche_jax.config import PromptSection, SftConfig, config_to_dict
-from psyche_jax.data.chat import TokenizedExample, tokenize_example
-from psyche_jax.data.dataset import load_records
-from psyche_jax.data.records import Records, SftExample
+from psyche_jax.config import SftConfig, config_to_dict
+from psyche_jax.data.chat import TokenizedExample
+from psyche_jax.data.examples import open_examples, tokenized
 from psyche_jax.data.streams import Batch, batches, pad_examples
-from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
@@ -83,12 +81,13 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
     execution = setup.execution
     micro_batch = config.micro_batch_size or config.batch_size
     check_rows(micro_batch, "micro_batch_size", execution.sharding)
-    train, faults = _tokenized(setup.tokenizer, config.data.train, config.prompt, config.data.max_length)
+    train = open_examples(config.data.train, setup.tokenizer, config.prompt, config.data.max_length)
+    faults = list(train.set_aside)
     evaluation: list[TokenizedExample] = []
     if config.data.evaluation is not None:
-        evaluation, more = _tokenized(setup.tokenizer, config.data.evaluation, config.prompt, config.data.max_length)
+        evaluation, more = tokenized(config.data.evaluation, setup.tokenizer, config.prompt, config.data.max_length)
         faults += more
-    total_steps = math.ceil(config.epochs * len(train) / config.batch_size)
+    total_steps = math.ceil(config.epochs * len(train.items) / config.batch_size)
     schedule = make_schedule(config.optimizer, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)
@@ -100,13 +99,23 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         shardings,
         config.batch_size // micro_batch,
     )
-    collate = partial(pad_examples, largest=config.data.max_length)
     place = execution.sharding.named("batch", "sequence")
     evaluate = jax.jit(lambda parameters, batch: next_token_loss(setup.model.config, execution, parameters, batch)[0])
 
     def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
-        stream = batches(train, config.batch_size, config.run.seed, collate, range(first, total_steps))
-        return (hosts.place(batch, place) for batch in stream)
+        # Packed rows all have one length, so a host needs no others than its own to know a batch's shape.
+        rows = slice(0, config.batch_size) if train.length is None else hosts.own_rows(place, config.batch_size)
+        stream = batches(
+            train.items,
+            config.batch_size,
+            config.run.seed,
+            train.collate,
+            range(first, total_steps),
+            train.parts,
+            rows,
+            config.data.prefetch_batches,
+        )
+        return (hosts.place(batch, place, rows.start, config.batch_size) for batch in stream)
 
     def train_step(state: TrainState, batch: dict[str, jax.Array], _: int) -> tuple[TrainState, dict[str, Any]]:
         state, metrics = step(state, batch)
@@ -152,24 +161,6 @@ def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     mask = batch["loss_mask"].astype(jnp.float32)
     arrays = {name: batch[name] for name in ("tokens", "segments", "positions")}
     return {**arrays, "weights": mask / jnp.maximum(mask[:, 1:].sum(), 1.0)}
-
-
-def _tokenized(
-    tokenizer: Any, path: str, prompt: PromptSection, max_length: int
-) -> tuple[list[TokenizedExample], list[str]]:
-    records: Records[SftExample] = load_records(SftExample, path)
-    examples, faults = [], list(records.set_aside)
-    for record in records.good:
-        example = tokenize_example(tokenizer, record.messages, prompt)
-        if len(example.tokens) > max_length:
-            faults.append(
-                f"{path}: record {record.id}: {len(example.tokens)} tokens, over data.max_length {max_length}"
-            )
-        else:
-            examples.append(example)
-    if not examples:
-        raise UserError(f"{path}: no example has at most data.max_length {max_length} tokens")
-    return examples, faults
 
 
 def _evaluation_batches(examples: Sequence[TokenizedExample], rows: int, max_length: int) -> Iterator[Batch]:

@@ -1,0 +1,115 @@
+"""What SFT trains on: chat records that are tokenized at the start, packed data sets, or mixtures of either."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from psyche_jax.config import PromptSection
+from psyche_jax.data.chat import TokenizedExample, tokenize_example
+from psyche_jax.data.dataset import Dataset, is_dataset, load_records, open_dataset
+from psyche_jax.data.packing import PACKED, check_packing, unpacked_rows
+from psyche_jax.data.records import SftExample
+from psyche_jax.data.streams import Batch, Part, ReadsSeveral, pad_examples
+from psyche_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Examples:
+    """`items` for `streams.batches`, with what `collate` makes of them.
+
+    `parts` are those of a mixture; `set_aside` names what is not used; `length` is that of packed rows, None if the
+    items are single examples.
+    """
+
+    items: Sequence[TokenizedExample] | ReadsSeveral[bytes]
+    collate: Callable[[Any], Batch]
+    parts: tuple[Part, ...]
+    set_aside: tuple[str, ...]
+    length: int | None
+
+
+def open_examples(
+    source: str | Mapping[str, float], tokenizer: Any, prompt: PromptSection, max_length: int
+) -> Examples:
+    """Open what `data.train` names: one place, or several with weights; JSONL files, data sets, packed data sets.
+
+    Raises:
+      UserError: there is nothing usable in one of them, packed and other data are mixed, or a packed data set was
+        made with another tokenizer, template or prompt.
+    """
+    weights = {source: 1.0} if isinstance(source, str) else source
+    datasets = {where: open_dataset(where) for where in weights if is_dataset(where)}
+    packed = [where for where in weights if where in datasets and datasets[where].manifest.kind == PACKED]
+    if packed and len(packed) < len(weights):
+        other = next(where for where in weights if where not in packed)
+        raise UserError(f"{packed[0]} is packed and {other} is not; pack both, or neither")
+    if packed:
+        return _packed({where: datasets[where] for where in weights}, weights, tokenizer, prompt, max_length)
+    examples: list[TokenizedExample] = []
+    set_aside: list[str] = []
+    parts = []
+    for where, weight in weights.items():
+        good, faults = tokenized(where, tokenizer, prompt, max_length)
+        examples += good
+        set_aside += faults
+        parts.append((len(good), weight))
+    return Examples(examples, partial(pad_examples, largest=max_length), tuple(parts), tuple(set_aside), None)
+
+
+def tokenized(
+    where: str, tokenizer: Any, prompt: PromptSection, max_length: int
+) -> tuple[list[TokenizedExample], list[str]]:
+    """All examples of a JSONL file or data set that are short enough, and a line for each record set aside.
+
+    Raises:
+      UserError: no example is.
+    """
+    records = load_records(SftExample, where)
+    examples, faults = [], list(records.set_aside)
+    for record in records.good:
+        example = tokenize_example(tokenizer, record.messages, prompt)
+        if len(example.tokens) > max_length:
+            faults.append(
+                f"{where}: record {record.id}: {len(example.tokens)} tokens, over data.max_length {max_length}"
+            )
+        else:
+            examples.append(example)
+    if not examples:
+        raise UserError(f"{where}: no example has at most data.max_length {max_length} tokens")
+    return examples, faults
+
+
+def _packed(
+    datasets: Mapping[str, Dataset],
+    weights: Mapping[str, float],
+    tokenizer: Any,
+    prompt: PromptSection,
+    max_length: int,
+) -> Examples:
+    lengths = {
+        where: check_packing(where, dataset.manifest, tokenizer, prompt, max_length).length
+        for where, dataset in datasets.items()
+    }
+    length = max(lengths.values())
+    parts = tuple((len(dataset), weights[where]) for where, dataset in datasets.items())
+    return Examples(_Joined(list(datasets.values())), partial(unpacked_rows, length=length), parts, (), length)
+
+
+class _Joined:
+    """Several data sets one after the other."""
+
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self._datasets = datasets
+
+    def __len__(self) -> int:
+        return sum(map(len, self._datasets))
+
+    def read(self, indices: Sequence[int]) -> list[bytes]:
+        found: dict[int, bytes] = {}
+        first = 0
+        for dataset in self._datasets:
+            wanted = {index: index - first for index in indices if first <= index < first + len(dataset)}
+            found |= zip(wanted, dataset.read(list(wanted.values())), strict=True)
+            first += len(dataset)
+        return [found[index] for index in indices]
