@@ -1,5 +1,6 @@
 """Batches of fixed shapes. The batch of step n is a pure function of the data, the seed and n."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar, cast
 
@@ -52,11 +53,10 @@ def batches(
       rows: which places of every batch are read: this host's.
       prefetch: how many batches may stand ready.
     """
-    order = _order(parts or [(len(items), 1.0)], seed)
+    indices_of = batch_indices(parts or [(len(items), 1.0)], batch_size, seed, rows)
 
     def batch(step: int) -> Batch:
-        places = range(step * batch_size, (step + 1) * batch_size)[rows]
-        indices = [order[place] for place in places]
+        indices = indices_of(step)
         if hasattr(items, "read"):
             return collate(items.read(indices))
         return collate([cast(Sequence[Item], items)[index] for index in indices])
@@ -65,18 +65,43 @@ def batches(
     return iter(grain.MapDataset.source(steps).map(batch).to_iter_dataset(reading))
 
 
-def _order(parts: Sequence[Part], seed: int) -> Any:
-    """The endless sequence of indices of items."""
+def batch_indices(
+    parts: Sequence[Part], batch_size: int, seed: int, rows: slice = slice(None)
+) -> Callable[[int], list[int]]:
+    """What gives the indices of the items of step n's batch, or of its `rows`; arguments as of `batches`."""
     sequences = []
     first = 0
     for number, (size, _) in enumerate(parts):
         own_seed = (seed + number * 0x9E3779B1) % 2**32  # epochs count the seed up by ones
-        indices = grain.MapDataset.range(first, first + size)
-        sequences.append(indices.shuffle(seed=own_seed).repeat())
+        sequences.append(grain.MapDataset.range(first, first + size).shuffle(seed=own_seed).repeat())
         first += size
-    if len(sequences) == 1:
-        return sequences[0]
-    return grain.MapDataset.mix(sequences, [weight for _, weight in parts])
+    turns, earlier = _turns([weight for _, weight in parts])
+    shares = np.bincount(turns)
+
+    def index(place: int) -> int:
+        period, turn = divmod(place, len(turns))
+        part = turns[turn]
+        return sequences[part][int(period * shares[part] + earlier[turn])]
+
+    return lambda step: [index(place) for place in range(step * batch_size, (step + 1) * batch_size)[rows]]
+
+
+def _turns(weights: Sequence[float]) -> tuple[list[int], list[int]]:
+    """Which part comes at each place of a period, and how often it came before in it; shares are exact to 0.1 %.
+
+    The part that is furthest behind its share comes next (smooth weighted round-robin).
+    """
+    counts = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
+    counts = [count // math.gcd(*counts) for count in counts]
+    period = sum(counts)
+    given = [0] * len(counts)
+    turns, earlier = [], []
+    for turn in range(1, period + 1):
+        part = max(range(len(counts)), key=lambda part: counts[part] * turn - given[part] * period)
+        turns.append(part)
+        earlier.append(given[part])
+        given[part] += 1
+    return turns, earlier
 
 
 def length_bucket(length: int, largest: int) -> int:

@@ -1,12 +1,15 @@
 """Batches: a pure function of data, seed and step; padding."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_jax.data.chat import TokenizedExample
-from psyche_jax.data.streams import batches, length_bucket, pad_examples, pad_prompts
+from psyche_jax.data.streams import batch_indices, batches, length_bucket, pad_examples, pad_prompts
 
 
 def stream(items, batch_size, seed, first, last):
@@ -112,3 +115,67 @@ def test_what_is_too_long_is_an_error():
         pad_prompts([[1] * 20], 16)
     with pytest.raises(ValueError, match="broadcast"):
         pad_examples([TokenizedExample(np.ones(20, np.int32), np.ones(20, bool))], 16)
+
+
+HOSTS = (1, 2, 3, 4, 8)
+
+
+@settings(max_examples=6)  # Grain's shuffle is slow on sets as small as these
+@given(
+    sizes=st.lists(st.sampled_from([17, 48, 130]), min_size=1, max_size=3),
+    weights=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=3, max_size=3),
+    seed=st.integers(0, 2**32 - 1),
+    stop=st.integers(0, 5),
+)
+def test_any_hosts_and_any_step_of_stopping_give_the_same_batches(sizes, weights, seed, stop):
+    """On 1, 2, 3, 4 and 8 hosts; a run that stops at `stop` goes on with other hosts."""
+    parts = list(zip(sizes, weights, strict=False))
+    batch_size, steps = 24, 6
+
+    def on(count, steps):
+        of_hosts = []
+        for host in range(count):
+            rows = slice(host * batch_size // count, (host + 1) * batch_size // count)
+            indices = batch_indices(parts, batch_size, seed, rows)
+            of_hosts.append([indices(step) for step in steps])
+        return [list(itertools.chain(*of_all)) for of_all in zip(*of_hosts, strict=True)]
+
+    expected = on(1, range(steps))
+    for number, count in enumerate(HOSTS):
+        before, after = count, HOSTS[-1 - number]
+        assert on(before, range(stop)) + on(after, range(stop, steps)) == expected
+    # Within each part every epoch holds every item once.
+    sequence = [item for batch in expected for item in batch]
+    first = 0
+    for size in sizes:
+        own = [item for item in sequence if first <= item < first + size]
+        for start in range(0, len(own), size):
+            epoch = own[start : start + size]
+            assert len(set(epoch)) == len(epoch)
+            if len(epoch) == size:
+                assert set(epoch) == set(range(first, first + size))
+        first += size
+
+
+def test_weights_are_shares_of_the_batches():
+    parts = [(10, 2.0), (1000, 6.0), (5, 1.0), (7, 1.0)]
+    indices = batch_indices(parts, 10, 0)
+    items = itertools.chain(*map(indices, range(100)))
+    shares = Counter("abcd"[int(item >= 10) + int(item >= 1010) + int(item >= 1015)] for item in items)
+    assert shares == {"a": 200, "b": 600, "c": 100, "d": 100}
+
+
+class Several(list):
+    """Items that note which of them are read."""
+
+    def read(self, indices):
+        return [self[index] for index in indices]
+
+
+def test_a_host_reads_only_its_rows():
+    items = Several(range(100))
+    whole = stream(items, 12, 5, 0, 10)
+    for host in range(3):
+        rows = slice(4 * host, 4 * host + 4)
+        read = batches(items, 12, 5, lambda x: {"items": x}, range(10), rows=rows)
+        assert [batch["items"] for batch in read] == [batch[rows] for batch in whole]
