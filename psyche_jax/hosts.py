@@ -82,7 +82,8 @@ def place(tree: Any, sharding: Sharding, first: int = 0, rows: int | None = None
     def placed(leaf: np.ndarray) -> jax.Array:
         shape = (leaf.shape[0] if rows is None else rows, *leaf.shape[1:])
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             start, stop, _ = index[0].indices(shape[0])
             return leaf[(slice(start - first, stop - first), *index[1:])]
 

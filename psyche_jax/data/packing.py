@@ -7,7 +7,7 @@ not stored.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,7 @@ class PackConfig(Section):
     max_length: int = 2048  # tokens of a row
     too_long: Literal["set_aside", "cut"] = "set_aside"  # what becomes of examples that are longer
     shard_mib: int = 256  # content of a shard before compression
-    prompt: PromptSection = PromptSection()
+    prompt: PromptSection = field(default_factory=PromptSection)
 
     def __post_init__(self) -> None:
         if self.max_length < 2:
@@ -149,7 +149,7 @@ def _fullest(counts: dict[int, int], space: int) -> dict[int, int]:
         if sums >> space:
             break
     total = sums.bit_length() - 1
-    taken = {}
+    taken: dict[int, int] = {}
     for length, before in reversed(seen):
         while not before >> total & 1:
             total -= length

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import grain
 import numpy as np
@@ -18,6 +18,7 @@ _THREADS = 2
 _PREFETCH = 4
 
 
+@runtime_checkable
 class ReadsSeveral(Protocol[Item]):
     """Items that are better read together than one by one."""
 
@@ -28,10 +29,10 @@ class ReadsSeveral(Protocol[Item]):
 
 
 def batches(
-    items: Sequence[Item] | ReadsSeveral[Item],
+    items: Sequence[Any] | ReadsSeveral[Any],
     batch_size: int,
     seed: int,
-    collate: Callable[[list[Item]], Batch],
+    collate: Callable[[list[Any]], Batch],
     steps: range,
     parts: Sequence[Part] = (),
     rows: slice = slice(None),
@@ -57,9 +58,9 @@ def batches(
 
     def batch(step: int) -> Batch:
         indices = indices_of(step)
-        if hasattr(items, "read"):
+        if isinstance(items, ReadsSeveral):
             return collate(items.read(indices))
-        return collate([cast(Sequence[Item], items)[index] for index in indices])
+        return collate([items[index] for index in indices])
 
     reading = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=prefetch)
     return iter(grain.MapDataset.source(steps).map(batch).to_iter_dataset(reading))
@@ -139,4 +140,3 @@ def pad_prompts(prompts: Sequence[Sequence[int]], largest: int) -> Batch:
         tokens[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
     return {"tokens": tokens, "mask": mask}
-

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from bucket import running_bucket
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_tokenizer
 
@@ -85,7 +85,9 @@ def samples() -> list[SftExample]:
     folder = files("psyche_jax.data") / "samples"
     questions = load_records(Question, str(folder / "questions.jsonl")).good
     dialogues = load_records(Dialogue, str(folder / "dialogues.jsonl")).good
-    return [question_to_sft(question) for question in questions] + [SftExample(dialogue.turns) for dialogue in dialogues]
+    return [question_to_sft(question) for question in questions] + [
+        SftExample(dialogue.turns) for dialogue in dialogues
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +188,7 @@ def test_made_for_another_run(made):
     for prompt, used, length, message in cases:
         with pytest.raises(UserError, match=message):
             open_examples(packed, used, prompt, length)
-    with pytest.raises(UserError, match="is packed and .* is not; pack both, or neither"):
+    with pytest.raises(UserError, match=r"is packed and .* is not; pack both, or neither"):
         open_examples({packed: 1, str(made / "sft.jsonl"): 2}, tokenizer, PROMPT, 2048)
 
 
