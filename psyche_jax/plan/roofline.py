@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
 from psyche_jax.plan.compile import PlanConfig
 from psyche_jax.plan.memory import rows_at_once
 from psyche_jax.plan.slices import SOURCE, Slice
@@ -50,24 +51,6 @@ class Phase:
             "interconnect": self.ici_bytes / chip.ici_bytes_per_second,
         }
         return max(times, key=lambda name: times[name])
-
-
-def layer_weights(model: ModelConfig) -> int:
-    """Numbers in the matrices of one layer."""
-    heads, kv_heads = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
-    return model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
-
-
-def layers_flops(model: ModelConfig, rows: int, length: int, pairs: float | None = None) -> float:
-    """Of all layers, forward, on `rows` sequences of `length`; `pairs` of query and key a row (default: length²)."""
-    pairs = length * length if pairs is None else pairs
-    attention = 4 * pairs * model.num_attention_heads * model.head_dim
-    return model.num_hidden_layers * rows * (2 * length * layer_weights(model) + attention)
-
-
-def head_flops(model: ModelConfig, positions: int) -> float:
-    """Of the logits of so many positions."""
-    return 2.0 * positions * model.vocab_size * model.hidden_size
 
 
 def count_phases(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> dict[str, Phase]:
@@ -125,7 +108,7 @@ class _Counter:
     def _forward(self, rows: int, length: int, positions: int) -> Phase:
         """One micro-batch: layers, and the loss on the last `positions` of each row."""
         model, fsdp, tensor = self.model, self.mesh["fsdp"], self.mesh["tensor"]
-        flops = layers_flops(model, rows, length, length * length / 2) + head_flops(model, rows * positions)
+        flops = causal_flops(model, rows, length) + head_flops(model, rows * positions)
         weights = model.num_hidden_layers * layer_weights(model) / tensor
         own = model.num_parameters / fsdp / tensor
         hbm = own * self._stored + 2 * weights * self._compute
@@ -165,7 +148,7 @@ class _Counter:
         model, length, waves = self.model, config.data.max_prompt_length, config.rollout_waves
         prompts = config.prompts_per_step
         weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._compute
-        flops = layers_flops(model, prompts, length, length * length / 2) + head_flops(model, prompts)
+        flops = causal_flops(model, prompts, length) + head_flops(model, prompts)
         tokens = prompts / self._places * length
         return Phase(
             flops, waves * weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts, length)

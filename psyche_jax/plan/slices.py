@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.model.flops import BF16_PEAKS
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,12 @@ SOURCE = "cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}: peak compute, HBM and inte
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", 275e12, 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, (("chip_config_name", "megacore"),)),
-        Chip("v5e", 197e12, 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256),
-        Chip("v5p", 459e12, 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, (("chip_config_name", "megacore"),)),
-        Chip("v6e", 918e12, 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256, (("chips_per_host_bounds", (2, 2, 1)),)),
+        Chip("v4", BF16_PEAKS["v4"], 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, (("chip_config_name", "megacore"),)),
+        Chip("v5e", BF16_PEAKS["v5e"], 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256),
+        Chip("v5p", BF16_PEAKS["v5p"], 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, (("chip_config_name", "megacore"),)),
+        Chip(
+            "v6e", BF16_PEAKS["v6e"], 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256, (("chips_per_host_bounds", (2, 2, 1)),)
+        ),
     )
 }
 _EXAMPLES = "v5e:4x4, v6e:2x4, v5p:2x2x2, v4:2x2x2"

@@ -19,6 +19,8 @@ from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.rewards import CompiledRules, compile_rules, token_bytes_from_tokenizer
 from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions
@@ -123,6 +125,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
                 step,
                 ("reward", "evaluation_reward", "kl", "completions/mean_length"),
                 config.optimizer.max_skipped_steps,
+                partial(step_flops, model, config),
                 after_step,
                 evaluation,
             ),
@@ -253,6 +256,22 @@ def held_out_reward(
 
 def _mean(values: Any) -> float:
     return float(np.mean(values)) if len(values) else math.nan
+
+
+def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, float]) -> float:
+    """FLOPs of the model in one iteration: sampling, log-probs, forward and backward; padding and remat aside.
+
+    A prompt counts once for all of its responses. Attention is counted at the mean lengths. What dynamic sampling
+    threw away does not count.
+    """
+    responses = config.prompts_per_step * config.generations_per_prompt
+    response = metrics["completions/mean_length"]
+    prompt = metrics["num_tokens"] / responses - response
+    forward = causal_flops(model, config.prompts_per_step, prompt)
+    forward += causal_flops(model, responses, response, prompt) + head_flops(model, responses * response)
+    trained = 3 + (config.objective.top_entropy < 1)
+    fixed = (config.objective.kl_coefficient > 0) + (config.updates_per_step > 1)
+    return forward * (1 + fixed + trained * config.passes_per_step)
 
 
 class _EqualRewards:

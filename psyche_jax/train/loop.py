@@ -17,6 +17,7 @@ from tqdm import tqdm
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
+from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.state import TrainState
@@ -52,6 +53,7 @@ class Program:
     step: StepFunction
     headline: tuple[str, ...]  # the metrics that progress shows
     max_skipped_steps: int  # how many steps in a row may be skipped for a gradient that is not finite
+    flops: Callable[[dict[str, float]], float]  # of the model in a step with these metrics
     after_step: Callable[[Run, int, dict[str, float], dict[str, Any]], None] = lambda *_: None
     evaluation: Evaluation | None = None
 
@@ -101,6 +103,7 @@ def run_training(
             _say(f"{program.name}: going on after step {first}")
         progress = Progress(program, first)
         skipped = 0  # steps in a row
+        peak = peak_of_all_devices()
         started = time.perf_counter()
         profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
         index = first
@@ -113,6 +116,8 @@ def run_training(
             metrics["step_time"] = now - started
             metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
             metrics["tokens_per_second_per_device"] = metrics["tokens_per_second"] / jax.device_count()
+            if peak is not None:
+                metrics["mfu"] = program.flops(metrics) / metrics["step_time"] / peak
             program.after_step(run, index, metrics, outputs)
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             if skipped:

@@ -16,6 +16,7 @@ from psyche_jax.data.chat import TokenizedExample
 from psyche_jax.data.examples import open_examples, tokenized
 from psyche_jax.data.streams import Batch, batches, pad_examples
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.runs import open_run
@@ -69,6 +70,15 @@ def make_sft_step(
         return TrainState(state.step + 1, state.parameters, state.optimizer_state), metrics
 
     return step
+
+
+def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> float:
+    """FLOPs of the model in one step, forward and backward, padding and remat aside.
+
+    Attention is counted at the examples' mean length.
+    """
+    tokens = metrics["num_tokens"]
+    return 3 * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
 
 
 def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
@@ -139,6 +149,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
             train_step,
             ("loss", "evaluation_loss", "grad_norm"),
             config.optimizer.max_skipped_steps,
+            partial(step_flops, setup.model.config, config.batch_size),
             evaluation=Evaluation(config.evaluate_every_steps, evaluation_loss, "evaluation_loss", False)
             if evaluation
             else None,

@@ -10,11 +10,12 @@ import pytest
 import psyche_jax
 from psyche_jax.config import GrpoConfig, ObjectiveSection, SftConfig, load_config
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.flops import head_flops, layers_flops
 from psyche_jax.model.published import ARCHITECTURES, published_architecture
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.plan.memory import estimated_parts, least_peak
-from psyche_jax.plan.roofline import count_phases, head_flops, layers_flops
+from psyche_jax.plan.roofline import count_phases
 from psyche_jax.plan.slices import parse_topology
 
 CONFIGS = Path(psyche_jax.__file__).parents[1] / "configs"

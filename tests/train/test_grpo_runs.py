@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import pytest
 from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
+from psyche_jax.config import ObjectiveSection
 from psyche_jax.errors import UserError
+from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
-from psyche_jax.train import grpo_run
+from psyche_jax.runs import read_lines
+from psyche_jax.train import grpo_run, loop
 from psyche_jax.train.checkpoints import identity, open_model
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
@@ -119,3 +122,43 @@ def test_what_is_held_out_is_not_trained_on(root):
     data = dataclasses.replace(config.data, evaluation=config.data.train)
     with pytest.raises(UserError, match=r"all of its prompts are in data.train too"):
         grpo_run.train_grpo(dataclasses.replace(config, data=data))
+
+
+def test_mfu_is_there_where_the_peak_is_known(train, root, monkeypatch):
+    """Model FLOPs a second over the peak; nothing on a CPU."""
+    train("run")
+    assert all("mfu" not in line for line in read_lines(root / "run" / "metrics.jsonl"))
+    monkeypatch.setattr(loop, "peak_of_all_devices", lambda: 1e12)
+    monkeypatch.setattr(grpo_run, "step_flops", lambda *_: 5e11)
+    train("other")
+    for line in read_lines(root / "other" / "metrics.jsonl"):
+        assert line["mfu"] == pytest.approx(0.5 / line["step_time"])
+
+
+def test_flops_of_an_iteration(root, tiny_config):
+    """The parts by hand: a prompt once; one forward pass for sampling, three for training, one of the reference."""
+    config = grpo_config(root)
+    prompts, responses, prompt, response = 8, 32, 20.0, 6.0
+    metrics = {"num_tokens": responses * (prompt + response), "completions/mean_length": response}
+    weights, width = layer_weights(tiny_config), tiny_config.num_attention_heads * tiny_config.head_dim
+    tokens = prompts * prompt + responses * response
+    pairs = prompts * prompt**2 / 2 + responses * (response * prompt + response**2 / 2)
+    forward = tiny_config.num_hidden_layers * (2 * tokens * weights + 4 * pairs * width)
+    forward += 2 * responses * response * tiny_config.vocab_size * tiny_config.hidden_size
+    assert grpo_run.step_flops(tiny_config, config, metrics) == pytest.approx(5 * forward)
+    several = dataclasses.replace(config, passes_per_step=2, objective=ObjectiveSection(kl_coefficient=0.0))
+    assert grpo_run.step_flops(tiny_config, several, metrics) == pytest.approx(8 * forward)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [
+        ("TPU v5 lite", 197e12),
+        ("TPU v5p", 459e12),
+        ("TPU v6 lite", 918e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("cpu", None),
+    ],
+)
+def test_peaks_of_devices(kind, peak):
+    assert peak_flops(kind) == peak

@@ -11,10 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config
+from training_fixtures import (
+    RULES,
+    execution,
+    grpo_config,
+    metrics_of,
+    sft_config,
+    state_of,
+    write_config,
+    write_prompts,
+)
 
 import psyche_jax
-from psyche_jax.config import CheckpointSection
+from psyche_jax.config import CheckpointSection, DynamicSamplingSection, GrpoDataSection, ObjectiveSection
+from psyche_jax.rewards import FunctionReward
 from psyche_jax.runs import read_lines
 from psyche_jax.train.checkpoints import open_model
 
@@ -35,7 +45,7 @@ class Command:
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(root / "cache"),
-            "PYTHONPATH": str(Path(psyche_jax.__file__).parents[1]),
+            "PYTHONPATH": os.pathsep.join([str(Path(psyche_jax.__file__).parents[1]), str(root)]),
         }
 
     def start(self) -> subprocess.Popen:
@@ -146,3 +156,59 @@ def test_grpo_killed_and_stopped_goes_on(work):
     same_run(command.run, whole.run, 32)
     samples = read_lines(whole.run / "samples.jsonl")
     assert sorted({line["step"] for line in samples}) == [1, 10, 20, 30, 32]
+
+
+JUDGE = """
+import asyncio
+
+async def judge(prompts, completions, records):
+    await asyncio.sleep(0.01)
+    assert all(record["messages"][0]["content"] in prompt for prompt, record in zip(prompts, records, strict=True))
+    return [None if record["answer"] == "D" else len(set(text)) / 6 for text, record in zip(completions, records)]
+"""
+
+
+@pytest.mark.slow
+def test_grpo_with_everything_on_goes_on(work):
+    """Two programs with a coroutine between them, dynamic sampling, several passes, held-out reward: stopped, resumed."""
+    (work / "my_judge.py").write_text(JUDGE)
+    write_prompts(work / "more.jsonl", 21)
+    whole, command = (
+        Command(
+            "grpo",
+            grpo_config(
+                work,
+                run,
+                epochs=4.0,
+                checkpoints=CheckpointSection(every_steps=3, keep=1),
+                data=GrpoDataSection(str(work / "rl.jsonl"), 64, str(work / "more.jsonl")),
+                evaluate_every_steps=2,
+                objective=ObjectiveSection("cispo", kl_coefficient=0.05, kl_unbiased=True, entropy_coefficient=0.01),
+                passes_per_step=2,
+                minibatch_prompts=4,
+                dynamic_sampling=DynamicSamplingSection(16, "ascii"),
+                rewards=(*RULES, FunctionReward(function="my_judge:judge", weight=0.5)),
+            ),
+            work,
+        )
+        for run in ("everything-whole", "everything-stopped")
+    )
+    assert "16 records set aside" in whole.finish(), "those of more.jsonl that are trained on"
+    code, said = command.stop(signal.SIGTERM, after=1)
+    assert (code, state_of(command.run)["status"]) == (1, "preempted"), said
+    command.finish()
+    start, *lines = metrics_of(whole.run)
+    assert start["step"] == 0 and "reward" not in start
+    assert [line["step"] for line in lines if "evaluation_reward" in line] == [2, 4]
+    assert [start, *lines] == metrics_of(command.run)
+    assert last_parameters(command.run) == last_parameters(whole.run)
+    best = max(lines, key=lambda line: line.get("evaluation_reward", -9))
+    for run in (whole.run, command.run):
+        assert state_of(run)["best"] == {"step": best["step"], "evaluation_reward": best["evaluation_reward"]}
+        assert open_model(str(run / "best")).weights.name == str(best["step"])
+    samples = read_lines(whole.run / "samples.jsonl")
+    assert samples == read_lines(command.run / "samples.jsonl")
+    for sample in samples:
+        assert sample["policy_step"] == sample["step"] - 1
+        assert sample["rewards"].keys() == {"ascii", "repetition", "length", "judge"}
+    assert {line["dynamic_sampling/sampled_prompts"] for line in lines} <= {8, 16}

@@ -1,0 +1,62 @@
+"""FLOPs of the model by arithmetic, and the peaks of known accelerators."""
+
+import jax
+
+from psyche_jax.model.config import ModelConfig
+
+BF16_PEAKS = {  # FLOP/s of one chip, dense: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; NVIDIA's data sheets
+    "v4": 275e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v6e": 918e12,
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+}
+_BY_DEVICE_KIND = {  # how JAX names devices, or how these names begin
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5p": "v5p",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "NVIDIA A100-SXM": "A100",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H200": "H200",
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """bfloat16 FLOP/s of a device as JAX names it; None if it is not known."""
+    name = next((name for kind, name in _BY_DEVICE_KIND.items() if device_kind.startswith(kind)), None)
+    return None if name is None else BF16_PEAKS[name]
+
+
+def peak_of_all_devices() -> float | None:
+    """bfloat16 FLOP/s of all devices of this program together; None if they are not known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return None if peak is None else peak * jax.device_count()
+
+
+def layer_weights(model: ModelConfig) -> int:
+    """Numbers in the matrices of one layer."""
+    heads, kv_heads = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    return model.hidden_size * (2 * heads + 2 * kv_heads + 3 * model.intermediate_size)
+
+
+def layers_flops(model: ModelConfig, rows: float, length: float, pairs: float | None = None) -> float:
+    """Of all layers, forward, on `rows` sequences of `length`; `pairs` of query and key a row (default: length²)."""
+    pairs = length * length if pairs is None else pairs
+    attention = 4 * pairs * model.num_attention_heads * model.head_dim
+    return model.num_hidden_layers * rows * (2 * length * layer_weights(model) + attention)
+
+
+def head_flops(model: ModelConfig, positions: float) -> float:
+    """Of the logits of so many positions."""
+    return 2.0 * positions * model.vocab_size * model.hidden_size
+
+
+def causal_flops(model: ModelConfig, rows: float, length: float, before: float = 0.0) -> float:
+    """Of all layers, forward, on sequences that attend to themselves causally and to `before` tokens before them."""
+    return layers_flops(model, rows, length, length * before + length * length / 2)
