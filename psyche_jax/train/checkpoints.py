@@ -87,7 +87,7 @@ def check_reference(checkpoints: Path, reference: str) -> None:
     Raises:
       UserError: of one with another.
     """
-    if not any(_is_step(child) for child in checkpoints.iterdir()):
+    if not checkpoints.is_dir() or not any(_is_step(child) for child in checkpoints.iterdir()):
         return
     known = read_checkpoint_metadata(find_checkpoint(checkpoints)).get("reference_identity", reference)
     if known != reference:

@@ -94,10 +94,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
         stream = batches(prompts, config.candidates_per_step, config.run.seed, collate, range(first, total_steps))
         return (hosts.place(batch, place) for batch in stream)
 
-    step = _one_program(iteration, reference, rules, key)
     if functions:
-        judge = partial(_judged, functions, setup, prompts)
-        step = _two_programs(iteration, reference, rules, key, judge)
+        step = _two_programs(iteration, reference, rules, key, partial(_judged, functions, setup, prompts))
+    else:
+        step = _one_program(iteration, reference, rules, key)
     evaluation = None
     if held_out:
         judge = partial(_judged, functions, setup, held_out)

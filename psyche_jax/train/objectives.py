@@ -100,7 +100,7 @@ def token_weights(mask: jax.Array, objective: ObjectiveName, micro_batches: int 
 
 
 def high_entropy_tokens(entropy: jax.Array, mask: jax.Array, share: float) -> jax.Array:
-    """The tokens whose entropy is among the highest `share` of the batch (arXiv 2506.01939, eq. 6).
+    """The tokens whose entropy is among the highest `share` of the batch (arXiv 2506.01939).
 
     Args:
       entropy: float [responses, length].
@@ -163,7 +163,7 @@ def policy_loss(
     then times `learned` and `correction`, + kl_coefficient × KL (`kl_terms`), - entropy_coefficient × entropy.
 
     Sources: DeepSeekMath (arXiv 2402.03300) eq. 3; DAPO (2503.14476) eq. 8; GSPO (2507.18071) eq. 5 to 7;
-    MiniMax-M1 (2506.13585) eq. 4 and 5; δ: INTELLECT-2 (2505.07291), section 3.4.
+    MiniMax-M1 (2506.13585) eq. 4 and 5; δ: INTELLECT-2 (2505.07291).
 
     Args:
       log_probs, old_log_probs, reference_log_probs, entropy: float [responses, length].

@@ -170,7 +170,7 @@ async def judge(prompts, completions, records):
 
 @pytest.mark.slow
 def test_grpo_with_everything_on_goes_on(work):
-    """Two programs with a coroutine between them, dynamic sampling, several passes, held-out reward: stopped, resumed."""
+    """Two programs, a coroutine between them, dynamic sampling, several passes, held-out reward: stopped, resumed."""
     (work / "my_judge.py").write_text(JUDGE)
     write_prompts(work / "more.jsonl", 21)
     whole, command = (
