@@ -263,7 +263,10 @@ def logit_difference(paths: Paths) -> tuple[float, str]:
 
 def summarize(paths: Paths, scores: dict[str, Any], difference: float, compared_with: str) -> dict[str, Any]:
     """What `summary.json` holds, but for the seconds."""
-    sft, grpo = read_lines(paths.sft / "metrics.jsonl"), read_lines(paths.grpo / "metrics.jsonl")
+    # Step 0 is only an evaluation.
+    sft, grpo = (
+        [line for line in read_lines(run / "metrics.jsonl") if line["step"] > 0] for run in (paths.sft, paths.grpo)
+    )
     rewards = [line["reward"] for line in grpo]
     return {
         "sft": {"loss_first": sft[0]["loss"], "loss_last": sft[-1]["loss"], "steps": len(sft)},
