@@ -14,7 +14,9 @@ from psyche_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from psyche_jax.config import DistributedSection
+    from psyche_jax.evaluate.endpoint import Endpoint
     from psyche_jax.evaluate.evaluation import Model
+    from psyche_jax.evaluate.tasks import Benchmark
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
 
@@ -128,6 +130,19 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--batch-size", type=int, metavar="N", help="questions at once (default 64; of an endpoint 16)")
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
+    )
+    verb.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="URL#NAME",
+        help="an endpoint that judges replies to dialogues for empathy, in both orders; several may be given",
+    )
+    verb.add_argument(
+        "--against",
+        default="reference",
+        metavar="FILE",
+        help="judge against the replies in this evaluation (default: against the dialogues' own replies)",
     )
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
@@ -313,16 +328,44 @@ def _eval(arguments: argparse.Namespace) -> None:
     for line in benchmark.set_aside:
         print(f"set aside: {line}", file=sys.stderr)
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
+    judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name
     is_run = (Path(arguments.model) / "config.yaml").is_file()
     places = [evaluation_file(Path(arguments.model), benchmark.name, label)] if is_run else []
     places += [arguments.out] if arguments.out is not None else []
-    evaluation = evaluate(model, benchmark, label=label, samples=arguments.samples, files=places)
+    evaluation = evaluate(
+        model,
+        benchmark,
+        label=label,
+        samples=arguments.samples,
+        files=places,
+        judges=judges,
+        against=arguments.against,
+    )
     for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
         print(f"set aside: {line}", file=sys.stderr)
     summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"])}
+    if judges:
+        summary["empathy"] = evaluation["empathy"]
     print(json.dumps(summary) if arguments.json else scores_table(summary))
+
+
+def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endpoint]":
+    """Who judges empathy."""
+    from psyche_jax.evaluate.empathy import MAX_TOKENS
+    from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+
+    if arguments.judge and not any(task.kind == "dialogue" for task in benchmark.tasks):
+        raise UsageError(f"--judge: {benchmark.name} holds no dialogues; try --bench dialogues")
+    for address in arguments.judge:
+        if not address.startswith(SCHEMES):
+            raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; psyche serve makes one of a model")
+    concurrency = arguments.batch_size or 16
+    return [
+        Endpoint(address, max_new_tokens=MAX_TOKENS, temperature=0.0, concurrency=concurrency)
+        for address in arguments.judge
+    ]
 
 
 def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":

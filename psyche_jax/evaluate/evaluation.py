@@ -13,6 +13,8 @@ from tqdm import tqdm
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Answers, Completion, Key
 from psyche_jax.evaluate.choice import score_answer, summarize
+from psyche_jax.evaluate.empathy import REFERENCE, as_lines, judge_pairs, pairs_of, summarize_empathy
+from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.evaluate.essays import score_essay, summarize_essays
 from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task
 from psyche_jax.files import write_json
@@ -49,7 +51,14 @@ class Model(Protocol):
 
 
 def evaluate(
-    model: Model, benchmark: Benchmark, *, label: str, samples: int = 1, files: Sequence[Path] = ()
+    model: Model,
+    benchmark: Benchmark,
+    *,
+    label: str,
+    samples: int = 1,
+    files: Sequence[Path] = (),
+    judges: Sequence[Endpoint] = (),
+    against: str = REFERENCE,
 ) -> dict[str, Any]:
     """Ask everything and score the answers.
 
@@ -60,14 +69,17 @@ def evaluate(
       samples: answers to each question.
       files: where to write the evaluation. Beside the first, answers are kept as they come until it is written; an
         evaluation that was killed, or to which some questions have no answer, goes on from them.
+      judges: who compares the replies to dialogues with the references, or with another evaluation's replies.
+      against: `reference`, or the file of another evaluation of the same dialogues.
 
     Returns:
       `label, model, parameters, bench, step, samples, sampling, scores, set_aside, items`. `scores` is what
       `choice.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
-      leaked tasks) and `leaked` (how many) if leaks were looked for.
+      leaked tasks) and `leaked` (how many) if leaks were looked for. With judges also `empathy`, which is what
+      `empathy.summarize_empathy` returns, and `judgements`.
 
     Raises:
-      UserError: the model cannot be used, or answered nothing at all.
+      UserError: the model or a judge cannot be used, or answered nothing at all; there is nothing to judge.
     """
     if not benchmark.tasks:
         raise UserError(f"{benchmark.name}: holds nothing to ask")
@@ -99,10 +111,14 @@ def evaluate(
         **_scored(benchmark, tasks, answers.known, samples),
         "set_aside": [*benchmark.set_aside, *(f"{task_id}: no answer: {why}" for task_id, why in unanswered.items())],
     }
+    kept = [] if failed else [answers]
+    if judges:
+        evaluation, judged_whole = _judged(evaluation, judges, against, files[0] if files else None)
+        kept += judged_whole
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, evaluation)
-    if files and not failed:
+    for answers in kept:
         answers.discard()
     return evaluation
 
@@ -110,6 +126,23 @@ def evaluate(
 def evaluation_file(run: Path, bench: str, label: str) -> Path:
     """Where `report` looks for an evaluation of a run."""
     return run / "evaluations" / f"{Path(bench).stem}-{label}.json".replace("/", "-")
+
+
+def _judged(
+    evaluation: dict[str, Any], judges: Sequence[Endpoint], against: str, file: Path | None
+) -> tuple[dict[str, Any], list[Answers]]:
+    """The evaluation with judgements, and where those are kept that are whole."""
+    pairs = pairs_of(evaluation, against)
+    if not pairs:
+        raise UserError(f"{evaluation['bench']}: holds no dialogues, so there is nothing to judge")
+    judged, kept, missing = {}, [], {}
+    for judge in judges:
+        judgements, failed, answers = judge_pairs(judge, pairs, file)
+        judged[judge.name] = judgements
+        kept += [] if failed else [answers]
+        missing[judge.name] = [f"{pair}, order {order}: {reason}" for (pair, order), reason in failed.items()]
+    empathy = {"against": against, **summarize_empathy(pairs, judged), "not_judged": missing}
+    return {**evaluation, "empathy": empathy, "judgements": as_lines(judged)}, kept
 
 
 def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Completion], samples: int) -> dict[str, Any]:
@@ -128,6 +161,20 @@ def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Complet
         scores["leaked"] = sum(task.id in benchmark.leaked for task in tasks)
     listed = [dataclasses.asdict(item) for task in choices for item in items[task.id]]
     listed += [dataclasses.asdict(item) for item in essays]
+    listed += [
+        {
+            "id": task.id,
+            "cell": task.cell,
+            "kind": task.kind,
+            "sample": sample,
+            "question": task.text,
+            "gold": task.gold,
+            "response": known[task.id, sample].text,
+        }
+        for task in tasks
+        if task.kind == "dialogue"
+        for sample in range(samples)
+    ]
     if benchmark.leaked is not None:
         listed = [{**item, "leaked": benchmark.leaked.get(item["id"], "")} for item in listed]
     return {"scores": scores, "items": listed}

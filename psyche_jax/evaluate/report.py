@@ -19,6 +19,7 @@ from psyche_jax.config import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Bench, Evaluation, read_benches
 from psyche_jax.evaluate.curves import SFT_METRICS, Chart, charts, grpo_metrics, number
+from psyche_jax.evaluate.empathy import TITLES
 from psyche_jax.evaluate.published import COLUMNS, PaperRow, draw_sizes, our_rows, published, summary_of_sizes
 from psyche_jax.files import in_bucket, read_json, write_text
 from psyche_jax.runs import read_lines
@@ -292,6 +293,8 @@ def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str
             title=title,
             css=Markup(css),
             markup=Markup,
+            judged=judged,
+            dimensions=TITLES,
             runs=runs,
             benches=benches,
             paper=_paper_section(benches),
@@ -305,6 +308,16 @@ def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str
             f"{', '.join(str(run.folder) for run in runs)}: an evaluation was changed by hand ({error}); write it "
             "again with `psyche eval`"
         ) from error
+
+
+def judged(benches: Sequence[Bench]) -> list[tuple[Bench, str, dict[str, Any]]]:
+    """Evaluations whose replies were judged: benchmark, name and what came of it."""
+    return [
+        (bench, name, one.empathy)
+        for bench in benches
+        for name, one in bench.named
+        if one.empathy and one.empathy.get("dimensions")
+    ]
 
 
 def cell(text: str) -> str:

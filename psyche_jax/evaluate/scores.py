@@ -40,12 +40,35 @@ def scores_table(summary: Mapping[str, Any]) -> str:
     if (clean := summary.get("decontaminated")) is not None:
         scores = f": strict {clean['strict']:.3f}, elastic {clean['elastic']:.3f}" if clean["count"] else ""
         lines.append(f"{summary['leaked']} stand in the training data; without them {clean['count']} questions{scores}")
+    if empathy := summary.get("empathy"):
+        lines += _empathy(empathy)
     if summary["set_aside"]:
         lines.append(f"{summary['set_aside']} records set aside")
     return "\n".join(lines)
 
 
+def _empathy(empathy: Mapping[str, Any]) -> list[str]:
+    lines = [f"{empathy['count']} dialogues judged, marks from 1 to 5 beside those of {empathy['against']}:"]
+    for name, marks in empathy["dimensions"].items():
+        low, high = marks["interval"]
+        change = f"{marks['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
+        lines.append(f"  {name:18}{marks['model']:6.2f}{marks['other']:6.2f}  {change}")
+    for name, judge in empathy["judges"].items():
+        same, first = _share(judge["same_in_both_orders"]), _share(judge["first_preferred"])
+        outcomes = ", ".join(f"{judge[key]} {title}" for key, title in _OUTCOMES.items())
+        lines.append(f"  {name}: {outcomes} of {judge['count']}; alike in both orders {same}, first preferred {first}")
+    for pair in empathy["agreement"]:
+        who = " and ".join(pair["judges"])
+        lines.append(f"  {who} agree on {_share(pair['share'])} of {pair['count']}, kappa {_share(pair['kappa'])}")
+    return lines
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
 _WIDTHS = (10, 9, 13, 9, 9, 9, 12)
+_OUTCOMES = {"win": "won", "tie": "tied", "lose": "lost"}
 _ESSAYS = {"rouge1": "ROUGE-1", "rougeL": "ROUGE-L", "bleu4": "BLEU-4"}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from psyche_jax.data.records import Message, Question, question_text
+from psyche_jax.data.records import Dialogue, Message, Question, question_text
 from psyche_jax.errors import UsageError
 
 TaskKind: TypeAlias = Literal["single", "multi", "essay", "dialogue"]
@@ -86,6 +86,16 @@ def choice_task(question: Question, cell: str = "", group: str = "") -> Task:
         "".join(question.options),
         group or question.id,
     )
+
+
+def dialogue_task(dialogue: Dialogue) -> Task:
+    """A dialogue without its last reply, which is the reference; its cell is `single_turn` or `multi_turn`."""
+    *turns, last = dialogue.turns
+    asked = sum(turn.role == "user" for turn in turns)
+    names = {"system": "系统", "user": "求助者", "assistant": "支持者"}
+    text = "\n".join(f"{names[turn.role]}：{turn.content}" for turn in turns)
+    cell = "single_turn" if asked == 1 else "multi_turn"
+    return Task(dialogue.id, cell, "dialogue", tuple(turns), text, last.content)
 
 
 def with_examples(task: Task, examples: Sequence[Task]) -> Task:

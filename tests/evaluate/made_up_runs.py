@@ -62,6 +62,24 @@ def add_evaluation(run: Path, label: str, outcomes: dict[str, str | None], step:
     return path
 
 
+def add_empathy(run: Path, judge: str = "a judge") -> None:
+    """An evaluation on dialogues, judged by two."""
+    marks = {"model": 4.25, "other": 4.5, "difference": -0.25, "interval": [-0.5, 0.125]}
+    names = ("technique", "attitude", "emotional_empathy", "cognitive_empathy", "safety")
+    outcome = {"count": 8, "win": 3, "tie": 4, "lose": 1, "same_in_both_orders": 0.75, "first_preferred": None}
+    empathy = {
+        "against": "reference",
+        "count": 8,
+        "dimensions": dict.fromkeys(names, marks),
+        "judges": {judge: outcome, "another": outcome},
+        "agreement": [{"judges": [judge, "another"], "count": 8, "share": 0.875, "kappa": 0.71}],
+        "not_judged": {judge: ["d1, order 0: no judgement: <b>"], "another": []},
+    }
+    evaluation = {"label": "kind", "bench": "dialogues", "scores": {"count": 0, "strict": None}, "items": []}
+    (run / "evaluations").mkdir(exist_ok=True)
+    write_json(run / "evaluations" / "dialogues-kind.json", {**evaluation, "empathy": empathy})
+
+
 def add_samples(run: Path, first: int, last: int, completion: str = "<think>想</think>\n答案：B<|im_end|>") -> None:
     """Four completions to one prompt, at two steps."""
     lines = [

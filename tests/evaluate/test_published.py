@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from answerers import Answerer, six_cells
-from made_up_runs import add_evaluation, make_run
+from made_up_runs import add_empathy, add_evaluation, make_run
 from test_report import plain, report
 
 from psyche_jax.errors import UserError
@@ -131,3 +131,17 @@ def test_an_evaluation_that_was_changed_by_hand_is_named(run: Path, tmp_path: Pa
     with pytest.raises(UserError, match="an evaluation was changed by hand") as error:
         report(tmp_path, run)
     assert "\n" not in str(error.value)
+
+
+def test_empathy_is_shown_with_how_far_judges_agree(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    add_empathy(run)
+    text = plain(report(tmp_path, run))
+    assert "kind against the dialogues’ own replies on dialogues , 8 dialogues" in text
+    assert "Cognitive empathy 4.25 4.50 −0.25 −0.50 … +0.12" in text and "Safety 4.25" in text
+    assert "a judge : 3 won, 4 tied, 1 lost of 8; preferred alike in both orders 75.0 %" in text
+    assert "a judge and another agree on 87.5 % of 8, Cohen’s κ 0.71." in text
+    assert "1 judgements are missing, d1, order 0: no judgement: <b> first" in text
+    write_report([run], tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "| Safety | 4.25 | 4.50 | -0.25 [-0.50, +0.12] |" in card

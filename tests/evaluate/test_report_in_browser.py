@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from answerers import Answerer, six_cells
-from made_up_runs import make_chain, make_run
+from made_up_runs import add_empathy, make_chain, make_run
 
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.report import write_report
@@ -43,6 +43,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lambda task, _, said=letters: f"<think>{LONG}</think>答案：{said}", parameters=7_600_000_000
         )
         evaluate(answerer, benchmark, label=label, files=[evaluation_file(runs[0], "pceb", label)])
+    add_empathy(runs[0], LONG)
     write_report(runs, folder / "report.html", "Report")
     return folder / "report.html"
 
