@@ -1,0 +1,1 @@
+"""Synthesis: source texts to SFT and RL records, by any LLM that speaks the OpenAI protocol."""

@@ -1,0 +1,181 @@
+"""The store of calls: every request before it is sent, every reply before it is used, keyed by content (SQLite)."""
+
+import asyncio
+import hashlib
+import json
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from psyche_jax.errors import UserError
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS calls (
+  key TEXT PRIMARY KEY,
+  llm TEXT NOT NULL,
+  model TEXT NOT NULL,
+  prompt TEXT NOT NULL,
+  request TEXT NOT NULL,
+  repeated INTEGER NOT NULL DEFAULT 0,
+  text TEXT,
+  finish TEXT,
+  prompt_tokens INTEGER,
+  completion_tokens INTEGER,
+  asked REAL NOT NULL,
+  received REAL
+) WITHOUT ROWID
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is asked of an LLM. `parameters`: those of sampling; `sample` tells apart several of the same request."""
+
+    llm: str
+    model: str
+    prompt: str  # name and version of the prompt file
+    messages: tuple[Mapping[str, str], ...]
+    parameters: tuple[tuple[str, Any], ...]
+    sample: int = 0
+
+    @property
+    def request(self) -> str:
+        """The content as JSON, always written in the same way."""
+        value = [self.llm, self.model, self.messages, self.parameters, self.sample]
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+    @property
+    def key(self) -> str:
+        """SHA-256 of the content; also the idempotency key."""
+        return hashlib.sha256(self.request.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back. `finish`: stop, length, content_filter, …, or `refused` where the server took no request."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Calls and tokens of one LLM with one prompt. `repeated`: calls that were in flight when a run was killed."""
+
+    llm: str
+    model: str
+    prompt: str
+    calls: int
+    repeated: int
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class CallStore:
+    """Writes come from a thread, many to a transaction; each is awaited. A killed process loses none of them.
+
+    (WAL without a sync at each commit: what a process has committed survives its death. A crash of the machine may
+    lose the last ones, never the file.)
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._reader = self._connect()
+            self._reader.execute(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{path}: is no store of calls ({error}); move it away") from None
+        self._queue: queue.SimpleQueue[tuple[str, Sequence[Any], Any, Any] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
+
+    def find(self, key: str) -> Reply | None:
+        """The stored reply to the call `key`."""
+        row = self._reader.execute(
+            "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL",
+            (key,),
+        ).fetchone()
+        return Reply(*row) if row else None
+
+    async def opened(self, call: Call) -> None:
+        """Write the request; one that is there without a reply was in flight when a run ended, and is counted."""
+        sql = (
+            "INSERT INTO calls (key, llm, model, prompt, request, asked) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT (key) DO UPDATE SET repeated = repeated + 1"
+        )
+        await self._written(sql, (call.key, call.llm, call.model, call.prompt, call.request, time.time()))
+
+    async def answered(self, key: str, reply: Reply) -> None:
+        """Write the reply."""
+        sql = (
+            "UPDATE calls SET text = ?, finish = ?, prompt_tokens = ?, completion_tokens = ?, received = ? "
+            "WHERE key = ?"
+        )
+        values = (reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens, time.time(), key)
+        await self._written(sql, values)
+
+    def usage(self) -> list[Usage]:
+        """Calls with a reply and their tokens, by LLM and prompt."""
+        rows = self._reader.execute(
+            "SELECT llm, model, prompt, count(*), sum(repeated), sum(prompt_tokens), sum(completion_tokens) "
+            "FROM calls WHERE received IS NOT NULL GROUP BY llm, model, prompt ORDER BY prompt, llm, model"
+        )
+        return [Usage(*row) for row in rows]
+
+    def close(self) -> None:
+        """Write what waits, and end."""
+        self._queue.put(None)
+        self._thread.join()
+        self._reader.close()
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self._path, timeout=60, isolation_level=None)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    async def _written(self, sql: str, values: Sequence[Any]) -> None:
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+        self._queue.put((sql, values, loop, done))
+        await done
+
+    def _write(self) -> None:
+        connection = self._connect()
+        ended = False
+        while not ended:
+            batch = [self._queue.get()]
+            while not self._queue.empty():
+                batch.append(self._queue.get())
+            ended = None in batch
+            writes = [write for write in batch if write is not None]
+            fault: Exception | None = None
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                for sql, values, _, _ in writes:
+                    connection.execute(sql, values)
+                connection.execute("COMMIT")
+            except sqlite3.Error as error:  # a full disk, say
+                fault = UserError(f"{self._path}: cannot be written ({error})")
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
+            for _, _, loop, done in writes:
+                if not loop.is_closed():
+                    loop.call_soon_threadsafe(_finish, done, fault)
+        connection.close()
+
+
+def _finish(done: "asyncio.Future[None]", fault: Exception | None) -> None:
+    if done.done():  # whoever waited was cancelled
+        return
+    if fault is None:
+        done.set_result(None)
+    else:
+        done.set_exception(fault)

@@ -1,0 +1,266 @@
+"""Calling LLMs: any base URL, bounded concurrency, rate limits, retries with back-off, a budget, nothing asked twice."""
+
+import asyncio
+import email.utils
+import math
+import os
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+import openai
+from openai.types.chat import ChatCompletion
+
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.synth.calls import Call, CallStore, Reply
+from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+
+_CONNECT_SECONDS = 10.0
+_SHOWN = 200  # characters of what a server says in an error
+
+
+class CallFailedError(Exception):
+    """A call got no reply, after all retries."""
+
+
+class _PassingFault(Exception):
+    """Something that may be gone at the next try. `wait`: seconds that the server asked for."""
+
+    def __init__(self, reason: str, wait: float | None = None) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class Client:
+    """All LLMs of a run over one store of calls. To be used within one event loop.
+
+    `sent` counts requests that went out, `faults` those of them that failed, `known` calls whose reply was stored.
+    """
+
+    def __init__(
+        self, llms: Sequence[LlmSection], calls: CallsSection, budget: BudgetSection, store: CallStore
+    ) -> None:
+        self._llms = {llm.name: llm for llm in llms}
+        self._calls = calls
+        self._budget = budget
+        self._store = store
+        self._slots = asyncio.Semaphore(calls.concurrency)
+        self._asking: dict[str, asyncio.Task[Reply]] = {}
+        self._paces = {llm.name: _Pace(llm) for llm in llms}
+        self._keys = {llm.name: _key(llm) for llm in llms}
+        self._servers: dict[str, openai.AsyncOpenAI] = {}
+        self.sent = self.faults = self.known = self.failed = 0
+        self.tokens = 0
+        self.cost = 0.0
+        for usage in store.usage():
+            self._spend(usage.llm, usage.prompt_tokens, usage.completion_tokens)
+
+    async def call(self, llm: str, prompt: str, messages: Sequence[Mapping[str, str]], sample: int = 0) -> Reply:
+        """The reply to `messages`: the stored one, or that of a call now under way, or a new one.
+
+        Raises:
+          UserError: the server refuses all calls (a wrong key, say), the budget is used up, or too many calls failed.
+          CallFailedError: this call got no reply, after all retries.
+        """
+        section = self._llms[llm]
+        parameters = (
+            ("temperature", section.temperature),
+            ("top_p", section.top_p),
+            ("max_tokens", section.max_tokens),
+        )
+        call = Call(llm, section.model, prompt, tuple(messages), parameters, sample)
+        key = call.key
+        if known := self._store.find(key):
+            self.known += 1
+            return known
+        if key not in self._asking:
+            self._asking[key] = asyncio.create_task(self._ask(call, key))
+            self._asking[key].add_done_callback(lambda _: self._asking.pop(key, None))
+        return await asyncio.shield(self._asking[key])
+
+    async def close(self) -> None:
+        """End what is under way and the connections."""
+        asking = list(self._asking.values())
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        for server in self._servers.values():
+            await server.close()
+
+    async def _ask(self, call: Call, key: str) -> Reply:
+        llm = self._llms[call.llm]
+        pace = self._paces[call.llm]
+        async with self._slots:  # also while it waits to try again: never more calls without a reply than slots
+            self._check_budget()
+            await self._store.opened(call)
+            for attempt in range(self._calls.retries + 1):
+                await pace.turn()
+                self.sent += 1
+                try:
+                    async with asyncio.timeout(llm.timeout_seconds):
+                        reply = await self._send(llm, call, key)
+                    break
+                except (TimeoutError, _PassingFault) as error:
+                    self.faults += 1
+                    fault = error if isinstance(error, _PassingFault) else _PassingFault("no reply in time")
+                if attempt < self._calls.retries:
+                    if fault.wait is not None:
+                        pace.rest(fault.wait)
+                    else:
+                        longest = min(self._calls.first_wait_seconds * 2**attempt, self._calls.longest_wait_seconds)
+                        await asyncio.sleep(longest * random.uniform(0.5, 1.0))
+            else:
+                self.failed += 1
+                reason = f"{llm.name} at {llm.base_url}: {fault}"
+                if self.failed >= self._calls.give_up_after:
+                    raise UserError(f"{reason}; {self.failed} calls failed in spite of retries, start again later")
+                raise CallFailedError(reason)
+            await self._store.answered(key, reply)
+        self._spend(call.llm, reply.prompt_tokens, reply.completion_tokens)
+        pace.spend(reply.prompt_tokens + reply.completion_tokens)
+        return reply
+
+    async def _send(self, llm: LlmSection, call: Call, key: str) -> Reply:
+        try:
+            if llm.stream:
+                return await self._send_streaming(llm, call, key)
+            completion = await self._server(llm).chat.completions.create(
+                **self._arguments(llm, call, key), stream=False
+            )
+        except openai.APIStatusError as error:
+            return self._refused(llm, error)
+        except (openai.APIError, httpx.HTTPError, ValueError) as error:
+            raise _PassingFault(self._shown(llm, error)) from None
+        if not isinstance(completion, ChatCompletion) or not completion.choices:
+            raise _PassingFault("the server's answer is no chat completion")
+        choice = completion.choices[0]
+        text = choice.message.content if choice.message else None
+        usage = completion.usage
+        return _reply(call, text, choice.finish_reason, usage)
+
+    async def _send_streaming(self, llm: LlmSection, call: Call, key: str) -> Reply:
+        stream = await self._server(llm).chat.completions.create(
+            **self._arguments(llm, call, key), stream=True, stream_options={"include_usage": True}
+        )
+        parts: list[str] = []
+        finish = usage = None
+        async with stream:
+            async for chunk in stream:
+                usage = chunk.usage or usage
+                for choice in chunk.choices[:1]:
+                    parts.append(choice.delta.content or "")
+                    finish = choice.finish_reason or finish
+        if finish is None:
+            raise _PassingFault("the stream was cut")
+        return _reply(call, "".join(parts), finish, usage)
+
+    def _arguments(self, llm: LlmSection, call: Call, key: str) -> dict[str, Any]:
+        return {
+            "model": llm.model,
+            "messages": list(call.messages),
+            **dict(call.parameters),
+            "extra_headers": {"Idempotency-Key": key},
+        }
+
+    def _refused(self, llm: LlmSection, error: openai.APIStatusError) -> Reply:
+        """What an error status means: try again, stop all, or a reply of its own to this one request."""
+        status = error.status_code
+        said = f"HTTP {status}: {self._shown(llm, error)}"
+        if status in (408, 409, 425, 429) or status >= 500:
+            raise _PassingFault(said, _retry_after(error.response.headers))
+        if status in (401, 402, 403, 404, 405):
+            hint = f"is the key in {llm.key_env} right?" if status in (401, 403) else "see its base_url and model"
+            raise UserError(f"LLM {llm.name} at {llm.base_url}: {said}; {hint}")
+        return Reply(said, "refused", 0, 0)
+
+    def _server(self, llm: LlmSection) -> openai.AsyncOpenAI:
+        if llm.name not in self._servers:
+            places = httpx.Limits(max_connections=None, max_keepalive_connections=self._calls.concurrency)
+            timeout = httpx.Timeout(llm.timeout_seconds, connect=min(_CONNECT_SECONDS, llm.timeout_seconds))
+            self._servers[llm.name] = openai.AsyncOpenAI(
+                api_key=self._keys[llm.name] or "none",
+                base_url=llm.base_url,
+                max_retries=0,  # ours are counted, and know Retry-After of any length
+                timeout=timeout,
+                http_client=openai.DefaultAsyncHttpxClient(limits=places, timeout=timeout),
+            )
+        return self._servers[llm.name]
+
+    def _shown(self, llm: LlmSection, error: Exception) -> str:
+        """What a server said, in one line without the key."""
+        text = " ".join((str(error) or type(error).__name__).split())
+        if key := self._keys[llm.name]:
+            text = text.replace(key, "***")
+        return text[:_SHOWN]
+
+    def _spend(self, name: str, prompt_tokens: int, completion_tokens: int) -> None:
+        self.tokens += prompt_tokens + completion_tokens
+        if llm := self._llms.get(name):
+            self.cost += (prompt_tokens * llm.input_price + completion_tokens * llm.output_price) / 1e6
+
+    def _check_budget(self) -> None:
+        for name, spent in (("tokens", self.tokens), ("cost", self.cost)):
+            limit = getattr(self._budget, name)
+            if limit is not None and spent >= limit:
+                raise UserError(f"budget.{name} of {limit:g} is used up ({spent:g}); raise it and start again to go on")
+
+
+class _Pace:
+    """When the next request to an LLM may leave: evenly spread over the minute, and not while its server rests."""
+
+    def __init__(self, llm: LlmSection) -> None:
+        self._request_seconds = 60 / llm.requests_per_minute if llm.requests_per_minute else 0.0
+        self._token_seconds = 60 / llm.tokens_per_minute if llm.tokens_per_minute else 0.0
+        self._next = self._next_by_tokens = self._rested = 0.0
+
+    async def turn(self) -> None:
+        """Wait for one's turn."""
+        now = time.monotonic()
+        turn = max(now, self._next)
+        self._next = turn + self._request_seconds
+        if turn > now:
+            await asyncio.sleep(turn - now)
+        while (wait := max(self._rested, self._next_by_tokens) - time.monotonic()) > 0:
+            await asyncio.sleep(wait)
+
+    def spend(self, tokens: int) -> None:
+        """Count the tokens of a reply."""
+        self._next_by_tokens = max(time.monotonic(), self._next_by_tokens) + tokens * self._token_seconds
+
+    def rest(self, seconds: float) -> None:
+        """Nothing leaves for that long: the server said Retry-After."""
+        self._rested = max(self._rested, time.monotonic() + seconds)
+
+
+def _key(llm: LlmSection) -> str | None:
+    if llm.key_env is None:
+        return None
+    key = os.environ.get(llm.key_env, "").strip()
+    if not key:
+        raise UsageError(
+            f"LLM {llm.name}: the environment has no {llm.key_env}; set it, or key_env to null if no key is wanted"
+        )
+    return key
+
+
+def _reply(call: Call, text: str | None, finish: str | None, usage: Any) -> Reply:
+    text = text or ""
+    if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
+        # No count from the server: a character a token, which is more than tokenizers for Chinese need.
+        return Reply(text, finish or "stop", sum(len(turn["content"]) for turn in call.messages), len(text))
+    return Reply(text, finish or "stop", usage.prompt_tokens, usage.completion_tokens)
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "").strip()
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        except ValueError:
+            return None
+    return max(0.0, seconds) if math.isfinite(seconds) else None

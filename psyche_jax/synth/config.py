@@ -1,0 +1,213 @@
+"""Typed configs of `psyche synth` and `psyche select`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+from urllib.parse import urlsplit
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from psyche_jax.config import RunSection, Section
+
+StageName: TypeAlias = Literal["clean", "questions", "control", "rationales", "dialogues", "selection", "publish"]
+
+
+@dataclass(frozen=True)
+class LlmSection(Section):
+    """One LLM: where it is, how it is asked, what it costs."""
+
+    name: str  # what the stages below call it
+    model: str  # what its server calls it
+    base_url: str = "https://api.openai.com/v1"
+    key_env: str | None = "OPENAI_API_KEY"  # the environment variable with its key; null: it wants none
+    stream: bool = False  # some servers answer long requests only as a stream
+    temperature: NonNegativeFloat = 0.7
+    top_p: PositiveFloat = 0.9
+    max_tokens: PositiveInt = 2048
+    timeout_seconds: PositiveFloat = 180.0  # of one whole call
+    requests_per_minute: PositiveFloat | None = None
+    tokens_per_minute: PositiveFloat | None = None
+    input_price: NonNegativeFloat = 0.0  # for a million tokens, in any one currency
+    output_price: NonNegativeFloat = 0.0
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f"base_url must begin with http:// or https://, not {self.base_url!r}")
+        if parts.username or parts.password or parts.query:
+            raise ValueError("base_url must hold no key; put it into the environment and name that in key_env")
+
+
+@dataclass(frozen=True)
+class CallsSection(Section):
+    """How LLMs are called."""
+
+    concurrency: PositiveInt = 16  # calls at once, over all LLMs
+    retries: NonNegativeInt = 6  # of one call, after faults that pass
+    first_wait_seconds: PositiveFloat = 1.0  # doubled after each fault; a server's Retry-After goes before
+    longest_wait_seconds: PositiveFloat = 60.0
+    give_up_after: PositiveInt = 20  # calls without a reply, all retries used up: then the run stops
+    reasks: NonNegativeInt = 2  # times that a malformed reply is asked again, with its fault named
+
+
+@dataclass(frozen=True)
+class BudgetSection(Section):
+    """Where to stop. Counts what the store holds, so over all starts of a run; calls in flight are finished."""
+
+    tokens: PositiveInt | None = None
+    cost: PositiveFloat | None = None
+
+
+@dataclass(frozen=True)
+class SourcesSection(Section):
+    """JSONL files: passages `{text, source, licence, meta}`, and dialogues whose replies are rewritten."""
+
+    passages: tuple[str, ...] = ()
+    dialogues: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.passages and not self.dialogues:
+            raise ValueError("passages and dialogues are both empty; name at least one file")
+
+
+@dataclass(frozen=True)
+class CleanSection(Section):
+    """The rules of cleaning; each can be switched off."""
+
+    unicode: bool = True  # NFKC, also radicals that NFKC misses
+    invisible: bool = True  # zero-width and control characters
+    links: bool = True
+    personal: bool = True  # phone and identity numbers, mail, WeChat and QQ ids: masked
+    advertisements: bool = True
+    injections: bool = True  # sentences that speak to an LLM
+    emoji: bool = True
+    emoticons: bool = True
+    punctuation: bool = True
+    repetitions: bool = True  # sentences that stand twice, characters that run on
+    duplicates: bool = True  # texts that stand twice
+    shortest: PositiveInt = 20  # characters of a passage; shorter ones are set aside
+
+
+@dataclass(frozen=True)
+class QuestionsSection(Section):
+    """Questions from passages."""
+
+    llm: str = "writer"
+    single: NonNegativeInt = 2  # questions a passage with one right answer
+    multi: NonNegativeInt = 2  # and with several
+    least_options: PositiveInt = 4
+
+    def __post_init__(self) -> None:
+        if self.single + self.multi < 1:
+            raise ValueError("single and multi are both 0; ask for at least one question")
+
+
+@dataclass(frozen=True)
+class ControlSection(Section):
+    """Near-duplicates, the filter by LLMs, and who sees what is left."""
+
+    candidates: PositiveFloat = 0.4  # estimated Jaccard similarity from which two questions are compared
+    permutations: PositiveInt = 128  # of MinHash
+    redis: str | None = None  # host:port, for tables that outgrow memory
+    llms: tuple[str, ...] = ("judge",)  # empty: no filter
+    votes: PositiveInt = 3  # of each LLM
+    least_score: PositiveFloat = 3.5  # a vote is for a question if each of its scores, from 1 to 5, is at least that
+    review: Literal["none", "flagged", "all"] = "flagged"  # flagged: votes differ, or a twin has another key
+
+    def __post_init__(self) -> None:
+        if not 0 < self.candidates < 1:
+            raise ValueError(f"candidates must lie between 0 and 1, not {self.candidates}")
+
+
+@dataclass(frozen=True)
+class RationalesSection(Section):
+    """Rationales by prompt optimization."""
+
+    llm: str = "writer"
+    rounds: NonNegativeInt = 2  # T; ours: not published
+    judge: str | None = None  # an LLM that says which of two rationales is better, and so whether a round is taken
+
+
+@dataclass(frozen=True)
+class DialoguesSection(Section):
+    """Warmer replies."""
+
+    llm: str = "writer"
+    checker: str = "judge"
+
+
+@dataclass(frozen=True)
+class SelectionSection(Section):
+    """Which questions go to SFT and which to RL."""
+
+    llms: tuple[str, ...] = ("writer",)
+    samples: PositiveInt = 1  # answers of each LLM to each question
+
+    def __post_init__(self) -> None:
+        if not self.llms:
+            raise ValueError("llms is empty; name at least one")
+        if len(set(self.llms)) < len(self.llms):
+            raise ValueError("llms names one twice; use samples for several answers of one LLM")
+
+
+@dataclass(frozen=True)
+class SynthConfig(Section):
+    """The whole pipeline."""
+
+    run: RunSection  # the folder in which it works
+    out: str  # where the records go: a new folder
+    sources: SourcesSection
+    llms: tuple[LlmSection, ...]
+    prompts: str | None = None  # a folder whose prompts take the place of the package's
+    calls: CallsSection = field(default_factory=CallsSection)
+    budget: BudgetSection = field(default_factory=BudgetSection)
+    clean: CleanSection = field(default_factory=CleanSection)
+    questions: QuestionsSection = field(default_factory=QuestionsSection)
+    control: ControlSection = field(default_factory=ControlSection)
+    rationales: RationalesSection = field(default_factory=RationalesSection)
+    dialogues: DialoguesSection = field(default_factory=DialoguesSection)
+    selection: SelectionSection = field(default_factory=SelectionSection)
+
+    def __post_init__(self) -> None:
+        known = _unique_names(self.llms)
+        for where, names in (
+            ("questions.llm", (self.questions.llm,)),
+            ("control.llms", self.control.llms),
+            ("rationales.llm", (self.rationales.llm,)),
+            ("rationales.judge", (self.rationales.judge,) if self.rationales.judge else ()),
+            ("dialogues.llm", (self.dialogues.llm,)),
+            ("dialogues.checker", (self.dialogues.checker,)),
+            ("selection.llms", self.selection.llms),
+        ):
+            _check_known(where, names, known)
+
+
+@dataclass(frozen=True)
+class SelectConfig(Section):
+    """Selection alone, of questions from files."""
+
+    run: RunSection
+    out: str
+    questions: tuple[str, ...]  # JSONL files of `Question`
+    llms: tuple[LlmSection, ...]
+    prompts: str | None = None
+    calls: CallsSection = field(default_factory=CallsSection)
+    budget: BudgetSection = field(default_factory=BudgetSection)
+    selection: SelectionSection = field(default_factory=SelectionSection)
+
+    def __post_init__(self) -> None:
+        if not self.questions:
+            raise ValueError("questions is empty; name at least one file")
+        _check_known("selection.llms", self.selection.llms, _unique_names(self.llms))
+
+
+def _unique_names(llms: Sequence[LlmSection]) -> list[str]:
+    names = [llm.name for llm in llms]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"llms: two are named {twice[0]!r}")
+    return names
+
+
+def _check_known(where: str, names: Sequence[str], known: Sequence[str]) -> None:
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"{where}: there is no LLM {unknown[0]!r} in llms; known: {', '.join(known) or 'none'}")

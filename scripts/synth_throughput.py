@@ -1,0 +1,113 @@
+"""Calls a second with 64 at once, against a local server that takes 200 ms for each, beside what is possible.
+
+    python scripts/synth_throughput.py [--calls 4000] [--concurrency 64] [--delay 0.2] [--stream]
+
+The server is a process of its own. Prints one JSON object; `share` is what the client reaches of concurrency / delay.
+"""
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.client import Client
+from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+from psyche_jax.synth.replay import completion
+
+
+def serve(port: "multiprocessing.Queue[int]", delay: float) -> None:
+    """As little HTTP as it takes, so that the server is not what is measured."""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next(
+                    int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-len")
+                )
+                request = json.loads(await reader.readexactly(length))
+                await asyncio.sleep(delay)
+                value = completion(request, "<think>想一想</think>\n答案：A")
+                if request.get("stream"):
+                    choice = {"index": 0, "finish_reason": "stop", "delta": value["choices"][0].pop("message")}
+                    value = {**value, "object": "chat.completion.chunk", "choices": [choice]}
+                    content = f"data: {json.dumps(value)}\n\ndata: [DONE]\n\n".encode()
+                    kind = b"text/event-stream"
+                else:
+                    content, kind = json.dumps(value).encode(), b"application/json"
+                writer.write(
+                    b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(content)) + content
+                )
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async def main() -> None:
+        server = await asyncio.start_server(talk, "127.0.0.1", 0)
+        port.put(server.sockets[0].getsockname()[1])
+        await server.serve_forever()
+
+    asyncio.run(main())
+
+
+async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -> float:
+    """Seconds that all calls take."""
+    store = CallStore(folder / "calls.sqlite")
+    client = Client([llm], CallsSection(concurrency=concurrency), BudgetSection(), store)
+    numbers = iter(range(-concurrency, calls))
+
+    async def worker(stop: int) -> None:
+        for number in numbers:
+            await client.call("llm", "throughput@1", [{"role": "user", "content": f"{number}：" + "心理学" * 200}])
+            if number >= stop:
+                return
+
+    await asyncio.gather(*(worker(-concurrency) for _ in range(concurrency)))  # connections are made
+    started = time.perf_counter()
+    await asyncio.gather(*(worker(calls) for _ in range(concurrency)))
+    seconds = time.perf_counter() - started
+    await client.close()
+    store.close()
+    return seconds
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--calls", type=int, default=4000)
+    parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=0.2)
+    parser.add_argument("--stream", action="store_true")
+    arguments = parser.parse_args()
+    port: multiprocessing.Queue[int] = multiprocessing.Queue()
+    server = multiprocessing.Process(target=serve, args=(port, arguments.delay), daemon=True)
+    server.start()
+    url = f"http://127.0.0.1:{port.get()}/v1"
+    llm = LlmSection("llm", "canned", url, key_env=None, stream=arguments.stream)
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = asyncio.run(measure(llm, arguments.calls, arguments.concurrency, Path(folder)))
+    server.terminate()
+    possible = arguments.concurrency / arguments.delay
+    rate = arguments.calls / seconds
+    print(
+        json.dumps(
+            {
+                "what": "synth calls",
+                "shape": {"concurrency": arguments.concurrency, "delay_seconds": arguments.delay, "calls": arguments.calls},
+                "seconds": round(seconds, 3),
+                "calls_per_second": round(rate, 1),
+                "possible": round(possible, 1),
+                "share": round(rate / possible, 3),
+                "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
