@@ -55,8 +55,8 @@ def serve(port: "multiprocessing.Queue[int]", delay: float) -> None:
     asyncio.run(main())
 
 
-async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -> float:
-    """Seconds that all calls take."""
+async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -> tuple[float, float]:
+    """Seconds that all calls take, and the processor time of this process within them."""
     store = CallStore(folder / "calls.sqlite")
     client = Client([llm], CallsSection(concurrency=concurrency), BudgetSection(), store)
     numbers = iter(range(-concurrency, calls))
@@ -68,9 +68,9 @@ async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -
                 return
 
     await asyncio.gather(*(worker(-concurrency) for _ in range(concurrency)))  # connections are made
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     await asyncio.gather(*(worker(calls) for _ in range(concurrency)))
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started, time.process_time() - worked
     await client.close()
     store.close()
     return seconds
@@ -90,7 +90,7 @@ def main() -> None:
     url = f"http://127.0.0.1:{port.get()}/v1"
     llm = LlmSection("llm", "canned", url, key_env=None, stream=arguments.stream)
     with tempfile.TemporaryDirectory() as folder:
-        seconds = asyncio.run(measure(llm, arguments.calls, arguments.concurrency, Path(folder)))
+        seconds, worked = asyncio.run(measure(llm, arguments.calls, arguments.concurrency, Path(folder)))
     server.terminate()
     possible = arguments.concurrency / arguments.delay
     rate = arguments.calls / seconds
@@ -100,6 +100,7 @@ def main() -> None:
                 "what": "synth calls",
                 "shape": {"concurrency": arguments.concurrency, "delay_seconds": arguments.delay, "calls": arguments.calls},
                 "seconds": round(seconds, 3),
+                "cpu_ms_a_call": round(1000 * worked / arguments.calls, 2),
                 "calls_per_second": round(rate, 1),
                 "possible": round(possible, 1),
                 "share": round(rate / possible, 3),

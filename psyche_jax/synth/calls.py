@@ -3,9 +3,7 @@
 import asyncio
 import hashlib
 import json
-import queue
 import sqlite3
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -79,26 +77,26 @@ class Usage:
 
 
 class CallStore:
-    """Writes come from a thread, many to a transaction; each is awaited. A killed process loses none of them.
+    """Writes of one turn of the event loop make one transaction; each is awaited. A killed process loses none of them.
 
     (WAL without a sync at each commit: what a process has committed survives its death. A crash of the machine may
-    lose the last ones, never the file.)
+    lose the last ones, never the file. No thread: it would fight for the interpreter with what it serves.)
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._reader = self._connect()
-            self._reader.execute(_SCHEMA)
+            self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.execute("PRAGMA synchronous = NORMAL")
+            self._database.execute(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: is no store of calls ({error}); move it away") from None
-        self._queue: queue.SimpleQueue[tuple[str, Sequence[Any], Any, Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._write, daemon=True)
-        self._thread.start()
+        self._waiting: list[tuple[str, Sequence[Any], asyncio.Future[None]]] = []
 
     def find(self, key: str) -> Reply | None:
         """The stored reply to the call `key`."""
-        row = self._reader.execute(
+        row = self._database.execute(
             "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL",
             (key,),
         ).fetchone()
@@ -123,7 +121,7 @@ class CallStore:
 
     def usage(self) -> list[Usage]:
         """Calls with a reply and their tokens, by LLM and prompt."""
-        rows = self._reader.execute(
+        rows = self._database.execute(
             "SELECT llm, model, prompt, count(*), sum(repeated), sum(prompt_tokens), sum(completion_tokens) "
             "FROM calls WHERE received IS NOT NULL GROUP BY llm, model, prompt ORDER BY prompt, llm, model"
         )
@@ -131,51 +129,35 @@ class CallStore:
 
     def close(self) -> None:
         """Write what waits, and end."""
-        self._queue.put(None)
-        self._thread.join()
-        self._reader.close()
-
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, timeout=60, isolation_level=None)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        return connection
+        self._write()
+        self._database.close()
 
     async def _written(self, sql: str, values: Sequence[Any]) -> None:
         loop = asyncio.get_running_loop()
+        if not self._waiting:
+            loop.call_soon(self._write)
         done: asyncio.Future[None] = loop.create_future()
-        self._queue.put((sql, values, loop, done))
+        self._waiting.append((sql, values, done))
         await done
 
     def _write(self) -> None:
-        connection = self._connect()
-        ended = False
-        while not ended:
-            batch = [self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get())
-            ended = None in batch
-            writes = [write for write in batch if write is not None]
-            fault: Exception | None = None
-            try:
-                connection.execute("BEGIN IMMEDIATE")
-                for sql, values, _, _ in writes:
-                    connection.execute(sql, values)
-                connection.execute("COMMIT")
-            except sqlite3.Error as error:  # a full disk, say
-                fault = UserError(f"{self._path}: cannot be written ({error})")
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-            for _, _, loop, done in writes:
-                if not loop.is_closed():
-                    loop.call_soon_threadsafe(_finish, done, fault)
-        connection.close()
-
-
-def _finish(done: "asyncio.Future[None]", fault: Exception | None) -> None:
-    if done.done():  # whoever waited was cancelled
-        return
-    if fault is None:
-        done.set_result(None)
-    else:
-        done.set_exception(fault)
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        fault: UserError | None = None
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            for sql, values, _ in waiting:
+                self._database.execute(sql, values)
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:  # a full disk, say
+            fault = UserError(f"{self._path}: cannot be written ({error})")
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+        for _, _, done in waiting:
+            if done.done():  # whoever waited was cancelled
+                continue
+            if fault is None:
+                done.set_result(None)
+            else:
+                done.set_exception(fault)

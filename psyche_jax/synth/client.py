@@ -2,16 +2,16 @@
 
 import asyncio
 import email.utils
+import json
 import math
 import os
 import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
-import httpx
+import httpx2
 import openai
-from openai.types.chat import ChatCompletion
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.synth.calls import Call, CallStore, Reply
@@ -124,45 +124,50 @@ class Client:
 
     async def _send(self, llm: LlmSection, call: Call, key: str) -> Reply:
         try:
-            if llm.stream:
-                return await self._send_streaming(llm, call, key)
-            completion = await self._server(llm).chat.completions.create(
-                **self._arguments(llm, call, key), stream=False
-            )
+            return await (self._send_streaming if llm.stream else self._send_whole)(llm, call, key)
         except openai.APIStatusError as error:
             return self._refused(llm, error)
-        except (openai.APIError, httpx.HTTPError, ValueError) as error:
+        except (openai.APIError, httpx2.HTTPError, ValueError) as error:
             raise _PassingFault(self._shown(llm, error)) from None
-        if not isinstance(completion, ChatCompletion) or not completion.choices:
-            raise _PassingFault("the server's answer is no chat completion")
-        choice = completion.choices[0]
-        text = choice.message.content if choice.message else None
-        usage = completion.usage
-        return _reply(call, text, choice.finish_reason, usage)
+
+    async def _send_whole(self, llm: LlmSection, call: Call, key: str) -> Reply:
+        # As bare JSON: the typed method takes half of a core at 300 calls a second.
+        body = {"model": llm.model, "messages": call.messages, **dict(call.parameters)}
+        response = await self._server(llm).post(
+            "/chat/completions", cast_to=httpx2.Response, body=body, options={"headers": {"Idempotency-Key": key}}
+        )
+        completion = json.loads(response.content)
+        try:
+            choice = completion["choices"][0]
+            text, finish = choice["message"].get("content"), choice.get("finish_reason")
+            usage = completion.get("usage") or {}
+            tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise _PassingFault("the server's answer is no chat completion") from None
+        return _reply(call, text, finish, *tokens)
 
     async def _send_streaming(self, llm: LlmSection, call: Call, key: str) -> Reply:
         stream = await self._server(llm).chat.completions.create(
-            **self._arguments(llm, call, key), stream=True, stream_options={"include_usage": True}
+            model=llm.model,
+            messages=cast(Any, call.messages),
+            stream=True,
+            stream_options={"include_usage": True},
+            extra_body=dict(call.parameters),
+            extra_headers={"Idempotency-Key": key},
         )
         parts: list[str] = []
-        finish = usage = None
+        finish: str | None = None
+        tokens: tuple[int | None, int | None] = (None, None)
         async with stream:
             async for chunk in stream:
-                usage = chunk.usage or usage
-                for choice in chunk.choices[:1]:
+                if chunk.usage:
+                    tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
+                for choice in (chunk.choices or [])[:1]:
                     parts.append(choice.delta.content or "")
                     finish = choice.finish_reason or finish
         if finish is None:
             raise _PassingFault("the stream was cut")
-        return _reply(call, "".join(parts), finish, usage)
-
-    def _arguments(self, llm: LlmSection, call: Call, key: str) -> dict[str, Any]:
-        return {
-            "model": llm.model,
-            "messages": list(call.messages),
-            **dict(call.parameters),
-            "extra_headers": {"Idempotency-Key": key},
-        }
+        return _reply(call, "".join(parts), finish, *tokens)
 
     def _refused(self, llm: LlmSection, error: openai.APIStatusError) -> Reply:
         """What an error status means: try again, stop all, or a reply of its own to this one request."""
@@ -177,14 +182,14 @@ class Client:
 
     def _server(self, llm: LlmSection) -> openai.AsyncOpenAI:
         if llm.name not in self._servers:
-            places = httpx.Limits(max_connections=None, max_keepalive_connections=self._calls.concurrency)
-            timeout = httpx.Timeout(llm.timeout_seconds, connect=min(_CONNECT_SECONDS, llm.timeout_seconds))
+            places = httpx2.Limits(max_connections=None, max_keepalive_connections=self._calls.concurrency)
+            timeout = httpx2.Timeout(llm.timeout_seconds, connect=min(_CONNECT_SECONDS, llm.timeout_seconds))
             self._servers[llm.name] = openai.AsyncOpenAI(
                 api_key=self._keys[llm.name] or "none",
                 base_url=llm.base_url,
                 max_retries=0,  # ours are counted, and know Retry-After of any length
                 timeout=timeout,
-                http_client=openai.DefaultAsyncHttpxClient(limits=places, timeout=timeout),
+                http_client=openai.DefaultAioHttpClient(limits=places, timeout=timeout),
             )
         return self._servers[llm.name]
 
@@ -245,15 +250,18 @@ def _key(llm: LlmSection) -> str | None:
     return key
 
 
-def _reply(call: Call, text: str | None, finish: str | None, usage: Any) -> Reply:
-    text = text or ""
-    if usage is None or usage.prompt_tokens is None or usage.completion_tokens is None:
-        # No count from the server: a character a token, which is more than tokenizers for Chinese need.
-        return Reply(text, finish or "stop", sum(len(turn["content"]) for turn in call.messages), len(text))
-    return Reply(text, finish or "stop", usage.prompt_tokens, usage.completion_tokens)
+def _reply(
+    call: Call, text: object, finish: object, prompt_tokens: object = None, completion_tokens: object = None
+) -> Reply:
+    """What a server sent, with the types it should have. A count that it lacks: a character a token, which is more
+    than tokenizers for Chinese need."""
+    text = text if isinstance(text, str) else ""
+    asked = prompt_tokens if isinstance(prompt_tokens, int) else sum(len(turn["content"]) for turn in call.messages)
+    said = completion_tokens if isinstance(completion_tokens, int) else len(text)
+    return Reply(text, finish if isinstance(finish, str) else "stop", max(asked, 0), max(said, 0))
 
 
-def _retry_after(headers: httpx.Headers) -> float | None:
+def _retry_after(headers: httpx2.Headers) -> float | None:
     """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3)."""
     value = headers.get("retry-after", "").strip()
     try:
