@@ -40,6 +40,22 @@ class BaseRecord:
 
 
 @dataclass(frozen=True)
+class Passage(BaseRecord):
+    """A text that questions are made from."""
+
+    text: str
+    source: str = ""
+    licence: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+    id: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text.strip():
+            raise ValueError("the text is empty")
+        _set_id(self, self.text)
+
+
+@dataclass(frozen=True)
 class Question(BaseRecord):
     """An exam question. `answer` holds its letters in order ("ACD"); `id` is a hash of stem and options."""
 

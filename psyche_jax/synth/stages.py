@@ -1,0 +1,217 @@
+"""What all stages share: items in, outcomes out in the same order, bounded memory, a folder that is whole or absent."""
+
+import asyncio
+import hashlib
+import json
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+import pydantic
+
+from psyche_jax.data.records import BaseRecord
+from psyche_jax.errors import UserError
+from psyche_jax.files import new_folder, read_json, write_json
+from psyche_jax.synth.asking import Asker, SetAsideError
+from psyche_jax.synth.client import CallFailedError
+
+Item = TypeVar("Item")
+Record = TypeVar("Record", bound=BaseRecord)
+REPORT = "report.json"  # in the folder of a stage; written last
+SET_ASIDE = "set_aside.jsonl"
+_LINES_SECONDS = 5.0  # between two lines of progress where there is no terminal
+
+
+@dataclass
+class Outcome:
+    """What became of one item. `records` by the file they go to; `set_aside`: (reason, what) pairs."""
+
+    records: list[tuple[str, BaseRecord]] = field(default_factory=list)
+    set_aside: list[tuple[str, Any]] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def keep(self, file: str, record: BaseRecord) -> None:
+        """Put a record into `file`."""
+        self.records.append((file, record))
+
+    def drop(self, reason: str, item: Any) -> None:
+        """Set an item aside. What comes before the first colon of the reason is counted."""
+        self.set_aside.append((reason, as_json(item) if isinstance(item, BaseRecord) else item))
+
+
+async def outcomes(
+    items: Iterable[Item], work: Callable[[Item], Awaitable[Outcome]], window: int
+) -> AsyncIterator[Outcome]:
+    """Work on `window` items at a time; outcomes come in the order of the items, which are read as they are needed.
+
+    An item whose call got no reply has an outcome that counts as `unanswered`; one that `work` gives up is set aside.
+    """
+
+    async def one(item: Item) -> Outcome:
+        try:
+            return await work(item)
+        except SetAsideError as error:
+            outcome = Outcome()
+            outcome.drop(str(error), item)
+        except CallFailedError as error:
+            outcome = Outcome(counts=Counter({"unanswered": 1}))
+            outcome.set_aside.append((f"unanswered: {error}", None))
+        return outcome
+
+    tasks: deque[asyncio.Task[Outcome]] = deque()
+    try:
+        for item in items:
+            tasks.append(asyncio.create_task(one(item)))
+            if len(tasks) >= window:
+                yield await tasks.popleft()
+        while tasks:
+            yield await tasks.popleft()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def write_stage(
+    folder: Path, fingerprint: str, files: Iterable[str], results: AsyncIterator[Outcome], progress: "Progress"
+) -> dict[str, Any]:
+    """Write outcomes as JSONL into a new folder, which takes its name when it is whole; returns its report.
+
+    Raises:
+      UserError: calls of some items got no reply; started again, only those are asked.
+    """
+    counts: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    last = ""
+    with new_folder(folder) as partial, ExitStack() as stack:
+        opened: dict[str, IO[str]] = {
+            name: stack.enter_context((partial / name).open("w", encoding="utf-8"))
+            for name in (*(f"{file}.jsonl" for file in files), SET_ASIDE)
+        }
+        async for outcome in results:
+            counts["in"] += 1
+            counts.update(outcome.counts)
+            for file, record in outcome.records:
+                _write_line(opened[f"{file}.jsonl"], as_json(record))
+                counts[f"out/{file}"] += 1
+            for reason, item in outcome.set_aside:
+                last = reason
+                reasons[reason.partition(":")[0]] += 1
+                _write_line(opened[SET_ASIDE], {"reason": reason, "item": item})
+            progress.show(counts, sum(reasons.values()))
+        if counts["unanswered"]:
+            raise UserError(
+                f"{folder.name}: the calls of {counts['unanswered']} of {counts['in']} items got no reply "
+                f"({last.removeprefix('unanswered: ')}); start again to ask for those"
+            )
+        report = {
+            "stage": folder.name,
+            "fingerprint": fingerprint,
+            "counts": {**{f"out/{file}": 0 for file in files}, **dict(sorted(counts.items()))},
+            "set_aside": dict(sorted(reasons.items())),
+        }
+        write_json(partial / REPORT, report)
+    progress.end(counts, sum(reasons.values()))
+    return report
+
+
+def stage_report(folder: Path) -> dict[str, Any] | None:
+    """The report of a whole stage, None if there is none."""
+    return read_json(folder / REPORT) if (folder / REPORT).is_file() else None
+
+
+def digest(*parts: Any) -> str:
+    """A hash of files (paths) and values that JSON can hold."""
+    total = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, Path):
+            with part.open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+        else:
+            total.update(json.dumps(part, ensure_ascii=False, sort_keys=True).encode())
+        total.update(b"\0")
+    return total.hexdigest()[:32]
+
+
+def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
+    """The records of a file that a stage wrote, one after the other."""
+    adapter = _adapter(kind)
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield adapter.validate_python(json.loads(line))
+            except ValueError:
+                raise UserError(f"{path}:{number}: was changed by hand; remove {path.parent} to make it anew") from None
+
+
+def as_json(record: BaseRecord) -> dict[str, Any]:
+    """A record as JSON holds it."""
+    return _adapter(type(record)).dump_python(record, mode="json")
+
+
+@cache
+def _adapter(kind: type[BaseRecord]) -> pydantic.TypeAdapter[Any]:
+    return pydantic.TypeAdapter(kind)
+
+
+def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:
+    file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+class Progress:
+    """Says how far a stage is: a line that is written over on a terminal, plain lines elsewhere."""
+
+    def __init__(self, verb: str, stage: str, total: int | None, asker: Asker | None) -> None:
+        self._name = f"{verb}: {stage}"
+        self._total = total
+        self._client = asker.client if asker else None
+        self._asker = asker
+        self._terminal = sys.stderr.isatty()
+        self._started = self._shown = time.monotonic()
+        self._sent = self._client.sent if self._client else 0
+
+    def show(self, counts: Mapping[str, int], set_aside: int) -> None:
+        """Say it, if it is time."""
+        now = time.monotonic()
+        if now - self._shown >= (0.2 if self._terminal else _LINES_SECONDS):
+            self._shown = now
+            print(self._line(counts, set_aside), end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
+
+    def end(self, counts: Mapping[str, int], set_aside: int) -> None:
+        """Say how it ended."""
+        print(self._line(counts, set_aside), file=sys.stderr, flush=True)
+
+    def _line(self, counts: Mapping[str, int], set_aside: int) -> str:
+        seconds = max(time.monotonic() - self._started, 1e-3)
+        kept = ", ".join(f"{value} {key[4:]}" for key, value in sorted(counts.items()) if key.startswith("out/"))
+        total = f"/{self._total}" if self._total is not None else ""
+        line = f"{self._name}: {counts.get('in', 0)}{total} items; {kept or 'nothing'} kept, {set_aside} set aside"
+        if client := self._client:
+            sent = client.sent - self._sent
+            line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"
+            line += f", cost {client.cost:.4g}" if client.cost else ""
+        return f"{line:<100}" if self._terminal else line
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Only one process works in `folder`.
+
+    Raises:
+      UserError: another one does.
+    """
+    import fcntl
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process works in it; wait for it, or choose another run.dir") from None
+        yield
