@@ -51,6 +51,7 @@ class Client:
         self._paces = {llm.name: _Pace(llm) for llm in llms}
         self._keys = {llm.name: _key(llm) for llm in llms}
         self._servers: dict[str, openai.AsyncOpenAI] = {}
+        self._stopping = False
         self.sent = self.faults = self.known = self.failed = 0
         self.tokens = 0
         self.cost = 0.0
@@ -80,6 +81,11 @@ class Client:
             self._asking[key].add_done_callback(lambda _: self._asking.pop(key, None))
         return await asyncio.shield(self._asking[key])
 
+    async def finish(self) -> None:
+        """Wait for the replies that are under way, and ask for nothing more."""
+        self._stopping = True
+        await asyncio.gather(*self._asking.values(), return_exceptions=True)
+
     async def close(self) -> None:
         """End what is under way and the connections."""
         asking = list(self._asking.values())
@@ -94,6 +100,8 @@ class Client:
         pace = self._paces[call.llm]
         async with self._slots:  # also while it waits to try again: never more calls without a reply than slots
             self._check_budget()
+            if self._stopping:
+                raise CallFailedError("the run ends")
             await self._store.opened(call)
             for attempt in range(self._calls.retries + 1):
                 await pace.turn()
@@ -105,6 +113,8 @@ class Client:
                 except (TimeoutError, _PassingFault) as error:
                     self.faults += 1
                     fault = error if isinstance(error, _PassingFault) else _PassingFault("no reply in time")
+                if self._stopping:
+                    raise CallFailedError("the run ends")
                 if attempt < self._calls.retries:
                     if fault.wait is not None:
                         pace.rest(fault.wait)

@@ -7,9 +7,10 @@ from typing import Annotated
 from pydantic import Field
 
 from psyche_jax.data.records import Dialogue, Message
+from psyche_jax.serve.crisis.classify import Risk, classify
+from psyche_jax.serve.crisis.outputs import check_output
 from psyche_jax.synth.asking import Asker, FaultyReplyError, SetAsideError, read_json
 from psyche_jax.synth.config import DialoguesSection
-from psyche_jax.synth.crisis import crisis_class
 from psyche_jax.synth.stages import Outcome
 
 _REFUSAL = re.compile(r"作为(?:一个|一名)?(?:AI|人工智能|语言模型)|我无法(?:协助|帮助|回答|提供)|抱歉，我不能")
@@ -36,9 +37,10 @@ async def rewrite(dialogue: Dialogue, asker: Asker, section: DialoguesSection) -
     """The dialogue with a warmer reply, or the post on the track of crises, or set aside with the checker's reason."""
     outcome = Outcome()
     post, reply = (turn.content for turn in dialogue.turns)
-    risk = crisis_class(post)
-    if risk is not None:
-        outcome.keep("crisis", replace(dialogue, meta={**dialogue.meta, "risk": risk}))
+    found = classify(post)
+    if found.risk is not Risk.NONE:
+        outcome.counts[f"risk/{found.risk}"] += 1
+        outcome.keep("crisis", replace(dialogue, meta={**dialogue.meta, "risk": found.risk, "rules": list(found.rules)}))
         return outcome
     values = {"post": post, "reply": reply}
     warmer = await asker.ask(section.llm, "dialogue", values, _read_reply)
@@ -61,6 +63,6 @@ def _read_reply(text: str) -> str:
     reply = read_json(Rewritten)(text).reply.strip()
     if _REFUSAL.search(reply):
         raise FaultyReplyError("这是拒绝，不是改写后的回复")
-    if crisis_class(reply, said_by_assistant=True):
-        raise FaultyReplyError("改写里有不安全的内容")
+    if (broken := check_output(reply)) is not None:
+        raise FaultyReplyError(f"改写里有不安全的内容（{broken.kind}）")
     return reply

@@ -44,7 +44,8 @@ async def write_questions(passage: Passage, asker: Asker, section: QuestionsSect
     outcome = Outcome()
     for question in questions:
         outcome.keep("questions", question)
-    outcome.counts["fewer than asked for"] += len(questions) < section.single + section.multi
+    if len(questions) < section.single + section.multi:
+        outcome.counts["fewer than asked for"] += 1
     return outcome
 
 

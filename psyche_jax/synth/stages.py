@@ -6,23 +6,20 @@ import json
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-import pydantic
-
-from psyche_jax.data.records import BaseRecord
+from psyche_jax.data.dataset import is_dataset, open_dataset
+from psyche_jax.data.records import BaseRecord, Record, fault_of, record_from_json, record_to_json
 from psyche_jax.errors import UserError
 from psyche_jax.files import new_folder, read_json, write_json
 from psyche_jax.synth.asking import Asker, SetAsideError
 from psyche_jax.synth.client import CallFailedError
 
 Item = TypeVar("Item")
-Record = TypeVar("Record", bound=BaseRecord)
 REPORT = "report.json"  # in the folder of a stage; written last
 SET_ASIDE = "set_aside.jsonl"
 _LINES_SECONDS = 5.0  # between two lines of progress where there is no terminal
@@ -41,13 +38,18 @@ class Outcome:
         self.records.append((file, record))
 
     def drop(self, reason: str, item: Any) -> None:
-        """Set an item aside. What comes before the first colon of the reason is counted."""
-        self.set_aside.append((reason, as_json(item) if isinstance(item, BaseRecord) else item))
+        """Set an item (a record, or one with what was found out about it) aside.
+
+        What comes before the first colon of the reason is counted.
+        """
+        if isinstance(item, tuple):
+            item = item[0]
+        self.set_aside.append((reason, record_to_json(item) if isinstance(item, BaseRecord) else item))
 
 
 async def outcomes(
     items: Iterable[Item], work: Callable[[Item], Awaitable[Outcome]], window: int
-) -> AsyncIterator[Outcome]:
+) -> AsyncGenerator[Outcome, None]:
     """Work on `window` items at a time; outcomes come in the order of the items, which are read as they are needed.
 
     An item whose call got no reply has an outcome that counts as `unanswered`; one that `work` gives up is set aside.
@@ -98,7 +100,7 @@ async def write_stage(
             counts["in"] += 1
             counts.update(outcome.counts)
             for file, record in outcome.records:
-                _write_line(opened[f"{file}.jsonl"], as_json(record))
+                _write_line(opened[f"{file}.jsonl"], record_to_json(record))
                 counts[f"out/{file}"] += 1
             for reason, item in outcome.set_aside:
                 last = reason
@@ -141,23 +143,40 @@ def digest(*parts: Any) -> str:
 
 def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
     """The records of a file that a stage wrote, one after the other."""
-    adapter = _adapter(kind)
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:
-                yield adapter.validate_python(json.loads(line))
+                yield record_from_json(kind, line)
             except ValueError:
                 raise UserError(f"{path}:{number}: was changed by hand; remove {path.parent} to make it anew") from None
 
 
-def as_json(record: BaseRecord) -> dict[str, Any]:
-    """A record as JSON holds it."""
-    return _adapter(type(record)).dump_python(record, mode="json")
+def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
+    """The records of a user's JSONL file or data set, one after the other; what is none as a line that says why.
+
+    Raises:
+      UserError: it cannot be read, or holds records of another kind.
+    """
+    if is_dataset(location):
+        dataset = open_dataset(location)
+        if dataset.manifest.kind != kind.__name__:
+            raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
+        yield from _read(kind, location, enumerate(dataset))
+        return
+    try:
+        with Path(location).open("rb") as file:
+            yield from _read(kind, location, enumerate(file, start=1))
+    except OSError as error:
+        raise UserError(f"{location}: the data cannot be read ({error.strerror})") from None
 
 
-@cache
-def _adapter(kind: type[BaseRecord]) -> pydantic.TypeAdapter[Any]:
-    return pydantic.TypeAdapter(kind)
+def _read(kind: type[Record], location: str, contents: Iterable[tuple[int, bytes]]) -> Iterator[Record | str]:
+    for number, content in contents:
+        if content.strip():
+            try:
+                yield record_from_json(kind, content.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                yield f"{location}:{number}: {fault_of(error)}"
 
 
 def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:

@@ -1,0 +1,318 @@
+"""`psyche synth` and `psyche select` from top to bottom: stages over folders, each made once and made anew if what it
+depends on changed."""
+
+import asyncio
+import contextlib
+import dataclasses
+import shutil
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from psyche_jax.config import config_to_dict, dump_yaml
+from psyche_jax.data.dataset import is_dataset, open_dataset
+from psyche_jax.data.records import Dialogue, Passage, Question
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.files import write_text
+from psyche_jax.synth.asking import Asker
+from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.clean import Cleaner
+from psyche_jax.synth.client import Client
+from psyche_jax.synth.config import SelectConfig, StageName, SynthConfig
+from psyche_jax.synth.control import control, with_twins
+from psyche_jax.synth.dialogues import rewrite
+from psyche_jax.synth.prompts import Prompts
+from psyche_jax.synth.publish import publish
+from psyche_jax.synth.questions import write_questions
+from psyche_jax.synth.rationales import write_rationale
+from psyche_jax.synth.review import Decision, ReviewStore, reviewed
+from psyche_jax.synth.selection import select
+from psyche_jax.synth.stages import (
+    Outcome,
+    Progress,
+    digest,
+    iterate,
+    iterate_source,
+    locked,
+    outcomes,
+    stage_report,
+    write_stage,
+)
+
+STAGES: tuple[StageName, ...] = ("clean", "questions", "control", "rationales", "dialogues", "selection", "publish")
+CALLS = "calls.sqlite"
+_WINDOW = 4  # items under way for each call that may be under way: what bounds the memory of a stage
+Item = TypeVar("Item")
+
+
+def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, Any]:
+    """All stages, or one whose predecessors are there. What is done and unchanged is not done again.
+
+    Returns:
+      The reports of the stages by name.
+
+    Raises:
+      UserError: as the stages do; a run that ends so goes on when it is started again.
+    """
+    with _Workshop(config, "synth") as shop:
+        for name in STAGES if stage is None else (stage,):
+            shop.do(name, _synth_stage(shop, config, name))
+        return shop.reports
+
+
+def run_select(config: SelectConfig) -> dict[str, Any]:
+    """Selection and publication of questions from files; returns the reports of the stages by name."""
+    with _Workshop(config, "select") as shop:
+        states = [_state_of(location) for location in config.questions]
+        shop.do("selection", _selection(shop, states, shop.decided(_sources(config))))
+        shop.do("publish", _publication(shop, ["selection"]))
+        return shop.reports
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stage:
+    """What a stage depends on, the files it writes, and how: `run` gives outcomes, or is done with `publish`."""
+
+    depends_on: tuple[Any, ...]
+    files: tuple[str, ...]
+    run: Callable[[], AsyncGenerator[Outcome, None]]
+    total: int | None = None
+    after: Callable[[Path], None] = lambda folder: None
+
+
+class _Workshop:
+    """The folder of a run with its stores, and the reports of the stages as they are made."""
+
+    def __init__(self, config: SynthConfig | SelectConfig, verb: str) -> None:
+        self.config = config
+        self.verb = verb
+        self.folder = Path(config.run.dir)
+        self.reports: dict[str, Any] = {}
+        self.prompts = Prompts(config.prompts)
+        self._stack = ExitStack()
+        self.asker: Asker | None = None
+
+    def __enter__(self) -> "_Workshop":
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
+            for left in self.folder.glob(".*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+            write_text(self.folder / "config.yaml", dump_yaml(config_to_dict(self.config)))
+            self.store = CallStore(self.folder / CALLS)
+            stack.callback(self.store.close)
+            self.review = ReviewStore(self.folder)
+            stack.callback(self.review.close)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def do(self, name: str, stage: _Stage) -> None:
+        """Make a stage's folder, unless it is there and depends on the same."""
+        folder = self.folder / name
+        fingerprint = digest(*stage.depends_on)
+        report = stage_report(folder)
+        if report is None or report["fingerprint"] != fingerprint:
+            if folder.exists():
+                shutil.rmtree(folder)
+            report = asyncio.run(self._run(name, stage, fingerprint))
+        self.reports[name] = report
+        stage.after(folder)
+
+    async def _run(self, name: str, stage: _Stage, fingerprint: str) -> dict[str, Any]:
+        client = Client(self.config.llms, self.config.calls, self.config.budget, self.store)
+        self.asker = Asker(client, self.prompts, self.config.calls.reasks)
+        try:
+            progress = Progress(self.verb, name, stage.total, self.asker)
+            async with contextlib.aclosing(stage.run()) as results:
+                return await write_stage(self.folder / name, fingerprint, stage.files, results, progress)
+        except UserError:
+            await client.finish()  # what is in flight is paid for
+            raise
+        finally:
+            await client.close()
+
+    def over(
+        self, items: Iterable[Item], work: Callable[[Item, Asker], Awaitable[Outcome]]
+    ) -> Callable[[], AsyncGenerator[Outcome, None]]:
+        """A stage's `run` that asks LLMs about each item."""
+
+        def run() -> AsyncGenerator[Outcome, None]:
+            assert self.asker is not None
+            return outcomes(items, partial(_second, work, self.asker), _WINDOW * self.config.calls.concurrency)
+
+        return run
+
+    def input(self, stage: str, file: str) -> Path:
+        """A file that an earlier stage made.
+
+        Raises:
+          UsageError: that stage was not run.
+        """
+        path = self.folder / stage / f"{file}.jsonl"
+        if stage_report(self.folder / stage) is None:
+            raise UsageError(f"{self.folder}: stage {stage} is missing; run it first, or all without --stage")
+        return path
+
+    def asked(self, prompts: Iterable[str], llms: Iterable[str]) -> list[Any]:
+        """What replies depend on: the prompts' versions, the LLMs as they are asked, and the rule of asking again."""
+        by_name = {llm.name: llm for llm in self.config.llms}
+        sampled = [(by_name[name].name, by_name[name].model, by_name[name].temperature, by_name[name].top_p,
+                    by_name[name].max_tokens) for name in llms]  # fmt: skip
+        return [[self.prompts[name].id for name in (*prompts, "again")], sampled, self.config.calls.reasks]
+
+    def decided(self, questions: Iterable[Any]) -> Iterator[Any]:
+        """Questions as the reviewers left them; those rejected come with the decision. What is none goes through."""
+        decisions = {item.question.id: item.decision for item in self.review.items()}
+        for question in questions:
+            found = decisions.get(question.id) if isinstance(question, Question) else None
+            if found is None:
+                yield question
+            elif (left := reviewed(question, found)) is None:
+                yield question, found
+            else:
+                yield left
+
+    def decisions(self) -> list[Any]:
+        """What of the reviews a stage depends on."""
+        return [[d.number, d.item, d.verdict] for d in self.review.history()]
+
+
+async def _second(work: Callable[[Item, Asker], Awaitable[Outcome]], asker: Asker, item: Item) -> Outcome:
+    return await work(item, asker)
+
+
+def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stage:
+    if name == "clean":
+        sources = (*config.sources.passages, *config.sources.dialogues)
+        depends = (dataclasses.asdict(config.clean), *map(_state_of, sources))
+        return _Stage(depends, ("passages", "dialogues"), partial(_clean, config))
+    if name == "questions":
+        source = shop.input("clean", "passages")
+        section = config.questions
+        depends = (dataclasses.asdict(section), *shop.asked(["questions"], [section.llm]), source)
+        work = partial(_write_questions, section=section)
+        return _Stage(depends, ("questions",), shop.over(iterate(Passage, source), work), _lines(source))
+    if name == "control":
+        source = shop.input("questions", "questions")
+        checks = config.control
+        depends = (dataclasses.asdict(checks), *shop.asked(["filter"], checks.llms), source)
+        items = with_twins(iterate(Question, source), checks)
+        run = shop.over(items, lambda item, asker: control(item, asker, checks))
+        return _Stage(depends, ("questions", "review"), run, _lines(source), partial(_queue, shop))
+    if name == "rationales":
+        inputs = [shop.input("control", file) for file in ("questions", "review")]
+        rounds = config.rationales
+        llms = [rounds.llm, *([rounds.judge] if rounds.judge else [])]
+        asked = shop.asked(["instruction", "rationale", "improve", "judge"], llms)
+        depends = (dataclasses.asdict(rounds), *asked, *inputs, shop.decisions())
+        items = shop.decided(question for path in inputs for question in iterate(Question, path))
+        run = shop.over(items, lambda item, asker: _rationale(item, asker, config))
+        return _Stage(depends, ("questions",), run, sum(map(_lines, inputs)))
+    if name == "dialogues":
+        source = shop.input("clean", "dialogues")
+        warmth = config.dialogues
+        asked = shop.asked(["dialogue", "check"], [warmth.llm, warmth.checker])
+        run = shop.over(iterate(Dialogue, source), lambda item, asker: rewrite(item, asker, warmth))
+        return _Stage((dataclasses.asdict(warmth), *asked, source), ("dialogues", "crisis"), run, _lines(source))
+    if name == "selection":
+        source = shop.input("rationales", "questions")
+        return _selection(shop, [source], iterate(Question, source), _lines(source))
+    return _publication(shop, ["clean", "questions", "control", "rationales", "dialogues", "selection"])
+
+
+def _selection(shop: _Workshop, states: list[Any], questions: Iterable[Any], total: int | None = None) -> _Stage:
+    section = shop.config.selection
+    asked = shop.asked(["answer"], section.llms)
+    depends = (dataclasses.asdict(section), *asked, *states, shop.decisions())
+
+    async def work(item: Question | str | tuple[Question, Decision], asker: Asker) -> Outcome:
+        if isinstance(item, str):
+            return _faulty(item)
+        if isinstance(item, tuple):
+            return _rejected(*item)
+        return await select(item, asker, section)
+
+    return _Stage(depends, ("sft", "rl", "review"), shop.over(questions, work), total, partial(_queue, shop))
+
+
+def _publication(shop: _Workshop, stages: list[str]) -> _Stage:
+    for name in stages:
+        shop.input(name, "")
+    reports = [stage_report(shop.folder / name) for name in stages]
+    fingerprint = digest([report["fingerprint"] for report in reports if report is not None])
+    config = config_to_dict(shop.config)
+
+    async def run() -> AsyncGenerator[Outcome, None]:
+        dialogues = shop.folder / "dialogues" if "dialogues" in stages else None
+        made = [report for report in reports if report is not None]
+        selection = shop.folder / "selection"
+        counts = publish(shop.config.out, selection, dialogues, made, shop.store.usage(), config, fingerprint)
+        outcome = Outcome()
+        outcome.counts.update({f"published/{name}": count for name, count in counts.items()})
+        yield outcome
+
+    return _Stage((shop.config.out, fingerprint), (), run)
+
+
+async def _clean(config: SynthConfig) -> AsyncGenerator[Outcome, None]:
+    cleaner = Cleaner(config.clean)
+    for location in config.sources.passages:
+        for passage in iterate_source(Passage, location):
+            yield _faulty(passage) if isinstance(passage, str) else cleaner.passage(passage)
+    for location in config.sources.dialogues:
+        for dialogue in iterate_source(Dialogue, location):
+            yield _faulty(dialogue) if isinstance(dialogue, str) else cleaner.dialogue(dialogue)
+
+
+async def _write_questions(passage: Passage, asker: Asker, section: Any) -> Outcome:
+    return await write_questions(passage, asker, section)
+
+
+async def _rationale(item: Question | tuple[Question, Decision], asker: Asker, config: SynthConfig) -> Outcome:
+    if isinstance(item, tuple):
+        return _rejected(*item)
+    if "flags" in item.meta and "review" not in item.meta:
+        outcome = Outcome()
+        outcome.drop("waits for review: psyche review", item)
+        return outcome
+    return await write_rationale(item, asker, config.rationales)
+
+
+def _faulty(line: str) -> Outcome:
+    outcome = Outcome()
+    outcome.drop(f"bad record: {line}", None)
+    return outcome
+
+
+def _rejected(question: Question, decision: Decision) -> Outcome:
+    outcome = Outcome()
+    outcome.drop(f"rejected in review: by {decision.who}; {decision.note}", question)
+    return outcome
+
+
+def _queue(shop: _Workshop, folder: Path) -> None:
+    """Put what a stage leaves to people into their queue."""
+    shop.review.add(iterate(Question, folder / "review.jsonl"))
+
+
+def _sources(config: SelectConfig) -> Iterator[Any]:
+    for location in config.questions:
+        yield from iterate_source(Question, location)
+
+
+def _state_of(location: str) -> Any:
+    """What a user's data is known by: a file by its content, a data set by its manifest."""
+    if is_dataset(location):
+        return dataclasses.asdict(open_dataset(location).manifest)
+    if not Path(location).is_file():
+        raise UserError(f"{location}: there is no such file")
+    return Path(location)
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, 1 << 20), b""))

@@ -1,0 +1,139 @@
+"""Records for training, as data sets on a disk or in a bucket, with a data card."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import psyche_jax
+from psyche_jax.data.dataset import MANIFEST, open_dataset, write_dataset
+from psyche_jax.data.records import BaseRecord, Dialogue, Question, SftExample, question_to_rl, question_to_sft
+from psyche_jax.data.store import open_store
+from psyche_jax.errors import UserError
+from psyche_jax.synth.calls import Usage
+from psyche_jax.synth.stages import iterate
+
+CARD = "README.md"
+CARD_JSON = "card.json"
+
+
+def publish(
+    out: str,
+    selection: Path,
+    dialogues: Path | None,
+    reports: Sequence[Mapping[str, Any]],
+    usage: Sequence[Usage],
+    config: Mapping[str, Any],
+    fingerprint: str,
+) -> dict[str, int]:
+    """Write `sft`, `rl` and, if there are any, `crisis` below `out`, then the card. Returns the records of each.
+
+    What has the same `fingerprint` and is there already, since a run was killed, is left as it is.
+
+    Questions without a rationale, which `psyche select` may meet, cannot be trained on by SFT and are left out.
+
+    Raises:
+      UserError: there are other records at `out` already, nothing is to be written, or the place cannot be used.
+    """
+    store = open_store(out)
+    counts: dict[str, int] = {}
+    licences: Counter[str] = Counter()
+    sources: Counter[str] = Counter()
+    writers: dict[str, Callable[[], Iterator[BaseRecord]]] = {
+        "sft": lambda: chain(_sft(selection / "sft.jsonl"), _dialogues(dialogues)),
+        "rl": lambda: (question_to_rl(question) for question in iterate(Question, selection / "rl.jsonl")),
+        "crisis": lambda: iterate(Dialogue, dialogues / "crisis.jsonl") if dialogues else iter(()),
+    }
+    for name, records in writers.items():
+        for record in records():
+            counts[name] = counts.get(name, 0) + 1
+            sources[getattr(record, "source", "") or "unknown"] += 1
+            licences[getattr(record, "meta", {}).get("licence") or "unknown"] += 1
+    if not counts:
+        raise UserError(f"{out}: there is nothing to publish; see what was set aside in {selection.parent}")
+    for name in counts:
+        if store.read(f"{name}/{MANIFEST}") is None:
+            write_dataset(f"{out}/{name}", writers[name](), {"synthesis": fingerprint, **config})
+        elif open_dataset(f"{out}/{name}").manifest.config.get("synthesis") != fingerprint:
+            raise UserError(f"{out}/{name}: holds records of another synthesis; choose another out, or remove it first")
+    card = {
+        "code_version": psyche_jax.__version__,
+        "records": counts,
+        "sources": dict(sorted(sources.items())),
+        "licences": dict(sorted(licences.items())),
+        "stages": [{key: report[key] for key in ("stage", "counts", "set_aside")} for report in reports],
+        "calls": [
+            {
+                "llm": use.llm,
+                "model": use.model,
+                "prompt": use.prompt,
+                "calls": use.calls,
+                "prompt_tokens": use.prompt_tokens,
+                "completion_tokens": use.completion_tokens,
+            }
+            for use in usage
+        ],
+        "seed": config["run"]["seed"],
+        "config": config,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in ((CARD_JSON, json.dumps(card, ensure_ascii=False, indent=2) + "\n"), (CARD, as_markdown(card))):
+            path = Path(folder) / name
+            path.write_text(text, encoding="utf-8")
+            store.remove(name)
+            store.upload(path, name)
+    return counts
+
+
+def as_markdown(card: Mapping[str, Any]) -> str:
+    """The card as a page."""
+    tables = [
+        ("Records", ("data set", "records"), card["records"].items()),
+        ("Sources", ("source", "records"), card["sources"].items()),
+        ("Licences of the sources", ("licence", "records"), card["licences"].items()),
+        (
+            "Stages",
+            ("stage", "in", "out", "set aside"),
+            [
+                (
+                    stage["stage"],
+                    stage["counts"].get("in", 0),
+                    ", ".join(f"{v} {k[4:]}" for k, v in stage["counts"].items() if k.startswith("out/")),
+                    ", ".join(f"{v} {k}" for k, v in stage["set_aside"].items()) or "none",
+                )
+                for stage in card["stages"]
+            ],
+        ),
+        (
+            "Models and prompts",
+            ("LLM", "model", "prompt", "calls", "tokens in", "tokens out"),
+            [tuple(use.values()) for use in card["calls"]],
+        ),
+    ]
+    lines = [
+        "# Data card",
+        "",
+        f"Made by psyche_jax {card['code_version']}, seed {card['seed']}. Questions, rationales and replies were written "
+        "by the models below and are checked as docs/synthesis.md says; they may be wrong. `card.json` says the same "
+        "for machines, with the whole config. `crisis`, if it is there, holds posts with signs of a crisis and the "
+        "replies that they had: no LLM wrote to them, and they are not for training without an expert.",
+    ]
+    for title, head, rows in tables:
+        lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
+        lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _sft(path: Path) -> Iterator[SftExample]:
+    for question in iterate(Question, path):
+        if question.rationale:
+            yield question_to_sft(question)
+
+
+def _dialogues(folder: Path | None) -> Iterator[SftExample]:
+    if folder is not None:
+        for dialogue in iterate(Dialogue, folder / "dialogues.jsonl"):
+            yield SftExample(dialogue.turns, dialogue.source, dialogue.meta)

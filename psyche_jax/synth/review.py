@@ -1,0 +1,218 @@
+"""The queue of questions for human reviewers: what waits, who decided what and when (SQLite)."""
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pydantic
+
+from psyche_jax.data.records import Question, record_from_json, record_to_json
+from psyche_jax.errors import UserError
+from psyche_jax.files import write_text
+
+Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
+STORE = "review.sqlite"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS items (
+  id TEXT PRIMARY KEY, number INTEGER NOT NULL, question TEXT NOT NULL, added REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS decisions (
+  number INTEGER PRIMARY KEY, item TEXT NOT NULL REFERENCES items (id), verdict TEXT NOT NULL,
+  edited TEXT, note TEXT NOT NULL, who TEXT NOT NULL, time REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS of_item ON decisions (item);
+"""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a reviewer decided. `edited` goes with `edit`; `number` is the place in the history, from 1."""
+
+    item: str
+    verdict: Verdict
+    who: Annotated[str, pydantic.Field(min_length=1, max_length=100)]
+    edited: Question | None = None
+    note: Annotated[str, pydantic.Field(max_length=2000)] = ""
+    time: float = 0.0
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.verdict == "edit") != (self.edited is not None):
+            raise ValueError("an edit, and only that, comes with the edited question")
+
+
+_ADAPTER = pydantic.TypeAdapter(Decision)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question in the queue and the decision that counts, if there is one."""
+
+    question: Question
+    decision: Decision | None
+
+
+class ReviewConflictError(UserError):
+    """Someone else decided in the meantime."""
+
+
+class ReviewStore:
+    """Nothing is ever overwritten: the last decision on an item counts, and `undo` takes it back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path / STORE if path.is_dir() else path
+        try:
+            self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode = WAL")
+            self._database.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path}: is no store of reviews ({error})") from None
+
+    def add(self, questions: Iterable[Question]) -> int:
+        """Put questions into the queue; those that are there stay as they are. Returns how many are new."""
+        with self._writing():
+            last = self._database.execute("SELECT coalesce(max(number), 0) FROM items").fetchone()[0]
+            added = 0
+            for question in questions:
+                row = (question.id, last + added + 1, _dumped(question), time.time())
+                added += self._database.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", row).rowcount
+        return added
+
+    def items(self) -> Iterator[Item]:
+        """All items in the order in which they came."""
+        decisions = {decision.item: decision for decision in self.history()}
+        for name, text in self._database.execute("SELECT id, question FROM items ORDER BY number").fetchall():
+            decision = decisions.get(name)
+            yield Item(
+                record_from_json(Question, text), None if decision is None or decision.verdict == "undo" else decision
+            )
+
+    def history(self) -> list[Decision]:
+        """All decisions in their order."""
+        rows = self._database.execute("SELECT item, verdict, who, edited, note, time, number FROM decisions ORDER BY number")
+        return [
+            Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest)
+            for item, verdict, who, edited, *rest in rows
+        ]
+
+    def decide(self, decision: Decision, after: int | None = None) -> Decision:
+        """Store a decision; returns it with its time and number.
+
+        Args:
+          after: the number of the last decision on the item that the reviewer saw, 0 for none.
+
+        Raises:
+          UserError: the item is not in the queue.
+          ReviewConflictError: there is a later decision than `after`.
+        """
+        with self._writing():
+            if self._database.execute("SELECT 1 FROM items WHERE id = ?", (decision.item,)).fetchone() is None:
+                raise UserError(f"{self.path}: has no item {decision.item}")
+            sql = "SELECT coalesce(max(number), 0) FROM decisions WHERE item = ?"
+            last = self._database.execute(sql, (decision.item,)).fetchone()[0]
+            if after is not None and last != after:
+                raise ReviewConflictError(f"item {decision.item} was decided by someone else in the meantime")
+            decided = replace(decision, time=decision.time or time.time())
+            row = (
+                decided.item,
+                decided.verdict,
+                _dumped(decided.edited) if decided.edited else None,
+                decided.note,
+                decided.who,
+                decided.time,
+            )
+            sql = "INSERT INTO decisions (item, verdict, edited, note, who, time) VALUES (?, ?, ?, ?, ?, ?)"
+            number = self._database.execute(sql, row).lastrowid
+        return replace(decided, number=number or 0)
+
+    def export(self, path: Path) -> int:
+        """Write the queue as JSONL: one object an item, with its decision (or null) to fill in elsewhere."""
+        lines = []
+        for item in self.items():
+            decision = None
+            if item.decision is not None:
+                decision = as_json(item.decision)
+            lines.append(json.dumps({"question": record_to_json(item.question), "decision": decision}, ensure_ascii=False))
+        write_text(path, "".join(f"{line}\n" for line in lines))
+        return len(lines)
+
+    def load(self, path: Path, who: str) -> tuple[int, list[str]]:
+        """Take the decisions of such a file; those that are stored already are not stored again.
+
+        Returns:
+          How many were taken, and a line for each that was not: what is wrong with it, and where.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        known = {(decision.item, decision.verdict, decision.who, decision.time) for decision in self.history()}
+        taken = 0
+        faults = []
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+                if value.get("decision") is None:
+                    continue
+                given = {"who": who, **value["decision"], "item": value["question"]["id"], "number": 0}
+                decision = _ADAPTER.validate_python(given)
+                if (decision.item, decision.verdict, decision.who, decision.time) in known:
+                    continue
+                stored = self.decide(decision)
+                known.add((stored.item, stored.verdict, stored.who, stored.time))
+                taken += 1
+            except pydantic.ValidationError as error:
+                first = error.errors()[0]
+                faults.append(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                faults.append(f"{path}:{number}: is no decision ({error!r})")
+            except UserError as error:
+                faults.append(f"{path}:{number}: {error}")
+        return taken, faults
+
+    def close(self) -> None:
+        """End."""
+        self._database.close()
+
+    def _writing(self) -> "_Transaction":
+        return _Transaction(self._database)
+
+
+class _Transaction:
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+
+
+def reviewed(question: Question, decision: Decision) -> Question | None:
+    """The question as a decision leaves it, with who and when in its meta; None if it was rejected."""
+    if decision.verdict == "reject":
+        return None
+    when = datetime.fromtimestamp(decision.time, UTC).isoformat(timespec="seconds")
+    meta: dict[str, Any] = {"verdict": decision.verdict, "who": decision.who, "when": when}
+    if decision.edited is None:
+        return replace(question, meta={**question.meta, "review": meta})
+    edited = decision.edited
+    meta["of"] = question.id
+    return replace(edited, source=question.source, meta={**question.meta, "review": meta})
+
+
+def as_json(decision: Decision) -> dict[str, Any]:
+    """A decision as JSON holds it."""
+    return _ADAPTER.dump_python(decision, mode="json")
+
+
+def _dumped(question: Question) -> str:
+    return json.dumps(record_to_json(question), ensure_ascii=False)
