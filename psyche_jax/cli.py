@@ -83,12 +83,18 @@ def _parser() -> argparse.ArgumentParser:
         "Serve a page on this machine on which a person accepts, edits or rejects questions, by keyboard.",
         "psyche review runs/synth --who Li",
     )
-    verb.add_argument("store", type=Path, metavar="STORE", help="the folder of a synth or select run, or its review.sqlite")
+    verb.add_argument(
+        "store", type=Path, metavar="STORE", help="the folder of a synth or select run, or its review.sqlite"
+    )
     verb.add_argument("--who", help="the reviewer's name, stored with each decision (default: the login name)")
     verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     verb.add_argument("--port", type=int, default=0, help="default: a free one")
-    verb.add_argument("--export", type=Path, metavar="FILE", help="write the queue as JSONL instead, to review elsewhere")
-    verb.add_argument("--import", type=Path, metavar="FILE", dest="load", help="take decisions from such a file instead")
+    verb.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the queue as JSONL instead, to review elsewhere"
+    )
+    verb.add_argument(
+        "--import", type=Path, metavar="FILE", dest="load", help="take decisions from such a file instead"
+    )
 
     verb = add(
         "import",

@@ -41,7 +41,8 @@ def serve(port: "multiprocessing.Queue[int]", delay: float) -> None:
                 else:
                     content, kind = json.dumps(value).encode(), b"application/json"
                 writer.write(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(content)) + content
+                    b"HTTP/1.1 200 OK\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n" % (kind, len(content))
+                    + content
                 )
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -98,7 +99,11 @@ def main() -> None:
         json.dumps(
             {
                 "what": "synth calls",
-                "shape": {"concurrency": arguments.concurrency, "delay_seconds": arguments.delay, "calls": arguments.calls},
+                "shape": {
+                    "concurrency": arguments.concurrency,
+                    "delay_seconds": arguments.delay,
+                    "calls": arguments.calls,
+                },
                 "seconds": round(seconds, 3),
                 "cpu_ms_a_call": round(1000 * worked / arguments.calls, 2),
                 "calls_per_second": round(rate, 1),

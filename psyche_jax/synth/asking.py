@@ -30,9 +30,7 @@ class Asker:
         self.asked_again = 0
         self._reasks = reasks
 
-    async def ask(
-        self, llm: str, prompt: str, values: dict[str, Any], read: Callable[[str], T], sample: int = 0
-    ) -> T:
+    async def ask(self, llm: str, prompt: str, values: dict[str, Any], read: Callable[[str], T], sample: int = 0) -> T:
         """What `read` makes of the reply. One that it refuses is asked again, with its fault named.
 
         Raises:

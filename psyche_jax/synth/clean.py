@@ -20,7 +20,9 @@ _RADICALS = str.maketrans(
 _KEPT = re.compile(r"[，。：；！？（）、“”‘’…—～《》【】｜\u2460-\u24ff²³¹\u2070-\u209f\u00bc-\u00be]")
 _NOT_KEPT = re.compile(rf"(?:(?!{_KEPT.pattern}).)+", re.DOTALL)
 _SENTENCE = re.compile(r"[^。！？!?\n]*[。！？!?\n]+|[^。！？!?\n]+$")
-_INVISIBLE = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffd]")
+_INVISIBLE = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufffd]"
+)
 _LINK = re.compile(
     r"(?:https?://|www\.)[\w.~:/?#\[\]@!$&'()*+,;=%-]+|"
     r"(?<![\w@.])(?:[a-z0-9-]+\.)+(?:com|cn|net|org|cc|top|xyz|info|io)(?![\w.])(?:/[\w./?&=%#-]*)?",
@@ -172,7 +174,9 @@ def _punctuation(text: str) -> tuple[str, int]:
     text = re.sub(r"(?:\.{3,}|。{2,}|…+)", "……", text)
     text = re.sub(r"([，；：！？、])\1+", r"\1", text)
     text = re.sub(r"[，、；](?=[。！？])", "", text)
-    text = re.sub(rf"(?<=[{_CJK}])[ \t\u3000]+(?=[{_CJK}\d])|(?<=[，。：；！？、（“\d])[ \t\u3000]+(?=[{_CJK}])", "", text)
+    text = re.sub(
+        rf"(?<=[{_CJK}])[ \t\u3000]+(?=[{_CJK}\d])|(?<=[，。：；！？、（“\d])[ \t\u3000]+(?=[{_CJK}])", "", text
+    )
     text = re.sub(r"[ \t\u3000]{2,}", " ", re.sub(r"[ \t\u3000]*\n\s*", "\n", text))
     return text, int(text != old)
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Annotated, Any, TypeAlias
 
 from pydantic import Field
-from typing import Annotated, Any, TypeAlias
 
 from psyche_jax.data.records import Question, question_text
 from psyche_jax.synth.asking import Asker, read_json

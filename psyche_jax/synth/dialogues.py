@@ -40,7 +40,9 @@ async def rewrite(dialogue: Dialogue, asker: Asker, section: DialoguesSection) -
     found = classify(post)
     if found.risk is not Risk.NONE:
         outcome.counts[f"risk/{found.risk}"] += 1
-        outcome.keep("crisis", replace(dialogue, meta={**dialogue.meta, "risk": found.risk, "rules": list(found.rules)}))
+        outcome.keep(
+            "crisis", replace(dialogue, meta={**dialogue.meta, "risk": found.risk, "rules": list(found.rules)})
+        )
         return outcome
     values = {"post": post, "reply": reply}
     warmer = await asker.ask(section.llm, "dialogue", values, _read_reply)

@@ -26,7 +26,9 @@ _NUMBERS = re.compile(r"\d+(?:\.\d+)?|[一二三四五六七八九十两](?=[岁
 _SAME_STEM = 0.75  # similarity of two stems, 0 to 1, from which they may ask the same
 _SAME_OPTION = 0.6
 _SAME_SHARE = 0.7  # of the options, that must have a partner
-_FILLER = re.compile(r"[的是了在有为和与及或被把将请问哪下列以下关于对于其中这那一个种项属于指什么叫称作]|说法|描述|叙述|选项")
+_FILLER = re.compile(
+    r"[的是了在有为和与及或被把将请问哪下列以下关于对于其中这那一个种项属于指什么叫称作]|说法|描述|叙述|选项"
+)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,10 @@ def publish(
         "config": config,
     }
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in ((CARD_JSON, json.dumps(card, ensure_ascii=False, indent=2) + "\n"), (CARD, as_markdown(card))):
+        for name, text in (
+            (CARD_JSON, json.dumps(card, ensure_ascii=False, indent=2) + "\n"),
+            (CARD, as_markdown(card)),
+        ):
             path = Path(folder) / name
             path.write_text(text, encoding="utf-8")
             store.remove(name)

@@ -7,11 +7,13 @@ from typing import Any, Literal
 
 from psyche_jax.data.records import Passage, Question
 from psyche_jax.synth.asking import Asker, FaultyReplyError, read_json
-from psyche_jax.synth.config import CleanSection, QuestionsSection
 from psyche_jax.synth.clean import clean_text
+from psyche_jax.synth.config import CleanSection, QuestionsSection
 from psyche_jax.synth.stages import Outcome
 
-_POINTS_AT_TEXT = re.compile(r"(?:根据|依据|按照)(?:上述|以上|本段|这段|该)?(?:材料|文段|短文|文章|段落)|上文|材料(?:中|里)提到|文中")
+_POINTS_AT_TEXT = re.compile(
+    r"(?:根据|依据|按照)(?:上述|以上|本段|这段|该)?(?:材料|文段|短文|文章|段落)|上文|材料(?:中|里)提到|文中"
+)
 _RULES = CleanSection(duplicates=False, repetitions=False)
 
 
@@ -78,7 +80,9 @@ def _reader(passage: Passage, asker: Asker, section: QuestionsSection) -> Callab
         if len({re.sub(r"\W", "", option) for option in options.values()}) < len(options):
             raise FaultyReplyError(f"第{number}题：有两个选项相同")
         if written.kind == "multi" and not 2 <= len(letters) < len(options):
-            raise FaultyReplyError(f"第{number}题：多选题须有两个或更多正确选项，也至少有一个错误选项，而答案是 {letters}")
+            raise FaultyReplyError(
+                f"第{number}题：多选题须有两个或更多正确选项，也至少有一个错误选项，而答案是 {letters}"
+            )
         if _POINTS_AT_TEXT.search(stem):
             raise FaultyReplyError(f"第{number}题：题干离不开材料，须能单独读懂")
         return question

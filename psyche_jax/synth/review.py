@@ -94,7 +94,9 @@ class ReviewStore:
 
     def history(self) -> list[Decision]:
         """All decisions in their order."""
-        rows = self._database.execute("SELECT item, verdict, who, edited, note, time, number FROM decisions ORDER BY number")
+        rows = self._database.execute(
+            "SELECT item, verdict, who, edited, note, time, number FROM decisions ORDER BY number"
+        )
         return [
             Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest)
             for item, verdict, who, edited, *rest in rows
@@ -137,7 +139,9 @@ class ReviewStore:
             decision = None
             if item.decision is not None:
                 decision = as_json(item.decision)
-            lines.append(json.dumps({"question": record_to_json(item.question), "decision": decision}, ensure_ascii=False))
+            lines.append(
+                json.dumps({"question": record_to_json(item.question), "decision": decision}, ensure_ascii=False)
+            )
         write_text(path, "".join(f"{line}\n" for line in lines))
         return len(lines)
 

@@ -15,7 +15,11 @@ from psyche_jax.data.records import Question, record_to_json
 from psyche_jax.errors import UserError
 from psyche_jax.synth.review import Decision, ReviewConflictError, ReviewStore, Verdict, as_json
 
-_PAGE = {"": ("index.html", "text/html"), "review.js": ("review.js", "text/javascript"), "review.css": ("review.css", "text/css")}
+_PAGE = {
+    "": ("index.html", "text/html"),
+    "review.js": ("review.js", "text/javascript"),
+    "review.css": ("review.css", "text/css"),
+}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

@@ -139,14 +139,18 @@ def model_answer(request: dict[str, Any], share: float) -> str:
     elif "推理一" in first:
         text = json.dumps({"better": 1 + number % 2, "reason": "更完整"})
     elif "改写得更温暖" in first:
-        text = json.dumps({"reply": "听起来这段时间你真的很不容易，愿意把它说出来已经很难得。" * 2 + f"我们可以慢慢来（{number}）。"})
+        text = json.dumps(
+            {"reply": "听起来这段时间你真的很不容易，愿意把它说出来已经很难得。" * 2 + f"我们可以慢慢来（{number}）。"}
+        )
     elif "请核对" in first:
         text = json.dumps({"advice_kept": number % 13 > 0, "safe": True, "warmer": True, "fault": ""})
     else:  # an exam question: the letters that the server hid in the stem, wrong for some models
         key = re.search(r"【(\d+)([A-H]+)】", first)
         right = key[2] if key else "A"
         wrong = fault == "wrong letters" or (request["model"] == "weak" and number % 3 == 0)
-        return f"<think>先看题目考查什么，再逐项判断，最后得出结论（{number}）。</think>\n答案：{'H' if wrong else right}"
+        return (
+            f"<think>先看题目考查什么，再逐项判断，最后得出结论（{number}）。</think>\n答案：{'H' if wrong else right}"
+        )
     return text[: len(text) // 2] if fault == "invalid JSON" else text
 
 

@@ -155,7 +155,12 @@ def compare(items: int, kills: int, folder: Path, seed: int = 0, stream: bool = 
         path for path in outputs["alone"].keys() | outputs["killed"].keys()
         if outputs["alone"].get(path) != outputs["killed"].get(path)
     )  # fmt: skip
-    records = [line for path, text in outputs["killed"].items() if path.endswith("selection/sft.jsonl") for line in text.splitlines()]
+    records = [
+        line
+        for path, text in outputs["killed"].items()
+        if path.endswith("selection/sft.jsonl")
+        for line in text.splitlines()
+    ]
     return {
         "items": items,
         "kills": len(states),
@@ -170,7 +175,9 @@ def compare(items: int, kills: int, folder: Path, seed: int = 0, stream: bool = 
         "files_that_differ": differing,
         "records_twice": len(records) - len(set(records)),
         "sft_questions": len(records),
-        "injected_words_published": sum(MARK in text for path, text in outputs["killed"].items() if "/out/" in path or "selection" in path),
+        "injected_words_published": sum(
+            MARK in text for path, text in outputs["killed"].items() if "/out/" in path or "selection" in path
+        ),
         "key_in_files": sum(KEY in path.read_text(errors="ignore") for path in folder.rglob("*") if path.is_file()),
         "seconds": seconds,
     }

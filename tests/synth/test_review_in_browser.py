@@ -32,7 +32,9 @@ def browser() -> Iterator[Any]:
 
 def make_question(number: int) -> Question:
     options = {"A": "内部归因", "B": "外部归因", "C": "自我服务", "D": f"第{number}种"}
-    return Question(f"第{number}题：把成功归于自己，这属于什么？{EVIL}", options, "C", "single", meta={"flags": ["2 of 3 votes"]})
+    return Question(
+        f"第{number}题：把成功归于自己，这属于什么？{EVIL}", options, "C", "single", meta={"flags": ["2 of 3 votes"]}
+    )
 
 
 @pytest.fixture
@@ -136,7 +138,9 @@ def test_nothing_without_the_token(browser: Any, address: tuple[str, Path]) -> N
     decision = {"item": "x", "verdict": "accept"}
     assert httpx.get(f"{bare}api/items").status_code == 401
     assert httpx.post(f"{bare}api/decisions", json=decision).status_code == 401
-    assert httpx.post(f"{bare}api/decisions", json=decision, headers={"Authorization": b"Bearer \xe9"}).status_code == 401
+    assert (
+        httpx.post(f"{bare}api/decisions", json=decision, headers={"Authorization": b"Bearer \xe9"}).status_code == 401
+    )
     token = url.partition("#")[2]
     there = {"Authorization": f"Bearer {token}"}
     assert httpx.get(f"{bare}api/items", headers={**there, "Host": "evil.example"}).status_code == 421

@@ -1,0 +1,58 @@
+"""A server with faults, and what it takes to ask it."""
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty_server import KEY, FaultyServer
+
+from psyche_jax.synth.asking import Asker
+from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.client import Client
+from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+from psyche_jax.synth.prompts import Prompts
+from psyche_jax.synth.replay import serving
+
+FAST = {"first_wait_seconds": 0.02, "longest_wait_seconds": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key that the server wants."""
+    monkeypatch.setenv("FAULTY_KEY", KEY)
+
+
+@pytest.fixture
+def ask(tmp_path: Path) -> Callable[..., Any]:
+    """`ask(server, work, **options)` runs `work(asker)` with an LLM `llm` at that server and a store in `tmp_path`."""
+
+    def run(server: Any, work: Any, *, llm: dict[str, Any] | None = None, budget: Any = None, **calls: Any) -> Any:
+        async def whole(url: str) -> Any:
+            store = CallStore(tmp_path / "calls.sqlite")
+            sections = [
+                LlmSection(name, name, f"{url}/v1", "FAULTY_KEY", **{"timeout_seconds": 5.0, **(llm or {})})
+                for name in ("llm", "other")
+            ]
+            client = Client(sections, CallsSection(**{**FAST, **calls}), budget or BudgetSection(), store)
+            try:
+                return await work(Asker(client, Prompts(), calls.get("reasks", 2)))
+            finally:
+                await client.close()
+                store.close()
+
+        with serving(server) as url:
+            return asyncio.run(whole(url))
+
+    return run
+
+
+@contextmanager
+def answering(*answers: str) -> Iterator[FaultyServer]:
+    """A server without faults that gives these answers in turn, the last one for ever."""
+    server = FaultyServer(share=0.0)
+    given = list(answers)
+    server.answer = lambda request: given.pop(0) if len(given) > 1 else given[0]
+    yield server

@@ -1,0 +1,204 @@
+"""The client against a real HTTP server that does what servers do."""
+
+import asyncio
+import json
+import sqlite3
+import time
+from email.utils import formatdate
+
+import httpx2
+import pytest
+from conftest import answering
+from faulty_server import KEY, FaultyServer, _send, stored_keys
+
+from psyche_jax.config import UsageError
+from psyche_jax.errors import UserError
+from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.client import CallFailedError, Client, _retry_after
+from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+
+
+def user(text):
+    return [{"role": "user", "content": text}]
+
+
+def many(count, llm="llm"):
+    async def work(asker):
+        calls = (asker.client.call(llm, "p@1", user(f"第{n}问")) for n in range(count))
+        return await asyncio.gather(*calls), asker.client
+
+    return work
+
+
+class Scripted(FaultyServer):
+    """Answers each try of each request by the next of `steps`: (status, headers) or "ok"; the last one for ever."""
+
+    def __init__(self, *steps):
+        super().__init__(share=0.0)
+        self.steps = steps
+        self.times = []
+
+    async def _respond(self, request, headers, send):
+        key = headers["idempotency-key"]
+        step = self.steps[min(self.tries[key], len(self.steps) - 1)]
+        self.times.append(time.monotonic())
+        if step != "ok":
+            self.tries[key] += 1
+            return await _send(send, step[0], {"error": {"message": f"no, {KEY}"}}, step[1])
+        return await super()._respond(request, headers, send)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_all_faults_pass_and_nothing_is_asked_twice(ask, tmp_path, stream):
+    server = FaultyServer(share=0.15, hang=0.6)
+    settings = {"stream": stream, "timeout_seconds": 0.4}
+    replies, client = ask(server, many(60), llm=settings, concurrency=8)
+    assert len(replies) == 60 and all(reply.text for reply in replies)
+    assert set(server.faults) == {"429", "500", "time-out", "cut"}
+    assert client.faults >= sum(server.faults.values())
+    assert server.most_running <= 8 + server.faults["time-out"], "those that the client gave up may still run there"
+    assert len(stored_keys(tmp_path / "calls.sqlite")) == 60
+    again, client = ask(server, many(60), llm=settings)
+    assert [reply.text for reply in again] == [reply.text for reply in replies]
+    assert (client.sent, client.known) == (0, 60)
+
+
+def test_a_request_that_is_under_way_is_not_sent_again(ask):
+    async def work(asker):
+        calls = [asker.client.call("llm", "p@1", user("同一问")) for _ in range(10)]
+        await asyncio.gather(*calls)
+        await asker.client.call("llm", "p@1", user("同一问"), sample=1)
+        await asker.client.call("other", "p@1", user("同一问"))
+        return asker.client.sent
+
+    assert ask(FaultyServer(share=0.0, delay=0.05), work) == 3
+
+
+def test_the_same_idempotency_key_with_each_try(ask):
+    server = Scripted((500, ()), (503, ()), "ok")
+    ask(server, many(1))
+    assert list(server.tries.values()) == [3]
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_retry_after_is_waited_for_by_all_calls_to_that_llm(ask, form):
+    wait = b"0.6" if form == "seconds" else formatdate(time.time() + 3, usegmt=True).encode()
+    server = Scripted((429, [(b"retry-after", wait)]), "ok")
+    ask(server, many(3), concurrency=3)
+    gap = max(later - earlier for earlier, later in zip(server.times, server.times[1:], strict=False))
+    assert gap > 0.5
+
+
+def test_retry_after_in_both_forms():
+    def seconds(value):
+        return _retry_after(httpx2.Headers({"retry-after": value}))
+
+    assert seconds("3") == 3 and seconds("0.5") == 0.5 and seconds("-1") == 0
+    assert 1 < seconds(formatdate(time.time() + 3, usegmt=True)) <= 3
+    assert seconds("soon") is None and seconds("inf") is None and seconds("") is None
+
+
+def test_a_call_that_never_succeeds_fails_alone(ask):
+    async def work(asker):
+        with pytest.raises(CallFailedError, match="HTTP 500"):
+            await asker.client.call("llm", "p@1", user("问"))
+        return asker.client.sent
+
+    assert ask(Scripted((500, ())), work, retries=2) == 3
+
+
+def test_too_many_failed_calls_end_the_run(ask):
+    with pytest.raises(UserError, match="start again later"):
+        ask(Scripted((500, ())), many(30), retries=0, give_up_after=3)
+
+
+@pytest.mark.parametrize(("status", "hint"), [(401, "FAULTY_KEY"), (404, "base_url and model")])
+def test_what_no_retry_mends_ends_the_run_without_showing_the_key(ask, tmp_path, status, hint):
+    with pytest.raises(UserError, match=hint) as caught:
+        ask(Scripted((status, ())), many(2))
+    assert KEY not in str(caught.value) and "***" in str(caught.value)
+    assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
+    server = Scripted((400, ()))
+    (reply,), _ = ask(server, many(1))
+    assert reply.finish == "refused" and KEY not in reply.text
+    assert len(stored_keys(tmp_path / "calls.sqlite")) == 1, "it is not asked again"
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", '{"choices": []}', '{"choices": [{}]}', "<html>", '{"choices": [{"message": 3}]}']
+)
+def test_what_is_no_completion_is_tried_again(ask, body):
+    class Odd(FaultyServer):
+        async def _respond(self, request, headers, send):
+            if not self.tries["odd"]:
+                self.tries["odd"] += 1
+                head = {
+                    "type": "http.response.start",
+                    "status": 200,
+                    "headers": [(b"content-type", b"application/json")],
+                }
+                await send(head)
+                return await send({"type": "http.response.body", "body": body.encode()})
+            return await super()._respond(request, headers, send)
+
+    (reply,), client = ask(Odd(share=0.0), many(1))
+    assert reply.text and client.faults == 1
+
+
+def test_the_budget_stops_the_run_and_counts_what_was_spent_before(ask):
+    with pytest.raises(UserError, match=r"budget.tokens of 300 is used up"):
+        ask(FaultyServer(share=0.0), many(50), budget=BudgetSection(tokens=300), concurrency=1)
+    with pytest.raises(UserError, match="budget.tokens"):
+        ask(FaultyServer(share=0.0), many(50), budget=BudgetSection(tokens=100), concurrency=1)
+    with answering("答" * 1000) as server, pytest.raises(UserError, match=r"budget.cost of 0.01 is used up"):
+        ask(server, many(50, "other"), llm={"output_price": 10.0}, budget=BudgetSection(cost=0.01), concurrency=1)
+
+
+def test_rate_limit(ask):
+    server = Scripted("ok")
+    ask(server, many(5), llm={"requests_per_minute": 600.0})
+    assert server.times[-1] - server.times[0] >= 0.4 * 0.9
+    with answering("答" * 100) as counted:
+        started = time.monotonic()
+        ask(counted, many(4), llm={"tokens_per_minute": 60_000.0}, concurrency=1)
+        assert time.monotonic() - started >= 0.3, "three replies of 100 tokens at 1,000 a second"
+
+
+def test_in_flight_calls_are_counted_when_they_are_repeated(ask, tmp_path):
+    ask(FaultyServer(share=0.0), many(2))
+    with sqlite3.connect(tmp_path / "calls.sqlite") as database:
+        database.execute("UPDATE calls SET received = NULL, text = NULL")  # as a kill leaves it
+    _, client = ask(FaultyServer(share=0.0), many(2))
+    assert client.sent == 2
+    assert set(stored_keys(tmp_path / "calls.sqlite").values()) == {1}
+
+
+def test_no_key_in_the_environment_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.delenv("FAULTY_KEY")
+    llm = LlmSection("llm", "m", "http://127.0.0.1:1/v1", "FAULTY_KEY")
+    store = CallStore(tmp_path / "calls.sqlite")
+    with pytest.raises(UsageError, match="no FAULTY_KEY"):
+        Client([llm], CallsSection(), BudgetSection(), store)
+    store.close()
+
+
+@pytest.mark.parametrize("url", ["https://user:key@host/v1", "https://host/v1?api_key=secret", "host/v1", "ftp://host"])
+def test_base_urls_that_are_refused(url):
+    with pytest.raises(ValueError, match="base_url"):
+        LlmSection("llm", "m", url)
+
+
+def test_a_store_that_is_none(tmp_path):
+    (tmp_path / "calls.sqlite").write_text("no database at all, but long enough to be looked at" * 10)
+    with pytest.raises(UserError, match="is no store of calls"):
+        CallStore(tmp_path / "calls.sqlite")
+
+
+def test_requests_are_stored_as_they_were_sent(ask, tmp_path):
+    ask(FaultyServer(share=0.0), many(1))
+    with sqlite3.connect(tmp_path / "calls.sqlite") as database:
+        request, prompt = database.execute("SELECT request, prompt FROM calls").fetchone()
+    assert json.loads(request)[2] == user("第0问") and prompt == "p@1"
