@@ -54,12 +54,15 @@ _EMOTICON = re.compile(
 _CJK = r"\u3400-\u9fff\U00020000-\U0003ffff，。：；！？（）、“”‘’…《》【】"
 _RUN = re.compile(r"([^\d\s.…—_\-=*#A-Za-z])\1{3,}")
 _FULL_WIDTH = {",": "，", ";": "；", ":": "：", "!": "！", "?": "？"}
+_PASSES = 4  # of the rule of punctuation: one change may make room for another
+_DATE = r"(?:18|19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
+_NOT_HOTLINE = r"(?<!热线)(?<!热线[:：])(?<!专线)(?<!专线[:：])(?<!\d)"
 _PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("[邮箱]", re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", re.ASCII)),
-    ("[身份证号]", re.compile(r"(?<!\d)[1-9]\d{5}(?:18|19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?!\w)", re.ASCII)),
+    ("[身份证号]", re.compile(rf"(?<!\d)[1-9]\d{{5}}{_DATE}\d{{3}}[\dXx](?!\w)", re.ASCII)),
     ("[卡号]", re.compile(r"(?<!\d)[3-6]\d{3}(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?(?!\d)", re.ASCII)),
     ("[电话]", re.compile(r"(?<!\d)(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?!\d)", re.ASCII)),
-    ("[电话]", re.compile(r"(?<!热线)(?<!热线[:：])(?<!专线)(?<!专线[:：])(?<!\d)\(?0\d{2,3}[)-] ?[2-9]\d{6,7}(?!\d)", re.ASCII)),
+    ("[电话]", re.compile(rf"{_NOT_HOTLINE}\(?0\d{{2,3}}[)-] ?[2-9]\d{{6,7}}(?!\d)", re.ASCII)),
     ("[QQ号]", re.compile(r"(?<=[Qq][Qq])(?:号码?|群)?[ :：是为]{0,3}[1-9]\d{4,10}(?!\d)")),
     (
         "[微信号]",
@@ -166,19 +169,28 @@ def _personal(text: str) -> tuple[str, int]:
 
 def _punctuation(text: str) -> tuple[str, int]:
     """Chinese punctuation among Chinese characters, one mark where several stand, no spaces within Chinese."""
-    old = text
+    old = before = text
+    for _ in range(_PASSES):
+        text = _punctuate(before)
+        if text == before:
+            break
+        before = text
+    return text, int(text != old)
+
+
+def _punctuate(text: str) -> str:
+    text = re.sub(rf"\((?=[^()\n]*[{_CJK}])([^()\n]*)\)", r"（\1）", text)
+    text = re.sub(rf"(?<=[{_CJK}])[ \t]+(?=[,.;:!?])", "", text)
     marks = rf"(?<=[{_CJK}])[,;:!?]+(?!\d)|(?<!\d)[,;:!?](?=[{_CJK}])"
     text = re.sub(marks, lambda run: "".join(_FULL_WIDTH[mark] for mark in run[0]), text)
     text = re.sub(rf"(?<=[{_CJK}])\.(?=$|[\s{_CJK}])", "。", text)
-    text = re.sub(rf"\((?=[^()\n]*[{_CJK}])([^()\n]*)\)", r"（\1）", text)
     text = re.sub(r"(?:\.{3,}|。{2,}|…+)", "……", text)
     text = re.sub(r"([，；：！？、])\1+", r"\1", text)
     text = re.sub(r"[，、；](?=[。！？])", "", text)
     text = re.sub(
         rf"(?<=[{_CJK}])[ \t\u3000]+(?=[{_CJK}\d])|(?<=[，。：；！？、（“\d])[ \t\u3000]+(?=[{_CJK}])", "", text
     )
-    text = re.sub(r"[ \t\u3000]{2,}", " ", re.sub(r"[ \t\u3000]*\n\s*", "\n", text))
-    return text, int(text != old)
+    return re.sub(r"[ \t\u3000]{2,}", " ", re.sub(r"[ \t\u3000]*\n\s*", "\n", text))
 
 
 def _repetitions(text: str) -> tuple[str, int]:
