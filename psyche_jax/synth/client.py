@@ -1,4 +1,4 @@
-"""Calling LLMs: any base URL, bounded concurrency, rate limits, retries with back-off, a budget, nothing asked twice."""
+"""Calling LLMs: any base URL, bounded concurrency, rate limits, retries, a budget, and nothing asked twice."""
 
 import asyncio
 import email.utils
@@ -25,7 +25,7 @@ class CallFailedError(Exception):
     """A call got no reply, after all retries."""
 
 
-class _PassingFault(Exception):
+class _PassingError(Exception):
     """Something that may be gone at the next try. `wait`: seconds that the server asked for."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
@@ -110,9 +110,9 @@ class Client:
                     async with asyncio.timeout(llm.timeout_seconds):
                         reply = await self._send(llm, call, key)
                     break
-                except (TimeoutError, _PassingFault) as error:
+                except (TimeoutError, _PassingError) as error:
                     self.faults += 1
-                    fault = error if isinstance(error, _PassingFault) else _PassingFault("no reply in time")
+                    fault = error if isinstance(error, _PassingError) else _PassingError("no reply in time")
                 if self._stopping:
                     raise CallFailedError("the run ends")
                 if attempt < self._calls.retries:
@@ -138,7 +138,7 @@ class Client:
         except openai.APIStatusError as error:
             return self._refused(llm, error)
         except (openai.APIError, httpx2.HTTPError, ValueError) as error:
-            raise _PassingFault(self._shown(llm, error)) from None
+            raise _PassingError(self._shown(llm, error)) from None
 
     async def _send_whole(self, llm: LlmSection, call: Call, key: str) -> Reply:
         # As bare JSON: the typed method takes half of a core at 300 calls a second.
@@ -153,7 +153,7 @@ class Client:
             usage = completion.get("usage") or {}
             tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
         except (KeyError, IndexError, TypeError, AttributeError):
-            raise _PassingFault("the server's answer is no chat completion") from None
+            raise _PassingError("the server's answer is no chat completion") from None
         return _reply(call, text, finish, *tokens)
 
     async def _send_streaming(self, llm: LlmSection, call: Call, key: str) -> Reply:
@@ -176,7 +176,7 @@ class Client:
                     parts.append(choice.delta.content or "")
                     finish = choice.finish_reason or finish
         if finish is None:
-            raise _PassingFault("the stream was cut")
+            raise _PassingError("the stream was cut")
         return _reply(call, "".join(parts), finish, *tokens)
 
     def _refused(self, llm: LlmSection, error: openai.APIStatusError) -> Reply:
@@ -184,7 +184,7 @@ class Client:
         status = error.status_code
         said = f"HTTP {status}: {self._shown(llm, error)}"
         if status in (408, 409, 425, 429) or status >= 500:
-            raise _PassingFault(said, _retry_after(error.response.headers))
+            raise _PassingError(said, _retry_after(error.response.headers))
         if status in (401, 402, 403, 404, 405):
             hint = f"is the key in {llm.key_env} right?" if status in (401, 403) else "see its base_url and model"
             raise UserError(f"LLM {llm.name} at {llm.base_url}: {said}; {hint}")

@@ -16,7 +16,10 @@ from psyche_jax.errors import UserError
 from psyche_jax.synth.config import ControlSection
 
 # Who a case is about does not matter. What they are called in exam questions:
-_SURNAMES = "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎余潘杜戴夏钟汪田任姜范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤尹黎易常武乔贺赖龚文"
+_SURNAMES = (
+    "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎"
+    "余潘杜戴夏钟汪田任姜范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤尹黎易常武乔贺赖龚文"
+)
 _NAME = re.compile(
     rf"(?:小[{_SURNAMES}明红华丽强军芳刚]|[{_SURNAMES}](?:某某?|女士|先生|同学|老师|同志|阿姨)|老[{_SURNAMES}]|"
     rf"某(?:男|女)|求助者|来访者|患者|病人|当事人)"

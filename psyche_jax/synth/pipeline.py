@@ -200,8 +200,8 @@ def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stag
         source = shop.input("questions", "questions")
         checks = config.control
         depends = (dataclasses.asdict(checks), *shop.asked(["filter"], checks.llms), source)
-        items = with_twins(iterate(Question, source), checks)
-        run = shop.over(items, lambda item, asker: control(item, asker, checks))
+        twins = with_twins(iterate(Question, source), checks)
+        run = shop.over(twins, lambda item, asker: control(item, asker, checks))
         return _Stage(depends, ("questions", "review"), run, _lines(source), partial(_queue, shop))
     if name == "rationales":
         inputs = [shop.input("control", file) for file in ("questions", "review")]

@@ -11,7 +11,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from psyche_jax.data.records import Question, record_to_json
+from psyche_jax.data.records import Kind, Question, record_to_json
 from psyche_jax.errors import UserError
 from psyche_jax.synth.review import Decision, ReviewConflictError, ReviewStore, Verdict, as_json
 
@@ -120,7 +120,7 @@ def _edited(store: ReviewStore, decided: Decided) -> Question | None:
     if old is None:
         raise UserError(f"there is no item {decided.item}")
     new = decided.edited
-    kind = "single" if len(new.answer) == 1 else "multi"
+    kind: Kind = "single" if len(new.answer) == 1 else "multi"
     return Question(new.stem, new.options, new.answer, kind, new.rationale or None, old.source, old.meta)
 
 

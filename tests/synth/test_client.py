@@ -108,8 +108,13 @@ def test_a_call_that_never_succeeds_fails_alone(ask):
 
 
 def test_too_many_failed_calls_end_the_run(ask):
-    with pytest.raises(UserError, match="start again later"):
-        ask(Scripted((500, ())), many(30), retries=0, give_up_after=3)
+    async def work(asker):
+        calls = (asker.client.call("llm", "p@1", user(f"第{n}问")) for n in range(9))
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    faults = ask(Scripted((500, ())), work, retries=0, give_up_after=3, concurrency=1)
+    assert [type(fault) for fault in faults[:3]] == [CallFailedError, CallFailedError, UserError]
+    assert "start again later" in str(faults[2])
 
 
 @pytest.mark.parametrize(("status", "hint"), [(401, "FAULTY_KEY"), (404, "base_url and model")])
@@ -151,16 +156,16 @@ def test_what_is_no_completion_is_tried_again(ask, body):
 def test_the_budget_stops_the_run_and_counts_what_was_spent_before(ask):
     with pytest.raises(UserError, match=r"budget.tokens of 300 is used up"):
         ask(FaultyServer(share=0.0), many(50), budget=BudgetSection(tokens=300), concurrency=1)
-    with pytest.raises(UserError, match="budget.tokens"):
+    with pytest.raises(UserError, match=r"budget\.tokens"):
         ask(FaultyServer(share=0.0), many(50), budget=BudgetSection(tokens=100), concurrency=1)
     with answering("答" * 1000) as server, pytest.raises(UserError, match=r"budget.cost of 0.01 is used up"):
         ask(server, many(50, "other"), llm={"output_price": 10.0}, budget=BudgetSection(cost=0.01), concurrency=1)
 
 
 def test_rate_limit(ask):
-    server = Scripted("ok")
-    ask(server, many(5), llm={"requests_per_minute": 600.0})
-    assert server.times[-1] - server.times[0] >= 0.4 * 0.9
+    started = time.monotonic()
+    ask(Scripted("ok"), many(5), llm={"requests_per_minute": 600.0})
+    assert time.monotonic() - started >= 0.4, "four waits of a tenth of a second"
     with answering("答" * 100) as counted:
         started = time.monotonic()
         ask(counted, many(4), llm={"tokens_per_minute": 60_000.0}, concurrency=1)
