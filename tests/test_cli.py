@@ -19,7 +19,22 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 
 ROOT = Path(psyche_jax.__file__).parents[1]
-VERBS = ("import", "sft", "grpo", "export", "eval", "pack", "data", "report", "serve", "plan", "demo")
+VERBS = (
+    "synth",
+    "select",
+    "review",
+    "import",
+    "sft",
+    "grpo",
+    "export",
+    "eval",
+    "pack",
+    "data",
+    "report",
+    "serve",
+    "plan",
+    "demo",
+)
 
 
 @pytest.fixture(autouse=True)

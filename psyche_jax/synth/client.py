@@ -127,9 +127,9 @@ class Client:
                 if self.failed >= self._calls.give_up_after:
                     raise UserError(f"{reason}; {self.failed} calls failed in spite of retries, start again later")
                 raise CallFailedError(reason)
+            self._spend(call.llm, reply.prompt_tokens, reply.completion_tokens)
+            pace.spend(reply.prompt_tokens + reply.completion_tokens)
             await self._store.answered(key, reply)
-        self._spend(call.llm, reply.prompt_tokens, reply.completion_tokens)
-        pace.spend(reply.prompt_tokens + reply.completion_tokens)
         return reply
 
     async def _send(self, llm: LlmSection, call: Call, key: str) -> Reply:

@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -24,14 +25,29 @@ _NAME = re.compile(
     rf"(?:小[{_SURNAMES}明红华丽强军芳刚]|[{_SURNAMES}](?:某某?|女士|先生|同学|老师|同志|阿姨)|老[{_SURNAMES}]|"
     rf"某(?:男|女)|求助者|来访者|患者|病人|当事人)"
 )
-_NEGATIONS = re.compile(r"不|非|未|没|无|错误|除了?|否|正确|属于|最")
-_NUMBERS = re.compile(r"\d+(?:\.\d+)?|[一二三四五六七八九十两](?=[岁年月天周个次种项分])")
-_SAME_STEM = 0.75  # similarity of two stems, 0 to 1, from which they may ask the same
-_SAME_OPTION = 0.6
-_SAME_SHARE = 0.7  # of the options, that must have a partner
-_FILLER = re.compile(
-    r"[的是了在有为和与及或被把将请问哪下列以下关于对于其中这那一个种项属于指什么叫称作]|说法|描述|叙述|选项"
+_NEGATIONS = re.compile(r"不|非|未|没|无|错误|除|否|正确")
+_NUMBERS = re.compile(r"\d+(?:\.\d+)?|[一二三四五六七八九十两](?=[岁年月天周个次种分])")
+# Words of exam questions that change nothing, each with what is left of it.
+_SAME_WORDS = tuple(
+    (re.compile(pattern), word)
+    for pattern, word in (
+        (r"不(?:正确|恰当|合适|适当|对)的?|有误", "错误"),
+        (r"(?<!不)(?:恰当|合适|适当)", "正确"),
+        (r"下列|以下|下面|下述|哪一?[个项种些几]|请看题|请问|试问|关于|对于|有关|其中|应当|应该|选项", ""),
+        (r"说法|描述|叙述|表述|论述|观点", ""),
+        (r"(?:最|比较|很|十分|非常|较)(?=[主容常早重])|较(?=[多少高低大小长短])", ""),
+        (r"能够|可能|能|可以", "可"),
+        (r"显示|体现|反映", "表现"),
+        (r"情况|情境|场合", "情形"),
+        (r"通常|一般|往往|多|常", ""),
+        (r"叫做?|称为|称作|被称为|是指|指的是|属于|就是", "是"),
+        (r"[的了着地得是在有为和与及或]", ""),
+    )
 )
+_SAME_STEM = 0.8  # similarity of two stems, 0 to 1, from which they may ask the same
+_SAME_OPTION = 0.75
+_SAME_SHARE = 0.7  # of the options, that must have a partner
+_TYPOS = 0.04  # share of a stem that may be replaced by other characters
 
 
 @dataclass(frozen=True)
@@ -74,13 +90,13 @@ class Duplicates:
         """
         stem, options = fold(question.stem), tuple(fold(option) for option in question.options.values())
         right = frozenset(list(question.options).index(letter) for letter in question.answer)
-        new = _Seen(question.id, stem, options, right)
+        new = _Seen(question.id, bare(stem), _middles([bare(option) for option in options]), right)
         text = hashlib.sha256("\0".join((stem, *sorted(options))).encode()).digest()[:16]
         if (old := self._exact.get(text)) is not None:
-            conflict = {old.options[index] for index in old.key} != {options[index] for index in right}
+            conflict = {old.options[index] for index in old.key} != {new.options[index] for index in right}
             return Twin(old.id, True, conflict)
         minhash = MinHash(self._permutations, hashfunc=_hash)
-        minhash.update_batch([shingle.encode() for shingle in _shingles(stem, options)])
+        minhash.update_batch([shingle.encode() for shingle in _shingles(new.stem, new.options)])
         for name in sorted(self._lsh.query(minhash)):
             if same_question(new, old := self._seen[name]):
                 return Twin(old.id, False, False)
@@ -98,11 +114,19 @@ def fold(text: str) -> str:
     return "".join(c for c in text if unicodedata.category(c)[0] in "LN")
 
 
+def bare(text: str) -> str:
+    """A folded text without the words that change nothing; itself if nothing else is in it."""
+    left = text
+    for pattern, word in _SAME_WORDS:
+        left = pattern.sub(word, left)
+    return left or text
+
+
 def same_question(one: _Seen, other: _Seen) -> bool:
     """Whether two questions ask the same."""
     if len(one.key) != len(other.key) or marks(one.stem) != marks(other.stem):
         return False
-    if alike(_bare(one.stem), _bare(other.stem)) < _SAME_STEM:
+    if not _same_stem(one.stem, other.stem):
         return False
     pairs = _pairs(one.options, other.options)
     if len(pairs) < _SAME_SHARE * max(len(one.options), len(other.options)):
@@ -115,28 +139,43 @@ def marks(stem: str) -> Counter[str]:
     return Counter(_NEGATIONS.findall(stem)) + Counter(_NUMBERS.findall(stem))
 
 
-def alike(one: str, other: str) -> float:
-    """Similarity of two texts, 0 to 1 (Ratcliff and Obershelp)."""
+def _same_stem(one: str, other: str) -> bool:
+    """Words may have come in or gone; what was replaced by something else makes it another question."""
     if one == other:
-        return 1.0
-    return difflib.SequenceMatcher(None, one, other, autojunk=False).ratio()
-
-
-def _bare(stem: str) -> str:
-    """A stem without the words that all stems have; itself if nothing else is in it."""
-    return _FILLER.sub("", stem) or stem
+        return True
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    if matcher.real_quick_ratio() < _SAME_STEM or matcher.quick_ratio() < _SAME_STEM or matcher.ratio() < _SAME_STEM:
+        return False
+    replaced = sum(max(b - a, d - c) for what, a, b, c, d in matcher.get_opcodes() if what == "replace")
+    return replaced <= _TYPOS * max(len(one), len(other))
 
 
 def _pairs(ones: Sequence[str], others: Sequence[str]) -> dict[int, int]:
-    """Partners among options: the likest pairs first, each used once."""
-    scores = sorted(
-        ((alike(one, other), -i, -j) for i, one in enumerate(ones) for j, other in enumerate(others)), reverse=True
-    )
+    """Partners among options: the same ones, then the likest pairs, each used once."""
     pairs: dict[int, int] = {}
+    left = list(range(len(others)))
+    for i, text in enumerate(ones):
+        if (j := next((j for j in left if others[j] == text), None)) is not None:
+            pairs[i] = j
+            left.remove(j)
+    scores = sorted(
+        (-difflib.SequenceMatcher(None, ones[i], others[j], autojunk=False).ratio(), i, j)
+        for i in range(len(ones))
+        if i not in pairs
+        for j in left
+    )
     for score, i, j in scores:
-        if score >= _SAME_OPTION and -i not in pairs and -j not in pairs.values():
-            pairs[-i] = -j
+        if -score >= _SAME_OPTION and i not in pairs and j in left:
+            pairs[i] = j
+            left.remove(j)
     return pairs
+
+
+def _middles(options: Sequence[str]) -> tuple[str, ...]:
+    """Options without what they all begin and end with: "围绕A了解" and "围绕B了解" are as different as A and B."""
+    start = len(os.path.commonprefix(options))
+    end = len(os.path.commonprefix([option[start:][::-1] for option in options]))
+    return tuple(option[start : len(option) - end] for option in options)
 
 
 def _shingles(stem: str, options: Sequence[str]) -> set[str]:

@@ -115,9 +115,7 @@ def test_dialogues_are_cut_to_their_first_exchange():
         Message("assistant", "多久了？"),
         Message("user", "一个月"),
     ]
-    outcome = Cleaner(CleanSection()).dialogue(
-        Dialogue((*turns, Message("user", "一个月"), Message("assistant", "嗯。")))
-    )
+    outcome = Cleaner(CleanSection()).dialogue(Dialogue((*turns, Message("assistant", "嗯。"))))
     ((_, dialogue),) = outcome.records
     assert [turn.content for turn in dialogue.turns] == ["我睡不着", "多久了？"]
     assert outcome.counts["shortened to the first exchange"] == 1

@@ -169,7 +169,7 @@ def test_rate_limit(ask):
     with answering("答" * 100) as counted:
         started = time.monotonic()
         ask(counted, many(4), llm={"tokens_per_minute": 60_000.0}, concurrency=1)
-        assert time.monotonic() - started >= 0.3, "three replies of 100 tokens at 1,000 a second"
+        assert time.monotonic() - started >= 0.3, "three waits for replies of 100 tokens and more at 1,000 a second"
 
 
 def test_in_flight_calls_are_counted_when_they_are_repeated(ask, tmp_path):
