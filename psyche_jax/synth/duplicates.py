@@ -2,7 +2,6 @@
 
 import difflib
 import hashlib
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -173,9 +172,15 @@ def _pairs(ones: Sequence[str], others: Sequence[str]) -> dict[int, int]:
 
 def _middles(options: Sequence[str]) -> tuple[str, ...]:
     """Options without what they all begin and end with: "围绕A了解" and "围绕B了解" are as different as A and B."""
-    start = len(os.path.commonprefix(options))
-    end = len(os.path.commonprefix([option[start:][::-1] for option in options]))
+    start = _in_common(options)
+    end = _in_common([option[start:][::-1] for option in options])
     return tuple(option[start : len(option) - end] for option in options)
+
+
+def _in_common(texts: Sequence[str]) -> int:
+    """How many characters all texts begin with."""
+    columns = enumerate(zip(*texts, strict=False))
+    return next((place for place, column in columns if len(set(column)) > 1), min(map(len, texts)))
 
 
 def _shingles(stem: str, options: Sequence[str]) -> set[str]:

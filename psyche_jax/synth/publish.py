@@ -120,9 +120,9 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         "# Data card",
         "",
         f"Made by psyche_jax {card['code_version']}, seed {card['seed']}. Questions, rationales and replies were "
-        "written by the models below and checked as docs/synthesis.md says; they may be wrong. `card.json` says the same "
-        "for machines, with the whole config. `crisis`, if it is there, holds posts with signs of a crisis and the "
-        "replies that they had: no LLM wrote to them, and they are not for training without an expert.",
+        "written by the models below and checked as docs/synthesis.md says; they may be wrong. `card.json` says the "
+        "same for machines, with the whole config. `crisis`, if it is there, holds posts with signs of a crisis and "
+        "the replies that they had: no LLM wrote to them, and they are not for training without an expert.",
     ]
     for title, head, rows in tables:
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]

@@ -198,7 +198,7 @@ def look_alike(question: Question, random_: random.Random, kind: int) -> Questio
             else stem.replace("？", "（除外）？").replace("都有", "都没有")
         )
     elif kind == 2:
-        numbers = [word for word in re.findall(r"\d+", stem)]
+        numbers = re.findall(r"\d+", stem)
         stem = (
             stem.replace(numbers[0], str(int(numbers[0]) + 7))
             if numbers

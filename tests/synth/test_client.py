@@ -168,7 +168,7 @@ def test_rate_limit(ask):
     assert time.monotonic() - started >= 0.4, "four waits of a tenth of a second"
     with answering("答" * 100) as counted:
         started = time.monotonic()
-        ask(counted, many(4), llm={"tokens_per_minute": 60_000.0}, concurrency=1)
+        ask(counted, many(4, "other"), llm={"tokens_per_minute": 60_000.0}, concurrency=1)
         assert time.monotonic() - started >= 0.3, "three waits for replies of 100 tokens and more at 1,000 a second"
 
 
