@@ -1,6 +1,7 @@
 """The command `psyche`: one verb for each step of the recipe."""
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -260,6 +261,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
     verb = add(
+        "bench",
+        _bench,
+        "Time the real programs on a random model, by default at a size for two CPU cores.",
+        "psyche bench grpo --prompt-length 512 --beta 0.04 --json",
+    )
+    _add_bench(verb)
+
+    verb = add(
         "demo",
         _demo,
         "The whole way on a CPU with a tiny random model: tokenizer, SFT, GRPO, export, evaluation, report.",
@@ -287,6 +296,33 @@ def _add_conversation(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--region", metavar="CODE", help="whose hotline people in a crisis are given (default CN)")
     verb.add_argument("--crisis-log", metavar="FILE", help="where crisis events are noted, without any text")
     verb.add_argument("--no-crisis-gate", action="store_true", help="answer people in a crisis by the model alone")
+
+
+def _add_bench(verb: argparse.ArgumentParser) -> None:
+    from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape, SftShape
+
+    what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, kind, text in (
+        ("sft", SftShape, "a step of SFT"),
+        ("grpo", GrpoShape, "an iteration of GRPO: rollout, rewards, update; no response ends early"),
+        ("rollout", RolloutShape, "the rollout alone; no response ends early"),
+    ):
+        parser = what.add_parser(name, help=text, description=f"Time {text}.")
+        parser.set_defaults(shape=kind)
+        for entry in (*dataclasses.fields(ModelShape), *dataclasses.fields(kind)):
+            flag = f"--{entry.name.replace('_', '-')}"
+            default = entry.default
+            if entry.name == "dtype":
+                choices = ("float32", "bfloat16")
+                parser.add_argument(flag, choices=choices, default=default, help="that products are computed in")
+            elif isinstance(default, bool):
+                parser.add_argument(flag, action="store_true", help="the head is the embedding")
+            elif isinstance(default, int | float):
+                parser.add_argument(flag, type=type(default), default=default, metavar="N", help=f"default {default}")
+        parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default 10)")
+        parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before those (default 3)")
+        parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_dtype(verb: argparse.ArgumentParser) -> None:
@@ -560,6 +596,22 @@ def _plan(arguments: argparse.Namespace) -> None:
     print(json.dumps(plan.as_json()) if arguments.json else as_text(plan))
     if not plan.fits:
         raise UserError(f"{arguments.config} does not fit {slice_.name}: {plan.advice[0]}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from psyche_jax.bench.shape import ModelShape
+
+    for name in ("steps", "warmup"):
+        _check_at_least(name, getattr(arguments, name), 1)
+    _check_seed(arguments.seed)
+    model = ModelShape(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(ModelShape)})
+    names = {entry.name for entry in dataclasses.fields(arguments.shape)} - {"model"}
+    shape = arguments.shape(model, **{name: getattr(arguments, name) for name in names})
+    _start_jax()
+    from psyche_jax.bench.measure import as_text, run_benchmark
+
+    outcome = run_benchmark(shape, arguments.steps, arguments.warmup, arguments.seed)
+    print(json.dumps(outcome) if arguments.json else as_text(outcome))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

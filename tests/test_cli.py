@@ -33,6 +33,7 @@ VERBS = (
     "report",
     "serve",
     "plan",
+    "bench",
     "demo",
 )
 
