@@ -8,9 +8,9 @@ The task: "Which letter comes first in the alphabet? K R D W M", five distinct l
 response is "Answer: D" and the end of the turn. No set of letters is both in training and held out. SFT sees answers
 drawn at random from the five letters, so it teaches the form alone, and one in five is right by chance.
 
-Each stage (data, SFT, GRPO, scores of every checkpoint on held-out prompts, export, the same prompts in plain
+Each stage (data, SFT, GRPO, scores on held-out prompts before and after, export, the same prompts in plain
 transformers) is left out where its result is there already, so a run that was stopped goes on: start it again. The
-figures stand in OUT/seed-N/result.json. Takes about 12 GB for a seed, nearly all of it GRPO's checkpoints.
+figures stand in OUT/seed-N/result.json, with the curve on the first of the held-out prompts. Takes about 6 GB.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import compile_rules, score, token_bytes_from_tokenizer
 from psyche_jax.rewards.reference import score_response
+from psyche_jax.runs import read_lines
 from psyche_jax.train.checkpoints import open_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -49,6 +50,7 @@ SFT_CONFIG, GRPO_CONFIG = (REPOSITORY / "configs" / f"smollm2_{name}.yaml" for n
 QUESTION = "Which letter comes first in the alphabet? "
 LETTERS_ASKED = 5
 SFT_EXAMPLES, HELD_OUT = 320, 256
+WATCHED = 64  # of the held-out prompts: those that GRPO's curve is of
 ROWS = 64  # prompts at once when scoring
 
 
@@ -82,6 +84,7 @@ def make_data(folder: Path, seed: int, grpo_prompts: int) -> None:
         write_records(partial / "sft.jsonl", examples)
         write_records(partial / "rl.jsonl", prompts[SFT_EXAMPLES:-HELD_OUT])
         write_records(partial / "held_out.jsonl", prompts[-HELD_OUT:])
+        write_records(partial / "watched.jsonl", prompts[-HELD_OUT:][:WATCHED])
 
 
 def score_here(model: Path, records: Sequence[RlPrompt], config: GrpoConfig, temperature: float) -> Scored:
@@ -92,7 +95,7 @@ def score_here(model: Path, records: Sequence[RlPrompt], config: GrpoConfig, tem
     parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
     tokenizer = load_tokenizer(stored.tokenizer_folder)
     rules = compile_rules(
-        config.rewards, token_bytes_from_tokenizer(tokenizer, stored.config.vocab_size), stored.config.stop_token_ids
+        config.rules, token_bytes_from_tokenizer(tokenizer, stored.config.vocab_size), stored.config.stop_token_ids
     )
     sampling = Sampling(config.max_new_tokens, temperature)
 
@@ -152,7 +155,7 @@ def score_in_transformers(model: Path, records: Sequence[RlPrompt], config: Grpo
             ],
             np.float32,
         )
-        for rule in config.rewards
+        for rule in config.rules
     }
     return Scored(tokens, rewards)
 
@@ -199,7 +202,8 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data, sft, grpo, exported = (folder / name for name in ("data", "sft", "grpo", "model"))
-    overrides = [f"run.dir={grpo}", f"run.seed={seed}", f"model.path={sft}", f"data.train={data / 'rl.jsonl'}"]
+    overrides = [f"run.dir={grpo}", f"run.seed={seed}", f"model.path={sft}"]
+    overrides += [f"data.train={data / 'rl.jsonl'}", f"data.evaluation={data / 'watched.jsonl'}"]
     config = load_config(GrpoConfig, GRPO_CONFIG, overrides)
     clock = Clock(folder / "seconds.json")
     if not base.is_dir():
@@ -217,8 +221,7 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
     records = read_records(RlPrompt, data / "held_out.jsonl").good
     scores_file = folder / "scores.json"
     scores: dict[str, Any] = read_json(scores_file) if scores_file.is_file() else {}
-    checkpoints = sorted((grpo / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-    for name, model in [("base", base), ("sft", sft), *((f"grpo step {path.name}", path) for path in checkpoints)]:
+    for name, model in (("base", base), ("sft", sft), ("grpo", grpo)):
         if name not in scores:
             sampled = clock.run("held-out", lambda model=model: score_here(model, records, config, config.temperature))
             scores[name] = sampled.means()
@@ -233,6 +236,7 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
             "rewards": int(sum((here.rewards[name] != there.rewards[name]).sum() for name in here.rewards)),
         }
         write_json(scores_file, scores)
+    curve = [line for line in read_lines(grpo / "metrics.jsonl") if "evaluation_reward" in line]
     keys = [record.answer for record in records]
     result = {
         "seed": seed,
@@ -240,6 +244,10 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
         "held_out_prompts": len(records),
         "best_constant_response": round(max(map(keys.count, keys)) / len(keys), 4),
         "held_out": scores,
+        "curve": {
+            line["step"]: {rule.name: line[f"evaluation_rewards/{rule.name}/mean"] for rule in config.rules}
+            for line in curve
+        },
         "seconds": clock.stages,
     }
     write_json(folder / "result.json", result)
