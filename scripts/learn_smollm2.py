@@ -194,7 +194,7 @@ def psyche(*arguments: str) -> None:
 def run_done(run: Path) -> bool:
     """Whether a run says of itself that it is done."""
     state = run / "state.json"
-    return state.is_file() and read_json(state)["state"] == "done"
+    return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
 
 
 def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:

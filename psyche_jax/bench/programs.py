@@ -159,4 +159,4 @@ def _rules(config: GrpoConfig, model: ModelConfig, seed: int) -> CompiledRules:
         bytes(generator.integers(ord("a"), ord("z") + 1, generator.integers(2, 9), np.uint8))
         for _ in range(model.vocab_size - len(vocabulary))
     ]
-    return compile_rules(config.rewards, [*vocabulary, None], model.stop_token_ids, cache_dir=None)
+    return compile_rules(config.rules, [*vocabulary, None], model.stop_token_ids, cache_dir=None)
