@@ -193,7 +193,6 @@ def psyche(*arguments: str) -> None:
 
 def run_done(run: Path) -> bool:
     """Whether a run says of itself that it is done."""
-    state = run / "state.json"
     return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
 
 
