@@ -261,8 +261,8 @@ def _mean(values: Any) -> float:
 def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, float]) -> float:
     """FLOPs of the model in one iteration: sampling, log-probs, forward and backward; padding and remat aside.
 
-    A prompt counts once for all of its responses. Attention is counted at the mean lengths. What dynamic sampling
-    threw away does not count.
+    A prompt counts once for all of its responses. Attention is counted at the mean lengths: a little too little where
+    they differ. What dynamic sampling threw away does not count.
     """
     responses = config.prompts_per_step * config.generations_per_prompt
     response = metrics["completions/mean_length"]

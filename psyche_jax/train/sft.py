@@ -75,7 +75,7 @@ def make_sft_step(
 def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> float:
     """FLOPs of the model in one step, forward and backward, padding and remat aside.
 
-    Attention is counted at the examples' mean length.
+    Attention is counted at the rows' mean length, so a packed row counts as one example: a little too much.
     """
     tokens = metrics["num_tokens"]
     return 3 * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
