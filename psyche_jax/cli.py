@@ -205,16 +205,32 @@ def _parser() -> argparse.ArgumentParser:
         "verify": "read every byte and compare checksums",
         "cat": "print records, one JSON object a line",
         "copy": "copy to TO, the manifest last",
+        "import": "read public data (--format) at URI, write the clean records to TO",
     }
     verb.add_argument(
         "action", choices=actions, metavar="ACTION", help="; ".join(f"{name}: {text}" for name, text in actions.items())
     )
     verb.add_argument("uri", metavar="URI", help="a local folder or gs://bucket/prefix")
-    verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` writes")
+    verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` and `import` write")
+    verb.add_argument("--format", choices=("cpsyexam", "pceb", "smile"), help="of what `import` reads, as published")
     verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
     verb.add_argument(
         "--deadline", type=float, default=300.0, metavar="SECONDS", help="give up on a file after that long (300)"
     )
+
+    verb = add(
+        "decontaminate",
+        _decontaminate,
+        "Take out of training data what a benchmark asks: exact and near twins, and questions on its cases.",
+        "psyche decontaminate --train data/cpsyexam --eval data/pceb --out data/clean",
+    )
+    verb.add_argument("--train", required=True, metavar="URI", help="a data set of records of any kind")
+    verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
+    verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
+    verb.add_argument(
+        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near twin (default 0.3)"
+    )
+    verb.add_argument("--json", action="store_true", help="print counts and examples as one JSON object")
 
     verb = add(
         "report",
@@ -534,10 +550,11 @@ def _data(arguments: argparse.Namespace) -> None:
     from psyche_jax.data import dataset
 
     action, uri, deadline = arguments.action, arguments.uri, arguments.deadline
-    if (action == "copy") != (arguments.to is not None):
-        raise UsageError(
-            "copy needs two addresses: psyche data copy URI TO" if action == "copy" else "too many addresses"
-        )
+    if (action in ("copy", "import")) != (arguments.to is not None):
+        needs_two = f"{action} needs two addresses: psyche data {action} URI TO"
+        raise UsageError(needs_two if arguments.to is None else "too many addresses")
+    if (action == "import") != (arguments.format is not None):
+        raise UsageError("import needs --format, and the others do not take it")
     if not 0 < deadline < math.inf:
         raise UsageError(f"--deadline must be positive, not {deadline}")
     _check_at_least("limit", arguments.limit, 1)
@@ -552,8 +569,37 @@ def _data(arguments: argparse.Namespace) -> None:
     elif action == "cat":
         for content in dataset.first_records(uri, arguments.limit, deadline):
             print(content)
+    elif action == "import":
+        from psyche_jax.data.public import LOADERS
+
+        loaded = LOADERS[arguments.format](Path(uri))
+        print(f"{arguments.to}: {dataset.write_dataset(arguments.to, loaded.good, {'source': uri}, deadline=deadline)}")
+        for line in loaded.set_aside:
+            print(f"set aside: {line}", file=sys.stderr)
+        print(f"{len(loaded.set_aside)} set aside; faults seen, mended ones among them:")
+        for fault, count in loaded.faults.most_common():
+            print(f"{count:8} {fault}")
     else:
         print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to, deadline)}")
+
+
+def _decontaminate(arguments: argparse.Namespace) -> None:
+    from psyche_jax.data.decontamination import decontaminate_places
+
+    if not 0 < arguments.near <= 1:
+        raise UsageError(f"--near must be above 0 and at most 1, not {arguments.near}")
+    result = decontaminate_places(arguments.train, arguments.eval, arguments.out, arguments.near)
+    summary = result.summary()
+    if arguments.json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["leaks"].items())) or "none"
+    print(f"{arguments.out}: {summary['clean']} clean records; leaks: {counts}")
+    for reason, leaks in summary["examples"].items():
+        for leak in leaks:
+            print(
+                f"  {reason} {leak['similarity']:.2f}: {leak['train_text'][:60]!r} ~ {leak['evaluation_text'][:60]!r}"
+            )
 
 
 def _report(arguments: argparse.Namespace) -> None:

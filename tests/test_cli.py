@@ -30,6 +30,7 @@ VERBS = (
     "eval",
     "pack",
     "data",
+    "decontaminate",
     "report",
     "serve",
     "plan",
