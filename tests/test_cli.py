@@ -79,7 +79,7 @@ def test_help_of_the_whole(capsys):
     code, out, _ = ended(capsys, "--help")
     assert code == 0
     for verb in VERBS:
-        assert f"\n    {verb} " in out
+        assert f"\n    {verb}" in out
     assert "psyche demo --out runs/demo" in out
 
 
