@@ -250,7 +250,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = add(
         "serve",
         _serve,
-        "Serve a model behind an OpenAI-compatible endpoint, on this machine.",
+        "Serve a model behind an OpenAI-compatible endpoint, with a web page, on this machine.",
         "psyche serve runs/demo/grpo --port 8000",
     )
     verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible HTTP server: chat completions, streamed or whole, and the list of models."""
+"""The OpenAI-compatible HTTP server: chat completions, streamed or whole, the list of models, and a web page."""
 
 import asyncio
 import contextlib
@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from importlib.resources import files
 from typing import Any
 
 import fastapi
@@ -25,10 +26,15 @@ from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body
-from psyche_jax.serve.service import Answer, FailedError, Said, Service, TooLongError, Wanted
+from psyche_jax.serve.service import Answer, FailedError, Said, Service, TooLongError, Wanted, describe
 from psyche_jax.serve.speech import TokenLogProb
 
 TOKEN_VARIABLE = "PSYCHE_SERVE_TOKEN"
+_PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.js": ("page.js", "text/javascript"),
+    "/page.css": ("page.css", "text/css"),
+}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": protocol.ErrorResponse, "description": text}
     for status, text in {
@@ -106,10 +112,22 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
     )
     started = int(time.time())
 
+    assets = files("psyche_jax.serve") / "page"
+
+    def page(name: str, kind: str) -> Callable[[], Response]:
+        return lambda: Response((assets / name).read_bytes(), media_type=kind)
+
+    for path, (name, kind) in _PAGE.items():
+        app.get(path, include_in_schema=False)(page(name, kind))
+
     @app.get("/health", responses={403: _ERRORS[403]})
     async def health() -> dict[str, str]:
         """Whether the server answers."""
         return {"status": "ok"}
+
+    @app.get("/about", include_in_schema=False)
+    async def about() -> dict[str, Any]:
+        return {**describe(service), "token_required": token is not None}
 
     @app.get("/v1/models", responses={status: _ERRORS[status] for status in (401, 403, 429)})
     async def models() -> protocol.ModelList:
@@ -334,4 +352,4 @@ def _log_probs(entries: list[TokenLogProb], service: Service) -> protocol.LogPro
 def announce(config: ServeConfig, address: str) -> None:
     """Say on stderr where the server is, and what protects it."""
     gate = f"on, region {config.crisis.region}" if config.crisis.gate else "OFF: nothing looks after people in a crisis"
-    print(f"serving {config.model} on {address}/v1; crisis gate {gate}", file=sys.stderr)
+    print(f"serving {config.model} on {address} (page at /, API at /v1); crisis gate {gate}", file=sys.stderr)

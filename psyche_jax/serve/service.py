@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
@@ -193,3 +194,12 @@ async def _speak(job: Job, speeches: Sequence[Speech], pieces: "asyncio.Queue[Pi
                 yield Said(piece.row, delta, delta.finish, speech.tokens)
     finally:
         job.give_up()
+
+
+def describe(service: Service) -> dict[str, Any]:
+    """What the page needs to know."""
+    gate = service.gate
+    return {
+        "model": service.name,
+        "notice": {"zh": gate.notice("zh"), "en": gate.notice("en")} if gate else None,
+    }

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import start_server
+from serving import start_server
 
 from psyche_jax import cli
 
@@ -161,7 +161,7 @@ def test_answers_tell_nothing_of_the_machine(server, tiny_model):
         httpx.post(server.address + URL, json={**BODY, "messages": "x"}),
     ]
     assert all(400 <= answer.status_code < 500 for answer in wrong)
-    for answer in [*wrong, httpx.get(f"{server.address}/openapi.json")]:
+    for answer in [*wrong, httpx.get(f"{server.address}/openapi.json"), httpx.get(f"{server.address}/about")]:
         for secret in (str(tiny_model), str(Path.home()), "Traceback", ".py", "site-packages", socket.gethostname()):
             assert secret not in answer.text
 
