@@ -248,6 +248,21 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     verb = add(
+        "chat",
+        _chat,
+        "Talk with a model in the terminal.",
+        "psyche chat runs/demo/grpo --show-reasoning",
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run, or an endpoint: URL[#MODEL]"
+    )
+    verb.add_argument("--config", type=Path, help="a YAML file as for serve; see docs/serve.md")
+    _add_set(verb)
+    verb.add_argument("--system", default="", metavar="TEXT", help="a system prompt in place of the model's own")
+    verb.add_argument("--show-reasoning", action="store_true", help="do not fold <think>…</think>")
+    _add_conversation(verb)
+
+    verb = add(
         "serve",
         _serve,
         "Serve a model behind an OpenAI-compatible endpoint, with a web page, on this machine.",
@@ -616,6 +631,17 @@ def _conversation(arguments: argparse.Namespace) -> list[str]:
     for key, value in (("crisis.region", arguments.region), ("crisis.log", arguments.crisis_log)):
         changes += [f"{key}={json.dumps(value)}"] if value else []
     return changes
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from psyche_jax.serve.config import serve_config
+
+    changes = [*arguments.overrides, *_conversation(arguments)]
+    config = serve_config(arguments.config, changes, {"model": arguments.model})
+    _start_jax()
+    from psyche_jax.serve.chat import chat
+
+    chat(config, arguments.system, arguments.show_reasoning)
 
 
 def _serve(arguments: argparse.Namespace) -> None:

@@ -36,6 +36,7 @@ VERBS = (
     "plan",
     "bench",
     "demo",
+    "chat",
 )
 
 

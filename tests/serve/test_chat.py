@@ -1,0 +1,166 @@
+"""Chat in the terminal: with a local model, with an endpoint, folded reasoning, commands, stopping."""
+
+import asyncio
+import io
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from psyche_jax import cli
+from psyche_jax.data.records import Message
+from psyche_jax.errors import UserError
+from psyche_jax.serve.chat import Chat, Screen, split_reasoning
+
+
+class Parrot:
+    """A model that says what it was prepared to say, in small pieces."""
+
+    name = "parrot"
+    gate = None
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.seen = []
+
+    async def answer(self, turns):
+        self.seen.append([(turn.role, turn.content) for turn in turns])
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        for start in range(0, len(answer), 3):
+            yield answer[start : start + 3]
+
+
+def talk(model, *lines, show=False, system=""):
+    out = io.StringIO()
+    chat = Chat(model, system, Screen(out, show), out)
+    with asyncio.Runner() as runner:
+        chat.run(lines, runner)
+    return out.getvalue(), chat
+
+
+def test_reasoning_is_folded_or_shown_and_not_sent_again():
+    model = Parrot("<think>想一想</think>\n好的。", "<think>再想</think>不客气。")
+    out, _ = talk(model, "你好", "谢谢")
+    assert out == (
+        "[reasoning folded: 3 characters; /think shows it]\n好的。\n\n"
+        "[reasoning folded: 2 characters; /think shows it]\n不客气。\n\n"
+    )
+    assert model.seen[1] == [("user", "你好"), ("assistant", "好的。"), ("user", "谢谢")]
+    out, _ = talk(Parrot("<think>想一想</think>\n好的。"), "你好", show=True)
+    assert out == "想一想\n--\n好的。\n\n"
+    out, _ = talk(Parrot("<think>想一想</think>好。"), "你好", "/think", "/think")
+    assert out.endswith("reasoning is shown\n想一想\nreasoning is folded\n")
+
+
+@given(st.text(alphabet="<think>/ 好\n", max_size=40), st.booleans())
+def test_the_screen_loses_nothing_of_an_answer(answer, show):
+    text = f"<think>x</think>{answer}"
+    out, _ = talk(Parrot(text, text), "问", show=show)
+    assert out.rstrip().endswith(answer.strip())
+    out, _ = talk(Parrot("a" + answer), "问", show=show)
+    assert out == f"a{answer}\n\n"
+
+
+def test_commands(tmp_path):
+    model = Parrot("一", "二", "三")
+    saved = tmp_path / "chat.json"
+    out, chat = talk(
+        model, "/help", "甲", "/history", f"/save {saved}", f"/save {saved}", "/save", "/save /no/such/x",
+        "/new", "乙", "/system 短。", "丙", "/nonsense", "", "/quit", "never",
+    )  # fmt: skip
+    assert "/think" in out and "user: 甲\nassistant: 一" in out
+    messages = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "一"}]
+    assert json.loads(saved.read_text()) == {"model": "parrot", "messages": messages}
+    for line in ("exists already", "say where: /save FILE", "/no/such/x: No such file", "there is no /nonsense"):
+        assert line in out
+    assert model.seen == [[("user", "甲")], [("user", "乙")], [("system", "短。"), ("user", "丙")]]
+    assert [turn.content for turn in chat.turns] == ["丙", "三"]
+
+
+def test_a_failure_is_shown_and_the_conversation_goes_on():
+    model = Parrot(UserError("too long; /new begins anew"), "好")
+    out, chat = talk(model, "甲", "乙")
+    assert out == "[too long; /new begins anew]\n\n好\n\n"
+    assert chat.turns == [Message("user", "乙"), Message("assistant", "好")]
+
+
+def test_split():
+    assert split_reasoning("<think>a</think>b") == ("a", "b")
+    assert split_reasoning("b") == ("", "b")
+    assert split_reasoning(" <think>a") == ("a", "")
+
+
+def piped(model, lines, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "psyche_jax.cli", "chat", str(model), *arguments],
+        input="\n".join(lines),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment},
+        timeout=300,
+    )
+
+
+def test_with_a_local_model_from_a_pipe(tiny_model, tmp_path):
+    log = tmp_path / "events.jsonl"
+    done = piped(tiny_model, ["你好", "我想自杀", "/history"], "--set", "limits.new_tokens=8", "--crisis-log", str(log))
+    assert done.returncode == 0 and done.stderr == ""
+    assert "不是医生" in done.stdout and "not a clinician" in done.stdout
+    assert "12356" in done.stdout.split("user: 我想自杀")[1], "the fixed text"
+    assert json.loads(log.read_text())["risk"] == "active_ideation"
+    assert "自杀" not in log.read_text()
+
+
+def test_with_an_endpoint(server, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n我不想活了\n"))
+    assert cli.main(["chat", f"{server.address}/v1", "--set", "limits.new_tokens=8", "--region", "US"]) == 0
+    out = capsys.readouterr().out
+    assert "988" in out.split("\n\n", 1)[1], "this side's gate answered, with its own region"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n"))
+    assert cli.main(["chat", f"{server.address}/v1#gpt"]) == 0
+    assert "the model that is served here is 'tiny'" in capsys.readouterr().out
+    assert cli.main(["chat", "http://127.0.0.1:9/v1"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_in_a_terminal_ctrl_c_stops_the_answer_only(tiny_model):
+    mine, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "psyche_jax.cli", "chat", str(tiny_model), "--no-crisis-gate", "--plain"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TERM": "dumb"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    seen = b""
+
+    def until(text, seconds=120):
+        nonlocal seen
+        end = time.monotonic() + seconds
+        while text not in seen:
+            assert time.monotonic() < end, seen
+            seen += os.read(mine, 4096)
+        seen = seen.split(text, 1)[1]
+
+    until(b"> ")
+    os.write(mine, "说说话\n".encode())
+    until("说说话\r\n".encode())
+    process.send_signal(signal.SIGINT)
+    until(b"[stopped]")
+    until(b"> ")
+    os.write(mine, b"/quit\n")
+    assert process.wait(60) == 0
+    os.close(mine)
