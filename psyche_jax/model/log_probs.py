@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from psyche_jax.model.qwen2 import Execution, Qwen2
+from psyche_jax.model.qwen2 import Execution, Qwen2, cast_weights
 
 
 class TokenScores(NamedTuple):
@@ -39,18 +39,22 @@ def token_scores(
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
     sharding = execution.sharding
-    vocab, rows = (
-        ("loss_vocab", "loss_batch") if sharding.divides(model.config.vocab_size, "loss_vocab") else ("vocab", "batch")
-    )
-    # Bound to the hidden states, so that no loop over micro-batches keeps the head's copies between their losses.
-    head, hidden = jax.lax.optimization_barrier((model.output_embedding, hidden))
-    head = sharding.constrain(head, vocab, None)
+    spread = sharding.divides(model.config.vocab_size, "loss_vocab")
+    vocab, rows = ("loss_vocab", "loss_batch") if spread else ("vocab", "batch")
+    head = model.output_embedding
+    if model.head is None or not spread:
+        # Not laid out for the loss yet: once, so that its gradient adds up over chunks and goes back once.
+        head, hidden = jax.lax.optimization_barrier((head, hidden))
+        head = sharding.constrain(head, vocab, None)
+    # Bound to the hidden states, so that no loop over micro-batches keeps a copy of the head between their losses.
+    copy, hidden = jax.lax.optimization_barrier((jax.lax.stop_gradient(head), hidden))
+    copy = cast_weights(copy, hidden.dtype)
 
     @jax.checkpoint
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         hidden = sharding.constrain(hidden, rows, None, None)
-        # Cast here, so that the head's gradient adds up over chunks in its own dtype.
-        logits = jnp.einsum("btd,vd->btv", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        weights = _copied(head, copy)
+        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
         logits = sharding.constrain(logits, rows, None, vocab) / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -67,3 +71,12 @@ def token_scores(
         ),
     )
     return TokenScores(*(x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :length] for x in stacked))
+
+
+@jax.custom_vjp
+def _copied(weights: jax.Array, copy: jax.Array) -> jax.Array:
+    """`copy`, which is `weights` in another dtype; its gradient goes to `weights`, and adds up in their dtype."""
+    return copy
+
+
+_copied.defvjp(lambda weights, copy: (copy, weights), lambda weights, gradient: (gradient.astype(weights.dtype), None))

@@ -134,10 +134,13 @@ class Qwen2(nnx.Module):
         self.embedding = nnx.Param(0.02 * jax.random.normal(embed_key, shape, dtype), logical_axes=axes)
         self.layers = DecoderLayer(config, layer_key, dtype)
         self.final_norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
+        # The head lies as the loss uses it, where the mesh divides the vocabulary: its gradient is summed in place.
         self.head = (
             None
             if config.tie_word_embeddings
-            else nnx.Param(0.02 * jax.random.normal(head_key, shape, dtype), logical_axes=axes)
+            else nnx.Param(
+                0.02 * jax.random.normal(head_key, shape, dtype), logical_axes=("loss_vocab", None), otherwise=axes
+            )
         )
         self.config = config
 

@@ -30,11 +30,11 @@ TRAIN_RULES: Rules = MappingProxyType(
         "activation_embed": None,
         # The loss spreads the vocabulary instead of the rows: tokens' hidden states travel, the head never does.
         "loss_batch": "data",
-        "loss_vocab": ("fsdp", "tensor"),
+        "loss_vocab": ("tensor", "fsdp"),
     }
 )
 # Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any.
-DECODE_RULES: Rules = MappingProxyType({**TRAIN_RULES, "embed": None})
+DECODE_RULES: Rules = MappingProxyType({**TRAIN_RULES, "embed": None, "loss_vocab": "tensor"})
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,15 @@ class Sharding:
 
     def of_parameters(self, abstract_parameters: nnx.State) -> dict[str, Any]:
         """NamedShardings of a model's parameters, as a plain nested dict of the same structure."""
-        axes = jax.tree.map(
-            lambda variable: self.named(*variable.get_metadata()["logical_axes"]),
-            abstract_parameters,
-            is_leaf=lambda node: isinstance(node, nnx.Variable),
-        )
-        return nnx.to_pure_dict(axes)
+
+        def place(variable: nnx.Variable) -> NamedSharding:
+            metadata = variable.get_metadata()
+            axes = metadata["logical_axes"]
+            divided = all(axis is None or self.divides(n, axis) for n, axis in zip(variable.shape, axes, strict=True))
+            return self.named(*(axes if divided else metadata.get("otherwise", axes)))
+
+        places = jax.tree.map(place, abstract_parameters, is_leaf=lambda node: isinstance(node, nnx.Variable))
+        return nnx.to_pure_dict(places)
 
     def __hash__(self) -> int:
         return hash((self.mesh, tuple(self.rules.items())))

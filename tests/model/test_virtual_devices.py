@@ -22,7 +22,7 @@ ROWS, LENGTH = 8, 20
 # Shape of each parameter on one device, on a mesh of data 2 x fsdp 2 x tensor 2 and of fsdp 2 x tensor 4.
 SHARDS = {
     "embedding": ((68, 32), (34, 32)),
-    "head": ((68, 32), (34, 32)),
+    "head": ((34, 64), (17, 64)),
     "final_norm/scale": ((64,), (64,)),
     "layers/input_norm/scale": ((2, 64), (2, 64)),
     "layers/post_attention_norm/scale": ((2, 64), (2, 64)),
