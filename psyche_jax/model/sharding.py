@@ -54,16 +54,17 @@ class Sharding:
 
     def divides(self, size: int, axis: str) -> bool:
         """Whether a dimension of `size` can be split as the rule of `axis` says."""
-        axes = self.rules[axis] or ()
-        parts = math.prod(self.mesh.shape[name] for name in ((axes,) if isinstance(axes, str) else axes))
-        return size % parts == 0
+        return size % parts_of_axes(self.mesh, self.rules[axis]) == 0
 
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
         """Fix how `array` lies on the mesh at this point of a program."""
         return jax.lax.with_sharding_constraint(array, self.named(*axes))
 
     def of_parameters(self, abstract_parameters: nnx.State) -> dict[str, Any]:
-        """NamedShardings of a model's parameters, as a plain nested dict of the same structure."""
+        """NamedShardings of a model's parameters, as a plain nested dict of the same structure.
+
+        A parameter lies as its `logical_axes` say or, where the mesh does not divide these, as `otherwise` says.
+        """
 
         def place(variable: nnx.Variable) -> NamedSharding:
             metadata = variable.get_metadata()
@@ -76,6 +77,11 @@ class Sharding:
 
     def __hash__(self) -> int:
         return hash((self.mesh, tuple(self.rules.items())))
+
+
+def parts_of_axes(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+    """Into how many parts an entry of a PartitionSpec splits a dimension."""
+    return math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.Device] | None = None) -> Mesh:

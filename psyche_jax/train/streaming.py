@@ -15,14 +15,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 from flax import nnx, traverse_util
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 from orbax.checkpoint import type_handlers
 
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import absolute
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Parameters, build
-from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding
+from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding, parts_of_axes
 from psyche_jax.pieces import Index, blocks, read_ahead
 
 # Chunks are the shards of this mesh (data, fsdp, tensor), so each of up to 16 devices reads no more than its own.
@@ -122,18 +122,18 @@ def streamed_parameters(config: ModelConfig, dtype: np.dtype, read: ReadParamete
     return traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
 
 
-def chunk_shape(shape: Sequence[int], spec: Sequence[str | None], item_bytes: int) -> tuple[int, ...]:
+def chunk_shape(shape: Sequence[int], spec: PartitionSpec, item_bytes: int) -> tuple[int, ...]:
     """How to cut a parameter for storage: by layers, by the axes that training shards, and to 16 MiB.
 
-    Small arrays stay whole. `spec` names the mesh axis of each dimension; three dimensions are a stack of layers.
+    Small arrays stay whole. `spec` names the mesh axes of each dimension; three dimensions are a stack of layers.
     """
-    parts = [1 if axis is None else _FINEST_MESH.shape[axis] for axis in spec]
+    cuts = [parts_of_axes(_FINEST_MESH, axes) for axes in spec]
     if len(shape) == 3:
-        parts[0] = shape[0]
+        cuts[0] = shape[0]
     chunk = list(shape)
-    for axis in sorted(range(len(shape)), key=lambda axis: -parts[axis]):
+    for axis in sorted(range(len(shape)), key=lambda axis: -cuts[axis]):
         if math.prod(chunk) * item_bytes > _LEAST_BYTES:
-            chunk[axis] //= math.gcd(chunk[axis], parts[axis])
+            chunk[axis] //= math.gcd(chunk[axis], cuts[axis])
     while math.prod(chunk) * item_bytes > _MOST_BYTES and max(chunk) % 2 == 0:
         chunk[chunk.index(max(chunk))] //= 2
     return tuple(chunk)
