@@ -46,7 +46,7 @@ class Compiled:
 
     executable: Any | None
     seconds: float
-    peak_bytes: int | None  # None where the compiler refused without a figure
+    peak_bytes: int | None  # live at once; where the compiler refused, what it asked for, if it said so
     limit_bytes: int | None  # where the compiler has named it
     message: str = ""
 
@@ -107,7 +107,8 @@ def compile_lowered(lowered: Lowered) -> Compiled:
 
 def out_of_memory(message: str) -> tuple[int | None, int | None]:
     """Bytes used and allowed, from the compiler's message: `Used 17.52G of 15.75G hbm`, or `HLO temporaries (52.51G)
-    exceeds available HBM (15.75G)`, which counts the arguments too, whatever it says."""
+    exceeds available HBM (15.75G)`, which counts the arguments too, whatever it says. Both count gaps between buffers.
+    """
     size = r"([\d.]+)([KMGT]?)"
     for form in (rf"Used {size} of {size} hbm", rf"temporaries \({size}\) exceeds available HBM \({size}\)"):
         if match := re.search(form, message):

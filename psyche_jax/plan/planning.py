@@ -103,6 +103,7 @@ def make_plan(config: PlanConfig, slice_: Slice) -> Plan:
         smallest = smallest_weight_bytes(config, lowered.model, mesh["tensor"])
         collectives = tuple(find_collectives(compiled.executable.as_text(), smallest))
     limit = compiled.limit_bytes or int(slice_.chip.hbm_gib * GIB)
+    # LIBTPU_INIT_ARGS may tell the compiler of more memory than a chip has.
     fits = compiled.executable is not None and (compiled.peak_bytes or 0) <= limit
     memory_gib = memory_by_kind(lowered, config, compiled.peak_bytes)
     return Plan(

@@ -126,11 +126,17 @@ def test_the_program_is_known_by_its_keys(tmp_path):
     assert type(load_plan_config(write_config(tmp_path / "b", "grpo"), [], None)).__name__ == "GrpoConfig"
 
 
+def check_peak(capsys, config, topology, overrides, limit):
+    code, result, _ = plan(capsys, ROOT / "configs" / f"{config}.yaml", *overrides, topology=topology)
+    assert (code, result["fits"]) == (0, True)
+    assert result["peak_gib"] <= limit
+    assert result["collectives"]["decoding_loop"]["weight_sized"] == 0
+
+
 @pytest.mark.slow
-def test_sft_of_7b_on_v5e_16(capsys):
-    code, result, _ = plan(capsys, ROOT / "configs" / "sft_7b_v5e16.yaml", topology="v5e:4x4")
-    assert code == 0
-    assert result["peak_gib"] <= 8.75  # 8.67 with libtpu 0.0.42.1; the prototype took 8.7
+@pytest.mark.parametrize(("config", "limit"), [("sft_7b_v5e16", 8.5), ("grpo_7b_v5e16", 13.5)], ids=["sft", "grpo"])
+def test_7b_on_v5e_16(config, limit, capsys):
+    check_peak(capsys, config, "v5e:4x4", [], limit)
 
 
 @pytest.mark.slow
@@ -139,7 +145,6 @@ def test_sft_of_7b_on_v5e_16(capsys):
     ("config", "topology", "overrides", "limit"),
     [
         ("sft_7b_v6e8", "v6e:2x4", [], 19.0),
-        ("grpo_7b_v5e16", "v5e:4x4", [], 13.5),
         ("grpo_7b_v5e16", "v5e:4x4", ["--set", "max_new_tokens=2048"], 15.5),
         ("sft_7b_v5p8", "v5p:2x2x1", [], 95.0),
         ("grpo_7b_v6e8", "v6e:2x4", [], 31.0),
@@ -147,8 +152,5 @@ def test_sft_of_7b_on_v5e_16(capsys):
         ("sft_1_5b_v5e8", "v5e:2x4", [], 15.5),
     ],
 )
-def test_ready_configs_fit(config, topology, overrides, limit, capsys):
-    code, result, _ = plan(capsys, ROOT / "configs" / f"{config}.yaml", *overrides, topology=topology)
-    assert (code, result["fits"]) == (0, True)
-    assert result["peak_gib"] <= limit
-    assert result["collectives"]["decoding_loop"]["weight_sized"] == 0
+def test_the_other_ready_configs_fit(config, topology, overrides, limit, capsys):
+    check_peak(capsys, config, topology, overrides, limit)
