@@ -151,10 +151,22 @@ def _parser() -> argparse.ArgumentParser:
         help="a Hugging Face folder, a checkpoint, a run, or URL#NAME of an OpenAI-compatible endpoint "
         "(http://localhost:8000/v1#my-model; its key is OPENAI_API_KEY)",
     )
-    verb.add_argument("--bench", required=True, metavar="NAME|FILE", help="`samples`, or a JSONL file of questions")
+    verb.add_argument(
+        "--bench",
+        required=True,
+        metavar="NAME|FILE",
+        help="samples, dialogues, pceb:FOLDER, cpsyexam:FILE, or a JSONL file of questions or dialogues",
+    )
     verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
     verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    verb.add_argument(
+        "--train", metavar="URI", help="training data: what they hold of the benchmark is scored apart, too"
+    )
+    verb.add_argument("--shots", type=int, metavar="N", help="worked examples before each choice question")
+    verb.add_argument(
+        "--shots-from", metavar="NAME|FILE", help="where they are from: a benchmark with the same cells, not scored"
+    )
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
@@ -460,7 +472,9 @@ def _grpo(arguments: argparse.Namespace) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
-    for name in ("limit", "samples", "max_new_tokens", "batch_size"):
+    if (arguments.shots is None) != (arguments.shots_from is None):
+        raise UsageError("--shots and --shots-from go together")
+    for name in ("limit", "shots", "samples", "max_new_tokens", "batch_size"):
         _check_at_least(name, getattr(arguments, name), 1)
     if not 0 <= arguments.temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, not {arguments.temperature}")
@@ -471,14 +485,20 @@ def _eval(arguments: argparse.Namespace) -> None:
         if arguments.out.is_dir():
             raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    from psyche_jax.evaluate.benchmarks import read_benchmark
+    from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
     from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
     from psyche_jax.evaluate.scores import scores_table
 
     benchmark = read_benchmark(arguments.bench)
     for line in benchmark.set_aside:
         print(f"set aside: {line}", file=sys.stderr)
+    if arguments.train:
+        from psyche_jax.evaluate.leaks import look_for_leaks
+
+        benchmark = look_for_leaks(benchmark, arguments.train)
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
+    if arguments.shots:
+        benchmark = with_shots(benchmark, read_benchmark(arguments.shots_from), arguments.shots)
     judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name

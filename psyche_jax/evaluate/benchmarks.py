@@ -1,35 +1,131 @@
-"""The benchmarks: what comes with the package, and files of questions and dialogues."""
+"""The benchmarks: what comes with the package, PCEB, CPsyExam, and files of questions and dialogues."""
 
+import dataclasses
 import json
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeVar
 
-from psyche_jax.data.records import Dialogue, Question, read_records
-from psyche_jax.evaluate.tasks import Benchmark, choice_task, dialogue_task
+from psyche_jax.data.dataset import is_dataset, load_records, open_dataset
+from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays
+from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task, choice_task, dialogue_task, with_examples
 
 SAMPLES, DIALOGUES = "samples", "dialogues"  # that come with the package
+PCEB, CPSYEXAM = "pceb", "cpsyexam"
+Result = TypeVar("Result")
+_PARTS = {"cases": "case", "moral": "moral", "theory": "theory"}  # folders of PCEB and what its cells are called
 
 
 def read_benchmark(bench: str) -> Benchmark:
-    """A benchmark: `samples` or `dialogues`, or a JSONL file of `Question` or of `Dialogue` records.
+    """A benchmark by its name or file.
+
+    `samples`, `dialogues`: come with the package. `pceb:FOLDER`: PCEB or a part of it, with cells `case_smcq` to
+    `theory_mmcq` and `essay`. `cpsyexam:FILE`: a split of CPsyExam, with cells `knowledge_smcq` to `analyse_mmcq`.
+    Else a JSONL file or a data set of `Question` or of `Dialogue` records.
 
     Raises:
       UserError: the file is missing, or holds nothing usable.
     """
+    name, _, where = bench.partition(":")
+    if name == PCEB and where:
+        return _pceb(Path(where))
+    if name == CPSYEXAM and where:
+        return _cpsyexam(Path(where))
+    if bench in (PCEB, CPSYEXAM):
+        raise UsageError(f"--bench {bench}: its files do not come with the package; say where they are: {bench}:PATH")
     packaged = {SAMPLES: "questions.jsonl", DIALOGUES: "dialogues.jsonl"}
-    path = Path(str(files("psyche_jax.data") / "samples" / packaged[bench])) if bench in packaged else Path(bench)
-    if _holds_dialogues(path):
-        dialogues = read_records(Dialogue, path)
+    place = str(files("psyche_jax.data") / "samples" / packaged[bench]) if bench in packaged else bench
+    if kind_at(place) == Dialogue.__name__:
+        dialogues = load_records(Dialogue, place)
         return Benchmark(bench, tuple(dialogue_task(one) for one in dialogues.good), dialogues.set_aside)
-    records = read_records(Question, path)
+    records = load_records(Question, place)
     return Benchmark(bench, tuple(choice_task(question) for question in records.good), records.set_aside)
 
 
-def _holds_dialogues(path: Path) -> bool:
-    """Whether the first line of a file is an object with turns; what is wrong with a file is found on reading it."""
+def with_shots(benchmark: Benchmark, examples: Benchmark, shots: int) -> Benchmark:
+    """The choice questions of `benchmark`, each after the first `shots` of `examples` of its cell.
+
+    A question is never its own example, nor an example for another one on the same case.
+
+    Raises:
+      UserError: a cell has too few examples.
+    """
+    tasks = []
+    for task in benchmark.tasks:
+        if task.kind not in CHOICE_KINDS:
+            tasks.append(task)
+            continue
+        others = [
+            one for one in examples.tasks if one.cell == task.cell and one.id != task.id and one.group != task.group
+        ]
+        if len(others) < shots:
+            raise UserError(f"{examples.name}: has {len(others)} examples of {task.cell}, not {shots}")
+        tasks.append(with_examples(task, others[:shots]))
+    return dataclasses.replace(benchmark, name=f"{benchmark.name}-{shots}-shot", tasks=tuple(tasks))
+
+
+def _pceb(folder: Path) -> Benchmark:
+    """PCEB; the questions on one case are a group."""
+    tasks: list[Task] = []
+    set_aside: list[str] = []
+    for part, name in _PARTS.items():
+        if any((folder / part).rglob("*.json")):
+            loaded = _as_published(load_pceb, folder / part)
+            tasks += _in_cells(loaded.good, lambda question, name=name: name)
+            set_aside += loaded.set_aside
+    if not tasks:
+        raise UserError(f"{folder}: holds nothing of PCEB; give its folder with cases, moral and theory in it")
+    if any((folder / "cases").rglob("*.json")):
+        for number, essay in enumerate(_as_published(load_pceb_essays, folder / "cases")[0], start=1):
+            text = f"{essay.case}\n{essay.question}"
+            turns = (Message("user", text),)
+            tasks.append(Task(f"essay-{number}", "essay", "essay", turns, text, essay.reference, group=essay.case))
+    return Benchmark(PCEB, tuple(tasks), tuple(set_aside))
+
+
+def _cpsyexam(file: Path) -> Benchmark:
+    loaded = _as_published(load_cpsyexam, file)
+    if not loaded.good:
+        raise UserError(f"{file}: holds no usable question of CPsyExam")
+    return Benchmark(CPSYEXAM, tuple(_in_cells(loaded.good, lambda question: question.meta["part"])), loaded.set_aside)
+
+
+def _as_published(load: Callable[[Path], Result], place: Path) -> Result:
+    """What a loader makes of a place.
+
+    Raises:
+      UserError: the files are of another shape than the published ones.
+    """
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        return load(place)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{place}: is not as published ({type(error).__name__}: {error})") from None
+
+
+def _in_cells(questions: Sequence[Question], part: Callable[[Question], str]) -> list[Task]:
+    kinds = {"single": "smcq", "multi": "mmcq"}
+    return [
+        choice_task(question, f"{part(question)}_{kinds[question.kind]}", str(question.meta.get("case", "")))
+        for question in questions
+    ]
+
+
+def kind_at(place: str) -> str:
+    """The name of the records' class at a place: as a data set says, else as the first line of a JSONL file looks.
+
+    What is wrong with a file is found on reading it.
+    """
+    if is_dataset(place):
+        return open_dataset(place).manifest.kind
+    try:
+        with Path(place).open(encoding="utf-8-sig") as file:
             first = json.loads(file.readline())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(first, dict) and "turns" in first
+        first = None
+    keys = first if isinstance(first, dict) else {}
+    if "messages" in keys:
+        return RlPrompt.__name__ if "answer" in keys else SftExample.__name__
+    return Dialogue.__name__ if "turns" in keys else Question.__name__

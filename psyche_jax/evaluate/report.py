@@ -128,15 +128,20 @@ class RunRecord:
         return "" if self.state.get("status") == "done" else f"psyche {self.kind} --config {config}"
 
     @property
+    def trained_on(self) -> list[str]:
+        """Where its training data lie: one place, or the parts of a mixture."""
+        data = self.config.get("data")
+        places = data.get("train") if isinstance(data, dict) else None
+        return [places] if isinstance(places, str) else list(map(str, places or ()))
+
+    @property
     def data_card(self) -> dict[str, Any]:
         """What `psyche synth` wrote about the training data, if they are on this machine; else empty."""
-        trained_on = self.setting("data.train")
-        if not isinstance(trained_on, str) or in_bucket(trained_on):
-            return {}
-        for folder in (Path(trained_on), Path(trained_on).parent):
-            if (folder / "card.json").is_file():
-                card = read_json(folder / "card.json")
-                return card if isinstance(card, dict) else {}
+        for place in self.trained_on:
+            for folder in (Path(place), Path(place).parent):
+                if not in_bucket(place) and (folder / "card.json").is_file():
+                    card = read_json(folder / "card.json")
+                    return card if isinstance(card, dict) else {}
         return {}
 
     @property

@@ -21,6 +21,7 @@ class Task:
     turn as reports show it. `gold`: the letters of a choice question, the reference text of an essay or a dialogue.
     `options`: the letters to choose from. `cell`: the part of the benchmark whose score it counts in. `group`: what
     it shares with other tasks (a case vignette), so that they are drawn together where scores are resampled.
+    `question`: the record of a choice question.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Task:
     gold: str
     options: str = ""
     group: str = ""
+    question: Question | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def choice_task(question: Question, cell: str = "", group: str = "") -> Task:
         question.answer,
         "".join(question.options),
         group or question.id,
+        question,
     )
 
 

@@ -1,6 +1,8 @@
 """Endpoints over real HTTP: good ones, slow to be whole, and those that lie or break off."""
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,32 @@ def test_the_rest_is_asked_when_a_dead_server_is_back(tmp_path: Path, monkeypatc
         server.answer = right
         assert evaluate(f"{server.url}#tiny", (tmp_path / "e.json",))["scores"]["count"] == len(TASKS)
         assert 0 < len(server.requests) < len(TASKS)
+
+
+def test_killed_without_warning_it_asks_only_for_the_rest(tmp_path: Path) -> None:
+    """SIGKILL in the middle: no answer that was received is asked for again, but for those in flight."""
+
+    def slow(request: dict[str, Any], again: int) -> str:
+        time.sleep(0.1)
+        return "答案：A"
+
+    command = [sys.executable, "-m", "psyche_jax.cli", "eval", "URL", "--bench", "samples", "--batch-size", "2"]
+    command += ["--limit", "40", "--out", "e.json", "--json"]
+    with chat_server(slow) as server:
+        command[4] = server.url
+        process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+        while len(server.requests) < 12:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        killed = len(server.requests)
+        assert killed < 40 and not (tmp_path / "e.json").exists()
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["count"] == 40
+    assert 40 <= len(server.requests) <= 42, "two were in flight"
+    assert "of 40 answers are there already" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_which_model_is_meant() -> None:

@@ -1,0 +1,48 @@
+"""Tasks of a benchmark that training data hold too."""
+
+import dataclasses
+from pathlib import Path
+
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.decontamination import decontaminate
+from psyche_jax.data.public import load_cpsyexam
+from psyche_jax.data.records import BaseRecord, Dialogue, Question, RlPrompt, SftExample
+from psyche_jax.errors import UserError
+from psyche_jax.evaluate.benchmarks import CPSYEXAM, kind_at
+from psyche_jax.evaluate.tasks import Benchmark
+
+_KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}
+
+
+def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
+    """The benchmark with what `data.decontamination` finds of it in training data.
+
+    A leaked case leaks everything that is asked about it, essays too. A case on which there are essays alone is not
+    looked for.
+
+    Args:
+      benchmark: its choice questions are looked for.
+      train: a data set or JSONL file of records that are not packed, or `cpsyexam:FILE`.
+
+    Raises:
+      UserError: the training data cannot be read.
+    """
+    questions = [task.question for task in benchmark.tasks if task.question is not None]
+    leaks = {leak.evaluation_id: leak for leak in decontaminate(_read(train), questions).leaks}
+    groups = {
+        task.group: leaks[task.question.id].reason
+        for task in benchmark.tasks
+        if task.question is not None and task.question.id in leaks
+    }
+    leaked = {task.id: groups[task.group] for task in benchmark.tasks if task.group in groups}
+    return dataclasses.replace(benchmark, leaked=leaked)
+
+
+def _read(train: str) -> tuple[BaseRecord, ...]:
+    name, _, where = train.partition(":")
+    if name == CPSYEXAM and where:
+        return load_cpsyexam(Path(where)).good
+    kind = kind_at(train)
+    if kind not in _KINDS:
+        raise UserError(f"--train {train}: holds {kind} records, which cannot be compared as text")
+    return load_records(_KINDS[kind], train).good
