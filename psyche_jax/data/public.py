@@ -51,10 +51,11 @@ class _Item:
     kind: str
     rationale: str | None = None
     case: str = ""
+    part: str = ""
 
 
 def load_cpsyexam(path: Path) -> Loaded:
-    """CPsyExam, one JSON object a line."""
+    """CPsyExam, one JSON object a line. `meta["part"]` is what it tests: `knowledge` or `analyse`."""
     return _questions(((where, partial(_cpsyexam_item, where, row)) for where, row in _lines(path)), "CPsyExam")
 
 
@@ -119,7 +120,9 @@ LOADERS: Mapping[str, Callable[[Path], Loaded]] = {
 def _cpsyexam_item(where: str, row: Mapping[str, Any]) -> _Item:
     explanation = clean_text(row.get("explanation") or "") or None
     stem = clean_text(row["question"])
-    return _Item(where, stem, row["options"], row["answer"], row["question_type"], explanation)
+    return _Item(
+        where, stem, row["options"], row["answer"], row["question_type"], explanation, part=row.get("kind") or ""
+    )
 
 
 def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str) -> Loaded:
@@ -145,6 +148,7 @@ def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str) ->
         options = {letter: clean_text(text) for letter, text in item.options.items() if clean_text(text)}
         stem = f"{item.case}\n{item.stem}" if item.case else item.stem
         meta = {"case": item.case, "question": item.stem} if item.case else {}
+        meta |= {"part": item.part} if item.part else {}
         try:
             question = Question(stem, options, "".join(sorted(set(letters))), kind, item.rationale, source, meta)
         except ValueError as error:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from psyche_jax.data.dataset import is_dataset, load_records, open_dataset
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays
-from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample
+from psyche_jax.data.records import BaseRecord, Dialogue, Message, Question, RlPrompt, SftExample
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task, choice_task, dialogue_task, with_examples
 
@@ -74,7 +74,7 @@ def _pceb(folder: Path) -> Benchmark:
     for part, name in _PARTS.items():
         if any((folder / part).rglob("*.json")):
             loaded = _as_published(load_pceb, folder / part)
-            tasks += _in_cells(loaded.good, lambda question, name=name: name)
+            tasks += _in_cells(loaded.good, name)
             set_aside += loaded.set_aside
     if not tasks:
         raise UserError(f"{folder}: holds nothing of PCEB; give its folder with cases, moral and theory in it")
@@ -90,7 +90,7 @@ def _cpsyexam(file: Path) -> Benchmark:
     loaded = _as_published(load_cpsyexam, file)
     if not loaded.good:
         raise UserError(f"{file}: holds no usable question of CPsyExam")
-    return Benchmark(CPSYEXAM, tuple(_in_cells(loaded.good, lambda question: question.meta["part"])), loaded.set_aside)
+    return Benchmark(CPSYEXAM, tuple(_in_cells(loaded.good)), loaded.set_aside)
 
 
 def _as_published(load: Callable[[Path], Result], place: Path) -> Result:
@@ -105,12 +105,16 @@ def _as_published(load: Callable[[Path], Result], place: Path) -> Result:
         raise UserError(f"{place}: is not as published ({type(error).__name__}: {error})") from None
 
 
-def _in_cells(questions: Sequence[Question], part: Callable[[Question], str]) -> list[Task]:
+def _in_cells(records: Sequence[BaseRecord], part: str = "") -> list[Task]:
+    """Choice questions in cells by part (else by what the record says) and kind; those on one case are a group."""
     kinds = {"single": "smcq", "multi": "mmcq"}
-    return [
-        choice_task(question, f"{part(question)}_{kinds[question.kind]}", str(question.meta.get("case", "")))
-        for question in questions
-    ]
+    tasks = []
+    for record in records:
+        if isinstance(record, Question):
+            name = part or str(record.meta.get("part", ""))
+            cell = f"{name}_{kinds[record.kind]}".lstrip("_")
+            tasks.append(choice_task(record, cell, str(record.meta.get("case", ""))))
+    return tasks
 
 
 def kind_at(place: str) -> str:

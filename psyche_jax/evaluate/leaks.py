@@ -29,7 +29,7 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
     """
     questions = [task.question for task in benchmark.tasks if task.question is not None]
     leaks = {leak.evaluation_id: leak for leak in decontaminate(_read(train), questions).leaks}
-    groups = {
+    groups: dict[str, str] = {
         task.group: leaks[task.question.id].reason
         for task in benchmark.tasks
         if task.question is not None and task.question.id in leaks
