@@ -49,9 +49,9 @@ from psyche_jax.evaluate.local import LocalModel
 from psyche_jax.evaluate.report import write_report
 from psyche_jax.files import new_folder, read_json, write_json
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decoding import Sampling
 from psyche_jax.model.huggingface import load_tokenizer, write_weights
 from psyche_jax.model.qwen2 import Execution, bind, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
 from psyche_jax.runs import read_lines

@@ -22,9 +22,9 @@ from psyche_jax.data.records import Message, question_text
 from psyche_jax.data.tokenizer import chat_template
 from psyche_jax.evaluate.completions import complete
 from psyche_jax.evaluate.evaluation import read_bench
-from psyche_jax.model.decoding import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train.checkpoints import open_model
 

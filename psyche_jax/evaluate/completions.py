@@ -9,8 +9,9 @@ import jax
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.evaluate.answers import Completion
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decoding import Rollout, Sampling, generate
+from psyche_jax.model.decoding import Rollout, generate
 from psyche_jax.model.qwen2 import Execution, Parameters
+from psyche_jax.model.sampling import Sampling
 
 
 def complete(

@@ -13,9 +13,9 @@ _MASKED = -1e30
 class Source(NamedTuple):
     """Keys and values to attend to.
 
-    `key`, `value`: [rows, keys, kv_heads, head_dim]. `allowed`: bool [rows, queries or 1, keys].
-    A source may have fewer rows than there are queries: each of its rows then serves as many consecutive rows of
-    queries (the shared prompt of a group of responses).
+    `key`, `value`: [rows, kv_heads, keys, head_dim]. `allowed`: bool [rows, queries or 1, keys], or with a row for
+    each row of queries. A source may have fewer rows than there are queries: each of its rows then serves as many
+    consecutive rows of queries (the shared prompt of a group of responses).
     """
 
     key: jax.Array
@@ -34,29 +34,72 @@ def attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
       [batch, queries, heads, head_dim] in the dtype of `query`. Scores and softmax are float32.
     """
     batch, queries, heads, head_dim = query.shape
-    scale = head_dim**-0.5
-    scores = []
-    for source in sources:
-        rows, keys, kv_heads, _ = source.key.shape
-        grouped = query.reshape(rows, batch // rows, queries, kv_heads, heads // kv_heads, head_dim)
-        score = jnp.einsum("bgqkrh,btkh->bkgrqt", grouped, source.key, preferred_element_type=jnp.float32)
-        # `allowed` has a row per source row or a row per query row.
-        allowed = source.allowed.reshape(rows, -1, *source.allowed.shape[1:])[:, None, :, None]
-        score = jnp.where(allowed, score * scale, _MASKED)
-        # [batch, kv_heads, heads per kv head, queries, keys]
-        score = score.transpose(0, 2, 1, 3, 4, 5).reshape(batch, kv_heads, heads // kv_heads, queries, keys)
-        scores.append(score)
-    weights = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(query.dtype)
-    outputs = []
-    start = 0
-    for source in sources:
-        rows, keys, kv_heads, _ = source.key.shape
-        weight = weights[..., start : start + keys]
-        start += keys
-        weight = weight.reshape(rows, batch // rows, kv_heads, heads // kv_heads, queries, keys)
-        output = jnp.einsum("bgkrqt,btkh->bgqkrh", weight, source.value, preferred_element_type=jnp.float32)
-        outputs.append(output.reshape(batch, queries, heads, head_dim))
-    return sum(outputs[1:], outputs[0]).astype(query.dtype)
+    kv_heads = sources[0].key.shape[1]
+    shared = heads // kv_heads
+    # Scores and weights are the large arrays. They stay as the products leave them, [rows, kv_heads, queries that
+    # share a key, keys]; the queries are laid out for that, which is cheap.
+    query = query.reshape(batch, queries, kv_heads, shared, head_dim) * jnp.asarray(head_dim**-0.5, query.dtype)
+    query = query.transpose(0, 2, 3, 1, 4)  # [batch, kv_heads, shared, queries, head_dim]
+    scores = [_scores(query, source) for source in sources]
+    # [batch, kv_heads, shared, queries, 1]
+    largest = jax.lax.stop_gradient(_maximum([score.max(axis=-1, keepdims=True) for score in scores]))
+    total, outputs = jnp.zeros_like(largest), jnp.zeros((*query.shape[:-1], head_dim), jnp.float32)
+    for source, score in zip(sources, scores, strict=True):
+        weights = jnp.exp(score - largest)
+        total += weights.sum(axis=-1, keepdims=True)
+        outputs += _weighted(weights.astype(query.dtype), source)
+    # Divided here, where the array is small, instead of in the weights.
+    output = (outputs / total).astype(query.dtype)
+    return output.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
+
+
+def _scores(query: jax.Array, source: Source) -> jax.Array:
+    """Float32 [batch, kv_heads, shared, queries, keys], masked."""
+    batch, kv_heads, shared, queries, head_dim = query.shape
+    rows, keys = source.key.shape[0], source.key.shape[2]
+    by_row = _join_groups(query, rows).reshape(rows, kv_heads, -1, head_dim)
+    score = jnp.einsum("bkmh,bkth->bkmt", by_row, source.key, preferred_element_type=jnp.float32)
+    score = _split_groups(score, (batch, kv_heads, shared, queries, keys))
+    allowed = source.allowed
+    if batch // allowed.shape[0] > 1:
+        allowed = jnp.repeat(allowed, batch // allowed.shape[0], axis=0)
+    return jnp.where(allowed[:, None, None], score, _MASKED)
+
+
+def _weighted(weights: jax.Array, source: Source) -> jax.Array:
+    """Float32 [batch, kv_heads, shared, queries, head_dim]: the sum of values by weight."""
+    batch, kv_heads, shared, queries, keys = weights.shape
+    rows, head_dim = source.key.shape[0], source.key.shape[3]
+    by_row = _join_groups(weights, rows).reshape(rows, kv_heads, -1, keys)
+    output = jnp.einsum("bkmt,bkth->bkmh", by_row, source.value, preferred_element_type=jnp.float32)
+    return _split_groups(output, (batch, kv_heads, shared, queries, head_dim))
+
+
+def _join_groups(array: jax.Array, rows: int) -> jax.Array:
+    """[batch, kv_heads, ...] to [rows, kv_heads, batch / rows, ...]: a source's row with all that it serves."""
+    if array.shape[0] == rows:
+        return array
+    return array.reshape(rows, -1, *array.shape[1:]).swapaxes(1, 2)
+
+
+def _split_groups(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[rows, kv_heads, everything that shares a row, last] to `shape`, whose first axis is the batch."""
+    rows, batch = array.shape[0], shape[0]
+    if batch == rows:
+        return array.reshape(shape)
+    return array.reshape(rows, shape[1], batch // rows, *shape[2:]).swapaxes(1, 2).reshape(shape)
+
+
+def _maximum(arrays: Sequence[jax.Array]) -> jax.Array:
+    result = arrays[0]
+    for array in arrays[1:]:
+        result = jnp.maximum(result, array)
+    return result
+
+
+def by_head(array: jax.Array) -> jax.Array:
+    """[batch, sequence, heads, head_dim] to [batch, heads, sequence, head_dim], and back."""
+    return array.swapaxes(1, 2)
 
 
 def causal_mask(segments: jax.Array) -> jax.Array:

@@ -1,6 +1,6 @@
 """Sampling responses with a key-value cache. A prompt is read once and shared by all of its responses."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -9,17 +9,11 @@ import jax.numpy as jnp
 
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, build
+from psyche_jax.model.sampling import Sampling, draw
 from psyche_jax.model.sharding import DECODE_RULES, join_rows, split_rows
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn. Temperature 0 is greedy; 1 draws from the model's full distribution."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    generations_per_prompt: int = 1
-    waves: int = 1  # the prompts are decoded in that many parts, one after the other, to hold less cache
+# Decoding attends over the part of the cache that is filled, by steps: this much at first, then twice as much.
+_FIRST_FILLED = 64
 
 
 class Rollout(NamedTuple):
@@ -96,54 +90,75 @@ def _decode_wave(
     )
     last = prompt_length - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    layers, _, _, kv_heads, head_dim = prompt_key.shape
-    own = jnp.zeros((layers, responses, sampling.max_new_tokens, kv_heads, head_dim), prompt_key.dtype)
-    cache_axes = (None, "batch", None, "kv_heads", None)
+    layers, _, kv_heads, _, head_dim = prompt_key.shape
+    own = jnp.zeros((layers, responses, kv_heads, sampling.max_new_tokens, head_dim), prompt_key.dtype)
+    cache_axes = (None, "batch", "kv_heads", None, None)
     own = execution.sharding.constrain(own, *cache_axes)
     cache = KVCache(prompt_key, prompt_value, prompt_mask, own, own)
     response_positions = jnp.repeat(lengths, sampling.generations_per_prompt)
     stop = jnp.asarray(config.stop_token_ids, jnp.int32)
     padding = config.pad_token_id or 0
 
-    def draw(logits: jax.Array, step: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def choose(logits: jax.Array, step: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Token, its log-prob and whether the response is over, each [responses]."""
         logits = execution.sharding.constrain(logits, "batch", "vocab")
-        if sampling.temperature > 0:
-            logits = logits / sampling.temperature
-            token = jax.random.categorical(jax.random.fold_in(key, step), logits)
-        else:
-            token = jnp.argmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        log_prob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        token = jnp.where(finished, padding, token).astype(jnp.int32)
+        token, log_prob = draw(logits, jax.random.fold_in(key, step), sampling)
+        token = jnp.where(finished, padding, token)
         return token, jnp.where(finished, 0.0, log_prob), finished | jnp.isin(token, stop)
 
     shape = (responses, sampling.max_new_tokens)
     logits = jnp.repeat(model.logits(hidden), sampling.generations_per_prompt, axis=0)
-    token, log_prob, finished = draw(logits, jnp.int32(0), jnp.zeros(responses, bool))
+    token, log_prob, finished = choose(logits, jnp.int32(0), jnp.zeros(responses, bool))
     rollout = Rollout(
         jnp.full(shape, padding, jnp.int32).at[:, 0].set(token),
         jnp.zeros(shape, bool).at[:, 0].set(True),
         jnp.zeros(shape, jnp.float32).at[:, 0].set(log_prob),
     )
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, KVCache, Rollout]) -> jax.Array:
-        step, _, finished, _, _ = carry
-        return (step < sampling.max_new_tokens) & ~jnp.all(finished)
+    def decode(start: int, end: int, filled: int, carry: _Carry) -> _Carry:
+        """Tokens `start` to `end` of all responses, unless all end before; `filled` is at least `end` - 1."""
 
-    def advance(
-        carry: tuple[jax.Array, jax.Array, jax.Array, KVCache, Rollout],
-    ) -> tuple[jax.Array, jax.Array, jax.Array, KVCache, Rollout]:
-        step, token, finished, cache, rollout = carry
-        hidden, cache = model.decode(token, response_positions + step - 1, step - 1, cache, execution)
-        token, log_prob, now_finished = draw(model.logits(hidden), step, finished)
-        rollout = Rollout(
-            rollout.tokens.at[:, step].set(token),
-            rollout.mask.at[:, step].set(~finished),
-            rollout.log_probs.at[:, step].set(log_prob),
-        )
-        return step + 1, token, now_finished, cache, rollout
+        def unfinished(state: tuple[jax.Array, _Carry]) -> jax.Array:
+            turn, carry = state
+            return (turn < end - start) & ~jnp.all(carry.finished)
 
-    carry = (jnp.int32(1), token, finished, cache, rollout)
-    with jax.named_scope("decoding_loop"):  # the name by which `psyche plan` finds it in the compiled program
-        return jax.lax.while_loop(unfinished, advance, carry)[-1]
+        def advance(state: tuple[jax.Array, _Carry]) -> tuple[jax.Array, _Carry]:
+            turn, (token, finished, cache, rollout) = state
+            step = start + turn
+            hidden, cache = model.decode(token, response_positions + step - 1, step - 1, cache, execution, filled)
+            token, log_prob, now_finished = choose(model.logits(hidden), step, finished)
+            rollout = Rollout(
+                rollout.tokens.at[:, step].set(token),
+                rollout.mask.at[:, step].set(~finished),
+                rollout.log_probs.at[:, step].set(log_prob),
+            )
+            return turn + 1, _Carry(token, now_finished, cache, rollout)
+
+        with jax.named_scope("decoding_loop"):  # the name by which `psyche plan` finds it in the compiled program
+            return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), carry))[1]
+
+    carry = _Carry(token, finished, cache, rollout)
+    start = 1
+    for filled in _filled_lengths(sampling.max_new_tokens - 1):
+        carry = decode(start, filled + 1, filled, carry)
+        start = filled + 1
+    return carry.rollout
+
+
+class _Carry(NamedTuple):
+    """What one decoding step hands to the next: the last tokens, who has ended, the cache, all tokens so far."""
+
+    token: jax.Array
+    finished: jax.Array
+    cache: KVCache
+    rollout: Rollout
+
+
+def _filled_lengths(longest: int) -> list[int]:
+    """64, 128, 256, … and `longest`: a loop each. None at all where nothing is decoded."""
+    lengths = []
+    filled = _FIRST_FILLED
+    while filled < longest:
+        lengths.append(filled)
+        filled *= 2
+    return [*lengths, longest] if longest else []

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from psyche_jax.model.attention import Source, attention
+from psyche_jax.model.attention import Source, attention, by_head
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.kernels import AttentionKernel, self_attention
+from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
 from psyche_jax.model.sharding import Sharding
 
 Parameters: TypeAlias = dict[str, Any]
@@ -35,9 +35,9 @@ class Execution:
 class KVCache(NamedTuple):
     """Keys and values of prompts (one row a prompt) and of what was decoded after them (one row a response).
 
-    `prompt_key`, `prompt_value`: [layers, prompts, prompt_length, kv_heads, head_dim];
+    `prompt_key`, `prompt_value`: [layers, prompts, kv_heads, prompt_length, head_dim];
     `prompt_allowed`: bool [prompts, prompt_length], False on padding;
-    `key`, `value`: [layers, responses, response_length, kv_heads, head_dim].
+    `key`, `value`: [layers, responses, kv_heads, response_length, head_dim].
     """
 
     prompt_key: jax.Array
@@ -59,7 +59,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out], within a scan that has taken the leading axis away."""
-        y = jnp.einsum("...i,oi->...o", x, cast_weights(self.kernel[...], x.dtype))
+        # Over flat rows: with several axes of them the CPU compiler transposes activations for the weights' gradient.
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.einsum("ti,oi->to", rows, cast_weights(self.kernel[...], x.dtype)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -149,25 +151,39 @@ class Qwen2(nnx.Module):
         """The head's weights [vocab, width], which are the embedding's when tied."""
         return (self.embedding if self.head is None else self.head)[...]
 
-    def __call__(self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution) -> jax.Array:
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        execution: Execution,
+        shared: SharedPrompt | None = None,
+    ) -> jax.Array:
         """Final hidden states [batch, sequence, width] of whole sequences, for training and scoring.
 
         Args:
           tokens, segments, positions: int32 [batch, sequence]; segment 0 is padding, and tokens of different
             segments do not see each other.
           execution: dtype, rematerialization, sharding.
+          shared: rows are a prompt with its responses, which do not see each other.
         """
-        hidden, _ = self._whole(tokens, segments, positions, execution, keep_cache=False)
+        hidden, _ = self._whole(tokens, segments, positions, execution, shared, keep_cache=False)
         return hidden
 
     def prefill(
         self, tokens: jax.Array, segments: jax.Array, positions: jax.Array, execution: Execution
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """As `__call__`, and the keys and values of all layers, [layers, batch, sequence, kv_heads, head_dim]."""
-        return self._whole(tokens, segments, positions, execution, keep_cache=True)
+        """As `__call__`, and the keys and values of all layers, [layers, batch, kv_heads, sequence, head_dim]."""
+        return self._whole(tokens, segments, positions, execution, None, keep_cache=True)
 
     def decode(
-        self, tokens: jax.Array, positions: jax.Array, index: jax.Array, cache: KVCache, execution: Execution
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        index: jax.Array,
+        cache: KVCache,
+        execution: Execution,
+        filled: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """One decoding step of every response.
 
@@ -175,6 +191,8 @@ class Qwen2(nnx.Module):
           tokens, positions: int32 [responses].
           index: int32 scalar, how many tokens were decoded before this one: where its keys and values go.
           cache: what to attend to; the responses of one prompt are consecutive rows.
+          execution: dtype and sharding.
+          filled: more than `index`: only so much of the response's part of the cache is looked at. None: all of it.
 
         Returns:
           Hidden states [responses, width] and the cache with this token in it.
@@ -182,7 +200,9 @@ class Qwen2(nnx.Module):
         sharding = execution.sharding
         x = self._embed(tokens[:, None], execution)
         rotary = rotary_tables(positions[:, None], self.config, execution.compute_dtype)
-        decoded = jnp.arange(cache.key.shape[2]) <= index
+        _, responses, kv_heads, allocated, head_dim = cache.key.shape
+        visible = (1, responses, kv_heads, filled or allocated, head_dim)
+        decoded = jnp.broadcast_to(jnp.arange(visible[3]) <= index, (responses, 1, visible[3]))
         graph, stacked = nnx.split(self.layers)
 
         def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]) -> tuple[Any, None]:
@@ -191,14 +211,14 @@ class Qwen2(nnx.Module):
             layer = nnx.merge(graph, parameters)
 
             def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                start = (layer_index, 0, index, 0, 0)
-                new_keys = jax.lax.dynamic_update_slice(keys, key[None], start)
-                new_values = jax.lax.dynamic_update_slice(values, value[None], start)
+                start, this_layer = (layer_index, 0, 0, index, 0), (layer_index, 0, 0, 0, 0)
+                new_keys = jax.lax.dynamic_update_slice(keys, by_head(key)[None], start)
+                new_values = jax.lax.dynamic_update_slice(values, by_head(value)[None], start)
                 prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
                 own = Source(
-                    new_keys[layer_index],
-                    new_values[layer_index],
-                    jnp.broadcast_to(decoded, (tokens.shape[0], 1, decoded.shape[0])),
+                    jax.lax.dynamic_slice(new_keys, this_layer, visible)[0],
+                    jax.lax.dynamic_slice(new_values, this_layer, visible)[0],
+                    decoded,
                 )
                 return attention(query, (prompt, own)), (new_keys, new_values)
 
@@ -235,14 +255,15 @@ class Qwen2(nnx.Module):
         segments: jax.Array,
         positions: jax.Array,
         execution: Execution,
+        shared: SharedPrompt | None,
         keep_cache: bool,
     ) -> tuple[jax.Array, Any]:
         rotary = rotary_tables(positions, self.config, execution.compute_dtype)
         graph, stacked = nnx.split(self.layers)
 
         def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-            mixed = self_attention(query, key, value, segments, execution.attention, execution.sharding)
-            return mixed, (key, value) if keep_cache else None
+            mixed = self_attention(query, key, value, segments, execution.attention, execution.sharding, shared)
+            return mixed, (by_head(key), by_head(value)) if keep_cache else None
 
         def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
             return nnx.merge(graph, parameters)(x, rotary, attend, execution.sharding)

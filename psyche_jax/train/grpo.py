@@ -14,9 +14,10 @@ import optax
 
 from psyche_jax.config import GrpoConfig
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decoding import Rollout, Sampling, generate
+from psyche_jax.model.decoding import Rollout, generate
 from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import join_rows, split_rows
 from psyche_jax.rewards import CompiledRules, score
 from psyche_jax.train.gradients import accumulate_gradients

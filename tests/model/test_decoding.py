@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from qwen2_reference import SHAPES, SMALL, Batch, apart, jit, logits, padded, read, reference, scores, torch, worst
 
-from psyche_jax.model.decoding import Sampling, generate
+from psyche_jax.model.decoding import generate
 from psyche_jax.model.qwen2 import KVCache, bind
+from psyche_jax.model.sampling import Sampling, draw, filter_logits
 
 LENGTHS = (5, 1, 9, 8)
 PROMPT_LENGTH = 11
@@ -69,7 +72,7 @@ def test_cached_decoding_equals_the_whole_forward(side, generations, port, figur
         model = bind(config, parameters)
         hidden, (key, value) = model.prefill(batch.tokens, batch.segments, batch.positions, execution)
         # Not zeros: what was never written must not be seen.
-        own = jnp.full((key.shape[0], responses, steps, *key.shape[3:]), 1e3)
+        own = jnp.full((key.shape[0], responses, key.shape[2], steps, key.shape[4]), 1e3)
         return model.logits(hidden), KVCache(key, value, jnp.asarray(batch.segments > 0), own, own)
 
     @jit
@@ -161,6 +164,54 @@ def test_draws_follow_the_distribution(temperature, port, figure):
         )
 
 
+@pytest.mark.parametrize(
+    "filters", [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.8}], ids=str
+)
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_filters_are_those_of_transformers(filters, temperature, figure):
+    """The same tokens are left, with the same probabilities, and draws report and follow those."""
+    import torch
+    from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    scores = np.random.default_rng(5).normal(size=(4, 301)).astype(np.float32) * 2
+    warpers = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+    processors = LogitsProcessorList([warpers[name](value) for name, value in filters.items()])
+    expected = torch.softmax(processors(None, torch.tensor(scores / np.float32(temperature))), dim=-1).numpy()
+    sampling = Sampling(1, temperature, **filters)
+    ours = np.asarray(jax.nn.softmax(filter_logits(jnp.asarray(scores / np.float32(temperature)), sampling)))
+    np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-9)
+    draws = 20_000
+    repeated = jnp.repeat(jnp.asarray(scores), draws, axis=0)
+    tokens, log_probs = (np.asarray(x) for x in jit(draw, static_argnums=2)(repeated, jax.random.key(3), sampling))
+    for row in range(4):
+        own = slice(row * draws, (row + 1) * draws)
+        assert (expected[row][tokens[own]] > 0).all()
+        np.testing.assert_allclose(np.exp(log_probs[own]), expected[row][tokens[own]], rtol=2e-4)
+        if (expected[row] * draws > 5).sum() > 5:
+            figure("filtered draws, deviations from their distribution", surprise(tokens[own], expected[row]), 5)
+
+
+@given(
+    st.lists(
+        st.sampled_from([-1e30, -7.5, -1.0, -0.25, 0.0, 1e-20, 0.25, 1.0, 7.5, 7.5000005, 1e30]), min_size=9, max_size=9
+    ),
+    st.integers(1, 9),
+)
+def test_top_k_keeps_the_k_largest(scores, k):
+    """Whatever the numbers, ties included."""
+    row = np.asarray(scores, np.float32)
+    kept = np.asarray(jit(filter_logits, static_argnums=1)(row[None], Sampling(1, top_k=k)))[0]
+    assert ((kept > -np.inf) == (row >= np.sort(row)[-k])).all()
+
+
+def test_tokens_of_no_weight_are_never_drawn():
+    """Also where rounding brings a draw to the end of the cumulative sum."""
+    scores = jnp.where(jnp.arange(300) % 150 == 7, 0.0, -jnp.inf)
+    tokens, log_probs = draw(jnp.tile(scores, (50_000, 1)), jax.random.key(0), Sampling(1))
+    assert set(np.unique(tokens)) == {7, 157}
+    np.testing.assert_allclose(log_probs, np.log(0.5), rtol=1e-6)
+
+
 def test_key_decides(port):
     _, batch = prompts()
     one, same, other = (rollout(port, batch, Sampling(9), seed)[0] for seed in (0, 0, 1))
@@ -220,9 +271,9 @@ def test_responses_end_at_the_first_of_two_stop_ids(pad, models):
 
 def test_stopping_early_changes_nothing(port, monkeypatch):
     _, batch = prompts()
-    sampling = Sampling(50, temperature=1.3, generations_per_prompt=2)
+    sampling = Sampling(80, temperature=1.3, generations_per_prompt=2)
     stop = {"stop_token_ids": tuple(range(0, 101, 3)), "pad_token_id": 7}
-    loop, steps = jax.lax.while_loop, []
+    loop, steps, late_loops = jax.lax.while_loop, [], []
 
     def counted(condition, body, carry):
         result = loop(condition, body, carry)
@@ -230,7 +281,10 @@ def test_stopping_early_changes_nothing(port, monkeypatch):
         return result
 
     def to_the_end(_, body, carry):
-        return jax.lax.fori_loop(1, sampling.max_new_tokens, lambda _, carry: body(carry), carry)
+        # Two loops: over the first 64 places of the cache, and over all of them.
+        turns = 64 if not late_loops else sampling.max_new_tokens - 65
+        late_loops.append(turns)
+        return jax.lax.fori_loop(0, turns, lambda _, carry: body(carry), carry)
 
     results = []
     for replacement in (counted, to_the_end):
@@ -240,8 +294,9 @@ def test_stopping_early_changes_nothing(port, monkeypatch):
     program.clear_cache()
     jax.effects_barrier()
     early, late = results
-    assert steps == [early[1].sum(axis=1).max()]
-    assert steps[0] < 40
+    assert late_loops == [64, 15]
+    assert sorted(steps) == [0, early[1].sum(axis=1).max() - 1]  # the first token comes before the loops
+    assert max(steps) < 40
     for one, other in zip(early, late, strict=True):
         assert (one == other).all()
 
