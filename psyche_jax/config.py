@@ -256,6 +256,7 @@ class GrpoConfig(Section):
     passes_per_step: int = 1  # how often the updates go through what a step has sampled (μ)
     micro_batch_prompts: int | None = None  # prompts at once in forward and backward; None: the minibatch
     max_new_tokens: int = 1024
+    share_prompt: bool = True  # learning reads a prompt once for all its responses, where micro-batches allow it
     rollout_waves: int = 1  # the prompts of a step are decoded in that many parts, one after the other
     temperature: float = 1.0  # of the rollout; policy, old, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)

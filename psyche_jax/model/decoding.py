@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, build
+from psyche_jax.model.responses import last_positions
 from psyche_jax.model.sampling import Sampling, draw
 from psyche_jax.model.sharding import DECODE_RULES, join_rows, split_rows
 
@@ -81,15 +82,13 @@ def _decode_wave(
 ) -> Rollout:
     """Prefill, then decode until every response of these prompts has ended."""
     model = bind(config, parameters)
-    prompts, prompt_length = prompt_tokens.shape
-    responses = prompts * sampling.generations_per_prompt
+    responses = len(prompt_tokens) * sampling.generations_per_prompt
     lengths = prompt_mask.sum(axis=1)
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     hidden, (prompt_key, prompt_value) = model.prefill(
         prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution
     )
-    last = prompt_length - 1 - jnp.argmax(prompt_mask[:, ::-1], axis=1)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
     layers, _, kv_heads, _, head_dim = prompt_key.shape
     own = jnp.zeros((layers, responses, kv_heads, sampling.max_new_tokens, head_dim), prompt_key.dtype)
     cache_axes = (None, "batch", "kv_heads", None, None)

@@ -17,6 +17,7 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decoding import Rollout, generate
 from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.responses import response_hidden
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import join_rows, split_rows
 from psyche_jax.rewards import CompiledRules, score
@@ -51,9 +52,9 @@ class Sampled(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """What a rollout gives the updates; rows are responses, those of one prompt consecutive.
+    """What a rollout gives the updates; rows are prompts, or responses, those of one prompt consecutive.
 
-    `tokens`, `segments`, `positions`: int32 [responses, prompt_length + max_new_tokens], prompt and response;
+    `prompt_tokens`: int32, `prompt_mask`: bool [prompts, prompt_length]; `tokens`: int32 [responses, max_new_tokens];
     `mask`: bool [responses, max_new_tokens], what is learned from: the response up to its first stop token, or
     nothing of it;
     `sampler_log_probs`: float32 [responses, max_new_tokens]; `advantages`: float32 [responses];
@@ -61,9 +62,9 @@ class Experience(NamedTuple):
     a step, they are not needed (the old policy then is the current one).
     """
 
+    prompt_tokens: jax.Array
+    prompt_mask: jax.Array
     tokens: jax.Array
-    segments: jax.Array
-    positions: jax.Array
     mask: jax.Array
     sampler_log_probs: jax.Array
     advantages: jax.Array
@@ -260,15 +261,12 @@ class Iteration:
         learned: jax.Array,
         advantages: jax.Array,
     ) -> Experience:
-        """Prompts and responses side by side, with the log-probs that stay fixed during the updates."""
+        """Prompts and responses, with the log-probs that stay fixed during the updates."""
         config = self.config
-        prompt_tokens = jnp.repeat(prompts["tokens"], config.generations_per_prompt, axis=0)
-        prompt_mask = jnp.repeat(prompts["mask"], config.generations_per_prompt, axis=0)
-        segments = jnp.concatenate([prompt_mask, rollout.mask], axis=1).astype(jnp.int32)
         experience = Experience(
-            tokens=jnp.concatenate([prompt_tokens, rollout.tokens], axis=1),
-            segments=segments,
-            positions=jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0),
+            prompt_tokens=prompts["tokens"],
+            prompt_mask=prompts["mask"],
+            tokens=rollout.tokens,
             mask=learned,
             sampler_log_probs=rollout.log_probs,
             advantages=advantages,
@@ -290,10 +288,20 @@ class Iteration:
     def _scores(self, parameters: Parameters, experience: Experience) -> TokenScores:
         """Log-probs (0 off the mask) and entropies of the responses' tokens, [responses, max_new_tokens]."""
         model = bind(self.model, parameters)
-        hidden = model(experience.tokens, experience.segments, experience.positions, self.execution)
-        length = experience.mask.shape[1]
-        responses = experience.tokens[:, -length:]
-        scores = token_scores(model, hidden[:, -length - 1 : -1], responses, self.execution, self.config.temperature)
+        # Where a device's share of a micro-batch is whole prompts.
+        share_prompt = self.config.share_prompt and self.execution.sharding.divides(
+            len(experience.prompt_tokens), "batch"
+        )
+        hidden = response_hidden(
+            model,
+            experience.prompt_tokens,
+            experience.prompt_mask,
+            experience.tokens,
+            experience.mask,
+            self.execution,
+            share_prompt,
+        )
+        scores = token_scores(model, hidden, experience.tokens, self.execution, self.config.temperature)
         # What stands after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
         return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
@@ -391,7 +399,7 @@ class Iteration:
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
             "completions/clipped_ratio": 1 - finished.mean(),
-            "num_tokens": experience.segments.sum(),
+            "num_tokens": self.config.generations_per_prompt * experience.prompt_mask.sum() + lengths.sum(),
             "sampling/logp_difference/mean": difference.sum() / tokens,
             "sampling/logp_difference/max": difference.max(),
         }

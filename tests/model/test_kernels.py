@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from psyche_jax.errors import UsageError
-from psyche_jax.model.kernels import AttentionKernel, self_attention
+from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
 
@@ -54,6 +54,49 @@ def test_kernels_agree_with_plain_attention(kernel: AttentionKernel, length, hea
     for one, other in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=5e-5)
     assert all(np.isfinite(leaf).all() for leaf in gradients)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "shared", "head_dim"),
+    [
+        ("xla", SharedPrompt(9, 3, 7), 16),
+        ("blocked", SharedPrompt(150, 2, 140), 8),
+        ("splash", SharedPrompt(128, 2, 64), 128),
+    ],
+)
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
+def test_responses_share_a_prompt(kernel: AttentionKernel, shared: SharedPrompt, head_dim, mesh):
+    """As if each response stood alone after its prompt: values, and gradients, the prompt's being the sum."""
+    random = np.random.default_rng(1)
+    prompt, count, length = shared.prompt_length, shared.responses, shared.response_length
+    query = random.normal(size=(2, shared.length, 4, head_dim)).astype(np.float32)
+    key, value = random.normal(size=(2, 2, shared.length, 2, head_dim)).astype(np.float32)
+    segments = np.ones((2, shared.length), np.int32)
+    segments[0, :3] = 0  # a prompt padded on the left
+    segments[1, -length // 2 :] = 0  # a response that ended
+    weight = random.normal(size=query.shape).astype(np.float32) * (segments > 0)[..., None, None]
+    sharding = Sharding(make_mesh(*mesh, devices=jax.devices()[: int(np.prod(mesh))]), TRAIN_RULES)
+
+    def together(query, key, value):
+        output = self_attention(query, key, value, jnp.asarray(segments), kernel, sharding, shared, interpret=True)
+        return jnp.sum(output * weight)
+
+    def apart(query, key, value):
+        total = jnp.float32(0)
+        for response in range(count):
+            at = np.r_[:prompt, prompt + response * length : prompt + (response + 1) * length]
+            parts = (x[:, at] for x in (query, key, value))
+            output = self_attention(*parts, jnp.asarray(segments[:, at]), "xla", sharding)
+            said = slice(0 if response == 0 else prompt, None)  # what the prompt says counts once
+            total += jnp.sum(output[:, said] * weight[:, at][:, said])
+        return total
+
+    (one, gradients), (other, expected) = (
+        jax.jit(jax.value_and_grad(way, argnums=(0, 1, 2)))(query, key, value) for way in (together, apart)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+    for ours, theirs in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 
 def test_splash_refuses_what_it_cannot_do():

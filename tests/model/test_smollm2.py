@@ -13,6 +13,7 @@ from qwen2_reference import Batch, apart, logits, padded, read, scores, torch, w
 
 from psyche_jax.model.decoding import generate
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.model.sampling import Sampling
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "smollm2.py"
 TEXT = (
