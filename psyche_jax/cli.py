@@ -556,7 +556,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
         )
     _start_jax()
     from psyche_jax.evaluate.local import LocalModel
-    from psyche_jax.model.decoding import Sampling
+    from psyche_jax.model.sampling import Sampling
 
     return LocalModel(
         arguments.model,

@@ -12,9 +12,9 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Completion, Key
 from psyche_jax.evaluate.completions import complete
 from psyche_jax.evaluate.tasks import Task
-from psyche_jax.model.decoding import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import open_model
 
