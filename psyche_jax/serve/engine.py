@@ -166,9 +166,9 @@ def _begin(
     model = bind(config, parameters)
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, (prompt_key, prompt_value) = model.prefill(tokens, mask.astype(jnp.int32), positions, execution)
-    layers, rows, _, kv_heads, head_dim = prompt_key.shape
-    own = jnp.zeros((layers, rows, room, kv_heads, head_dim), prompt_key.dtype)
-    own = execution.sharding.constrain(own, None, "batch", None, "kv_heads", None)
+    layers, rows, kv_heads, _, head_dim = prompt_key.shape
+    own = jnp.zeros((layers, rows, kv_heads, room, head_dim), prompt_key.dtype)
+    own = execution.sharding.constrain(own, None, "batch", "kv_heads", None, None)
     cache = KVCache(prompt_key, prompt_value, mask, own, own)
     logits = model.logits(hidden[:, -1])
     return _State(cache, logits, mask.sum(axis=1), jnp.zeros(rows, bool), jnp.int32(0))
