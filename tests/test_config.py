@@ -19,6 +19,7 @@ from psyche_jax.config import (
     load_config,
     parse_config,
 )
+from psyche_jax.data.packing import PackConfig
 from psyche_jax.errors import UsageError
 from psyche_jax.rewards import (
     AnswerSetRule,
@@ -29,6 +30,7 @@ from psyche_jax.rewards import (
     RuleConfig,
     ThinkFormatRule,
 )
+from psyche_jax.synth.config import SelectConfig, SynthConfig
 
 PACKAGE = Path(psyche_jax.__file__).parent
 CONFIGS = sorted((PACKAGE.parent / "configs").glob("*.yaml"))
@@ -385,11 +387,12 @@ def test_no_field_is_dead(section, name, attributes):
 @pytest.mark.skipif(not CONFIGS, reason="configs/ is empty")
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_configs_of_the_repository(path):
-    kind = SftConfig if path.name.startswith("sft") else GrpoConfig
-    assert path.name.startswith(("sft", "grpo"))
+    kinds = {"sft": SftConfig, "grpo": GrpoConfig, "pack": PackConfig, "synth": SynthConfig, "select": SelectConfig}
+    (kind,) = [kind for name, kind in kinds.items() if name in path.stem.split("_")]
     config = load_config(kind, path)
-    assert load_config(kind, path, ["run.seed=7"]).run.seed == 7
-    assert config.run.dir and not Path(config.run.dir).is_absolute()
+    if isinstance(config, SftConfig | GrpoConfig):
+        assert load_config(kind, path, ["run.seed=7"]).run.seed == 7
+        assert config.run.dir and not Path(config.run.dir).is_absolute()
 
 
 def test_rare_line_ends_in_texts_read_back(tmp_path):
