@@ -1,0 +1,115 @@
+"""Replies written beforehand, for the demo: what LLMs say to the prompts about the shipped passages and a few posts."""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from psyche_jax.config import RunSection
+from psyche_jax.synth.config import (
+    CallsSection,
+    ControlSection,
+    DialoguesSection,
+    LlmSection,
+    QuestionsSection,
+    RationalesSection,
+    SelectionSection,
+    SourcesSection,
+    SynthConfig,
+)
+
+FOLDER = Path(str(files("psyche_jax.synth") / "canned"))
+_PASSAGES = Path(str(files("psyche_jax.data") / "samples" / "passages.jsonl"))
+_MALFORMED = "记忆系统与工作记忆"  # the passage whose first reply is cut short
+_POOR = "神经冲动的产生与传递"  # whose second question the votes turn down
+_OPEN = "依恋的形成与类型"  # whose question the votes leave to a person
+_INSTRUCTION = "请先说出题干中关键概念的定义，再对照定义逐项说明每个说法是否成立。"
+
+
+def canned_config(run: Path, out: Path, url: str, seed: int) -> SynthConfig:
+    """The synthesis of the demo: canned LLMs at `url`."""
+    names = ("writer", "judge", "solver-a", "solver-b")
+    return SynthConfig(
+        run=RunSection(str(run), seed),
+        out=str(out),
+        sources=SourcesSection((str(_PASSAGES),), (str(FOLDER / "posts.jsonl"),)),
+        llms=tuple(LlmSection(name, f"canned-{name}", f"{url}/v1", key_env=None) for name in names),
+        calls=CallsSection(concurrency=8),
+        questions=QuestionsSection(single=1, multi=1),
+        control=ControlSection(llms=("judge",), votes=2),
+        rationales=RationalesSection(rounds=1),
+        dialogues=DialoguesSection(),
+        selection=SelectionSection(("solver-a", "solver-b"), 1),
+    )
+
+
+def canned_answer(request: Mapping[str, Any]) -> str:
+    """The reply to a chat request. The form of answer that its prompt asks for tells which prompt it is."""
+    messages = request["messages"]
+    asked = next(message["content"] for message in messages if message["role"] == "user")
+    again = any(message["role"] == "assistant" for message in messages)
+    if '{"questions"' in asked:
+        return _written(asked, again)
+    if '"advice_kept"' in asked:
+        return json.dumps({"advice_kept": True, "safe": True, "warmer": True, "fault": ""})
+    if '{"reply"' in asked:
+        post = next(post for post in _lines("posts.jsonl") if post["turns"][0]["content"] in asked)
+        return json.dumps({"reply": post["meta"]["warmer"]}, ensure_ascii=False)
+    if '{"instruction"' in asked:
+        return json.dumps({"instruction": _INSTRUCTION}, ensure_ascii=False)
+    question = next((question for question in _lines("questions.jsonl") if question["stem"] in asked), None)
+    if '"worth"' in asked:
+        return _vote(question)
+    if question is None:
+        return "<think>这道题没有备好的回答，无从推理。</think>\n答案：A"
+    if request["model"].startswith("canned-solver"):
+        return _solved(question, request["model"])
+    first, _, rest = question["rationale"].partition("。")
+    thought = f"{question['rationale']}" if _INSTRUCTION not in asked else f"先看定义：{first}。再逐项对照：{rest}"
+    return f"<think>{thought}</think>\n答案：{question['answer']}"
+
+
+def _written(asked: str, again: bool) -> str:
+    titles = {json.loads(line)["text"]: json.loads(line)["meta"]["title"] for line in _passages()}
+    title = next(title for text, title in titles.items() if text in asked)
+    keys = ("kind", "stem", "options", "answer")
+    found = [{key: question[key] for key in keys} for question in _lines("questions.jsonl") if question["title"] == title]
+    if title == _POOR:
+        options = {"A": "1924年", "B": "1905年", "C": "1956年", "D": "材料没有说"}
+        found.append({"kind": "single", "stem": "神经元是哪一年被命名的？", "options": options, "answer": "D"})
+    if title == _OPEN:  # the same question in other words
+        found.append({**found[0], "stem": f"请问，{found[0]['stem']}"})
+    text = json.dumps({"questions": found}, ensure_ascii=False)
+    return text[: len(text) // 2] if title == _MALFORMED and not again else text
+
+
+def _vote(question: Mapping[str, Any] | None) -> str:
+    scores = {"correct": 5, "clear": 5, "options": 4, "worth": 4, "reason": "表述清楚，答案确定"}
+    if question is None:
+        scores |= {"correct": 2, "worth": 1, "reason": "细枝末节，答案不能确定"}
+    return json.dumps(scores, ensure_ascii=False)
+
+
+def _solved(question: Mapping[str, Any], model: str) -> str:
+    """`solvers`: both, one (the first) or none of them is right, or all agree on another answer."""
+    who = question["solvers"]
+    wrong = next(letter for letter in "DCBA" if letter not in question["answer"])
+    if who.startswith("agree:"):
+        said = who.removeprefix("agree:")
+    elif who == "both" or (who == "one" and model.endswith("a")):
+        said = question["answer"]
+    else:
+        said = wrong if model.endswith("a") else "".join(sorted({wrong, question["answer"][0]}))
+    return f"<think>逐项比较以后作答。</think>\n答案：{said}"
+
+
+@cache
+def _passages() -> tuple[str, ...]:
+    return tuple(_PASSAGES.read_text(encoding="utf-8").splitlines())
+
+
+@cache
+def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
