@@ -55,6 +55,10 @@ from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
 from psyche_jax.runs import read_lines
+from psyche_jax.synth.canned import canned_answer, canned_config
+from psyche_jax.synth.pipeline import run_synth
+from psyche_jax.synth.publish import CARD_JSON
+from psyche_jax.synth.replay import replay_app, serving
 from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.sft import train_sft
@@ -62,6 +66,7 @@ from psyche_jax.train.sft import train_sft
 VOCAB_SIZE = 4096
 MAX_NEW_TOKENS = 48
 PROMPT = PromptSection(system="你是心理学专家。", instruction="先在<think></think>中推理，再作答。\n")
+TITLE = "Demo: a tiny random model; the replies in its synthesis are canned"
 LAST_STEPS = 10  # over which the reward at the end is averaged
 
 
@@ -70,6 +75,16 @@ class Paths:
     """Where the demo puts its parts."""
 
     root: Path
+
+    @property
+    def synth(self) -> Path:
+        """The run of the synthesis."""
+        return self.root / "synth"
+
+    @property
+    def synthesized(self) -> Path:
+        """The records that it made."""
+        return self.root / "synthesized"
 
     @property
     def data(self) -> Path:
@@ -118,6 +133,9 @@ def run_demo(out: Path, seed: int) -> None:
     write_json(marker, {"seed": seed})
     paths = Paths(out)
     clock = _Clock(out / "seconds.json")
+    with clock.stage("synthesis, with canned replies", skip=(paths.synthesized / CARD_JSON).is_file()) as due:
+        if due:
+            synthesize(paths, seed)
     with clock.stage("data and random model", skip=paths.checkpoint.is_dir()) as due:
         if due:
             make_data(paths.data, seed)
@@ -137,9 +155,19 @@ def run_demo(out: Path, seed: int) -> None:
     with clock.stage("report", skip=False):
         difference, compared_with = logit_difference(paths)
         summary = summarize(paths, scores, difference, compared_with)
-        write_report([paths.sft, paths.grpo], out / "report.html")
+        write_report([paths.sft, paths.grpo], out / "report.html", TITLE)
     write_json(out / "summary.json", {**summary, "seconds": {**clock.seconds, "total": sum(clock.seconds.values())}})
     _print_summary(out, summary)
+
+
+def synthesize(paths: Paths, seed: int) -> None:
+    """The shipped passages and a few posts, through all stages of `psyche synth`, over HTTP and without a key.
+
+    The replies were written for this demo beforehand. What comes out lies beside the data of the stages below, which
+    train on the sample records.
+    """
+    with serving(replay_app(canned_answer)) as url:
+        run_synth(canned_config(paths.synth, paths.synthesized, url, seed))
 
 
 def make_data(folder: Path, seed: int) -> None:
@@ -269,6 +297,7 @@ def summarize(paths: Paths, scores: dict[str, Any], difference: float, compared_
     )
     rewards = [line["reward"] for line in grpo]
     return {
+        "synthesis": {"replies": "canned", "records": read_json(paths.synthesized / CARD_JSON)["records"]},
         "sft": {"loss_first": sft[0]["loss"], "loss_last": sft[-1]["loss"], "steps": len(sft)},
         "grpo": {
             "reward_first": rewards[0],
@@ -328,6 +357,8 @@ class _Clock:
 
 def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     sft, grpo = summary["sft"], summary["grpo"]
+    made = ", ".join(f"{count} {name}" for name, count in summary["synthesis"]["records"].items())
+    print(f"synthesis, with canned replies: {made} records")
     print(f"SFT loss {sft['loss_first']:.2f} to {sft['loss_last']:.2f} in {sft['steps']} steps")
     print(
         f"GRPO reward {grpo['reward_first']:.2f} to {grpo['reward_last']:.2f} in {grpo['steps']} steps, "

@@ -24,7 +24,7 @@ FOLDER = Path(str(files("psyche_jax.synth") / "canned"))
 _PASSAGES = Path(str(files("psyche_jax.data") / "samples" / "passages.jsonl"))
 _MALFORMED = "记忆系统与工作记忆"  # the passage whose first reply is cut short
 _POOR = "神经冲动的产生与传递"  # whose second question the votes turn down
-_OPEN = "依恋的形成与类型"  # whose question the votes leave to a person
+_TWICE = "依恋的形成与类型"  # whose question comes twice, in other words
 _INSTRUCTION = "请先说出题干中关键概念的定义，再对照定义逐项说明每个说法是否成立。"
 
 
@@ -55,8 +55,8 @@ def canned_answer(request: Mapping[str, Any]) -> str:
     if '"advice_kept"' in asked:
         return json.dumps({"advice_kept": True, "safe": True, "warmer": True, "fault": ""})
     if '{"reply"' in asked:
-        post = next(post for post in _lines("posts.jsonl") if post["turns"][0]["content"] in asked)
-        return json.dumps({"reply": post["meta"]["warmer"]}, ensure_ascii=False)
+        reply = next(line["reply"] for line in _lines("warmer.jsonl") if line["post"] in asked)
+        return json.dumps({"reply": reply}, ensure_ascii=False)
     if '{"instruction"' in asked:
         return json.dumps({"instruction": _INSTRUCTION}, ensure_ascii=False)
     question = next((question for question in _lines("questions.jsonl") if question["stem"] in asked), None)
@@ -67,7 +67,7 @@ def canned_answer(request: Mapping[str, Any]) -> str:
     if request["model"].startswith("canned-solver"):
         return _solved(question, request["model"])
     first, _, rest = question["rationale"].partition("。")
-    thought = f"{question['rationale']}" if _INSTRUCTION not in asked else f"先看定义：{first}。再逐项对照：{rest}"
+    thought = question["rationale"] if _INSTRUCTION not in asked else f"先看定义：{first}。再逐项对照：{rest}"
     return f"<think>{thought}</think>\n答案：{question['answer']}"
 
 
@@ -75,11 +75,13 @@ def _written(asked: str, again: bool) -> str:
     titles = {json.loads(line)["text"]: json.loads(line)["meta"]["title"] for line in _passages()}
     title = next(title for text, title in titles.items() if text in asked)
     keys = ("kind", "stem", "options", "answer")
-    found = [{key: question[key] for key in keys} for question in _lines("questions.jsonl") if question["title"] == title]
+    found = [
+        {key: question[key] for key in keys} for question in _lines("questions.jsonl") if question["title"] == title
+    ]
     if title == _POOR:
         options = {"A": "1924年", "B": "1905年", "C": "1956年", "D": "材料没有说"}
         found.append({"kind": "single", "stem": "神经元是哪一年被命名的？", "options": options, "answer": "D"})
-    if title == _OPEN:  # the same question in other words
+    if title == _TWICE:
         found.append({**found[0], "stem": f"请问，{found[0]['stem']}"})
     text = json.dumps({"questions": found}, ensure_ascii=False)
     return text[: len(text) // 2] if title == _MALFORMED and not again else text

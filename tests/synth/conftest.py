@@ -1,13 +1,12 @@
 """A server with faults, and what it takes to ask it."""
 
 import asyncio
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_server import KEY, FaultyServer
+from faulty_server import KEY
 
 from psyche_jax.synth.asking import Asker
 from psyche_jax.synth.calls import CallStore
@@ -47,12 +46,3 @@ def ask(tmp_path: Path) -> Callable[..., Any]:
             return asyncio.run(whole(url))
 
     return run
-
-
-@contextmanager
-def answering(*answers: str) -> Iterator[FaultyServer]:
-    """A server without faults that gives these answers in turn, the last one for ever."""
-    server = FaultyServer(share=0.0)
-    given = list(answers)
-    server.answer = lambda request: given.pop(0) if len(given) > 1 else given[0]
-    yield server

@@ -11,7 +11,8 @@ import re
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,15 @@ class FaultyServer:
             return await _stream(send, value, cut=fault == "cut")
         await _send(send, 200, value, cut=fault == "cut")
         return None
+
+
+@contextmanager
+def answering(*answers: str) -> Iterator[FaultyServer]:
+    """A server without faults that gives these answers in turn, the last one for ever."""
+    server = FaultyServer(share=0.0)
+    given = list(answers)
+    server.answer = lambda request: given.pop(0) if len(given) > 1 else given[0]
+    yield server
 
 
 def pick(text: str, faults: tuple[str, ...], share: float) -> str | None:

@@ -8,8 +8,7 @@ from email.utils import formatdate
 
 import httpx2
 import pytest
-from conftest import answering
-from faulty_server import KEY, FaultyServer, _send, stored_keys
+from faulty_server import KEY, FaultyServer, _send, answering, stored_keys
 
 from psyche_jax.config import UsageError
 from psyche_jax.errors import UserError

@@ -1,0 +1,243 @@
+"""The pipeline as a whole, with the canned replies of the demo: what it leaves, what it does again and what not."""
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from bucket import running_bucket
+
+from psyche_jax import cli
+from psyche_jax.config import config_to_dict
+from psyche_jax.data.dataset import load_records, open_dataset
+from psyche_jax.data.records import Question, RlPrompt, SftExample, read_records, write_records
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.rewards.reference import think_format
+from psyche_jax.synth.canned import canned_answer, canned_config
+from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
+from psyche_jax.synth.pipeline import run_select, run_synth
+from psyche_jax.synth.replay import replay_app, serving
+from psyche_jax.synth.review import Decision, ReviewStore
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Requests that the canned server was sent, by model."""
+    return Counter()
+
+
+@pytest.fixture(scope="module")
+def url(asked):
+    """The canned server."""
+
+    def answer(request):
+        asked[request["model"]] += 1
+        return canned_answer(request)
+
+    with serving(replay_app(answer)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, url):
+    """A whole run and the config that made it."""
+    folder = tmp_path_factory.mktemp("made")
+    config = canned_config(folder / "run", folder / "out", url, 0)
+    return config, run_synth(config)
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of it that a test may change."""
+    config, _ = made
+    shutil.copytree(config.run.dir, tmp_path / "run")
+    return replace(config, run=replace(config.run, dir=str(tmp_path / "run")), out=str(tmp_path / "out"))
+
+
+def test_every_stage_did_something(made):
+    _config, reports = made
+    counts = {name: report["counts"] for name, report in reports.items()}
+    assert list(counts) == ["clean", "questions", "control", "rationales", "dialogues", "selection", "publish"]
+    assert reports["control"]["set_aside"] == {"filter": 1, "near duplicate": 1}
+    assert counts["dialogues"]["out/crisis"] == 2
+    tracks = [counts["selection"][f"out/{track}"] for track in ("sft", "rl", "review")]
+    assert all(tracks) and sum(tracks) == counts["rationales"]["out/questions"] == 32
+
+
+def test_published_records_can_be_trained_on(made):
+    config, reports = made
+    sft = load_records(SftExample, f"{config.out}/sft").good
+    rl = load_records(RlPrompt, f"{config.out}/rl").good
+    assert len(sft) == reports["publish"]["counts"]["published/sft"] and len(rl) == 5
+    questions = [example for example in sft if "selection" in example.meta]
+    assert all(think_format(example.messages[-1].content) for example in questions)
+    assert len({record.id for record in (*sft, *rl)}) == len(sft) + len(rl)
+    for record in questions:
+        assert set(record.meta["prompts"]) == {"questions", "filter", "rationale", "improve", "answer"}
+        assert record.source and record.meta["licence"] == "Apache-2.0"
+
+
+def test_the_card_counts_what_there_is(made):
+    config, _ = made
+    card = json.loads(Path(config.out, "card.json").read_text(encoding="utf-8"))
+    assert card["records"] == {name: len(open_dataset(f"{config.out}/{name}")) for name in ("sft", "rl", "crisis")}
+    assert sum(card["licences"].values()) == sum(card["sources"].values()) == sum(card["records"].values())
+    assert {use["model"] for use in card["calls"]} >= {"canned-writer", "canned-judge", "canned-solver-a"}
+    assert card["seed"] == 0 and card["config"]["rationales"]["rounds"] == 1
+    page = Path(config.out, "README.md").read_text(encoding="utf-8")
+    assert "| Apache-2.0 | 39 |" in page and "near duplicate" in page
+
+
+def test_a_second_start_asks_and_changes_nothing(made, asked, copy):
+    before = sum(asked.values())
+    config, reports = made
+    again = run_synth(config)
+    assert again == reports and sum(asked.values()) == before
+    shutil.rmtree(Path(copy.run.dir, "rationales"))  # a stage that is made again finds its replies in the store
+    assert run_synth(copy)["rationales"] == reports["rationales"]
+    assert sum(asked.values()) == before
+
+
+def test_a_changed_setting_makes_anew_what_depends_on_it(asked, copy):
+    before = Counter(asked)
+    reports = run_synth(replace(copy, control=replace(copy.control, least_score=4.5)))
+    assert reports["control"]["counts"]["out/questions"] == 0
+    assert asked == before, "the votes are the same, only the threshold is another"
+    run_synth(replace(copy, rationales=replace(copy.rationales, rounds=0), out=copy.out + "2"))
+    assert asked == before
+    with pytest.raises(UserError, match="another synthesis"):
+        run_synth(replace(copy, out=copy.out + "2"))
+
+
+def test_one_stage_wants_those_before_it(tmp_path, url):
+    config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+    with pytest.raises(UsageError, match="stage clean is missing"):
+        run_synth(config, "questions")
+    assert list(run_synth(config, "clean")) == ["clean"]
+    assert run_synth(config, "questions")["questions"]["counts"]["out/questions"] == 34
+
+
+def test_reviewed_questions_go_on(copy):
+    """The one whose key all LLMs doubt: it waits, and goes where the reviewer sends it."""
+    store = ReviewStore(Path(copy.run.dir))
+    (item,) = store.items()
+    assert "all LLMs answer A" in item.question.meta["flags"][0]
+    store.decide(Decision(item.question.id, "accept", "王"))
+    reports = run_synth(copy)
+    assert (reports["selection"]["counts"]["out/rl"], reports["selection"]["counts"]["out/review"]) == (6, 0)
+    upheld = [q for q in read_records(Question, Path(copy.run.dir, "selection", "rl.jsonl")).good if "review" in q.meta]
+    assert [question.meta["review"]["who"] for question in upheld] == ["王"]
+    store.decide(Decision(item.question.id, "reject", "李", note="超纲"))
+    reports = run_synth(replace(copy, out=copy.out + "2"))
+    assert reports["rationales"]["set_aside"] == {"rejected in review": 1}
+    edited = replace(item.question, answer="A", rationale=None)
+    store.decide(Decision(item.question.id, "edit", "李", edited))
+    reports = run_synth(replace(copy, out=copy.out + "3"))
+    assert reports["rationales"]["set_aside"] == {"wrong answer": 1}, "the canned writer answers with the old key"
+    store.close()
+
+
+def test_review_of_all_waits_for_people(copy):
+    reports = run_synth(replace(copy, control=replace(copy.control, review="all")), "control")
+    assert reports["control"]["counts"]["out/review"] == 32
+    store = ReviewStore(Path(copy.run.dir))
+    first = next(store.items()).question
+    store.decide(Decision(first.id, "accept", "王"))
+    store.close()
+    reports = run_synth(replace(copy, control=replace(copy.control, review="all")), "rationales")
+    assert reports["rationales"]["counts"]["out/questions"] == 1
+    assert reports["rationales"]["set_aside"] == {"waits for review": 31}
+
+
+def test_export_and_import_of_reviews(tmp_path, capsys):
+    questions = [Question(f"第{n}问？", {"A": "甲", "B": "乙"}, "A", "single") for n in range(4)]
+    store = ReviewStore(tmp_path)
+    assert store.add(questions) == 4 and store.add(questions) == 0
+    file = tmp_path / "elsewhere.jsonl"
+    assert cli.main(["review", str(tmp_path), "--export", str(file)]) == 0
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    lines[0]["decision"] = {"verdict": "accept", "who": "远方"}
+    lines[1]["decision"] = {"verdict": "edit", "edited": {**lines[1]["question"], "answer": "B"}}
+    lines[2]["decision"] = {"verdict": "maybe"}
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    file.write_text(text + "no JSON\n", encoding="utf-8")
+    assert cli.main(["review", str(tmp_path), "--import", str(file), "--who", "我"]) == 0
+    out, err = capsys.readouterr()
+    assert "2 decisions taken, 2 set aside" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
+    assert found == [("accept", "远方"), ("edit", "我"), None, None]
+    store.export(file)
+    assert store.load(file, "我") == (0, []), "what is stored already is not stored again"
+    store.close()
+
+
+def test_the_command_and_its_mistakes(tmp_path, url, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_to_dict(canned_config(Path("run"), Path("out"), url, 0))
+    Path("synth.yaml").write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+
+    def failed(*arguments):
+        code = cli.main(["synth", "--config", "synth.yaml", *arguments])
+        return code, capsys.readouterr().err.splitlines()[-1]
+
+    assert "did you mean 'questions.single'" in failed("--set", "questions.singel=1")[1]
+    assert failed("--stage", "cleaning") == (
+        2,
+        "psyche synth: --stage cleaning: there is no such stage; known: "
+        "clean, questions, control, rationales, dialogues, selection, publish",
+    )
+    assert "there is no LLM 'nobody'" in failed("--set", "questions.llm=nobody")[1]
+    assert "no SUCH_KEY" in failed("--set", "llms.0.key_env=SUCH_KEY")[1]
+    code, line = failed("--set", "sources.passages=[absent.jsonl]")
+    assert code == 1 and "absent.jsonl: there is no such file" in line
+    Path("bad.jsonl").write_text('{"text": ""}\n{"no": 1}\nnot json\n' + json.dumps({"text": "足够长的一段正文" * 4}))
+    arguments = ["--set", "sources.passages=[bad.jsonl]", "--set", "sources.dialogues=[]", "--stage", "clean"]
+    assert cli.main(["synth", "--config", "synth.yaml", "--json", *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)["clean"]
+    assert report["set_aside"] == {"bad record": 3} and report["counts"]["out/passages"] == 1
+    assert "bad.jsonl:2" in Path("run/clean/set_aside.jsonl").read_text(encoding="utf-8")
+    assert cli.main(["review", "nowhere"]) == 1 and "no review queue" in capsys.readouterr().err
+
+
+def test_a_budget_that_is_used_up_stops_and_goes_on(tmp_path, url):
+    config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+    with pytest.raises(UserError, match="budget"):
+        run_synth(replace(config, budget=BudgetSection(tokens=5000)))
+    assert not Path(config.run.dir, "questions").exists(), "no stage that is not whole stands under its name"
+    assert run_synth(config, "questions")["questions"]["counts"]["out/questions"] == 34
+
+
+def test_two_processes_do_not_work_in_one_folder(made):
+    from psyche_jax.synth.stages import locked
+
+    config, _ = made
+    with locked(Path(config.run.dir)), pytest.raises(UserError, match="another process"):
+        run_synth(config)
+
+
+def test_select_alone_on_questions_of_ones_own_into_a_bucket(tmp_path, url):
+    questions = [
+        json.loads(line) for line in (Path(__file__).parents[2] / "psyche_jax/synth/canned/questions.jsonl").open()
+    ]
+    fields = ("stem", "options", "answer", "kind", "rationale")
+    records = [Question(**{name: question[name] for name in fields}) for question in questions]
+    write_records(tmp_path / "questions.jsonl", [*records[:30], replace(records[30], rationale=None)])
+    with running_bucket() as bucket:
+        config = canned_config(tmp_path, tmp_path, url, 0)
+        out = f"{bucket}/select"
+        run = replace(config.run, dir=str(tmp_path / "run"))
+        sections = SelectConfig(run, out, (str(tmp_path / "questions.jsonl"),), config.llms, selection=config.selection)
+        reports = run_select(sections)
+        counts = reports["selection"]["counts"]
+        assert counts["in"] == 31 and counts["out/review"] == 1
+        assert len(open_dataset(f"{out}/sft")) == counts["out/sft"] - 1, "one has no rationale to train on"
+        assert len(open_dataset(f"{out}/rl")) == counts["out/rl"]
+
+
+def test_cleaning_can_be_switched_off(copy):
+    off = {name: False for name, value in config_to_dict(CleanSection()).items() if isinstance(value, bool)}
+    report = run_synth(replace(copy, clean=CleanSection(**off)), "clean")["clean"]
+    assert not [key for key in report["counts"] if key.startswith("rule/")]
