@@ -86,13 +86,13 @@ def test_devices_and_chunks_change_nothing(stored, engine):
 
 
 def test_seeds_differ_and_repeat(engine):
-    settings = [RowSettings(16, 1.5, 1.0, seed) for seed in (1, 1, 2, 3)]
-    rows = [tuple(tokens) for tokens, _ in responses(engine, [PROMPTS[2]] * 4, settings)[0]]
-    assert rows[0] == rows[1] and len(set(rows)) == 3
+    settings = [RowSettings(16, 1.5, 1.0, seed) for seed in (1, 1, 2, 3, 4)]
+    rows = [tuple(tokens) for tokens, _ in responses(engine, [PROMPTS[2]] * 5, settings)[0]]
+    assert rows[0] == rows[1] and len(set(rows)) == 4
 
 
 def test_a_row_that_is_given_up_says_no_more(engine):
-    batch = engine.begin(PROMPTS[:2], [replace(GREEDY, max_new_tokens=64)] * 2)
+    batch = engine.begin(PROMPTS, [replace(GREEDY, max_new_tokens=64)] * 5)
     engine.advance(batch)
     batch.give_up(0)
     while not batch.done:
@@ -100,7 +100,7 @@ def test_a_row_that_is_given_up_says_no_more(engine):
 
 
 def test_alternatives_are_the_likeliest(engine):
-    rows, chunks = responses(engine, PROMPTS[:2], [GREEDY] * 2, alternatives=True)
+    rows, chunks = responses(engine, PROMPTS, [GREEDY] * 5, alternatives=True)
     best = np.concatenate([chunk.best for chunk in chunks], axis=1)
     best_log_probs = np.concatenate([chunk.best_log_probs for chunk in chunks], axis=1)
     for row, (tokens, log_probs) in enumerate(rows):

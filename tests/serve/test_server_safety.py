@@ -209,6 +209,7 @@ def test_told_to_stop_it_finishes_what_it_has_begun(tiny_model):
         httpx.get(running.address)
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_breaks_off_what_takes_too_long(tiny_model):
     running = start_server(tiny_model, "--set", "limits.shutdown_seconds=1", "--set", "limits.rows=8")
     stop = threading.Event()
@@ -231,6 +232,7 @@ def test_told_to_stop_it_breaks_off_what_takes_too_long(tiny_model):
         assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_sixty_four_clients_lose_nothing(server):
     script = Path(__file__).parents[2] / "scripts" / "serve_load.py"
     done = subprocess.run(
