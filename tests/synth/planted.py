@@ -11,12 +11,14 @@ import json
 import random
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from psyche_jax.data.records import Question
-from psyche_jax.synth.config import ControlSection
+from psyche_jax.synth.clean import clean_text
+from psyche_jax.synth.config import CleanSection, ControlSection
 from psyche_jax.synth.duplicates import Duplicates
 
 TERMS = [
@@ -258,12 +260,14 @@ def measure(pairs: int, seed: int = 0) -> dict[str, Any]:
 
 
 def real(path: Path) -> dict[str, Any]:
-    """What is found in real exam questions (`cpsyexam_train.jsonl` of CPsyExam)."""
+    """What is cleaned and found in real exam questions (`cpsyexam_train.jsonl` of CPsyExam)."""
+    cleaned: Counter[str] = Counter()
     duplicates = Duplicates(ControlSection())
     counts = {"questions": 0, "unusable": 0, "exact": 0, "near": 0, "conflicting_keys": 0}
     started = time.perf_counter()
     for line in path.read_text(encoding="utf-8").splitlines():
         value = json.loads(line)
+        cleaned.update(set(clean_text(value["question"], CleanSection())[1]))
         options = {letter: text for letter, text in value["options"].items() if text.strip()}
         answer = "".join(sorted(set(value["answer"].replace(",", "").strip())))
         try:
@@ -275,7 +279,7 @@ def real(path: Path) -> dict[str, Any]:
         twin = duplicates.find(question)
         if twin is not None:
             counts["conflicting_keys" if twin.conflict else "exact" if twin.exact else "near"] += 1
-    return {**counts, "seconds": round(time.perf_counter() - started, 1)}
+    return {**counts, "stems_cleaned": dict(cleaned), "seconds": round(time.perf_counter() - started, 1)}
 
 
 def main() -> None:
