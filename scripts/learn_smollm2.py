@@ -235,11 +235,12 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
             "rewards": int(sum((here.rewards[name] != there.rewards[name]).sum() for name in here.rewards)),
         }
         write_json(scores_file, scores)
-    curve = [line for line in read_lines(grpo / "metrics.jsonl") if "evaluation_reward" in line]
+    lines = read_lines(grpo / "metrics.jsonl")
+    curve = [line for line in lines if "evaluation_reward" in line]
     keys = [record.answer for record in records]
     result = {
         "seed": seed,
-        "grpo_steps": steps,
+        "grpo_steps": lines[-1]["step"],
         "held_out_prompts": len(records),
         "best_constant_response": round(max(map(keys.count, keys)) / len(keys), 4),
         "held_out": scores,
