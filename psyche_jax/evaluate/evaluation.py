@@ -152,6 +152,8 @@ def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Complet
     scores = summarize(choices, items)
     if essays:
         scores["essays"] = summarize_essays(essays)
+    if dialogues := sum(task.kind == "dialogue" for task in tasks):
+        scores["dialogues"] = dialogues
     if benchmark.leaked is not None:
         clean = [task for task in choices if task.id not in benchmark.leaked]
         scores["decontaminated"] = summarize(clean, items)

@@ -42,6 +42,8 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{summary['leaked']} stand in the training data; without them {clean['count']} questions{scores}")
     if empathy := summary.get("empathy"):
         lines += _empathy(empathy)
+    elif "dialogues" in summary:
+        lines.append(f"{summary['dialogues']} replies to dialogues; no --judge was given, so they have no marks")
     if summary["set_aside"]:
         lines.append(f"{summary['set_aside']} records set aside")
     return "\n".join(lines)

@@ -168,5 +168,7 @@ def test_two_models_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
         other.write_text('{"items": []}', encoding="utf-8")
         assert cli.main([*arguments, "--against", str(other)]) == 1
         assert "other.json: has no reply to 3 dialogues" in capsys.readouterr().err
+        assert cli.main(arguments[:6]) == 0
+        assert capsys.readouterr().out.startswith("3 replies to dialogues; no --judge was given")
         assert cli.main([*arguments[:3], "samples", *arguments[4:]]) == 2
         assert "--judge: samples holds no dialogues" in capsys.readouterr().err
