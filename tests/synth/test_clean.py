@@ -71,6 +71,11 @@ def test_what_is_good_stays(text):
     assert clean_text(text, CleanSection()) == (text, Counter())
 
 
+def test_colons_before_brackets_and_numbers_are_no_emoticons():
+    text = "咨询师:为什么?\n求助者:(沉默)可能吧。强迫症状:3.2人际敏感:2.8"
+    assert "emoticons" not in clean_text(text, CleanSection())[1]
+
+
 def test_brackets_around_latin_stay():
     assert clean_text("双盲法(Smith, 1999)。", CleanSection())[0] == "双盲法(Smith, 1999)。"
 
@@ -132,5 +137,5 @@ def test_real_questions_keep_their_words(record_property):
         total += len(re.findall(r"\w", text))
         lost += max(0, len(re.findall(r"\w", text)) - len(re.findall(r"\w", clean)))
     assert lost / total < 0.01
-    assert counts["injections"] == counts["advertisements"] == 0
+    assert counts["injections"] == counts["advertisements"] == counts["emoticons"] == 0
     record_property("figure", ("cleaning: share of letters of real questions that is lost", lost / total, 0.01))
