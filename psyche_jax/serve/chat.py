@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO, cast
 
+import httpx2
 import openai
 
 from psyche_jax.config import PromptSection
@@ -92,17 +93,20 @@ class RemoteModel:
             yield reply.text
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None
+        failure = None
         try:
             async for piece in self._stream(turns):
                 yield output.feed(piece) if output else piece
                 if output and output.stopped:
                     return
         except openai.APIStatusError as error:
-            raise UserError(f"{self._url}: {error.message}; see OPENAI_API_KEY, the URL and the model") from None
-        except openai.APIError as error:
-            raise UserError(f"{self._url}: {error.message}") from None
+            failure = f"{error.message}; see OPENAI_API_KEY, the URL and the model"
+        except (openai.APIError, httpx2.HTTPError, ValueError) as error:
+            failure = f"the answer broke off ({error or type(error).__name__})"
         if output:
             yield output.finish()
+        if failure:
+            raise UserError(f"{self._url}: {failure}")
 
     async def _stream(self, turns: Sequence[Message]) -> AsyncIterator[str]:
         key = os.environ.get("OPENAI_API_KEY") or "none"
@@ -115,10 +119,11 @@ class RemoteModel:
                 max_tokens=self._config.limits.new_tokens,
                 stream=True,
             )
-            thinking = False
+            thinking, finish = False, None
             async with stream:
                 async for chunk in stream:
-                    for choice in chunk.choices[:1]:
+                    for choice in (chunk.choices or ())[:1]:
+                        finish = choice.finish_reason or finish
                         # Some endpoints send the reasoning in a field of its own.
                         thought = getattr(choice.delta, "reasoning_content", None)
                         if thought:
@@ -127,6 +132,8 @@ class RemoteModel:
                         if choice.delta.content:
                             yield (CLOSE if thinking else "") + choice.delta.content
                             thinking = False
+            if finish is None:
+                raise ValueError("the stream has no end")
 
     def close(self) -> None:
         """Nothing to end."""

@@ -1,6 +1,7 @@
 """Chat in the terminal: with a local model, with an endpoint, folded reasoning, commands, stopping."""
 
 import asyncio
+import http.server
 import io
 import json
 import os
@@ -8,11 +9,13 @@ import pty
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import save_model
 
 from psyche_jax import cli
 from psyche_jax.data.records import Message
@@ -131,6 +134,57 @@ def test_with_an_endpoint(server, monkeypatch, capsys):
     assert "the model that is served here is 'tiny'" in capsys.readouterr().out
     assert cli.main(["chat", "http://127.0.0.1:9/v1"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+SAYS = 'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [%s]}\n\n'
+PART = '{"index": 0, "delta": {"content": "一半"}}'
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "body", "shown"),
+    [
+        (200, "text/event-stream", "", "broke off"),
+        (200, "text/event-stream", "data: [DONE]\n\n", "broke off"),
+        (200, "text/event-stream", SAYS % PART, "一半[http"),
+        (200, "text/event-stream", SAYS % PART + "data: {nonsense\n\n", "一半[http"),
+        (200, "text/event-stream", SAYS % "" + "data: [DONE]\n\n", "broke off"),
+        (401, "application/json", '{"error": {"message": "no such key"}}', "see OPENAI_API_KEY"),
+        (400, "text/html", "<html>oops</html>", "[http"),
+    ],
+    ids=range(7),
+)
+def test_faulty_endpoints_are_one_line_and_the_chat_goes_on(status, kind, body, shown, monkeypatch, capsys):
+    class Faulty(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            self.send_response(status)
+            self.send_header("content-type", kind)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_):
+            pass
+
+    endpoint = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
+    threading.Thread(target=endpoint.serve_forever, daemon=True).start()
+    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n我不想活了\n"))
+    assert cli.main(["chat", f"http://127.0.0.1:{endpoint.server_port}/v1#m"]) == 0
+    endpoint.shutdown()
+    out, err = capsys.readouterr()
+    first, second = out.split("\n\n")[1:3]
+    assert shown in first and "\n" not in first and "Traceback" not in out + err
+    assert "12356" in second, "the gate needs no endpoint"
+
+
+def test_a_model_without_a_chat_template_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    folder = save_model(tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    for verb in ("chat", "serve"):
+        assert cli.main([verb, str(folder)]) == 1
+        err = capsys.readouterr().err
+        assert err.count("\n") == 1 and "has no chat template" in err
 
 
 @pytest.mark.slow
