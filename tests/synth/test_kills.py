@@ -4,6 +4,7 @@ import pytest
 from kills import CONCURRENCY, compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_killed_on_the_way(tmp_path, stream):
     result = compare(items=24, kills=3, folder=tmp_path, stream=stream)

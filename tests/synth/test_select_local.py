@@ -1,0 +1,80 @@
+"""Selection with three tiny models of one's own behind `psyche serve`: the rule of the split holds on what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from tiny import save_model
+
+from psyche_jax.config import RunSection
+from psyche_jax.data.records import Question, read_records, write_records
+from psyche_jax.synth.config import CallsSection, LlmSection, SelectConfig, SelectionSection
+from psyche_jax.synth.pipeline import run_select
+
+SAMPLES = Path(__file__).parents[2] / "psyche_jax" / "data" / "samples"
+SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "cpsyexam_train.jsonl"
+
+
+@contextmanager
+def served(model: Path) -> Iterator[str]:
+    """The address of `psyche serve` with that model."""
+    command = [sys.executable, "-m", "psyche_jax.cli", "serve", str(model), "--port", "0", "--plain"]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        line = next((line for line in process.stderr if line.startswith("serving ")), None)
+        assert line is not None, "psyche serve did not start"
+        try:
+            yield line.split(" on ")[1].split()[0]
+        finally:
+            process.kill()
+
+
+def real_questions() -> list[Question]:
+    """A few short exam questions, real ones where they are at hand."""
+    if not SHARED.is_file():
+        return list(read_records(Question, SAMPLES / "questions.jsonl").good[:4])
+    found = []
+    with SHARED.open(encoding="utf-8") as file:
+        for value in map(json.loads, file):
+            options = {letter: text for letter, text in value["options"].items() if text.strip()}
+            if len(value["question"]) < 30 and value["question_type"] == "single" and len(value["answer"]) == 1:
+                found.append(Question(value["question"], options, value["answer"], "single"))
+            if len(found) == 4:
+                break
+    return found
+
+
+@pytest.mark.slow
+def test_the_split_rule_on_what_local_models_say(tmp_path: Path) -> None:
+    questions = real_questions()
+    write_records(tmp_path / "questions.jsonl", questions)
+    with ExitStack() as stack:
+        llms = []
+        for seed in range(3):
+            model = save_model(tmp_path / f"model-{seed}", seed=seed, max_position_embeddings=1024)
+            address = stack.enter_context(served(model))
+            llms.append(LlmSection(f"m{seed}", model.name, f"{address}/v1", None, max_tokens=8))
+        config = SelectConfig(
+            RunSection(str(tmp_path / "run")),
+            str(tmp_path / "out"),
+            (str(tmp_path / "questions.jsonl"),),
+            tuple(llms),
+            calls=CallsSection(concurrency=3, retries=2),
+            selection=SelectionSection(tuple(llm.name for llm in llms)),
+        )
+        counts = run_select(config)["selection"]["counts"]
+    assert counts["in"] == len(questions)
+    tracks = {}
+    for track in ("sft", "rl", "review"):
+        for line in (tmp_path / "run" / "selection" / f"{track}.jsonl").read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            right = record["meta"]["selection"]["answers"].values()
+            tracks[record["id"]] = track
+            assert (track == "sft") == any(record["answer"] in given for given in right)
+    assert set(tracks) == {question.id for question in questions}, "none lost, none twice"
