@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
@@ -25,6 +26,7 @@ from psyche_jax.serve.crisis.outputs import OutputFilter
 from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate
 
 OPEN, CLOSE = "<think>", "</think>"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model says must not steer the terminal
 HELP = """\
 /think        show or fold the model's reasoning
 /system TEXT  begin anew with this system prompt (empty: the model's own)
@@ -156,7 +158,7 @@ class Screen:
 
     def feed(self, piece: str) -> None:
         """Write what is certain of the answer so far."""
-        self._waiting += piece
+        self._waiting += _CONTROL.sub("", piece)
         if self._part == "start":
             begun = self._waiting.lstrip()
             if not begun or (len(begun) < len(OPEN) and OPEN.startswith(begun)):

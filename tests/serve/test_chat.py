@@ -96,6 +96,11 @@ def test_a_failure_is_shown_and_the_conversation_goes_on():
     assert chat.turns == [Message("user", "乙"), Message("assistant", "好")]
 
 
+def test_a_model_cannot_steer_the_terminal():
+    out, _ = talk(Parrot("<think>\x1b[2Ja</think>\x1b]0;owned\x07好\r\x9b31m。"), "你好", show=True)
+    assert out == "[2Ja\n--\n]0;owned好31m。\n\n"
+
+
 def test_split():
     assert split_reasoning("<think>a</think>b") == ("a", "b")
     assert split_reasoning("b") == ("", "b")
