@@ -137,11 +137,16 @@ class LoggingSection(Section):
 class RunSection(Section):
     """The folder of the run and the seed of everything random in it."""
 
-    dir: str
+    dir: str  # on a disk that all hosts see, or gs://bucket/prefix
     seed: int = 42
 
     def __post_init__(self) -> None:
-        _require("://" not in self.dir, "dir", self.dir, "must be a folder: buckets are not supported yet")
+        _require(
+            "://" not in self.dir or self.dir.startswith("gs://"),
+            "dir",
+            self.dir,
+            "must be a folder or gs://bucket/prefix",
+        )
         _require(0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295")
 
 

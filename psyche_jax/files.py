@@ -59,6 +59,10 @@ def bucket_errors(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text` in one step: a reader, or a crash, sees the old or the new whole."""
+    if in_bucket(path):  # where objects are replaced whole
+        with bucket_errors(path):
+            path.write_text(text, encoding="utf-8")
+        return
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

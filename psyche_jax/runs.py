@@ -13,12 +13,15 @@ from typing import Any, Literal, TypeAlias
 import psyche_jax
 from psyche_jax import hosts
 from psyche_jax.config import LoggingSection, dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import UserError
-from psyche_jax.files import read_json, write_json, write_text
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.files import bucket_errors, in_bucket, read_json, write_json, write_text
 
 Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
 _MAY_CHANGE = ("mesh", "distributed", "checkpoints", "logging")  # sections that a resumed run may set otherwise
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
+
+
+_FLUSH_SECONDS = 30.0
 
 
 class PreemptedError(UserError):
@@ -26,16 +29,25 @@ class PreemptedError(UserError):
 
 
 class Run:
-    """A run's folder, open for writing. Made by `open_run`. Of several processes only the first writes."""
+    """A run's folder, open for writing. Made by `open_run`. Of several processes only the first writes.
+
+    Objects in a bucket cannot be appended to: there metrics and samples are kept in memory and written whole, twice a
+    minute, before each checkpoint and at the end.
+    """
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection) -> None:
         self.folder = folder
+        self._texts: dict[str, list[str]] = {}  # of files in a bucket
+        self._unsent: set[str] = set()
+        self._sent = time.monotonic()
         self.writes = hosts.is_first()
         self._kind = kind
         self._sinks: list[Any] = []
         if not self.writes:
             return
         if logging.tensorboard:
+            if in_bucket(folder):
+                raise UsageError("logging.tensorboard needs a run.dir on a disk, not in a bucket")
             from tensorboardX import SummaryWriter
 
             self._sinks.append(_TensorBoard(SummaryWriter(str(folder / "tensorboard"))))
@@ -52,8 +64,9 @@ class Run:
         for name in ("metrics.jsonl", "samples.jsonl"):
             if self.writes and (self.folder / name).is_file():  # always written anew: its last line may be cut short
                 kept = [line for line in read_lines(self.folder / name) if line["step"] <= step]
-                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept)
-                write_text(self.folder / name, text)
+                texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in kept]
+                write_text(self.folder / name, "".join(texts))
+                self._texts[name] = texts
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, which every process may read."""
@@ -78,16 +91,31 @@ class Run:
         new = {"status": status, "step": step, "reason": reason, "kind": self._kind, "time": time.time()}
         write_json(path, {**old, **new, **extra})
 
+    def flush(self) -> None:
+        """Put what was logged where a crash cannot reach it."""
+        for name in sorted(self._unsent):
+            write_text(self.folder / name, "".join(self._texts[name]))
+        self._unsent.clear()
+        self._sent = time.monotonic()
+
     def close(self) -> None:
-        """Flush TensorBoard and W&B."""
+        """Flush everything."""
+        self.flush()
         for sink in self._sinks:
             sink.close()
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self.writes:
             return
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        if not in_bucket(self.folder):
+            with (self.folder / name).open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+        self._texts.setdefault(name, []).append(text)
+        self._unsent.add(name)
+        if time.monotonic() - self._sent > _FLUSH_SECONDS:
+            self.flush()
 
 
 @contextmanager
@@ -101,17 +129,8 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
     Raises:
       UserError: the folder holds something else, or a run of another config (the first difference is named).
     """
-    config_file = folder / "config.yaml"
-    if config_file.is_file():
-        difference = _first_difference(_lasting(parse_yaml_mapping(config_file)), _lasting(config))
-        if difference:
-            raise UserError(f"{folder}: holds another run ({difference}); choose another run.dir, or remove this one")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
-    hosts.wait_for_all("checked the run's folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    if hosts.is_first():
-        write_text(config_file, dump_yaml(config))
+    with bucket_errors(folder):
+        _claim(folder, config)
     run = Run(folder, kind, logging)
     step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
     run.write_state("running", step, environment=environment())
@@ -125,6 +144,22 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
         raise
     finally:
         run.close()
+
+
+def _claim(folder: Path, config: Mapping[str, Any]) -> None:
+    """Make the folder, or see that it is this run's, and put the config into it."""
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        difference = _first_difference(_lasting(parse_yaml_mapping(config_file)), _lasting(config))
+        if difference:
+            raise UserError(f"{folder}: holds another run ({difference}); choose another run.dir, or remove this one")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
+    hosts.wait_for_all("checked the run's folder")
+    if not in_bucket(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if hosts.is_first():
+        write_text(config_file, dump_yaml(config))
 
 
 def environment() -> dict[str, Any]:
@@ -188,7 +223,9 @@ class _WeightsAndBiases:
             raise UserError(
                 "logging.wandb_project is set and wandb is absent; pip install 'psyche_jax[wandb]'"
             ) from None
-        self._run = wandb.init(project=project, dir=str(folder), id=folder.name, resume="allow")
+        self._run = wandb.init(
+            project=project, dir=None if in_bucket(folder) else str(folder), id=folder.name, resume="allow"
+        )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         self._run.log(dict(metrics), step=step)

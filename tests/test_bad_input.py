@@ -191,7 +191,7 @@ def test_configs(place, psyche):
         (["batch_size=many"], "batch_size: "),
         (["epochs=.inf"], "epochs: "),
         (["run.seed"], "key=value"),
-        (["run.dir=gs://bucket/run"], "buckets are not supported yet"),
+        (["run.dir=s3://bucket/run"], "must be a folder or gs://bucket/prefix"),
         (["run.seed=-1"], "seed"),
         (["micro_batch_size=3"], "micro_batch_size must divide batch_size 8, not 3"),
     ):

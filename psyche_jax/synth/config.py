@@ -169,6 +169,7 @@ class SynthConfig(Section):
     selection: SelectionSection = field(default_factory=SelectionSection)
 
     def __post_init__(self) -> None:
+        _check_on_disk(self.run)
         known = _unique_names(self.llms)
         for where, names in (
             ("questions.llm", (self.questions.llm,)),
@@ -196,9 +197,15 @@ class SelectConfig(Section):
     selection: SelectionSection = field(default_factory=SelectionSection)
 
     def __post_init__(self) -> None:
+        _check_on_disk(self.run)
         if not self.questions:
             raise ValueError("questions is empty; name at least one file")
         _check_known("selection.llms", self.selection.llms, _unique_names(self.llms))
+
+
+def _check_on_disk(run: RunSection) -> None:
+    if "://" in run.dir:
+        raise ValueError(f"run.dir must be a folder on a disk, not {run.dir!r}")
 
 
 def _unique_names(llms: Sequence[LlmSection]) -> list[str]:

@@ -115,7 +115,7 @@ class Checkpoints:
             best_fn=None if best is None else self._rank,
             enable_async_checkpointing=True,
         )
-        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(folder), options=options)
         self._folder = folder
 
     @property

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
+from psyche_jax.files import as_path
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.sharding import Sharding
@@ -112,7 +112,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
             for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
                 run.log_sample(index, {"policy_step": index - 1, **sample})
 
-    with open_run(Path(config.run.dir), "grpo", config_to_dict(config), config.logging) as run:
+    with open_run(as_path(config.run.dir), "grpo", config_to_dict(config), config.logging) as run:
         keep_tokenizer(run, setup)
         reference_identity = identity(setup.model)
         check_reference(run.checkpoints, reference_identity)

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.files import in_bucket
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
@@ -83,6 +84,8 @@ def run_training(
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
     """
     evaluation = program.evaluation
+    if profile_steps and in_bucket(run.folder):
+        raise UsageError("--profile needs a run.dir on a disk, not in a bucket")
     with contextlib.ExitStack() as stack:
         best = None if evaluation is None else (evaluation.best, evaluation.higher_is_better)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep, best)))
@@ -129,6 +132,7 @@ def run_training(
             stop = hosts.on_any(bool(stopped))
             broken = skipped >= program.max_skipped_steps
             if index == program.total_steps or index % section.every_steps == 0 or stop or broken or is_best:
+                run.flush()  # before, so that a step that is saved is logged
                 checkpoints.save(state, index, metadata, found)
                 run.write_state("running", index, **evaluations.best_so_far())
             if broken:

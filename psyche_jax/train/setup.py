@@ -12,7 +12,7 @@ from flax import nnx
 
 from psyche_jax.config import MeshSection, ModelSection
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.files import new_folder
+from psyche_jax.files import in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
 from psyche_jax.model.published import check_architecture
@@ -93,7 +93,8 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
     """Put the tokenizer beside the run's checkpoints, so that they are models of their own."""
     if not run.writes:
         return
-    run.checkpoints.mkdir(exist_ok=True)
+    if not in_bucket(run.folder):
+        run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / "tokenizer"
     if not target.is_dir():
         with new_folder(target) as partial:
@@ -104,7 +105,7 @@ def report_set_aside(run: Run, lines: Sequence[str]) -> None:
     """Name each record that was set aside: the first ones on stderr, all of them in the run's folder."""
     if not lines or not run.writes:
         return
-    (run.folder / "set_aside.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:
         print(f"set aside: {line}", file=sys.stderr)
     print(f"{len(lines)} records set aside; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ from psyche_jax.config import SftConfig, config_to_dict
 from psyche_jax.data.chat import TokenizedExample
 from psyche_jax.data.examples import open_examples, tokenized
 from psyche_jax.data.streams import Batch, batches, pad_examples
+from psyche_jax.files import as_path
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.log_probs import token_scores
@@ -139,7 +139,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
             tokens += float(weights[:, 1:].sum())
         return {"evaluation_loss": total / tokens}
 
-    with open_run(Path(config.run.dir), "sft", config_to_dict(config), config.logging) as run:
+    with open_run(as_path(config.run.dir), "sft", config_to_dict(config), config.logging) as run:
         keep_tokenizer(run, setup)
         report_set_aside(run, faults)
         program = Program(
