@@ -26,6 +26,7 @@ def config(root, folder, **changes):
     return dataclasses.replace(made, run=dataclasses.replace(made.run, dir=str(folder)))
 
 
+@pytest.mark.slow
 def test_stopped_and_gone_on_with(tiny_root, bucket, tmp_path, monkeypatch):
     """As a run on a disk that was left alone: losses equal, state, config, tokenizer and checkpoints in the bucket."""
     train_sft(config(tiny_root, tmp_path / "run"))
