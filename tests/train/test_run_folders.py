@@ -13,6 +13,7 @@ from training_fixtures import execution, grpo_config, metrics_of, sft_config, st
 
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
+from psyche_jax.data.examples import tokenized
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.runs import PreemptedError, Run, open_run, read_lines
@@ -92,7 +93,7 @@ def test_evaluation_loss_is_the_mean_over_all_learned_tokens(finished):
     here = execution(1)
     parameters = model.read_parameters(here.sharding, np.dtype("float32"))
     tokenizer = load_tokenizer(model.tokenizer_folder)
-    examples, _ = sft._tokenized(tokenizer, config.data.evaluation, config.prompt, 96)
+    examples, _ = tokenized(config.data.evaluation, tokenizer, config.prompt, 96)
     batch = sft.pad_examples(examples, 96)
     weights = batch["loss_mask"].astype(np.float32)
     total = sft.next_token_loss(model.config, here, parameters, {**batch, "weights": weights})[0]
