@@ -30,7 +30,7 @@ def token_scores(
       hidden: [batch, sequence, width]; position t predicts `targets[:, t]`.
       targets: int32 [batch, sequence].
       temperature: the one that the tokens were sampled at.
-      chunk_tokens: how many positions' logits stand at once, over all rows; backward recomputes them.
+      chunk_tokens: how many positions' logits stand at once, over all rows; if there are more, backward recomputes them.
     """
     batch, length = targets.shape
     size = min(length, max(1, chunk_tokens // batch))
@@ -50,7 +50,6 @@ def token_scores(
     copy, hidden = jax.lax.optimization_barrier((jax.lax.stop_gradient(head), hidden))
     copy = cast_weights(copy, hidden.dtype)
 
-    @jax.checkpoint
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         hidden = sharding.constrain(hidden, rows, None, None)
         weights = _copied(head, copy)
@@ -64,7 +63,7 @@ def token_scores(
     if chunks == 1:
         return chunk(hidden, targets)
     stacked = jax.lax.map(
-        lambda pair: chunk(*pair),
+        lambda pair: jax.checkpoint(chunk)(*pair),
         (
             hidden.reshape(batch, chunks, size, -1).swapaxes(0, 1),
             targets.reshape(batch, chunks, size).swapaxes(0, 1),
