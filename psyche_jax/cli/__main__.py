@@ -1,0 +1,7 @@
+"""`python -m psyche_jax.cli`."""
+
+import sys
+
+from psyche_jax.cli import main
+
+sys.exit(main())

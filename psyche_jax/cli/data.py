@@ -1,0 +1,130 @@
+"""Data sets: data, pack, decontaminate."""
+
+import argparse
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least
+from psyche_jax.errors import UsageError
+
+
+def add_verbs(add: AddVerb) -> None:
+    """Put this module's verbs into the parser."""
+    verb = add(
+        "data",
+        _data,
+        "Look at, check, print or copy data sets (folders of ArrayRecord files with a manifest), also in buckets.",
+        "psyche data copy data/sft gs://my-bucket/sft",
+    )
+    actions = {
+        "ls": "list the data sets at or under URI",
+        "verify": "read every byte and compare checksums",
+        "cat": "print records, one JSON object a line",
+        "copy": "copy to TO, the manifest last",
+        "import": "read public data (--format) at URI, write the clean records to TO",
+    }
+    verb.add_argument(
+        "action", choices=actions, metavar="ACTION", help="; ".join(f"{name}: {text}" for name, text in actions.items())
+    )
+    verb.add_argument("uri", metavar="URI", help="a local folder or gs://bucket/prefix")
+    verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` and `import` write")
+    verb.add_argument("--format", choices=("cpsyexam", "pceb", "smile"), help="of what `import` reads, as published")
+    verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
+    verb.add_argument(
+        "--deadline", type=float, default=300.0, metavar="SECONDS", help="give up on a file after that long (300)"
+    )
+
+    verb = add(
+        "pack",
+        _pack,
+        "Tokenize chat records once and pack them into rows of one length, as SFT reads them fastest.",
+        "psyche pack --config configs/pack.yaml --set out=gs://my-bucket/packed",
+    )
+    verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/pack.yaml")
+    add_set(verb)
+
+    verb = add(
+        "decontaminate",
+        _decontaminate,
+        "Take out of training data what a benchmark asks: exact and near twins, and questions on its cases.",
+        "psyche decontaminate --train data/cpsyexam --eval data/pceb --out data/clean",
+    )
+    verb.add_argument("--train", required=True, metavar="URI", help="a data set of records of any kind")
+    verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
+    verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
+    verb.add_argument(
+        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near twin (default 0.3)"
+    )
+    verb.add_argument("--json", action="store_true", help="print counts and examples as one JSON object")
+
+
+def _data(arguments: argparse.Namespace) -> None:
+    from psyche_jax.data import dataset
+
+    action, uri, deadline = arguments.action, arguments.uri, arguments.deadline
+    if (action in ("copy", "import")) != (arguments.to is not None):
+        needs_two = f"{action} needs two addresses: psyche data {action} URI TO"
+        raise UsageError(needs_two if arguments.to is None else "too many addresses")
+    if (action == "import") != (arguments.format is not None):
+        raise UsageError("import needs --format, and the others do not take it")
+    if not 0 < deadline < math.inf:
+        raise UsageError(f"--deadline must be positive, not {deadline}")
+    check_at_least("limit", arguments.limit, 1)
+    if action == "ls":
+        for address, manifest in dataset.find_datasets(uri, deadline):
+            print(f"{address}: {manifest}")
+    elif action == "verify":
+        manifest, others = dataset.verify_dataset(uri, deadline)
+        print(f"{uri}: whole: {manifest}")
+        for name in others:
+            print(f"{uri}: {name} is not part of it and may be removed")
+    elif action == "cat":
+        for content in dataset.first_records(uri, arguments.limit, deadline):
+            print(content)
+    elif action == "import":
+        from psyche_jax.data.public import LOADERS
+
+        loaded = LOADERS[arguments.format](Path(uri))
+        print(f"{arguments.to}: {dataset.write_dataset(arguments.to, loaded.good, {'source': uri}, deadline=deadline)}")
+        for line in loaded.set_aside:
+            print(f"set aside: {line}", file=sys.stderr)
+        print(f"{len(loaded.set_aside)} set aside; faults seen, mended ones among them:")
+        for fault, count in loaded.faults.most_common():
+            print(f"{count:8} {fault}")
+    else:
+        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to, deadline)}")
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from psyche_jax.config import load_config
+    from psyche_jax.data.packing import PackConfig, pack
+
+    config = load_config(PackConfig, arguments.config, arguments.overrides)
+    manifest, set_aside = pack(config)
+    for line in set_aside:
+        print(f"set aside: {line}", file=sys.stderr)
+    cut = f"; {manifest.packing.cut} cut" if manifest.packing is not None and manifest.packing.cut else ""
+    print(f"{config.out}: {manifest}; {len(set_aside)} set aside{cut}")
+
+
+def _decontaminate(arguments: argparse.Namespace) -> None:
+    from psyche_jax.data.decontamination import decontaminate_places
+
+    if not 0 < arguments.near <= 1:
+        raise UsageError(f"--near must be above 0 and at most 1, not {arguments.near}")
+    result = decontaminate_places(arguments.train, arguments.eval, arguments.out, arguments.near)
+    summary = result.summary()
+    if arguments.json:
+        print(json.dumps(summary, ensure_ascii=False))
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(summary["leaks"].items())) or "none"
+    print(f"{arguments.out}: {summary['clean']} clean records; leaks: {counts}")
+    for reason, leaks in summary["examples"].items():
+        for leak in leaks:
+            print(
+                f"  {reason} {leak['similarity']:.2f}: {leak['train_text'][:60]!r} ~ {leak['evaluation_text'][:60]!r}"
+            )

@@ -1,0 +1,196 @@
+"""How good a model is: eval, report."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from psyche_jax.cli.arguments import AddVerb, check_at_least, check_seed, start_jax
+from psyche_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from psyche_jax.evaluate.endpoint import Endpoint
+    from psyche_jax.evaluate.evaluation import Model
+    from psyche_jax.evaluate.tasks import Benchmark
+
+
+def add_verbs(add: AddVerb) -> None:
+    """Put this module's verbs into the parser."""
+    verb = add(
+        "eval",
+        _eval,
+        "Ask a model the questions of a benchmark and score its answers.",
+        "psyche eval runs/demo/grpo --bench samples --limit 20",
+    )
+    verb.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face folder, a checkpoint, a run, or URL#NAME of an OpenAI-compatible endpoint "
+        "(http://localhost:8000/v1#my-model; its key is OPENAI_API_KEY)",
+    )
+    verb.add_argument(
+        "--bench",
+        required=True,
+        metavar="NAME|FILE",
+        help="samples, dialogues, pceb:FOLDER, cpsyexam:FILE, or a JSONL file of questions or dialogues",
+    )
+    verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
+    verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
+    verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+    verb.add_argument(
+        "--train", metavar="URI", help="training data: what they hold of the benchmark is scored apart, too"
+    )
+    verb.add_argument("--shots", type=int, metavar="N", help="worked examples before each choice question")
+    verb.add_argument(
+        "--shots-from", metavar="NAME|FILE", help="where they are from: a benchmark with the same cells, not scored"
+    )
+    verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
+    verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="questions at once (default 64; of an endpoint 16)")
+    verb.add_argument(
+        "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
+    )
+    verb.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        metavar="URL#NAME",
+        help="an endpoint that judges replies to dialogues for empathy, in both orders; several may be given",
+    )
+    verb.add_argument(
+        "--against",
+        default="reference",
+        metavar="FILE",
+        help="judge against the replies in this evaluation (default: against the dialogues' own replies)",
+    )
+    verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
+    verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="also write scores and answers to a JSON file; what was killed goes on from what is kept beside it",
+    )
+    verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
+
+    verb = add(
+        "report",
+        _report,
+        "Write one offline HTML page about one or several runs, or Markdown for a model card.",
+        "psyche report runs/demo/sft runs/demo/grpo --out report.html",
+    )
+    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    verb.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="default: report.html; one that ends with .md gets the figures as Markdown for a model card",
+    )
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    if (arguments.shots is None) != (arguments.shots_from is None):
+        raise UsageError("--shots and --shots-from go together")
+    for name in ("limit", "shots", "samples", "max_new_tokens", "batch_size"):
+        check_at_least(name, getattr(arguments, name), 1)
+    if not 0 <= arguments.temperature < math.inf:
+        raise UsageError(f"--temperature must be 0 or more, not {arguments.temperature}")
+    if arguments.samples > 1 and arguments.temperature == 0:
+        raise UsageError("--samples above 1 needs a --temperature above 0: greedy answers are all alike")
+    check_seed(arguments.seed)
+    if arguments.out is not None:
+        if arguments.out.is_dir():
+            raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
+    from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
+    from psyche_jax.evaluate.scores import scores_table
+
+    benchmark = read_benchmark(arguments.bench)
+    for line in benchmark.set_aside:
+        print(f"set aside: {line}", file=sys.stderr)
+    if arguments.train:
+        from psyche_jax.evaluate.leaks import look_for_leaks
+
+        benchmark = look_for_leaks(benchmark, arguments.train)
+    benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
+    if arguments.shots:
+        benchmark = with_shots(benchmark, read_benchmark(arguments.shots_from), arguments.shots)
+    judges = _judges(arguments, benchmark)
+    model = _model_to_evaluate(arguments)
+    label = arguments.label or model.short_name
+    is_run = (Path(arguments.model) / "config.yaml").is_file()
+    places = [evaluation_file(Path(arguments.model), benchmark.name, label)] if is_run else []
+    places += [arguments.out] if arguments.out is not None else []
+    evaluation = evaluate(
+        model,
+        benchmark,
+        label=label,
+        samples=arguments.samples,
+        files=places,
+        judges=judges,
+        against=arguments.against,
+    )
+    for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
+        print(f"set aside: {line}", file=sys.stderr)
+    summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"])}
+    if judges:
+        summary["empathy"] = evaluation["empathy"]
+    print(json.dumps(summary) if arguments.json else scores_table(summary))
+
+
+def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endpoint]":
+    """Who judges empathy."""
+    from psyche_jax.evaluate.empathy import MAX_TOKENS
+    from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+
+    if arguments.judge and not any(task.kind == "dialogue" for task in benchmark.tasks):
+        raise UsageError(f"--judge: {benchmark.name} holds no dialogues; try --bench dialogues")
+    for address in arguments.judge:
+        if not address.startswith(SCHEMES):
+            raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; psyche serve makes one of a model")
+    concurrency = arguments.batch_size or 16
+    return [
+        Endpoint(address, max_new_tokens=MAX_TOKENS, temperature=0.0, concurrency=concurrency)
+        for address in arguments.judge
+    ]
+
+
+def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
+    """What `psyche eval` asks."""
+    from psyche_jax.config import PromptSection
+    from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+
+    prompt = PromptSection(system="", instruction="") if arguments.bare else None
+    if arguments.model.startswith(SCHEMES):
+        return Endpoint(
+            arguments.model,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            seed=arguments.seed,
+            concurrency=arguments.batch_size or 16,
+            prompt=prompt,
+        )
+    start_jax()
+    from psyche_jax.evaluate.local import LocalModel
+    from psyche_jax.model.sampling import Sampling
+
+    return LocalModel(
+        arguments.model,
+        Sampling(arguments.max_new_tokens, arguments.temperature),
+        compute_dtype=arguments.compute_dtype,
+        batch_size=arguments.batch_size or 64,
+        seed=arguments.seed,
+        prompt=prompt,
+    )
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from psyche_jax.evaluate.report import write_report
+
+    write_report(arguments.runs, arguments.out)
+    print(arguments.out)

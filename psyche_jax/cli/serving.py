@@ -1,0 +1,78 @@
+"""Talking with a model: chat, serve."""
+
+import argparse
+import json
+from pathlib import Path
+
+from psyche_jax.cli.arguments import AddVerb, add_set, start_jax
+
+
+def add_verbs(add: AddVerb) -> None:
+    """Put this module's verbs into the parser."""
+    verb = add(
+        "chat",
+        _chat,
+        "Talk with a model in the terminal.",
+        "psyche chat runs/demo/grpo --show-reasoning",
+    )
+    verb.add_argument(
+        "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run, or an endpoint: URL[#MODEL]"
+    )
+    verb.add_argument("--config", type=Path, help="a YAML file as for serve; see docs/serve.md")
+    add_set(verb)
+    verb.add_argument("--system", default="", metavar="TEXT", help="a system prompt in place of the model's own")
+    verb.add_argument("--show-reasoning", action="store_true", help="do not fold <think>…</think>")
+    _add_conversation(verb)
+
+    verb = add(
+        "serve",
+        _serve,
+        "Serve a model behind an OpenAI-compatible endpoint, with a web page, on this machine.",
+        "psyche serve runs/demo/grpo --port 8000",
+    )
+    verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
+    verb.add_argument("--config", type=Path, help="a YAML file of serving; see docs/serve.md")
+    add_set(verb)
+    verb.add_argument("--host", help="default 127.0.0.1; another needs a token in PSYCHE_SERVE_TOKEN")
+    verb.add_argument("--port", type=int, metavar="N", help="default 8000; 0 takes any that is free")
+    verb.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
+    _add_conversation(verb)
+
+
+def _add_conversation(verb: argparse.ArgumentParser) -> None:
+    """Options of whatever talks with people."""
+    verb.add_argument("--plain", action="store_true", help="add no system prompt and no instruction to the messages")
+    verb.add_argument("--region", metavar="CODE", help="whose hotline people in a crisis are given (default CN)")
+    verb.add_argument("--crisis-log", metavar="FILE", help="where crisis events are noted, without any text")
+    verb.add_argument("--no-crisis-gate", action="store_true", help="answer people in a crisis by the model alone")
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from psyche_jax.serve.config import serve_config
+
+    changes = [*arguments.overrides, *_conversation(arguments)]
+    config = serve_config(arguments.config, changes, {"model": arguments.model})
+    start_jax()
+    from psyche_jax.serve.chat import chat
+
+    chat(config, arguments.system, arguments.show_reasoning)
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from psyche_jax.serve.config import serve_config
+
+    flags = {"model": arguments.model, "host": arguments.host, "port": arguments.port, "name": arguments.name}
+    config = serve_config(arguments.config, [*arguments.overrides, *_conversation(arguments)], flags)
+    start_jax()
+    from psyche_jax.serve.server import announce, serve
+
+    serve(config, lambda address: announce(config, address))
+
+
+def _conversation(arguments: argparse.Namespace) -> list[str]:
+    """The options of `_add_conversation` as changes of a config."""
+    changes = ["prompt.system=''", "prompt.instruction=''"] if arguments.plain else []
+    changes += ["crisis.gate=false"] if arguments.no_crisis_gate else []
+    for key, value in (("crisis.region", arguments.region), ("crisis.log", arguments.crisis_log)):
+        changes += [f"{key}={json.dumps(value)}"] if value else []
+    return changes

@@ -1,0 +1,97 @@
+"""Records from source texts: synth, select, review."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from psyche_jax.cli.arguments import AddVerb, add_set
+from psyche_jax.errors import UsageError, UserError
+
+
+def add_verbs(add: AddVerb) -> None:
+    """Put this module's verbs into the parser."""
+    for name, run, text in (
+        ("synth", _synth, "Make training records from source texts, with LLMs behind the OpenAI protocol."),
+        ("select", _select, "Let LLMs answer questions: those that one gets right go to SFT, the others to RL."),
+    ):
+        verb = add(name, run, text, f"psyche {name} --config configs/{name}.yaml --set run.dir=runs/my_{name}")
+        verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
+        add_set(verb)
+        if name == "synth":
+            verb.add_argument("--stage", metavar="S", help="only this stage; those before it must be there")
+        verb.add_argument("--json", action="store_true", help="print the stages' reports as one JSON object")
+
+    verb = add(
+        "review",
+        _review,
+        "Serve a page on this machine on which a person accepts, edits or rejects questions, by keyboard.",
+        "psyche review runs/synth --who Li",
+    )
+    verb.add_argument(
+        "store", type=Path, metavar="STORE", help="the folder of a synth or select run, or its review.sqlite"
+    )
+    verb.add_argument("--who", help="the reviewer's name, stored with each decision (default: the login name)")
+    verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
+    verb.add_argument("--port", type=int, default=0, help="default: a free one")
+    verb.add_argument(
+        "--export", type=Path, metavar="FILE", help="write the queue as JSONL instead, to review elsewhere"
+    )
+    verb.add_argument(
+        "--import", type=Path, metavar="FILE", dest="load", help="take decisions from such a file instead"
+    )
+
+
+def _synth(arguments: argparse.Namespace) -> None:
+    from psyche_jax.config import load_config
+    from psyche_jax.synth.config import SynthConfig
+    from psyche_jax.synth.pipeline import STAGES, run_synth
+
+    config = load_config(SynthConfig, arguments.config, arguments.overrides)
+    if arguments.stage is not None and arguments.stage not in STAGES:
+        raise UsageError(f"--stage {arguments.stage}: there is no such stage; known: {', '.join(STAGES)}")
+    _print_stages(run_synth(config, arguments.stage), arguments.json)
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    from psyche_jax.config import load_config
+    from psyche_jax.synth.config import SelectConfig
+    from psyche_jax.synth.pipeline import run_select
+
+    _print_stages(run_select(load_config(SelectConfig, arguments.config, arguments.overrides)), arguments.json)
+
+
+def _print_stages(reports: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(reports, ensure_ascii=False))
+        return
+    for name, report in reports.items():
+        counts = ", ".join(f"{key} {value}" for key, value in report["counts"].items())
+        aside = ", ".join(f"{value} {reason}" for reason, value in report["set_aside"].items())
+        print(f"{name}: {counts}{'; set aside: ' + aside if aside else ''}")
+
+
+def _review(arguments: argparse.Namespace) -> None:
+    import getpass
+
+    from psyche_jax.synth.review import STORE, ReviewStore
+
+    path = arguments.store / STORE if arguments.store.is_dir() else arguments.store
+    if not path.is_file():
+        raise UserError(f"{path}: there is no review queue; `psyche synth` makes one")
+    who = arguments.who or getpass.getuser()
+    store = ReviewStore(path)
+    if arguments.export is not None:
+        print(f"{arguments.export}: {store.export(arguments.export)} items")
+    elif arguments.load is not None:
+        taken, faults = store.load(arguments.load, who)
+        for line in faults:
+            print(f"set aside: {line}", file=sys.stderr)
+        print(f"{path}: {taken} decisions taken, {len(faults)} set aside")
+        if faults and not taken:
+            raise UserError(f"{arguments.load}: holds no decision that could be taken")
+    else:
+        from psyche_jax.synth.review_page import serve_review
+
+        serve_review(store, who, arguments.host, arguments.port)

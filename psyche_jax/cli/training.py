@@ -1,0 +1,202 @@
+"""Models and their training: import, sft, grpo, export, plan, bench, demo."""
+
+import argparse
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least, check_seed, start_jax
+from psyche_jax.errors import UserError
+
+
+def add_verbs(add: AddVerb) -> None:
+    """Put this module's verbs into the parser."""
+    verb = add(
+        "import",
+        _import,
+        "Write a Hugging Face folder of a Qwen2 model as a checkpoint.",
+        "psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
+    )
+    verb.add_argument(
+        "source", metavar="HF_DIR", help="the Hugging Face folder, or hub:NAME[@REVISION] to download from the hub"
+    )
+    verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
+    _add_dtype(verb)
+
+    for name, run, text in (
+        ("sft", _sft, "Fine-tune a model on chat records."),
+        ("grpo", _grpo, "Train a model with GRPO on prompts with checkable answers."),
+    ):
+        example = f"psyche {name} --config configs/{name}_tiny.yaml --set run.dir=runs/my_{name}"
+        verb = add(name, run, text, example)
+        verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
+        add_set(verb)
+        verb.add_argument(
+            "--profile", type=int, default=0, metavar="STEPS", help="trace that many steps into the run's `profile`"
+        )
+
+    verb = add(
+        "export",
+        _export,
+        "Write a checkpoint, or a run's latest one, as a Hugging Face folder.",
+        "psyche export runs/demo/grpo models/my-model --dtype bfloat16",
+    )
+    verb.add_argument(
+        "source", metavar="CHECKPOINT", help="a checkpoint folder, one step of it, or a run; may be gs://…"
+    )
+    verb.add_argument("folder", type=Path, metavar="HF_DIR", help="the new Hugging Face folder")
+    verb.add_argument(
+        "--push",
+        metavar="NAME",
+        help="also put it into this repository of the Hugging Face hub, made as a private one if it is new; "
+        "HF_TOKEN must be set",
+    )
+    _add_dtype(verb)
+
+    verb = add(
+        "plan",
+        _plan,
+        "Compile a training program for a TPU slice without having one: does it fit, what does it send, how long?",
+        "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
+    )
+    verb.add_argument("--config", type=Path, required=True, help="a YAML file of SFT or GRPO; see configs/")
+    verb.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
+    verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
+    add_set(verb)
+    verb.add_argument(
+        "--search", action="store_true", help="try micro-batches, remat and waves; show the fastest plan that fits"
+    )
+    verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+
+    verb = add(
+        "bench",
+        _bench,
+        "Time the real programs on a random model, by default at a size for two CPU cores.",
+        "psyche bench grpo --prompt-length 512 --beta 0.04 --json",
+    )
+    _add_bench(verb)
+
+    verb = add(
+        "demo",
+        _demo,
+        "The whole way on a CPU with a tiny random model: tokenizer, SFT, GRPO, export, evaluation, report.",
+        "psyche demo --out runs/demo",
+    )
+    verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an unfinished demo's")
+    verb.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+
+
+def _add_bench(verb: argparse.ArgumentParser) -> None:
+    from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape, SftShape
+
+    what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
+    for name, kind, text in (
+        ("sft", SftShape, "a step of SFT"),
+        ("grpo", GrpoShape, "an iteration of GRPO: rollout, rewards, update; no response ends early"),
+        ("rollout", RolloutShape, "the rollout alone; no response ends early"),
+    ):
+        parser = what.add_parser(name, help=text, description=f"Time {text}.")
+        parser.set_defaults(shape=kind)
+        for entry in (*dataclasses.fields(ModelShape), *dataclasses.fields(kind)):
+            flag = f"--{entry.name.replace('_', '-')}"
+            default = entry.default
+            if entry.name == "dtype":
+                choices = ("float32", "bfloat16")
+                parser.add_argument(flag, choices=choices, default=default, help="that products are computed in")
+            elif isinstance(default, bool):
+                parser.add_argument(flag, action="store_true", help="the head is the embedding")
+            elif isinstance(default, int | float):
+                parser.add_argument(flag, type=type(default), default=default, metavar="N", help=f"default {default}")
+        parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default 10)")
+        parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before those (default 3)")
+        parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_dtype(verb: argparse.ArgumentParser) -> None:
+    short = {"f32": "float32", "bf16": "bfloat16"}
+    verb.add_argument(
+        "--dtype",
+        type=lambda name: short.get(name, name),
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="of the weights written: float32 (f32, the default) or bfloat16 (bf16)",
+    )
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"  # no device is needed, and one in use would be waited for
+    from psyche_jax.convert import import_model
+
+    conversion = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
+    print(f"{arguments.checkpoint}: {conversion}")
+
+
+def _sft(arguments: argparse.Namespace) -> None:
+    from psyche_jax.config import SftConfig, load_config
+
+    check_at_least("profile", arguments.profile, 0)
+    config = load_config(SftConfig, arguments.config, arguments.overrides)
+    start_jax(config.distributed)
+    from psyche_jax.train.sft import train_sft
+
+    train_sft(config, arguments.profile)
+
+
+def _grpo(arguments: argparse.Namespace) -> None:
+    from psyche_jax.config import GrpoConfig, load_config
+
+    check_at_least("profile", arguments.profile, 0)
+    config = load_config(GrpoConfig, arguments.config, arguments.overrides)
+    start_jax(config.distributed)
+    from psyche_jax.train.grpo_run import train_grpo
+
+    train_grpo(config, arguments.profile)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    from psyche_jax.convert import export_model
+
+    conversion = export_model(arguments.source, arguments.folder, arguments.dtype, arguments.push)
+    print(f"{arguments.folder}: {conversion}")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from psyche_jax.plan.slices import parse_topology, use_cpu
+
+    slice_ = parse_topology(arguments.topology)
+    use_cpu()
+    from psyche_jax.plan.planning import load_plan_config, make_plan, search
+    from psyche_jax.plan.text import as_text
+
+    config = load_plan_config(arguments.config, arguments.overrides, arguments.program)
+    plan = search(config, slice_) if arguments.search else make_plan(config, slice_)
+    print(json.dumps(plan.as_json()) if arguments.json else as_text(plan))
+    if not plan.fits:
+        raise UserError(f"{arguments.config} does not fit {slice_.name}: {plan.advice[0]}")
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    from psyche_jax.bench.shape import ModelShape
+
+    for name in ("steps", "warmup"):
+        check_at_least(name, getattr(arguments, name), 1)
+    check_seed(arguments.seed)
+    model = ModelShape(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(ModelShape)})
+    names = {entry.name for entry in dataclasses.fields(arguments.shape)} - {"model"}
+    shape = arguments.shape(model, **{name: getattr(arguments, name) for name in names})
+    start_jax()
+    from psyche_jax.bench.measure import as_text, run_benchmark
+
+    outcome = run_benchmark(shape, arguments.steps, arguments.warmup, arguments.seed)
+    print(json.dumps(outcome) if arguments.json else as_text(outcome))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    check_seed(arguments.seed)
+    start_jax()
+    from psyche_jax.demo import run_demo
+
+    run_demo(arguments.out, arguments.seed)
