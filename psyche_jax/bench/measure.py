@@ -1,11 +1,9 @@
 """Run a workload, time its steps, count compilations, and look for visits to the host in the compiled program."""
 
-import contextlib
 import re
 import resource
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -13,8 +11,8 @@ import jax
 
 from psyche_jax.bench.programs import Workload, grpo_workload, rollout_workload, sft_workload
 from psyche_jax.bench.shape import GrpoShape, RolloutShape, SftShape, What
+from psyche_jax.train.compilations import count_compilations
 
-_COMPILATION = "/jax/core/compile/backend_compile_duration"
 _TRANSFER = re.compile(r" (?:infeed|outfeed|send|recv)\(")
 _CALLBACK = re.compile(r'custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"')
 
@@ -39,7 +37,7 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
         what, workload = "rollout", rollout_workload(shape, seed, total)
     carry = jax.block_until_ready(workload.carry)
     seconds, cpu_seconds, reports = [], [], []
-    with _compilations() as compiled:
+    with count_compilations() as compiled:
         compiled_before = 0
         for index in range(total):
             if index == warmup:
@@ -103,22 +101,6 @@ def as_text(outcome: dict[str, Any]) -> str:
 def host_visits(hlo: str) -> dict[str, int]:
     """How often a compiled program's text says that it sends to or receives from the host, or calls back into it."""
     return {"host_transfers": len(_TRANSFER.findall(hlo)), "host_callbacks": len(_CALLBACK.findall(hlo))}
-
-
-@contextlib.contextmanager
-def _compilations() -> Iterator[list[float]]:
-    """Within the block the list that this yields grows by the seconds of each compilation."""
-    found: list[float] = []
-
-    def listen(event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILATION:
-            found.append(duration_secs)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def _flat(shape: Any) -> dict[str, Any]:

@@ -49,6 +49,9 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
+    verb.add_argument(
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens with so much probability (default 1)"
+    )
     verb.add_argument("--batch-size", type=int, metavar="N", help="questions at once (default 64; of an endpoint 16)")
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
@@ -99,6 +102,8 @@ def _eval(arguments: argparse.Namespace) -> None:
         check_at_least(name, getattr(arguments, name), 1)
     if not 0 <= arguments.temperature < math.inf:
         raise UsageError(f"--temperature must be 0 or more, not {arguments.temperature}")
+    if not 0 < arguments.top_p <= 1:
+        raise UsageError(f"--top-p must be above 0 and at most 1, not {arguments.top_p}")
     if arguments.samples > 1 and arguments.temperature == 0:
         raise UsageError("--samples above 1 needs a --temperature above 0: greedy answers are all alike")
     check_seed(arguments.seed)
@@ -171,6 +176,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
             arguments.model,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
+            top_p=arguments.top_p,
             seed=arguments.seed,
             concurrency=arguments.batch_size or 16,
             prompt=prompt,
@@ -181,7 +187,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
 
     return LocalModel(
         arguments.model,
-        Sampling(arguments.max_new_tokens, arguments.temperature),
+        Sampling(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p),
         compute_dtype=arguments.compute_dtype,
         batch_size=arguments.batch_size or 64,
         seed=arguments.seed,

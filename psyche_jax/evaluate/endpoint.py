@@ -45,6 +45,7 @@ class Endpoint:
         *,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         seed: int = 0,
         concurrency: int = 16,
         prompt: PromptSection | None = None,
@@ -54,7 +55,7 @@ class Endpoint:
 
         Args:
           address: the URL ends where `/chat/completions` begins, usually with `/v1`.
-          max_new_tokens, temperature: as the endpoint understands them.
+          max_new_tokens, temperature, top_p: as the endpoint understands them.
           seed: sample n asks with seed + n, which not every endpoint heeds.
           concurrency: requests at once.
           prompt: system prompt and instruction; an empty one sends bare turns.
@@ -65,6 +66,7 @@ class Endpoint:
         """
         self.url, _, self.model = address.partition("#")
         self.max_new_tokens, self.temperature, self._seed = max_new_tokens, temperature, seed
+        self._top_p = top_p
         self._concurrency, self._prompt = concurrency, prompt or PromptSection()
         self._timeout = timeout
         if not self.model:
@@ -84,6 +86,7 @@ class Endpoint:
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
+            "top_p": self._top_p,
             "seed": self._seed,
             "prompt": config_to_dict(self._prompt),
         }
@@ -180,6 +183,7 @@ class Endpoint:
             messages=list(messages),  # type: ignore[arg-type]
             max_tokens=self.max_new_tokens,
             temperature=self.temperature,
+            top_p=self._top_p,
             seed=seed,
             stream=True,
         )

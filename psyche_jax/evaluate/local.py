@@ -74,6 +74,7 @@ class LocalModel:
         return {
             "max_new_tokens": self._sampling.max_new_tokens,
             "temperature": self._sampling.temperature,
+            "top_p": self._sampling.top_p,
             "seed": self._seed,
             "prompt": config_to_dict(self._prompt),
         }

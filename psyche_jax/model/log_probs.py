@@ -30,7 +30,8 @@ def token_scores(
       hidden: [batch, sequence, width]; position t predicts `targets[:, t]`.
       targets: int32 [batch, sequence].
       temperature: the one that the tokens were sampled at.
-      chunk_tokens: how many positions' logits stand at once, over all rows; if there are more, backward recomputes them.
+      chunk_tokens: how many positions' logits stand at once, over all rows; backward recomputes those of
+        several chunks.
     """
     batch, length = targets.shape
     size = min(length, max(1, chunk_tokens // batch))

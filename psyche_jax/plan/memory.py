@@ -1,6 +1,7 @@
 """What a chip's memory holds, by kind: from the program's arguments, the compiler's peak, and a little arithmetic."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import jax.numpy as jnp
 
@@ -31,8 +32,8 @@ def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, i
     compute, stored = jnp.dtype(config.model.compute_dtype).itemsize, jnp.dtype(config.model.dtype).itemsize
     batch_places = mesh["data"] * mesh["fsdp"]
     parts = {"gradients": model.num_parameters * stored / chips_of_parameters}
-    rows, length = rows_at_once(config)
-    parts["saved_activations"] = rows / batch_places * length * saved_per_token(config, model, mesh["tensor"]) * compute
+    tokens = micro_batch(config, mesh).tokens / batch_places
+    parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
         prompts = config.prompts_per_step / config.rollout_waves
         tokens = prompts * (config.data.max_prompt_length + config.generations_per_prompt * config.max_new_tokens)
@@ -51,12 +52,31 @@ def saved_per_token(config: PlanConfig, model: ModelConfig, tensor: int) -> floa
     return model.num_hidden_layers * kept[config.model.remat]
 
 
-def rows_at_once(config: PlanConfig) -> tuple[int, int]:
-    """Rows of a micro-batch and their length in tokens."""
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a forward and backward pass reads at once: `rows` of `length` tokens and, where these are responses that
+    share prompts, `prompts` of `prompt_length`, each read once."""
+
+    rows: int
+    length: int
+    prompts: int = 0
+    prompt_length: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All that are read."""
+        return self.rows * self.length + self.prompts * self.prompt_length
+
+
+def micro_batch(config: PlanConfig, mesh: Mapping[str, int]) -> MicroBatch:
+    """The micro-batch of a program, at its largest lengths."""
     if isinstance(config, SftConfig):
-        return config.micro_batch_size or config.batch_size, config.data.max_length
+        return MicroBatch(config.micro_batch_size or config.batch_size, config.data.max_length)
     prompts = config.micro_batch_prompts or config.minibatch_prompts or config.prompts_per_step
-    return prompts * config.generations_per_prompt, config.data.max_prompt_length + config.max_new_tokens
+    responses, prompt = prompts * config.generations_per_prompt, config.data.max_prompt_length
+    if config.share_prompt and prompts % (mesh["data"] * mesh["fsdp"]) == 0:
+        return MicroBatch(responses, config.max_new_tokens, prompts, prompt)
+    return MicroBatch(responses, prompt + config.max_new_tokens)
 
 
 def least_peak(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> float:

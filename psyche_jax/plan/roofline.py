@@ -9,7 +9,7 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
 from psyche_jax.plan.compile import PlanConfig
-from psyche_jax.plan.memory import rows_at_once
+from psyche_jax.plan.memory import MicroBatch, micro_batch
 from psyche_jax.plan.slices import SOURCE, Slice
 
 ASSUMPTIONS = (
@@ -66,15 +66,15 @@ class _Counter:
 
     def phases(self) -> dict[str, Phase]:
         config = self.config
-        rows, length = rows_at_once(config)
+        part = micro_batch(config, self.mesh)
         if isinstance(config, SftConfig):
-            parts = config.batch_size // rows
-            forward, backward = self._forward(rows, length, length), self._backward(rows, length, length)
+            parts = config.batch_size // part.rows
+            forward, backward = self._forward(part, part.length), self._backward(part, part.length)
             return {"forward": parts * forward, "backward": parts * backward, "optimizer": self._optimizer()}
         responses = config.prompts_per_step * config.generations_per_prompt
-        parts = responses // rows
+        parts = responses // part.rows
         updates, passes = config.updates_per_step, config.passes_per_step
-        scoring = self._forward(rows, length, config.max_new_tokens)
+        scoring = self._forward(part, config.max_new_tokens)
         phases = {
             "gather_for_decoding": self._decoding_layout(),
             "prefill": self._prefill(config),
@@ -89,7 +89,7 @@ class _Counter:
         return {
             **phases,
             "forward": passes * parts * scoring,
-            "backward": passes * parts * self._backward(rows, length, config.max_new_tokens),
+            "backward": passes * parts * self._backward(part, config.max_new_tokens),
             "optimizer": updates * self._optimizer(),
         }
 
@@ -105,24 +105,26 @@ class _Counter:
     def _places(self) -> int:
         return self.mesh["data"] * self.mesh["fsdp"]
 
-    def _forward(self, rows: int, length: int, positions: int) -> Phase:
+    def _forward(self, part: MicroBatch, positions: int) -> Phase:
         """One micro-batch: layers, and the loss on the last `positions` of each row."""
         model, fsdp, tensor = self.model, self.mesh["fsdp"], self.mesh["tensor"]
-        flops = causal_flops(model, rows, length) + head_flops(model, rows * positions)
+        flops = causal_flops(model, part.prompts, part.prompt_length)
+        flops += causal_flops(model, part.rows, part.length, before=part.prompt_length)
+        flops += head_flops(model, part.rows * positions)
         weights = model.num_hidden_layers * layer_weights(model) / tensor
         own = model.num_parameters / fsdp / tensor
         hbm = own * self._stored + 2 * weights * self._compute
-        hbm += rows / self._places * length * self._traffic_per_token()
-        ici = weights * self._compute * (fsdp - 1) / fsdp + self._reduced_activations(rows, length)
+        hbm += part.tokens / self._places * self._traffic_per_token()
+        ici = weights * self._compute * (fsdp - 1) / fsdp + self._reduced_activations(part.tokens)
         return Phase(flops, hbm, ici)
 
-    def _backward(self, rows: int, length: int, positions: int) -> Phase:
+    def _backward(self, part: MicroBatch, positions: int) -> Phase:
         """As `_forward`: twice its products, what remat computes again, and the gradients' way to their places."""
         model, mesh = self.model, self.mesh
-        forward = self._forward(rows, length, positions)
-        head = head_flops(model, rows * positions)
+        forward = self._forward(part, positions)
+        head = head_flops(model, part.rows * positions)
         layers = forward.flops - head
-        attention = layers - layers_flops(model, rows, length, 0)
+        attention = layers - layers_flops(model, part.tokens, 1, 0)
         again = {"full": layers, "dots": attention, "none": 0.0}[self.config.model.remat]
         turns = 3 if self.config.model.remat == "full" else 2
         gradients = model.num_parameters / mesh["tensor"] * self._compute * (mesh["fsdp"] - 1) / mesh["fsdp"]
@@ -131,7 +133,7 @@ class _Counter:
         return Phase(
             2 * forward.flops + again + head,
             turns * forward.hbm_bytes + accumulated,
-            forward.ici_bytes + gradients + (turns - 2) * self._reduced_activations(rows, length),
+            forward.ici_bytes + gradients + (turns - 2) * self._reduced_activations(part.tokens),
         )
 
     def _optimizer(self) -> Phase:
@@ -151,7 +153,7 @@ class _Counter:
         flops = causal_flops(model, prompts, length) + head_flops(model, prompts)
         tokens = prompts / self._places * length
         return Phase(
-            flops, waves * weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts, length)
+            flops, waves * weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length)
         )
 
     def _decode(self, config: GrpoConfig) -> Phase:
@@ -168,7 +170,7 @@ class _Counter:
         cache = (config.prompts_per_step * prompt + responses * steps) / self._places * numbers
         logits = responses / self._places * model.vocab_size / tensor * 4 * 3
         hbm = steps * (config.rollout_waves * weights + cache + logits)
-        return Phase(flops, hbm, self._reduced_activations(responses, steps))
+        return Phase(flops, hbm, self._reduced_activations(responses * steps))
 
     def _traffic_per_token(self) -> float:
         """Bytes: what the matrix products of all layers read and write for one token."""
@@ -177,9 +179,9 @@ class _Counter:
         split = 2 * heads + 2 * kv_heads + 3 * model.intermediate_size
         return model.num_hidden_layers * (6 * model.hidden_size + split / tensor) * self._compute
 
-    def _reduced_activations(self, rows: int, length: int) -> float:
+    def _reduced_activations(self, tokens: int) -> float:
         """Bytes a chip receives where two products of each layer are summed over `tensor`."""
-        size = rows / self._places * length * self.model.hidden_size * self._compute
+        size = tokens / self._places * self.model.hidden_size * self._compute
         return 2 * self.model.num_hidden_layers * _all_reduced(size, self.mesh["tensor"])
 
 

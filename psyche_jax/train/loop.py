@@ -21,6 +21,7 @@ from psyche_jax.files import in_bucket
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
+from psyche_jax.train.compilations import count_compilations
 from psyche_jax.train.state import TrainState
 
 StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
@@ -90,6 +91,7 @@ def run_training(
         best = None if evaluation is None else (evaluation.best, evaluation.higher_is_better)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep, best)))
         stopped = stack.enter_context(_stop_signals())
+        compilations = stack.enter_context(count_compilations())
         first = checkpoints.latest or 0
         run.continue_from(first or -1)
         if first >= program.total_steps:
@@ -114,6 +116,8 @@ def run_training(
             profile.before(index)
             state, outputs = program.step(state, batch, index - 1)
             metrics = {name: float(value) for name, value in jax.device_get(outputs["metrics"]).items()}
+            metrics["compilations"] = float(len(compilations))
+            compilations.clear()
             profile.after(index)
             now = time.perf_counter()
             metrics["step_time"] = now - started

@@ -34,7 +34,7 @@ def right(request: dict[str, Any], again: int) -> str:
 
 
 def evaluate(url: str, files: tuple[Path, ...] = (), samples: int = 1, **changes: Any) -> dict[str, Any]:
-    endpoint = Endpoint(url, **{"max_new_tokens": 64, "temperature": 0.5, "concurrency": 4, **changes})
+    endpoint = Endpoint(url, **{"max_new_tokens": 64, "temperature": 0.5, "top_p": 0.9, "concurrency": 4, **changes})
     return evaluation.evaluate(endpoint, Benchmark("b", TASKS), label="x", samples=samples, files=files)
 
 
@@ -54,7 +54,7 @@ def test_what_is_asked_and_what_is_made_of_it(streams: bool, monkeypatch: pytest
     assert {request["seed"] for request in server.requests} == {0, 1}
     assert len(server.requests) == 2 * len(TASKS)
     first = server.requests[0]
-    assert (first["model"], first["max_tokens"], first["temperature"]) == ("tiny", 64, 0.5)
+    assert (first["model"], first["max_tokens"], first["temperature"], first["top_p"]) == ("tiny", 64, 0.5, 0.9)
     assert first["messages"] in [render_prompt(task.turns, PromptSection()) for task in TASKS]
     assert server.headers[0]["authorization"] == "Bearer secret-key"
     assert "secret-key" not in json.dumps(found)

@@ -92,6 +92,11 @@ def test_phases_of_grpo():
     assert not {"reference", "old_log_probs"} & set(count_phases(plain, SEVEN, mesh))
     more_waves = dataclasses.replace(config, rollout_waves=8)
     assert count_phases(more_waves, SEVEN, mesh)["decode"].hbm_bytes > phases["decode"].hbm_bytes
+    alone = count_phases(dataclasses.replace(config, share_prompt=False), SEVEN, mesh)
+    # Eight responses of 1024 tokens after a prompt of 512: read once, it saves 7 of 8 times 512 of 1536 tokens.
+    saved = 1 - phases["forward"].flops / alone["forward"].flops
+    assert 0.25 < saved < 7 / 8 * 512 / 1536
+    assert phases["decode"] == alone["decode"]
     parts, fewer = estimated_parts(config, SEVEN, mesh), estimated_parts(more_waves, SEVEN, mesh)
     assert parts["kv_cache"] == pytest.approx(2 * fewer["kv_cache"])
     # 56 KiB a token, 256 responses of 1024 tokens and 32 prompts of 512 a wave, on 16 chips.
