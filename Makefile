@@ -24,7 +24,7 @@ demo: environment
 	$(BIN)/psyche demo --out runs/demo
 
 test: lint
-	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: lint
 	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -m "not slow"

@@ -14,6 +14,7 @@ from tiny import save_model
 
 import psyche_jax
 from psyche_jax import cli
+from psyche_jax.cli import start, training
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
@@ -44,7 +45,7 @@ VERBS = (
 def inside(tmp_path, monkeypatch):
     """Relative paths, and no change to the settings of JAX."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
 
 
 def ended(capsys, *arguments):
@@ -146,7 +147,7 @@ def test_failures_are_one_line(error, code, line, monkeypatch, capsys):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_demo", fail)
+    monkeypatch.setattr(training, "_demo", fail)
     assert cli.main(["demo", "--out", "d"]) == code
     assert capsys.readouterr() == ("", line + "\n")
 
@@ -156,7 +157,7 @@ def test_bugs_are_not_hidden(error, monkeypatch):
     def fail(arguments):
         raise error
 
-    monkeypatch.setattr(cli, "_demo", fail)
+    monkeypatch.setattr(training, "_demo", fail)
     with pytest.raises(type(error)):
         cli.main(["demo", "--out", "d"])
 

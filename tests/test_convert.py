@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from importlib.resources import files
 from pathlib import Path
 
 import jax
@@ -16,12 +17,12 @@ from safetensors import safe_open
 from tiny import save_model
 
 from psyche_jax import cli, convert
+from psyche_jax.cli import start
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import Message, question_text
+from psyche_jax.data.records import Message, Question, question_text, read_records
 from psyche_jax.data.tokenizer import chat_template
 from psyche_jax.evaluate.completions import complete
-from psyche_jax.evaluate.evaluation import read_bench
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sampling import Sampling
@@ -35,7 +36,7 @@ STOPS = (299, 297)
 @pytest.fixture(autouse=True)
 def inside(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
 
 
 def psyche(*arguments):
@@ -236,7 +237,8 @@ def test_transformers_says_the_same(exported, monkeypatch):
     torch.set_num_threads(1)
     stored = open_model(str(exported))
     tokenizer = load_tokenizer(exported)
-    questions = read_bench("samples").good[:3]
+    samples = Path(str(files("psyche_jax.data") / "samples" / "questions.jsonl"))
+    questions = read_records(Question, samples).good[:3]
     prompts = [prompt_tokens(tokenizer, [Message("user", question_text(q))], PROMPT) for q in questions]
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
     parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
@@ -247,7 +249,8 @@ def test_transformers_says_the_same(exported, monkeypatch):
     assert type(theirs) is transformers.Qwen2ForCausalLM
     assert theirs.generation_config.eos_token_id == list(STOPS)
     reader = transformers.AutoTokenizer.from_pretrained(exported)
-    for question, completion in zip(questions, ours, strict=True):
+    for place, question in enumerate(questions):
+        completion = ours[place]
         chat = [
             {"role": "system", "content": PROMPT.system},
             {"role": "user", "content": PROMPT.instruction + question_text(question)},

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from psyche_jax.cli.arguments import AddVerb, check_at_least, check_seed, start_jax
+from psyche_jax.cli import start
+from psyche_jax.cli.arguments import AddVerb, check_at_least, check_seed
 from psyche_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
             concurrency=arguments.batch_size or 16,
             prompt=prompt,
         )
-    start_jax()
+    start.start_jax()
     from psyche_jax.evaluate.local import LocalModel
     from psyche_jax.model.sampling import Sampling
 

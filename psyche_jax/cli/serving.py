@@ -4,7 +4,8 @@ import argparse
 import json
 from pathlib import Path
 
-from psyche_jax.cli.arguments import AddVerb, add_set, start_jax
+from psyche_jax.cli import start
+from psyche_jax.cli.arguments import AddVerb, add_set
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -52,7 +53,7 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     changes = [*arguments.overrides, *_conversation(arguments)]
     config = serve_config(arguments.config, changes, {"model": arguments.model})
-    start_jax()
+    start.start_jax()
     from psyche_jax.serve.chat import chat
 
     chat(config, arguments.system, arguments.show_reasoning)
@@ -63,7 +64,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     flags = {"model": arguments.model, "host": arguments.host, "port": arguments.port, "name": arguments.name}
     config = serve_config(arguments.config, [*arguments.overrides, *_conversation(arguments)], flags)
-    start_jax()
+    start.start_jax()
     from psyche_jax.serve.server import announce, serve
 
     serve(config, lambda address: announce(config, address))

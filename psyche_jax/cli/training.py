@@ -6,7 +6,8 @@ import json
 import os
 from pathlib import Path
 
-from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least, check_seed, start_jax
+from psyche_jax.cli import start
+from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least, check_seed
 from psyche_jax.errors import UserError
 
 
@@ -138,7 +139,7 @@ def _sft(arguments: argparse.Namespace) -> None:
 
     check_at_least("profile", arguments.profile, 0)
     config = load_config(SftConfig, arguments.config, arguments.overrides)
-    start_jax(config.distributed)
+    start.start_jax(config.distributed)
     from psyche_jax.train.sft import train_sft
 
     train_sft(config, arguments.profile)
@@ -149,7 +150,7 @@ def _grpo(arguments: argparse.Namespace) -> None:
 
     check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
-    start_jax(config.distributed)
+    start.start_jax(config.distributed)
     from psyche_jax.train.grpo_run import train_grpo
 
     train_grpo(config, arguments.profile)
@@ -187,7 +188,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     model = ModelShape(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(ModelShape)})
     names = {entry.name for entry in dataclasses.fields(arguments.shape)} - {"model"}
     shape = arguments.shape(model, **{name: getattr(arguments, name) for name in names})
-    start_jax()
+    start.start_jax()
     from psyche_jax.bench.measure import as_text, run_benchmark
 
     outcome = run_benchmark(shape, arguments.steps, arguments.warmup, arguments.seed)
@@ -196,7 +197,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
-    start_jax()
+    start.start_jax()
     from psyche_jax.demo import run_demo
 
     run_demo(arguments.out, arguments.seed)

@@ -11,6 +11,7 @@ from psyche_jax import cli
 from psyche_jax.bench.measure import host_visits
 from psyche_jax.bench.programs import grpo_workload, rollout_workload
 from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape
+from psyche_jax.cli import start
 
 SIZES = {"layers": 1, "width": 16, "heads": 2, "kv_heads": 1, "ffn": 32, "vocab": 64}
 MODEL = ModelShape(**SIZES)
@@ -19,7 +20,7 @@ ROLLOUT = {"prompts": 8, "generations": 2, "prompt_length": 5, "completion_lengt
 
 @pytest.fixture(autouse=True)
 def settings_stay(monkeypatch):
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from psyche_jax.data.chat import prompt_tokens, render_prompt, tokenize_example
 from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, read_records
 from psyche_jax.data.tokenizer import chat_template
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.evaluation import read_bench
 from psyche_jax.model.huggingface import load_tokenizer
 
 PROMPT = PromptSection(system="你是专家。", instruction="先想再答。\n")
@@ -136,7 +135,7 @@ def test_mask_of_any_text(tiny, pairs, system, instruction):
 def test_samples_of_the_package(tokenizer):
     """Prompts are prefixes of examples: what is trained is what generation meets."""
     dialogues = read_records(Dialogue, SAMPLES / "dialogues.jsonl").good[:8]
-    examples = [question_to_sft(question) for question in read_bench("samples").good[:8]]
+    examples = [question_to_sft(question) for question in read_records(Question, SAMPLES / "questions.jsonl").good[:8]]
     examples += [SftExample(dialogue.turns) for dialogue in dialogues]
     # Two single turns make a conversation of two turns.
     examples += [SftExample(one.turns + other.turns) for one, other in itertools.pairwise(dialogues)]

@@ -15,6 +15,7 @@ import pytest
 from serving import start_server
 
 from psyche_jax import cli
+from psyche_jax.cli import start
 
 TOKEN = "0123456789-a-token-of-the-test"
 BODY = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 4}
@@ -45,7 +46,7 @@ def raw(server, data, seconds=20):
     ],
 )
 def test_wrong_use_is_one_line(tiny_model, arguments, environment, code, line, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert cli.main(["serve", str(tiny_model), "--port", "0", *arguments]) == code
@@ -54,7 +55,7 @@ def test_wrong_use_is_one_line(tiny_model, arguments, environment, code, line, m
 
 
 def test_a_missing_model_an_endpoint_and_a_taken_port_are_one_line(server, tiny_model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
     port = str(urlsplit(server.address).port)
     for model, arguments, line in (
         (tmp_path / "none", ["--port", "0"], "none"),

@@ -110,20 +110,24 @@ def killed(folder: Path, server: FaultyServer, places: list[int]) -> list[dict[s
             process.wait()
         while server.running:  # what the dead process asked for is not told from what the next one asks for
             time.sleep(0.01)
-        received, waiting = store_state(folder)
-        kills.append({"received": received, "waiting": waiting, "tries": Counter(server.tries)})
+        received, open_calls = store_state(folder)
+        # What an earlier process left open is not this one's.
+        waiting = len(open_calls - (kills[-1]["open_calls"] if kills else set()))
+        kills.append(
+            {"received": received, "open_calls": open_calls, "waiting": waiting, "tries": Counter(server.tries)}
+        )
     left_alone(folder, server)
     return kills
 
 
-def store_state(folder: Path) -> tuple[set[str], int]:
-    """Keys with a reply, and the number of calls without one."""
+def store_state(folder: Path) -> tuple[set[str], set[str]]:
+    """Keys with a reply, and keys without one."""
     path = folder / "run" / "calls.sqlite"
     if not path.exists():
-        return set(), 0
+        return set(), set()
     with sqlite3.connect(path) as database:
         received = {key for (key,) in database.execute("SELECT key FROM calls WHERE received IS NOT NULL")}
-        (waiting,) = database.execute("SELECT count(*) FROM calls WHERE received IS NULL").fetchone()
+        waiting = {key for (key,) in database.execute("SELECT key FROM calls WHERE received IS NULL")}
     return received, waiting
 
 

@@ -12,6 +12,7 @@ import pytest
 from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config, write_sft_data
 
 from psyche_jax import cli
+from psyche_jax.cli import start
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
 from psyche_jax.data.examples import tokenized
 from psyche_jax.errors import UserError
@@ -33,7 +34,7 @@ def files(folder):
 @pytest.fixture(autouse=True)
 def no_compilation_cache(monkeypatch):
     """Commands that run in this process turn on no cache for the rest of the session."""
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
 
 
 @pytest.fixture(scope="module")

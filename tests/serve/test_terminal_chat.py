@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tiny import save_model
 
 from psyche_jax import cli
+from psyche_jax.cli import start
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.serve.chat import Chat, Screen, split_reasoning
@@ -38,8 +39,8 @@ class Parrot:
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        for start in range(0, len(answer), 3):
-            yield answer[start : start + 3]
+        for first in range(0, len(answer), 3):
+            yield answer[first : first + 3]
 
 
 def talk(model, *lines, show=False, system=""):
@@ -129,7 +130,7 @@ def test_with_a_local_model_from_a_pipe(tiny_model, tmp_path):
 
 
 def test_with_an_endpoint(server, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n我不想活了\n"))
     assert cli.main(["chat", f"{server.address}/v1", "--set", "limits.new_tokens=8", "--region", "US"]) == 0
     out = capsys.readouterr().out
@@ -172,7 +173,7 @@ def test_faulty_endpoints_are_one_line_and_the_chat_goes_on(status, kind, body, 
 
     endpoint = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty)
     threading.Thread(target=endpoint.serve_forever, daemon=True).start()
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n我不想活了\n"))
     assert cli.main(["chat", f"http://127.0.0.1:{endpoint.server_port}/v1#m"]) == 0
     endpoint.shutdown()
@@ -183,7 +184,7 @@ def test_faulty_endpoints_are_one_line_and_the_chat_goes_on(status, kind, body, 
 
 
 def test_a_model_without_a_chat_template_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_start_jax", lambda *_: None)
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
     folder = save_model(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
     for verb in ("chat", "serve"):
