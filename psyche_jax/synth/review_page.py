@@ -131,6 +131,7 @@ def serve_review(store: ReviewStore, who: str, host: str, port: int) -> None:
     app = review_app(store, who, token, names)
     config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
     sock = config.bind_socket()
+    sock.listen()  # before the address is shown: who comes at once waits, and is not refused
     shown = f"[{host}]" if ":" in host else host
     print(f"review: http://{shown}:{sock.getsockname()[1]}/#{token}  (Ctrl-C ends it)", flush=True)
     if not _is_loopback(host):
