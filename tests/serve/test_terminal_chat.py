@@ -1,6 +1,7 @@
 """Chat in the terminal: with a local model, with an endpoint, folded reasoning, commands, stopping."""
 
 import asyncio
+import fcntl
 import http.server
 import io
 import json
@@ -9,6 +10,7 @@ import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 
@@ -204,7 +206,6 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_only(tiny_model):
         env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", "TERM": "dumb"},
         start_new_session=True,
     )
-    os.close(theirs)
     seen = b""
 
     def until(text, seconds=120):
@@ -218,6 +219,11 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_only(tiny_model):
     until(b"> ")
     os.write(mine, "说说话\n".encode())
     until("说说话\r\n".encode())
+    # The terminal echoes a line before the program has read it; then it waits for programs to be compiled.
+    while int.from_bytes(fcntl.ioctl(theirs, termios.FIONREAD, bytes(4)), sys.byteorder):
+        time.sleep(0.01)
+    os.close(theirs)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     until(b"[stopped]")
     until(b"> ")
