@@ -55,21 +55,21 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     vocabulary = logits.shape[-1]
     if sampling.top_k is not None and sampling.top_k < vocabulary:
         enough = jnp.float32(sampling.top_k)
-        logits = _keep_from(logits, lambda kept: kept.sum(axis=-1, keepdims=True, dtype=jnp.float32) >= enough)
+        logits = keep_from(logits, lambda kept: kept.sum(axis=-1, keepdims=True, dtype=jnp.float32) >= enough)
     if sampling.top_p < 1:
         probabilities = jax.nn.softmax(logits, axis=-1)
 
         def enough_mass(kept: jax.Array) -> jax.Array:
             return jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= sampling.top_p
 
-        logits = _keep_from(logits, enough_mass)
+        logits = keep_from(logits, enough_mass)
     if sampling.min_p > 0:
         least = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return logits
 
 
-def _keep_from(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def keep_from(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Keep the logits from the highest threshold on at which those kept are `enough`.
 
     Bisection over the bits of float32, which are ordered as the numbers are: 32 passes, whatever the vocabulary,

@@ -18,6 +18,7 @@ from psyche_jax.data.streams import pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind
+from psyche_jax.model.sampling import keep_from
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import StoredModel
 
@@ -237,22 +238,11 @@ def _draw(logits: jax.Array, draw: _Draw, step: jax.Array) -> jax.Array:
 
 
 def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf on all but the smallest set of likeliest tokens with probability `top_p` (Holtzman et al., 1904.09751).
-
-    The threshold is found by halving, so that a vocabulary is never sorted; ties with the last token kept are kept.
-    """
+    """-inf on all but each row's smallest set of likeliest tokens with probability `top_p` [rows] (1904.09751)."""
     probabilities = jax.nn.softmax(logits, axis=-1)
-
-    def halve(_: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # at `low` enough is kept, at `high` not
-        middle = (low + high) / 2
-        enough = jnp.where(probabilities >= middle[:, None], probabilities, 0).sum(axis=-1) >= top_p
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-
-    largest = probabilities.max(axis=-1)
-    low, _ = jax.lax.fori_loop(0, 40, halve, (jnp.zeros_like(largest), largest * 1.0001))
-    low = jnp.where(top_p < 1, low, 0.0)
-    return jnp.where(probabilities >= jnp.minimum(low, largest)[:, None], logits, -jnp.inf)
+    limit = top_p[:, None]
+    kept = keep_from(logits, lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= limit)
+    return jnp.where(limit < 1, kept, logits)
 
 
 def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
