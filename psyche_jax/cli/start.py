@@ -1,6 +1,10 @@
 """The start of JAX, for the verbs that compute."""
 
+import ctypes
 import os
+import platform
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,6 +12,7 @@ if TYPE_CHECKING:
     from psyche_jax.config import DistributedSection
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
 
 
 def start_jax(distributed: "DistributedSection | None" = None) -> None:
@@ -15,6 +20,8 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # XLA's threads, else one a virtual device: collectives that wait for each other could hold all of them.
         os.environ.setdefault("NPROC", "64")
+    if _computes_on_cpu():
+        _keep_freed_memory()
     import jax
 
     from psyche_jax import hosts
@@ -27,3 +34,23 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         # A program from the cache may enter its collectives in another order on each virtual device, and hang.
         jax.config.update("jax_enable_compilation_cache", False)
+
+
+def _computes_on_cpu() -> bool:
+    """Whether JAX will find nothing but the CPU, as far as can be told without starting it."""
+    chosen = os.environ.get("JAX_PLATFORMS")
+    if chosen:
+        return chosen == "cpu"
+    return find_spec("libtpu") is None and not entry_points(group="jax_plugins")
+
+
+def _keep_freed_memory() -> None:
+    """Have malloc keep what it once got from the system, in one arena. Must come before XLA's threads.
+
+    XLA's CPU backend allocates a program's temporaries anew for each call. Given back in between, they cost a page
+    fault for every 4 KiB: about a quarter of the time of a small model's step (docs/benchmarks.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
+        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
+            mallopt(option, value)
