@@ -21,6 +21,8 @@ def download(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.removeprefix(PREFIX).partition("@")
+    if not name:
+        raise UserError(f"{source}: names no repository; write {PREFIX}OWNER/NAME")
     with _one_line(name, revision):
         patterns = [*_DOWNLOADED, *TOKENIZER_FILES]
         token = _token() or False  # False: none at all

@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"), help="where all of it goes")
     parser.add_argument("--base", type=Path, help="the folder of scripts/smollm2.py (made if absent; default OUT/base)")
     parser.add_argument("--seed", type=int, default=0, help="of data, SFT and GRPO (default 0)")
-    parser.add_argument("--steps", type=int, default=120, help="of GRPO, 8 prompts each (default 120)")
+    parser.add_argument("--steps", type=int, default=80, help="of GRPO, 8 prompts each (default 80)")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     try:

@@ -88,7 +88,7 @@ class WeightFiles:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: is broken or cut short ({error}); copy it again") from None
         if missing := sorted(set(files) - set(self._slices)):
-            raise UserError(f"{index}: names tensors that are in no file: {_listed(missing)}")
+            raise UserError(f"{index}: names tensors that are in no file: {', '.join(missing)}")
         self.folder = folder
 
     def check(self, config: ModelConfig) -> None:
@@ -104,15 +104,15 @@ class WeightFiles:
             found.discard("lm_head.weight")
         faults = []
         if missing := sorted(set(expected) - found):
-            faults.append(f"missing {_listed(missing)}")
+            faults.append(f"missing {', '.join(missing)}")
         if extra := sorted(found - set(expected)):
-            faults.append(f"extra {_listed(extra)}")
+            faults.append(f"extra {', '.join(extra)}")
         shapes = {name: tuple(self._slices[name].get_shape()) for name in found & set(expected)}
         if wrong := sorted(f"{n} {shapes[n]}, not {expected[n]}" for n in shapes if shapes[n] != expected[n]):
-            faults.append(f"mis-shaped {_listed(wrong)}")
+            faults.append(f"mis-shaped {', '.join(wrong)}")
         dtypes = {name: self._slices[name].get_dtype() for name in shapes}
         if quantized := sorted(f"{n} {dtypes[n]}" for n in dtypes if dtypes[n] not in _FLOATS):
-            faults.append(f"not in floating point {_listed(quantized)}")
+            faults.append(f"not in floating point {', '.join(quantized)}")
         if faults:
             raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(faults)}")
 
@@ -286,8 +286,3 @@ def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]
     for path in ("final_norm/scale", "head"):
         if path in shapes:
             yield _TOP_NAMES[path], shapes[path]
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
