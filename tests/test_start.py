@@ -1,16 +1,18 @@
-"""What a command does before its first computation."""
+"""How the command's process begins."""
 
 import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-FAULTS_OF_A_STEP = """
-from psyche_jax.cli.start import start_jax
-start_jax()
-import resource
+# A process that was started as this one, and says with which arguments it runs and how many page faults a step takes.
+STEPS = """
+import resource, sys
+from psyche_jax.cli import start
+start.use_huge_pages()
 import jax, jax.numpy as jnp
 
 @jax.jit
@@ -23,15 +25,29 @@ for _ in range(3):
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
     step(x).block_until_ready()
-print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4, sys.argv[1:])
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory allocator is not glibc's")
-def test_a_step_on_the_cpu_does_not_take_its_memory_anew(tmp_path):
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
-    environment.pop("XLA_FLAGS", None)
+def run(tmp_path, **environment):
+    script = tmp_path / "steps.py"
+    script.write_text(STEPS)
+    inherited = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "GLIBC_TUNABLES")}
     done = subprocess.run(
-        [sys.executable, "-c", FAULTS_OF_A_STEP], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, str(script), "a", "--b c"],
+        env={**inherited, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    assert float(done.stdout) < 1000, "64 MiB would be 16384 pages"
+    faults, _, arguments = done.stdout.partition(" ")
+    assert arguments.strip() == "['a', '--b c']"
+    return float(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the memory allocator is not glibc's")
+def test_a_step_on_the_cpu_takes_its_memory_in_huge_pages(tmp_path):
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.is_file() or "[never]" in setting.read_text(encoding="ascii"):
+        pytest.skip("this kernel gives no huge pages")
+    assert run(tmp_path) < 2000 < run(tmp_path, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")

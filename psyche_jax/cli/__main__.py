@@ -1,7 +1,15 @@
-"""`python -m psyche_jax.cli`."""
+"""The process of the command `psyche`, also as `python -m psyche_jax.cli`."""
 
 import sys
 
-from psyche_jax.cli import main
+from psyche_jax.cli import main, start
 
-sys.exit(main())
+
+def run() -> int:
+    """What the installed command calls."""
+    start.use_huge_pages()
+    return main()
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,8 +1,8 @@
 """The start of JAX, for the verbs that compute."""
 
-import ctypes
 import os
 import platform
+import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from psyche_jax.config import DistributedSection
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
-_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8  # of malloc.h
+_TUNABLES = "GLIBC_TUNABLES"
 
 
 def start_jax(distributed: "DistributedSection | None" = None) -> None:
@@ -20,8 +20,6 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # XLA's threads, else one a virtual device: collectives that wait for each other could hold all of them.
         os.environ.setdefault("NPROC", "64")
-    if _computes_on_cpu():
-        _keep_freed_memory()
     import jax
 
     from psyche_jax import hosts
@@ -36,21 +34,21 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
+def use_huge_pages() -> None:
+    """Where JAX will compute on the CPU: begin this process anew with huge pages for what malloc takes.
+
+    XLA's CPU backend takes the memory of a program's temporaries anew for each call. In pages of 4 KiB their faults
+    are up to a quarter of the time of a small model's step (docs/benchmarks.md). glibc reads the setting only once, at
+    the start of a process; one that is there already stays.
+    """
+    if platform.libc_ver()[0] == "glibc" and _computes_on_cpu() and _TUNABLES not in os.environ:
+        environment = {**os.environ, _TUNABLES: "glibc.malloc.hugetlb=1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
 def _computes_on_cpu() -> bool:
     """Whether JAX will find nothing but the CPU, as far as can be told without starting it."""
     chosen = os.environ.get("JAX_PLATFORMS")
     if chosen:
         return chosen == "cpu"
     return find_spec("libtpu") is None and not entry_points(group="jax_plugins")
-
-
-def _keep_freed_memory() -> None:
-    """Have malloc keep what it once got from the system, in one arena. Must come before XLA's threads.
-
-    XLA's CPU backend allocates a program's temporaries anew for each call. Given back in between, they cost a page
-    fault for every 4 KiB: about a quarter of the time of a small model's step (docs/benchmarks.md).
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt = ctypes.CDLL(None).mallopt
-        for option, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_ARENA_MAX, 1)):
-            mallopt(option, value)
