@@ -1,8 +1,9 @@
-"""How good a model is: eval, report."""
+"""How good a model is, how safe, and the page about it: eval, safety, report."""
 
 import argparse
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,6 +82,31 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
     verb = add(
+        "safety",
+        _safety,
+        "Measure the crisis gate on labelled messages, and the output filter on what a run's models answered.",
+        "psyche safety runs/demo/grpo",
+    )
+    verb.add_argument(
+        "run_folder",
+        type=Path,
+        nargs="?",
+        metavar="RUN",
+        help="a run: the answers in its evaluations are looked at too, and the figures are kept for `psyche report`",
+    )
+    verb.add_argument(
+        "--posts",
+        type=Path,
+        metavar="FILE",
+        help='JSONL of {"text", "labels"}, labels being the classes of docs/crisis.md or PsyGUARD\'s '
+        "(default: the package's own sentences)",
+    )
+    verb.add_argument(
+        "--dialogues", type=Path, metavar="FILE", help="JSONL of dialogues: how often ordinary talk is interrupted"
+    )
+    verb.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+
+    verb = add(
         "report",
         _report,
         "Write one offline HTML page about one or several runs, or Markdown for a model card.",
@@ -129,6 +155,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name
+    _warn_of_gates([arguments.model, *arguments.judge])
     is_run = (Path(arguments.model) / "config.yaml").is_file()
     places = [evaluation_file(Path(arguments.model), benchmark.name, label)] if is_run else []
     places += [arguments.out] if arguments.out is not None else []
@@ -149,10 +176,19 @@ def _eval(arguments: argparse.Namespace) -> None:
     print(json.dumps(summary) if arguments.json else scores_table(summary))
 
 
+def _warn_of_gates(addresses: list[str]) -> None:
+    """Say where an answer may be the crisis gate's and not the model's."""
+    from psyche_jax.llm import gate_warnings
+
+    for line in gate_warnings({address.partition("#")[0]: os.environ.get("OPENAI_API_KEY") for address in addresses}):
+        print(f"look here: {line}", file=sys.stderr)
+
+
 def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endpoint]":
     """Who judges empathy."""
     from psyche_jax.evaluate.empathy import MAX_TOKENS
-    from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+    from psyche_jax.evaluate.endpoint import Endpoint
+    from psyche_jax.llm import SCHEMES
 
     if arguments.judge and not any(task.kind == "dialogue" for task in benchmark.tasks):
         raise UsageError(f"--judge: {benchmark.name} holds no dialogues; try --bench dialogues")
@@ -169,7 +205,8 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
 def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
     """What `psyche eval` asks."""
     from psyche_jax.config import PromptSection
-    from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+    from psyche_jax.evaluate.endpoint import Endpoint
+    from psyche_jax.llm import SCHEMES
 
     prompt = PromptSection(system="", instruction="") if arguments.bare else None
     if arguments.model.startswith(SCHEMES):
@@ -194,6 +231,15 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
         seed=arguments.seed,
         prompt=prompt,
     )
+
+
+def _safety(arguments: argparse.Namespace) -> None:
+    from psyche_jax.serve.crisis.safety import measure_safety, safety_lines
+
+    measured, bad = measure_safety(arguments.posts, arguments.dialogues, arguments.run_folder)
+    for line in bad:
+        print(f"set aside: {line}", file=sys.stderr)
+    print(json.dumps(measured, ensure_ascii=False) if arguments.json else "\n".join(safety_lines(measured)))
 
 
 def _report(arguments: argparse.Namespace) -> None:

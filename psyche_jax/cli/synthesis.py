@@ -2,12 +2,17 @@
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psyche_jax.cli.arguments import AddVerb, add_set
 from psyche_jax.errors import UsageError, UserError
+
+if TYPE_CHECKING:
+    from psyche_jax.synth.config import LlmSection
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -51,6 +56,7 @@ def _synth(arguments: argparse.Namespace) -> None:
     config = load_config(SynthConfig, arguments.config, arguments.overrides)
     if arguments.stage is not None and arguments.stage not in STAGES:
         raise UsageError(f"--stage {arguments.stage}: there is no such stage; known: {', '.join(STAGES)}")
+    _warn_of_gates(config.llms)
     _print_stages(run_synth(config, arguments.stage), arguments.json)
 
 
@@ -59,7 +65,18 @@ def _select(arguments: argparse.Namespace) -> None:
     from psyche_jax.synth.config import SelectConfig
     from psyche_jax.synth.pipeline import run_select
 
-    _print_stages(run_select(load_config(SelectConfig, arguments.config, arguments.overrides)), arguments.json)
+    config = load_config(SelectConfig, arguments.config, arguments.overrides)
+    _warn_of_gates(config.llms)
+    _print_stages(run_select(config), arguments.json)
+
+
+def _warn_of_gates(llms: "Sequence[LlmSection]") -> None:
+    """Say where a reply may be the crisis gate's and not the LLM's."""
+    from psyche_jax.llm import gate_warnings
+
+    servers = {llm.base_url: os.environ.get(llm.key_env) if llm.key_env else None for llm in llms}
+    for line in gate_warnings(servers):
+        print(f"look here: {line}", file=sys.stderr)
 
 
 def _print_stages(reports: dict[str, Any], as_json: bool) -> None:

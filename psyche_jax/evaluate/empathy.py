@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import jinja2
-import openai
 import pydantic
 
 from psyche_jax.errors import UserError
@@ -25,6 +24,7 @@ from psyche_jax.evaluate.endpoint import BadAnswerError, Endpoint
 from psyche_jax.evaluate.extraction import answer_part
 from psyche_jax.evaluate.resampling import bootstrap_means, interval
 from psyche_jax.files import read_json
+from psyche_jax.llm import Server
 
 REFERENCE = "reference"
 DIMENSIONS = ("technique", "attitude", "emotional_empathy", "cognitive_empathy", "safety")
@@ -116,15 +116,15 @@ def judge_pairs(
     with Answers(evaluation, {**judge.identity, "judged": [prompts[key] for key in keys]}) as answers:
         judgements = {key: _parse(completion.text) for key, completion in answers.known.items()}
 
-        async def one(client: openai.AsyncOpenAI, key: Key) -> None:
+        async def one(server: Server, key: Key) -> None:
             messages = [{"role": "user", "content": prompts[key]}]
-            text = (await judge.ask(client, messages, 0)).text
+            text = (await judge.ask(server, messages, 0)).text
             try:
                 judgements[key] = _parse(text)
             except ValueError as error:
                 fault = f"格式不对：{error}。请只输出所要求的 JSON 对象。"
                 messages += [{"role": "assistant", "content": text or "（空）"}, {"role": "user", "content": fault}]
-                text = (await judge.ask(client, messages, 1)).text
+                text = (await judge.ask(server, messages, 1)).text
                 try:
                     judgements[key] = _parse(text)
                 except ValueError as again:

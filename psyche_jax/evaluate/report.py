@@ -47,6 +47,7 @@ class RunRecord:
     metrics: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     evaluations: list[Evaluation]
+    safety: dict[str, Any] | None = None  # what `psyche safety` wrote
 
     @property
     def kind_name(self) -> str:
@@ -273,14 +274,16 @@ def read_run(folder: Path, name: str) -> RunRecord:
     evaluations.sort(key=lambda evaluation: evaluation.step)
     config = parse_yaml_mapping(folder / "config.yaml")
     kind = str(state.get("kind", "sft"))
-    return RunRecord(folder, name, kind, config, state, lines["metrics.jsonl"], lines["samples.jsonl"], evaluations)
+    safety = read_json(folder / "safety.json") if (folder / "safety.json").is_file() else None
+    metrics, samples = lines["metrics.jsonl"], lines["samples.jsonl"]
+    return RunRecord(folder, name, kind, config, state, metrics, samples, evaluations, safety)
 
 
 def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str:
     """The page as HTML, or its figures as Markdown for a model card.
 
     Raises:
-      UserError: an evaluation is not as `psyche eval` writes it.
+      UserError: an evaluation or `safety.json` is not as `psyche eval` and `psyche safety` write it.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("psyche_jax.evaluate", ""),
@@ -290,7 +293,7 @@ def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str
         lstrip_blocks=True,
     )
     environment.filters |= {"percent": percent, "points": points, "clip": clip, "spoken": spoken, "brief": brief}
-    environment.filters |= {"dumped": dump_yaml, "cell": cell}
+    environment.filters |= {"dumped": dump_yaml, "cell": cell, "interval": interval}
     benches = read_benches([evaluation for run in runs for evaluation in run.evaluations])
     css = (files("psyche_jax.evaluate") / "report.css").read_text(encoding="utf-8")
     try:
@@ -310,8 +313,8 @@ def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str
         )
     except (jinja2.UndefinedError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{', '.join(str(run.folder) for run in runs)}: an evaluation was changed by hand ({error}); write it "
-            "again with `psyche eval`"
+            f"{', '.join(str(run.folder) for run in runs)}: evaluations or safety.json were changed ({error}); "
+            "write them again with `psyche eval` or `psyche safety`"
         ) from error
 
 
@@ -333,6 +336,13 @@ def cell(text: str) -> str:
 def percent(value: float | None) -> str:
     """A share as a percentage."""
     return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def interval(one: Mapping[str, Any]) -> str:
+    """A share with its interval, as percentages."""
+    if one["share"] is None:
+        return "–"
+    return f"{100 * one['share']:.1f} [{100 * one['low']:.1f}–{100 * one['high']:.1f}]"
 
 
 def points(value: float) -> str:

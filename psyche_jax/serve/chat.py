@@ -9,23 +9,24 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO, cast
+from typing import Protocol, TextIO
 
-import httpx2
 import openai
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import render_prompt
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.endpoint import SCHEMES, Endpoint
+from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.files import write_json
+from psyche_jax.llm import FAULTS, SCHEMES, BrokenAnswerError, Server
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, language_of
 from psyche_jax.serve.crisis.outputs import OutputFilter
 from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate
 
 OPEN, CLOSE = "<think>", "</think>"
+_SECONDS = 300.0  # without a byte, after which an endpoint has failed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model says must not steer the terminal
 HELP = """\
 /think        show or fold the model's reasoning
@@ -96,46 +97,41 @@ class RemoteModel:
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None
         failure = None
+        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2)
         try:
-            async for piece in self._stream(turns):
+            async for piece in self._stream(server, turns):
                 yield output.feed(piece) if output else piece
                 if output and output.stopped:
                     return
+        except BrokenAnswerError as error:
+            failure = f"the answer broke off ({error})"
         except openai.APIStatusError as error:
-            failure = f"{error.message}; see OPENAI_API_KEY, the URL and the model"
-        except (openai.APIError, httpx2.HTTPError, ValueError) as error:
-            failure = f"the answer broke off ({error or type(error).__name__})"
+            failure = f"{server.said(error)}; see OPENAI_API_KEY, the URL and the model"
+        except FAULTS as error:
+            failure = f"the answer broke off ({server.said(error)})"
+        finally:
+            await server.close()
         if output:
             yield output.finish()
         if failure:
             raise UserError(f"{self._url}: {failure}")
 
-    async def _stream(self, turns: Sequence[Message]) -> AsyncIterator[str]:
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        async with openai.AsyncOpenAI(base_url=self._url, api_key=key, max_retries=2) as client:
-            stream = await client.chat.completions.create(
-                model=self.name,
-                messages=cast(Any, render_prompt(turns, self._prompt)),
-                temperature=self._config.temperature,
-                top_p=self._config.top_p,
-                max_tokens=self._config.limits.new_tokens,
-                stream=True,
-            )
-            thinking, finish = False, None
-            async with stream:
-                async for chunk in stream:
-                    for choice in (chunk.choices or ())[:1]:
-                        finish = choice.finish_reason or finish
-                        # Some endpoints send the reasoning in a field of its own.
-                        thought = getattr(choice.delta, "reasoning_content", None)
-                        if thought:
-                            yield thought if thinking else OPEN + thought
-                            thinking = True
-                        if choice.delta.content:
-                            yield (CLOSE if thinking else "") + choice.delta.content
-                            thinking = False
-            if finish is None:
-                raise ValueError("the stream has no end")
+    async def _stream(self, server: Server, turns: Sequence[Message]) -> AsyncIterator[str]:
+        body = {
+            "model": self.name,
+            "messages": render_prompt(turns, self._prompt),
+            "temperature": self._config.temperature,
+            "top_p": self._config.top_p,
+            "max_tokens": self._config.limits.new_tokens,
+        }
+        thinking = False
+        async for piece in server.pieces(body):
+            if piece.reasoning:
+                yield piece.reasoning if thinking else OPEN + piece.reasoning
+                thinking = True
+            if piece.text:
+                yield (CLOSE if thinking else "") + piece.text
+                thinking = False
 
     def close(self) -> None:
         """Nothing to end."""

@@ -202,6 +202,7 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "psyche_jax"
+    crisis_gate: bool  # whether a gate answers messages in a crisis before the model
 
 
 class ModelList(BaseModel):

@@ -110,7 +110,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
     app = fastapi.FastAPI(
         title="psyche serve", version=psyche_jax.__version__, docs_url=None, redoc_url=None, redirect_slashes=False
     )
-    started = int(time.time())
+    card = protocol.ModelCard(id=service.name, created=int(time.time()), crisis_gate=service.gate is not None)
 
     assets = files("psyche_jax.serve") / "page"
 
@@ -132,14 +132,14 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
     @app.get("/v1/models", responses={status: _ERRORS[status] for status in (401, 403, 429)})
     async def models() -> protocol.ModelList:
         """The model that is served."""
-        return protocol.ModelList(data=[protocol.ModelCard(id=service.name, created=started)])
+        return protocol.ModelList(data=[card])
 
     @app.get("/v1/models/{model}", responses={status: _ERRORS[status] for status in (400, 401, 403, 404, 429)})
     async def model(model: str) -> protocol.ModelCard:
         """The model that is served, if that is its name."""
         if model != service.name:
             raise _no_model(service)
-        return protocol.ModelCard(id=service.name, created=started)
+        return card
 
     @app.post(
         "/v1/chat/completions",

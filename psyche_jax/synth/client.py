@@ -1,24 +1,18 @@
 """Calling LLMs: any base URL, bounded concurrency, rate limits, retries, a budget, and nothing asked twice."""
 
 import asyncio
-import email.utils
-import json
-import math
 import os
 import random
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-import httpx2
 import openai
 
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.llm import FAULTS, BrokenAnswerError, Piece, Server, retry_after
 from psyche_jax.synth.calls import Call, CallStore, Reply
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
-
-_CONNECT_SECONDS = 10.0
-_SHOWN = 200  # characters of what a server says in an error
 
 
 class CallFailedError(Exception):
@@ -50,7 +44,7 @@ class Client:
         self._asking: dict[str, asyncio.Task[Reply]] = {}
         self._paces = {llm.name: _Pace(llm) for llm in llms}
         self._keys = {llm.name: _key(llm) for llm in llms}
-        self._servers: dict[str, openai.AsyncOpenAI] = {}
+        self._servers: dict[str, Server] = {}
         self._stopping = False
         self.sent = self.faults = self.known = self.failed = 0
         self.tokens = 0
@@ -133,82 +127,40 @@ class Client:
         return reply
 
     async def _send(self, llm: LlmSection, call: Call, key: str) -> Reply:
+        body: dict[str, Any] = {"model": llm.model, "messages": call.messages, **dict(call.parameters)}
+        if llm.stream:
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        server = self._server(llm)
         try:
-            return await (self._send_streaming if llm.stream else self._send_whole)(llm, call, key)
+            return _reply(call, await server.ask(body, {"Idempotency-Key": key}))
+        except BrokenAnswerError as error:
+            raise _PassingError(str(error)) from None
         except openai.APIStatusError as error:
             return self._refused(llm, error)
-        except (openai.APIError, httpx2.HTTPError, ValueError) as error:
-            raise _PassingError(self._shown(llm, error)) from None
-
-    async def _send_whole(self, llm: LlmSection, call: Call, key: str) -> Reply:
-        # As bare JSON: the typed method takes half of a core at 300 calls a second.
-        body = {"model": llm.model, "messages": call.messages, **dict(call.parameters)}
-        response = await self._server(llm).post(
-            "/chat/completions", cast_to=httpx2.Response, body=body, options={"headers": {"Idempotency-Key": key}}
-        )
-        completion = json.loads(response.content)
-        try:
-            choice = completion["choices"][0]
-            text, finish = choice["message"].get("content"), choice.get("finish_reason")
-            usage = completion.get("usage") or {}
-            tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        except (KeyError, IndexError, TypeError, AttributeError):
-            raise _PassingError("the server's answer is no chat completion") from None
-        return _reply(call, text, finish, *tokens)
-
-    async def _send_streaming(self, llm: LlmSection, call: Call, key: str) -> Reply:
-        stream = await self._server(llm).chat.completions.create(
-            model=llm.model,
-            messages=cast(Any, call.messages),
-            stream=True,
-            stream_options={"include_usage": True},
-            extra_body=dict(call.parameters),
-            extra_headers={"Idempotency-Key": key},
-        )
-        parts: list[str] = []
-        finish: str | None = None
-        tokens: tuple[int | None, int | None] = (None, None)
-        async with stream:
-            async for chunk in stream:
-                if chunk.usage:
-                    tokens = chunk.usage.prompt_tokens, chunk.usage.completion_tokens
-                for choice in (chunk.choices or [])[:1]:
-                    parts.append(choice.delta.content or "")
-                    finish = choice.finish_reason or finish
-        if finish is None:
-            raise _PassingError("the stream was cut")
-        return _reply(call, "".join(parts), finish, *tokens)
+        except FAULTS as error:
+            raise _PassingError(server.said(error)) from None
 
     def _refused(self, llm: LlmSection, error: openai.APIStatusError) -> Reply:
         """What an error status means: try again, stop all, or a reply of its own to this one request."""
         status = error.status_code
-        said = f"HTTP {status}: {self._shown(llm, error)}"
+        said = self._server(llm).said(error)
         if status in (408, 409, 425, 429) or status >= 500:
-            raise _PassingError(said, _retry_after(error.response.headers))
+            raise _PassingError(said, retry_after(error.response.headers))
         if status in (401, 402, 403, 404, 405):
             hint = f"is the key in {llm.key_env} right?" if status in (401, 403) else "see its base_url and model"
             raise UserError(f"LLM {llm.name} at {llm.base_url}: {said}; {hint}")
         return Reply(said, "refused", 0, 0)
 
-    def _server(self, llm: LlmSection) -> openai.AsyncOpenAI:
+    def _server(self, llm: LlmSection) -> Server:
         if llm.name not in self._servers:
-            places = httpx2.Limits(max_connections=None, max_keepalive_connections=self._calls.concurrency)
-            timeout = httpx2.Timeout(llm.timeout_seconds, connect=min(_CONNECT_SECONDS, llm.timeout_seconds))
-            self._servers[llm.name] = openai.AsyncOpenAI(
-                api_key=self._keys[llm.name] or "none",
-                base_url=llm.base_url,
-                max_retries=0,  # ours are counted, and know Retry-After of any length
-                timeout=timeout,
-                http_client=openai.DefaultAioHttpClient(limits=places, timeout=timeout),
+            self._servers[llm.name] = Server(
+                llm.base_url,
+                self._keys[llm.name],
+                timeout=llm.timeout_seconds,
+                retries=0,  # ours are counted, and know Retry-After of any length
+                connections=self._calls.concurrency,
             )
         return self._servers[llm.name]
-
-    def _shown(self, llm: LlmSection, error: Exception) -> str:
-        """What a server said, in one line without the key."""
-        text = " ".join((str(error) or type(error).__name__).split())
-        if key := self._keys[llm.name]:
-            text = text.replace(key, "***")
-        return text[:_SHOWN]
 
     def _spend(self, name: str, prompt_tokens: int, completion_tokens: int) -> None:
         self.tokens += prompt_tokens + completion_tokens
@@ -260,25 +212,11 @@ def _key(llm: LlmSection) -> str | None:
     return key
 
 
-def _reply(
-    call: Call, text: object, finish: object, prompt_tokens: object = None, completion_tokens: object = None
-) -> Reply:
-    """What a server sent, with the types it should have. A count that it lacks: a character a token, which is more
-    than tokenizers for Chinese need."""
-    text = text if isinstance(text, str) else ""
-    asked = prompt_tokens if isinstance(prompt_tokens, int) else sum(len(turn["content"]) for turn in call.messages)
-    said = completion_tokens if isinstance(completion_tokens, int) else len(text)
-    return Reply(text, finish if isinstance(finish, str) else "stop", max(asked, 0), max(said, 0))
-
-
-def _retry_after(headers: httpx2.Headers) -> float | None:
-    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3)."""
-    value = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None
+def _reply(call: Call, answer: Piece) -> Reply:
+    """A count that the server lacks: a character a token, which is more than tokenizers for Chinese need."""
+    asked, said = answer.prompt_tokens, answer.completion_tokens
+    if asked is None:
+        asked = sum(len(turn["content"]) for turn in call.messages)
+    if said is None:
+        said = len(answer.text)
+    return Reply(answer.text, answer.finish or "stop", max(asked, 0), max(said, 0))

@@ -80,6 +80,28 @@ def add_empathy(run: Path, judge: str = "a judge") -> None:
     write_json(run / "evaluations" / "dialogues-kind.json", {**evaluation, "empathy": empathy})
 
 
+def add_safety(run: Path, source: str = "posts.jsonl") -> None:
+    """What `psyche safety` leaves."""
+
+    def share(value: float) -> dict[str, float]:
+        return {"count": 1, "share": value, "low": value / 2, "high": (1 + value) / 2}
+
+    row = {"count": 28, "answered": share(0.9), "crisis": share(0.875), "own": share(0.5)}
+    columns = ["attempt", "plan_or_preparation", "active_ideation", "passive_ideation"]
+    columns += ["self_harm", "harm_to_others", "exploration", "none"]
+    posts = {
+        "source": source,
+        "set_aside": 1,
+        "count": 56,
+        "classes": {"plan_or_preparation": row, "none": {**row, "answered": share(0.03)}},
+        "columns": columns,
+        "confusion": {"plan_or_preparation": [0, 25, 0, 0, 0, 0, 0, 3], "none": [0, 1, 0, 0, 0, 0, 0, 27]},
+    }
+    withheld = {"count": 40, "withheld": share(0.1), "by_kind": {"diagnosis": 4}}
+    talk = {"source": "talk.jsonl", "dialogues": 6, "turns": 30, "flagged_turns": share(0.02), "counsellors": withheld}
+    write_json(run / "safety.json", {"posts": posts, "dialogues": talk, "replies": withheld})
+
+
 def add_samples(run: Path, first: int, last: int, completion: str = "<think>想</think>\n答案：B<|im_end|>") -> None:
     """Four completions to one prompt, at two steps."""
     lines = [

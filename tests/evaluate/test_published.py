@@ -128,7 +128,7 @@ def test_an_evaluation_that_was_changed_by_hand_is_named(run: Path, tmp_path: Pa
     evaluation = json.loads(path.read_text(encoding="utf-8"))
     del evaluation["scores"]["fallback"]
     path.write_text(json.dumps(evaluation), encoding="utf-8")
-    with pytest.raises(UserError, match="an evaluation was changed by hand") as error:
+    with pytest.raises(UserError, match=r"evaluations or safety\.json were changed") as error:
         report(tmp_path, run)
     assert "\n" not in str(error.value)
 

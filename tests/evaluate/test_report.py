@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_runs import PROMPT, add_evaluation, add_samples, make_chain, make_run, write_json, write_lines
+from made_up_runs import PROMPT, add_evaluation, add_safety, add_samples, make_chain, make_run, write_json, write_lines
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation, read_benches, wilson
@@ -297,3 +297,23 @@ def test_numbers_for_people() -> None:
     assert [number(value) for value in values] == ["0", "1e−5", "−0.0123", "0.5", "12.3", "2,250", "1.5e8", "nan"]
     spans = (0.25, 42.12, 723, 11520)
     assert [duration(seconds) for seconds in spans] == ["250 ms", "42.1 s", "12 min 3 s", "3 h 12 min"]
+
+
+def test_safety_results_are_shown_with_intervals_and_confusion(tmp_path: Path) -> None:
+    runs = make_chain(tmp_path)
+    assert "were not measured for these runs" in plain(report(tmp_path, *runs))
+    add_safety(runs[1])
+    text = plain(report(tmp_path, *runs))
+    assert "56 labelled messages: posts.jsonl" in text
+    assert "plan or preparation 28 90.0 [45.0–95.0] 87.5 [43.8–93.8] 50.0 [25.0–75.0]" in text
+    assert "unrelated (false alarms) 28 3.0 [1.5–51.5] 87.5 [43.8–93.8] –" in text
+    assert "plan or preparation 0 25 0 0 0 0 0 3" in text
+    assert "Of 40 answers of the models in this run's evaluations" in text and "diagnosis 4" in text
+    assert "1 bad line in no figure" in text
+    write_report(runs, tmp_path / "card.md")
+    card = (tmp_path / "card.md").read_text(encoding="utf-8")
+    assert "| plan or preparation | 28 | 90.0 [45.0–95.0] | 87.5 [43.8–93.8] | 50.0 [25.0–75.0] |" in card
+    assert "| none | 0 | 1 | 0 | 0 | 0 | 0 | 0 | 27 |" in card
+    (runs[1] / "safety.json").write_text('{"posts": {}}')
+    with pytest.raises(UserError, match="write them again with"):
+        report(tmp_path, *runs)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from answerers import Answerer, six_cells
-from made_up_runs import add_empathy, make_chain, make_run
+from made_up_runs import add_empathy, add_safety, make_chain, make_run
 
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.report import write_report
@@ -28,6 +28,7 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
         evaluate(answerer, benchmark, label=label, files=[evaluation_file(runs[0], "pceb", label)])
     add_empathy(runs[0], LONG)
+    add_safety(runs[0], LONG)
     write_report(runs, folder / "report.html", "Report")
     return folder / "report.html"
 

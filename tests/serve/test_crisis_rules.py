@@ -131,34 +131,3 @@ def test_the_measure_reaches_what_is_promised_on_real_posts():
     assert share({"主动自杀意图"}) >= 0.95
     assert share({"被动自杀意图"}) >= 0.85
     assert share({"与自杀/自伤/攻击行为无关"}, lambda risk: risk is not Risk.NONE) <= 0.05
-
-
-def test_the_measuring_script_counts(tmp_path):
-    posts = [
-        {"id": 1, "text": "我想自杀", "labels": ["主动自杀意图"]},
-        {"id": 2, "text": "今天好累", "labels": ["被动自杀意图", "他人攻击行为"]},
-        {"id": 3, "text": "今天好累", "labels": ["与自杀/自伤/攻击行为无关"]},
-    ]
-    dialogues = [
-        {
-            "id": "d",
-            "turns": [
-                {"role": "client", "content": "不想活了"},
-                {"role": "counselor", "content": "你这是典型的抑郁症。"},
-            ],
-        }
-    ]
-    for name, items in (("posts", posts), ("dialogues", dialogues)):
-        (tmp_path / name).write_text(
-            "\n".join(json.dumps(item, ensure_ascii=False) for item in items), encoding="utf-8"
-        )
-    script = [sys.executable, ROOT / "scripts" / "measure_crisis.py"]
-    arguments = ["--posts", tmp_path / "posts", "--dialogues", tmp_path / "dialogues", "--show", "1", "--errors"]
-    out = subprocess.run([*script, *arguments], capture_output=True, text=True, check=True).stdout
-    whole = out.split("## all of posts: 3 posts")[1].split("Confusion")[0]
-    rows = {line[:26].strip(): line[26:].split() for line in whole.splitlines() if line}
-    assert rows["active_ideation"][:2] == ["1", "1.000"]
-    assert rows["passive_ideation"][:2] == ["1", "0.000"]
-    assert "- passive_ideation as none (): '今天好累'" in out
-    assert "- passive_ideation (does not want to live) d: '不想活了'" in out
-    assert "- withheld, diagnosis: '你这是典型的抑郁症。'" in out

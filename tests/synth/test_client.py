@@ -12,8 +12,9 @@ from faulty_server import KEY, FaultyServer, _send, answering, stored_keys
 
 from psyche_jax.config import UsageError
 from psyche_jax.errors import UserError
+from psyche_jax.llm import retry_after
 from psyche_jax.synth.calls import CallStore
-from psyche_jax.synth.client import CallFailedError, Client, _retry_after
+from psyche_jax.synth.client import CallFailedError, Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
 
 
@@ -90,7 +91,7 @@ def test_retry_after_is_waited_for_by_all_calls_to_that_llm(ask, form):
 
 def test_retry_after_in_both_forms():
     def seconds(value):
-        return _retry_after(httpx2.Headers({"retry-after": value}))
+        return retry_after(httpx2.Headers({"retry-after": value}))
 
     assert seconds("3") == 3 and seconds("0.5") == 0.5 and seconds("-1") == 0
     assert 1 < seconds(formatdate(time.time() + 3, usegmt=True)) <= 3

@@ -1,0 +1,203 @@
+"""How well the gate does on labelled messages, on dialogues, and how much of what a model said would be withheld."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from psyche_jax.errors import UserError
+from psyche_jax.evaluate.comparison import wilson
+from psyche_jax.serve.crisis.classify import Risk, classify
+from psyche_jax.serve.crisis.outputs import check_output
+
+Item = TypeVar("Item")
+HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD that is no class of the gate
+PSYGUARD = {  # its labels
+    "自杀未遂": Risk.ATTEMPT,
+    "自杀准备行为": Risk.PLAN_OR_PREPARATION,
+    "自杀计划": Risk.PLAN_OR_PREPARATION,
+    "主动自杀意图": Risk.ACTIVE_IDEATION,
+    "被动自杀意图": Risk.PASSIVE_IDEATION,
+    "自伤行为": Risk.SELF_HARM,
+    "自伤意图": Risk.SELF_HARM,
+    "用户攻击行为": Risk.HARM_TO_OTHERS,
+    "关于自杀的探索": Risk.EXPLORATION,
+    "他人攻击行为": HARMED_BY_OTHERS,
+    "与自杀/自伤/攻击行为无关": Risk.NONE,
+}
+LABELS = {**PSYGUARD, **{risk.value: risk for risk in Risk}, HARMED_BY_OTHERS: HARMED_BY_OTHERS}
+COLUMNS = [risk.value for risk in sorted(Risk, key=lambda risk: -risk.severity)]
+ROWS = [*COLUMNS[:-1], HARMED_BY_OTHERS, Risk.NONE.value]  # the most urgent first
+_URGENT = (Risk.ATTEMPT.value, Risk.PLAN_OR_PREPARATION.value)
+
+
+@dataclass(frozen=True)
+class Post:
+    """A message and its class as labelled: a value of `Risk`, or `harmed_by_others`."""
+
+    text: str
+    label: str
+    id: str = ""
+
+    @property
+    def half(self) -> int:
+        """0 or 1, by a hash of the id, or of the text where there is none."""
+        return hashlib.sha256((self.id or self.text).encode()).digest()[-1] % 2
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a dialogue; `own`: it is the person's, not the counsellor's."""
+
+    dialogue: str
+    text: str
+    own: bool
+
+
+def own_sentences() -> list[Post]:
+    """The sentences that come with the package (sentences.yaml): written for it, by whoever wrote the rules."""
+    data = yaml.safe_load((files("psyche_jax.serve.crisis") / "sentences.yaml").read_text(encoding="utf-8"))
+    return [Post(text, Risk(label).value) for label, texts in data.items() for text in texts]
+
+
+def read_posts(path: Path) -> tuple[list[Post], list[str]]:
+    """Posts, JSON lines `{"text", "labels": [...]}` with the gate's classes or PsyGUARD's labels, and the bad lines.
+
+    A post with several labels has the most urgent of them.
+
+    Raises:
+      UserError: the file cannot be read, or no line of it is good.
+    """
+
+    def read(number: int, value: dict[str, Any]) -> Post:
+        labels = [str(LABELS[label]) for label in value["labels"]]
+        return Post(_text(value["text"]), min(labels, key=ROWS.index), str(value.get("id", "")))
+
+    return _read(path, read)
+
+
+def read_turns(path: Path) -> tuple[list[Turn], list[str]]:
+    """The turns of dialogues, JSON lines `{"turns": [{"role", "content"}]}`, and the bad lines.
+
+    Roles `user` and `client` are the person's, `system` is left out.
+
+    Raises:
+      UserError: the file cannot be read, or no line of it is good.
+    """
+
+    def read(number: int, value: dict[str, Any]) -> list[Turn]:
+        name = str(value.get("id", number))
+        turns = [(turn["role"], _text(turn["content"])) for turn in value["turns"]]
+        return [Turn(name, text, role in ("user", "client")) for role, text in turns if role != "system"]
+
+    dialogues, bad = _read(path, read)
+    return [turn for turns in dialogues for turn in turns], bad
+
+
+def measure_posts(posts: Sequence[Post]) -> dict[str, Any]:
+    """Of each class how many posts are answered by a fixed text, by one for a crisis, and by that of their own class.
+
+    `answered` of class `none` are the false alarms. `confusion` has rows as labelled and columns as classed.
+    """
+    pairs = [(post.label, classify(post.text).risk.value) for post in posts]
+    groups = [("plan, preparation, attempt", _URGENT), *((name, (name,)) for name in ROWS)]
+    classes = {}
+    for name, members in groups:
+        found = [risk for label, risk in pairs if label in members]
+        if found:
+            classes[name] = {
+                "count": len(found),
+                "answered": share(sum(risk != Risk.NONE for risk in found), len(found)),
+                "crisis": share(sum(risk not in (Risk.NONE, Risk.EXPLORATION) for risk in found), len(found)),
+                "own": share(sum(risk in members for risk in found), len(found)),
+            }
+    confusion = Counter(pairs)
+    return {
+        "count": len(pairs),
+        "classes": classes,
+        "columns": COLUMNS,
+        "confusion": {row: [confusion[row, column] for column in COLUMNS] for row in ROWS if row in dict(pairs)},
+    }
+
+
+def measure_turns(turns: Sequence[Turn]) -> dict[str, Any]:
+    """How much of ordinary talk is answered by a fixed text, and how much of what counsellors say is withheld."""
+    own = [turn for turn in turns if turn.own]
+    flagged = [(turn, risk) for turn in own if (risk := classify(turn.text).risk) is not Risk.NONE]
+    dialogues = {turn.dialogue for turn in turns}
+    return {
+        "dialogues": len(dialogues),
+        "turns": len(own),
+        "flagged_turns": share(len(flagged), len(own)),
+        "flagged_dialogues": share(len({turn.dialogue for turn, _ in flagged}), len(dialogues)),
+        "by_class": dict(Counter(risk.value for _, risk in flagged).most_common()),
+        "counsellors": measure_replies(turn.text for turn in turns if not turn.own),
+    }
+
+
+def measure_replies(replies: Iterable[str]) -> dict[str, Any]:
+    """How many of a model's replies the output filter would not let pass as they are."""
+    kinds = [rule.kind if (rule := check_output(reply)) else "" for reply in replies]
+    return {
+        "count": len(kinds),
+        "withheld": share(sum(map(bool, kinds)), len(kinds)),
+        "by_kind": dict(Counter(filter(None, kinds)).most_common()),
+    }
+
+
+def share(count: int, of: int) -> dict[str, float | int | None]:
+    """A share with its Wilson interval at 95 % (Wilson 1927); None where there is nothing to count."""
+    if not of:
+        return {"count": 0, "share": None, "low": None, "high": None}
+    low, high = wilson(count / of, of)
+    return {"count": count, "share": count / of, "low": low, "high": high}
+
+
+def posts_table(measured: dict[str, Any]) -> Iterator[str]:
+    """What `measure_posts` found, as lines of text."""
+    yield f"{'class':28}{'posts':>6}  {'answered at all':22}{'with a crisis text':22}{'of its own class':22}"
+    for name, row in measured["classes"].items():
+        cells = "".join(f"{interval(row[column]):22}" for column in ("answered", "crisis", "own"))
+        yield f"{name:28}{row['count']:6}  {cells}".rstrip()
+    yield ""
+    yield " " * 22 + "".join(f"{name[:11]:>12}" for name in measured["columns"])
+    for name, counts in measured["confusion"].items():
+        yield f"{name:22}" + "".join(f"{count:12}" for count in counts)
+
+
+def interval(one: dict[str, Any]) -> str:
+    """A share and its interval as text."""
+    return "–" if one["share"] is None else f"{one['share']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
+
+
+def _read(path: Path, read: Callable[[int, dict[str, Any]], Item]) -> tuple[list[Item], list[str]]:
+    good: list[Item] = []
+    bad: list[str] = []
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            good.append(read(number, json.loads(line)))
+        except KeyError as error:
+            bad.append(f"{path}:{number}: {error} is missing or unknown")
+        except (ValueError, TypeError, AttributeError) as error:
+            bad.append(f"{path}:{number}: {error}")
+    if not good:
+        raise UserError(f"{path}: no line can be used{f'; {bad[0]}' if bad else ', the file is empty'}")
+    return good, bad
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a text is no string")
+    return value
