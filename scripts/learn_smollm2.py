@@ -40,8 +40,9 @@ from psyche_jax.model.decoding import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.rewards import compile_rules, score, token_bytes_from_tokenizer
 from psyche_jax.rewards.reference import score_response
+from psyche_jax.rewards.score import compile_rules, score
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import read_lines
 from psyche_jax.train.checkpoints import open_model
 

@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -406,3 +408,8 @@ def test_rare_line_ends_in_texts_read_back(tmp_path):
     config = parse_config(SftConfig, values, "x")
     (tmp_path / "config.yaml").write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
     assert load_config(SftConfig, tmp_path / "config.yaml") == config
+
+
+def test_reading_a_config_starts_no_jax():
+    code = "import sys, psyche_jax.config, psyche_jax.synth.config; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -22,7 +22,8 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decoding import Sampling, generate
 from psyche_jax.model.qwen2 import Execution, Parameters, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.rewards import AnswerSetRule, CompiledRules, RepetitionRule, ThinkFormatRule, compile_rules
+from psyche_jax.rewards import AnswerSetRule, RepetitionRule, ThinkFormatRule
+from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.setup import abstract_train_state, check_rows
 from psyche_jax.train.sft import make_sft_step

@@ -16,7 +16,7 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.published import check_architecture, published_architecture
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.rewards import compile_rules
+from psyche_jax.rewards.score import compile_rules
 from psyche_jax.train.checkpoints import abstract_parameters, open_model
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.setup import abstract_train_state, check_rows

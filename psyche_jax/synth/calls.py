@@ -7,6 +7,7 @@ import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,13 @@ class Call:
     parameters: tuple[tuple[str, Any], ...]
     sample: int = 0
 
-    @property
+    @cached_property
     def request(self) -> str:
         """The content as JSON, always written in the same way."""
         value = [self.llm, self.model, self.messages, self.parameters, self.sample]
         return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
-    @property
+    @cached_property
     def key(self) -> str:
         """SHA-256 of the content; also the idempotency key."""
         return hashlib.sha256(self.request.encode("utf-8", "surrogatepass")).hexdigest()

@@ -20,7 +20,7 @@ from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.responses import response_hidden
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import join_rows, split_rows
-from psyche_jax.rewards import CompiledRules, score
+from psyche_jax.rewards.score import CompiledRules, score
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.objectives import (
     TokenLoss,

@@ -22,8 +22,9 @@ from psyche_jax.files import as_path
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.sharding import Sharding
-from psyche_jax.rewards import CompiledRules, compile_rules, token_bytes_from_tokenizer
 from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions
+from psyche_jax.rewards.score import CompiledRules, compile_rules
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import Run, open_run
 from psyche_jax.train.checkpoints import check_reference, checkpoint_metadata, identity
 from psyche_jax.train.grpo import Iteration

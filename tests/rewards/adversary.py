@@ -32,12 +32,11 @@ from psyche_jax.rewards import (
     RepetitionRule,
     RuleConfig,
     ThinkFormatRule,
-    compile_rules,
     extract_letters,
     reference,
-    score,
-    token_bytes_from_tokenizer,
 )
+from psyche_jax.rewards.score import compile_rules, score
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 
 TOKENS = 72
 

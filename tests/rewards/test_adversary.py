@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from adversary import RULES, TOKENS, Vocabulary, batches, compare
 
-from psyche_jax.rewards import advance, compile_rules, finish, initial_state, score
+from psyche_jax.rewards.score import advance, compile_rules, finish, initial_state, score
 
 # At least so many of 10,000 must get something, or the comparison says little.
 ACCEPTED = {"think_format": 2000, "answer_set": 300, "elastic": 300, "tangled": 60, "exam": 30}

@@ -15,10 +15,10 @@ from psyche_jax.rewards import (
     RepetitionRule,
     RuleConfig,
     ThinkFormatRule,
-    compile_rules,
     extract_letters,
     reference,
 )
+from psyche_jax.rewards.score import compile_rules
 
 ADAPTER: pydantic.TypeAdapter[RuleConfig] = pydantic.TypeAdapter(RuleConfig)
 

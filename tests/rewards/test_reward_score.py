@@ -9,17 +9,8 @@ import pytest
 from adversary import RULES, Vocabulary
 
 from psyche_jax.errors import UserError
-from psyche_jax.rewards import (
-    AnswerSetRule,
-    CompiledRules,
-    LengthRule,
-    PatternRule,
-    RepetitionRule,
-    ThinkFormatRule,
-    compile_rules,
-    completion_mask,
-    score,
-)
+from psyche_jax.rewards import AnswerSetRule, LengthRule, PatternRule, RepetitionRule, ThinkFormatRule
+from psyche_jax.rewards.score import CompiledRules, compile_rules, completion_mask, score
 
 # 0 is a stop token, 1 another; 2 has no bytes.
 BYTES = [b"<|im_end|>", b"<|endoftext|>", None, b"<think>", b"a", b"</think>", "答案：".encode(), b"A", b"B", b"\n"]

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from adversary import Vocabulary
 
-from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule, compile_rules, store
+from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule, store
 from psyche_jax.rewards.automaton import TokenAutomaton
 from psyche_jax.rewards.rules import compile_text_rule
+from psyche_jax.rewards.score import compile_rules
 from psyche_jax.rewards.store import load_or_compile
 
 RULES = (AnswerSetRule(), ThinkFormatRule())

@@ -10,7 +10,7 @@ from tokenizers import decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from psyche_jax.errors import UserError
-from psyche_jax.rewards import token_bytes_from_tokenizer
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen"])

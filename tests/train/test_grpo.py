@@ -22,16 +22,10 @@ from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
 from psyche_jax.model.qwen2 import bind, build
-from psyche_jax.rewards import (
-    AnswerSetRule,
-    FunctionReward,
-    LengthRule,
-    PatternRule,
-    ThinkFormatRule,
-    compile_rules,
-    token_bytes_from_tokenizer,
-)
+from psyche_jax.rewards import AnswerSetRule, FunctionReward, LengthRule, PatternRule, ThinkFormatRule
 from psyche_jax.rewards.reference import score_response
+from psyche_jax.rewards.score import compile_rules
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.train import grpo_run
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.grpo_run import decoded_samples
