@@ -161,6 +161,7 @@ def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Complet
         if clean_essays:
             scores["decontaminated"]["essays"] = summarize_essays(clean_essays)
         scores["leaked"] = sum(task.id in benchmark.leaked for task in tasks)
+        scores["leaked_essays"] = sum(task.id in benchmark.leaked for task in tasks if task.kind == "essay")
     listed = [dataclasses.asdict(item) for task in choices for item in items[task.id]]
     listed += [dataclasses.asdict(item) for item in essays]
     listed += [

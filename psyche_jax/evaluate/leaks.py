@@ -9,7 +9,7 @@ from psyche_jax.data.public import load_cpsyexam
 from psyche_jax.data.records import BaseRecord, Dialogue, Question, RlPrompt, SftExample
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import CPSYEXAM, kind_at
-from psyche_jax.evaluate.tasks import Benchmark
+from psyche_jax.evaluate.tasks import Benchmark, Task
 
 _KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}
 
@@ -17,25 +17,29 @@ _KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question
 def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
     """The benchmark with what `data.decontamination` finds of it in training data.
 
-    A leaked case leaks everything that is asked about it, essays too. A case on which there are essays alone is not
-    looked for.
+    A leaked case leaks everything that is asked about it, essays too; a case on which there are essays alone is looked
+    for as well.
 
     Args:
-      benchmark: its choice questions are looked for.
+      benchmark: its choice questions and the cases of its essays are looked for.
       train: a data set or JSONL file of records that are not packed, or `cpsyexam:FILE`.
 
     Raises:
       UserError: the training data cannot be read.
     """
-    questions = [task.question for task in benchmark.tasks if task.question is not None]
-    leaks = {leak.evaluation_id: leak for leak in decontaminate(_read(train), questions).leaks}
-    groups: dict[str, str] = {
-        task.group: leaks[task.question.id].reason
-        for task in benchmark.tasks
-        if task.question is not None and task.question.id in leaks
-    }
+    questions = [(task.group, task.question) for task in benchmark.tasks if task.question is not None]
+    asked = {group for group, _ in questions}
+    essays = {task.group: task for task in benchmark.tasks if task.kind == "essay" and task.group not in asked}
+    questions += [(group, _on_case(task)) for group, task in essays.items()]
+    leaks = {leak.evaluation_id: leak for leak in decontaminate(_read(train), [one for _, one in questions]).leaks}
+    groups: dict[str, str] = {group: leaks[one.id].reason for group, one in questions if one.id in leaks}
     leaked = {task.id: groups[task.group] for task in benchmark.tasks if task.group in groups}
     return dataclasses.replace(benchmark, leaked=leaked)
+
+
+def _on_case(essay: Task) -> Question:
+    """A question that stands for an essay's case, since cases are looked for by the questions on them."""
+    return Question(essay.text, {"A": "是", "B": "否"}, "A", "single", meta={"case": essay.group})
 
 
 def _read(train: str) -> tuple[BaseRecord, ...]:

@@ -16,6 +16,7 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
 from psyche_jax.evaluate.evaluation import evaluate
 from psyche_jax.evaluate.leaks import look_for_leaks
+from psyche_jax.evaluate.scores import scores_table
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
@@ -148,6 +149,13 @@ def test_what_training_data_hold_is_scored_apart(pceb: Path, tmp_path: Path) -> 
     scores = evaluate(Answerer(lambda task, _: f"答案：{task.gold}"), found, label="x")["scores"]
     assert (scores["count"], scores["leaked"], scores["decontaminated"]["count"]) == (10, 4, 7)
     assert "essays" in scores and "essays" not in scores["decontaminated"]
+    assert scores["leaked_essays"] == 1
+    alone = look_for_leaks(read_benchmark(f"pceb:{pceb}").only(["essay"], None), str(tmp_path / "set"))
+    assert list((alone.leaked or {}).values()) == ["case"], "a case on which there is an essay alone"
+    scores = evaluate(Answerer(lambda task, _: "情绪低落"), alone, label="x")["scores"]
+    assert "1 of them are essays on a leaked case; the other essays: none is left" in scores_table(
+        {**scores, "set_aside": 0}
+    )
 
 
 @real
