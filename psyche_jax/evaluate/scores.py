@@ -32,11 +32,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
                 f"of them: strict {fallback['strict']:.3f}, elastic {fallback['elastic']:.3f}"
             )
     if essays := summary.get("essays"):
-        lines.append(
-            f"{essays['count']} essays: "
-            + ", ".join(f"{title} {essays[name]:.2f}" for name, title in _ESSAYS.items())
-            + " (percent)"
-        )
+        lines.append(f"{essays['count']} essays: {_essays(essays)} (percent)")
     if (clean := summary.get("decontaminated")) is not None:
         scores = f": strict {clean['strict']:.3f}, elastic {clean['elastic']:.3f}" if clean["count"] else ""
         lines.append(f"{summary['leaked']} stand in the training data; without them {clean['count']} questions{scores}")
@@ -53,6 +49,10 @@ def scores_table(summary: Mapping[str, Any]) -> str:
     if summary["set_aside"]:
         lines.append(f"{summary['set_aside']} records set aside")
     return "\n".join(lines)
+
+
+def _essays(essays: Mapping[str, Any]) -> str:
+    return ", ".join(f"{title} {essays[name]:.2f}" for name, title in _ESSAYS.items())
 
 
 def _empathy(empathy: Mapping[str, Any]) -> list[str]:
