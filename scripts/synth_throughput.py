@@ -1,23 +1,34 @@
 """Calls a second with 64 at once, against a local server that takes 200 ms for each, beside what is possible.
 
     python scripts/synth_throughput.py [--calls 4000] [--concurrency 64] [--delay 0.2] [--stream]
+    python scripts/synth_throughput.py --calls 100000 --delay 0.01     # does memory stay bounded?
 
-The server is a process of its own. Prints one JSON object; `share` is what the client reaches of concurrency / delay.
+The calls go as a stage of `psyche synth` makes them: items are read, asked about and written one after the other. The
+server is a process of its own. Prints one JSON object; `share` is what the client reaches of concurrency / delay,
+`rss_mib` the memory of this process after each tenth of the calls.
 """
 
 import argparse
 import asyncio
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import psutil
+
+from psyche_jax.data.records import Passage
+from psyche_jax.synth.asking import Asker
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+from psyche_jax.synth.pipeline import WINDOW
+from psyche_jax.synth.prompts import Prompts
 from psyche_jax.synth.replay import completion
+from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 
 def serve(port: "multiprocessing.Queue[int]", delay: float) -> None:
@@ -56,25 +67,41 @@ def serve(port: "multiprocessing.Queue[int]", delay: float) -> None:
     asyncio.run(main())
 
 
-async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -> tuple[float, float]:
-    """Seconds that all calls take, and the processor time of this process within them."""
+async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -> dict[str, Any]:
+    """Seconds that all calls take, the processor time of this process within them, and its memory."""
     store = CallStore(folder / "calls.sqlite")
     client = Client([llm], CallsSection(concurrency=concurrency), BudgetSection(), store)
-    numbers = iter(range(-concurrency, calls))
+    process = psutil.Process()
 
-    async def worker(stop: int) -> None:
-        for number in numbers:
-            await client.call("llm", "throughput@1", [{"role": "user", "content": f"{number}：" + "心理学" * 200}])
-            if number >= stop:
-                return
+    async def work(number: int) -> Outcome:
+        question = f"{number}：" + "心理学" * 200
+        reply = await client.call("llm", "throughput@1", [{"role": "user", "content": question}])
+        outcome = Outcome()
+        outcome.keep("passages", Passage(question + reply.text, "made up"))
+        return outcome
 
-    await asyncio.gather(*(worker(-concurrency) for _ in range(concurrency)))  # connections are made
+    async def stage(name: str, numbers: range) -> list[int]:
+        memory = []
+
+        async def results() -> AsyncIterator[Outcome]:
+            done = 0
+            async for outcome in outcomes(numbers, work, WINDOW * concurrency):
+                yield outcome
+                done += 1
+                if done % max(len(numbers) // 10, 1) == 0:
+                    memory.append(process.memory_info().rss >> 20)
+
+        progress = Progress("throughput", name, None, Asker(client, Prompts(), 0))
+        await write_stage(folder / name, name, ("passages",), results(), progress)
+        return memory
+
+    await stage("warm", range(-concurrency, 0))  # connections are made
     started, worked = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(worker(calls) for _ in range(concurrency)))
-    seconds = time.perf_counter() - started, time.process_time() - worked
+    memory = await stage("measured", range(calls))
+    seconds, worked = time.perf_counter() - started, time.process_time() - worked
     await client.close()
     store.close()
-    return seconds
+    return {"seconds": seconds, "cpu_ms_a_call": round(1000 * worked / calls, 3), "rss_mib": memory}
 
 
 def main() -> None:
@@ -91,28 +118,13 @@ def main() -> None:
     url = f"http://127.0.0.1:{port.get()}/v1"
     llm = LlmSection("llm", "canned", url, key_env=None, stream=arguments.stream)
     with tempfile.TemporaryDirectory() as folder:
-        seconds, worked = asyncio.run(measure(llm, arguments.calls, arguments.concurrency, Path(folder)))
+        measured = asyncio.run(measure(llm, arguments.calls, arguments.concurrency, Path(folder)))
     server.terminate()
     possible = arguments.concurrency / arguments.delay
-    rate = arguments.calls / seconds
-    print(
-        json.dumps(
-            {
-                "what": "synth calls",
-                "shape": {
-                    "concurrency": arguments.concurrency,
-                    "delay_seconds": arguments.delay,
-                    "calls": arguments.calls,
-                },
-                "seconds": round(seconds, 3),
-                "cpu_ms_a_call": round(1000 * worked / arguments.calls, 2),
-                "calls_per_second": round(rate, 1),
-                "possible": round(possible, 1),
-                "share": round(rate / possible, 3),
-                "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-            }
-        )
-    )
+    rate = arguments.calls / measured["seconds"]
+    shape = {"concurrency": arguments.concurrency, "delay_seconds": arguments.delay, "calls": arguments.calls}
+    rates = {"calls_per_second": round(rate, 1), "possible": round(possible, 1), "share": round(rate / possible, 3)}
+    print(json.dumps({"what": "synth calls", "shape": shape, **measured, **rates}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Control of questions: duplicates out, LLMs vote on what is left, people see what the votes leave open."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -30,9 +31,9 @@ class Vote:
 
 def with_twins(questions: Iterable[Question], section: ControlSection) -> Iterator[tuple[Question, Twin | None]]:
     """Each question with the earlier one that it repeats."""
-    duplicates = Duplicates(section)
-    for question in questions:
-        yield question, duplicates.find(question)
+    with contextlib.closing(Duplicates(section)) as duplicates:
+        for question in questions:
+            yield question, duplicates.find(question)
 
 
 async def control(item: tuple[Question, Twin | None], asker: Asker, section: ControlSection) -> Outcome:

@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import re
 import unicodedata
+import uuid
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,7 +75,8 @@ class Duplicates:
     """
 
     def __init__(self, section: ControlSection) -> None:
-        storage = {"type": "dict"} if section.redis is None else _redis(section.redis)
+        self._redis = None if section.redis is None else _Redis(section.redis)
+        storage = {"type": "dict"} if self._redis is None else self._redis.storage
         self._permutations = section.permutations
         self._lsh = MinHashLSH(
             threshold=section.candidates, num_perm=section.permutations, storage_config=storage, weights=(0.2, 0.8)
@@ -104,6 +106,11 @@ class Duplicates:
         self._seen[name] = new
         self._lsh.insert(name, minhash, check_duplication=False)
         return None
+
+    def close(self) -> None:
+        """Remove what lies outside memory."""
+        if self._redis is not None:
+            self._redis.clear()
 
 
 def fold(text: str) -> str:
@@ -192,16 +199,27 @@ def _hash(data: bytes) -> int:
     return int(np.frombuffer(hashlib.blake2b(data, digest_size=4).digest(), np.uint32)[0])
 
 
-def _redis(address: str) -> dict[str, object]:
-    try:
-        import redis
-    except ImportError:
-        raise UserError("control.redis is set and redis is absent; pip install 'psyche_jax[redis]'") from None
-    host, _, port = address.partition(":")
-    if not port.isdecimal():
-        raise UserError(f"control.redis must be host:port, not {address!r}")
-    try:
-        redis.Redis(host, int(port)).ping()
-    except redis.RedisError as error:
-        raise UserError(f"control.redis: {address} does not answer ({error})") from None
-    return {"type": "redis", "basename": b"psyche", "redis": {"host": host, "port": int(port)}}
+class _Redis:
+    """Tables in a Redis server, under a name of their own; removed when they are done with."""
+
+    def __init__(self, address: str) -> None:
+        try:
+            import redis
+        except ImportError:
+            raise UserError("control.redis is set and redis is absent; pip install 'psyche_jax[redis]'") from None
+        host, _, port = address.partition(":")
+        if not port.isdecimal():
+            raise UserError(f"control.redis must be host:port, not {address!r}")
+        self._server = redis.Redis(host, int(port))
+        try:
+            self._server.ping()
+        except redis.RedisError as error:
+            raise UserError(f"control.redis: {address} does not answer ({error})") from None
+        self._name = f"psyche-{uuid.uuid4().hex}".encode()
+        self.storage = {"type": "redis", "basename": self._name, "redis": {"host": host, "port": int(port)}}
+
+    def clear(self) -> None:
+        """Remove the tables."""
+        for key in self._server.scan_iter(self._name + b"*", count=1000):
+            self._server.unlink(key)
+        self._server.close()

@@ -43,7 +43,7 @@ from psyche_jax.synth.stages import (
 
 STAGES: tuple[StageName, ...] = ("clean", "questions", "control", "rationales", "dialogues", "selection", "publish")
 CALLS = "calls.sqlite"
-_WINDOW = 4  # items under way for each call that may be under way: what bounds the memory of a stage
+WINDOW = 4  # items under way for each call that may be under way: what bounds the memory of a stage
 Item = TypeVar("Item")
 
 
@@ -142,7 +142,7 @@ class _Workshop:
 
         def run() -> AsyncGenerator[Outcome, None]:
             assert self.asker is not None
-            return outcomes(items, partial(_second, work, self.asker), _WINDOW * self.config.calls.concurrency)
+            return outcomes(items, partial(_second, work, self.asker), WINDOW * self.config.calls.concurrency)
 
         return run
 

@@ -1,6 +1,6 @@
 """Planted near duplicates of questions, and look-alikes that are none: what de-duplication is measured on.
 
-    PYTHONPATH=. python tests/synth/planted.py [--pairs 1000] [--real FILE]
+    PYTHONPATH=. python tests/synth/planted.py [--pairs 1000] [--held-out] [--real FILE]
 
 The questions are made up from lists of terms, so their texts are alike on purpose. Prints one JSON object.
 """
@@ -237,24 +237,33 @@ def measure(pairs: int, seed: int = 0) -> dict[str, Any]:
         kind = index // 4 % 5
         planted.append((look_alike(bases[pairs + index], random_, kind), False, kind))
     random_.shuffle(planted)
+    kinds = ("names", "reordered", "options", "words", "all"), ("term", "negation", "number", "options", "key")
+    return count(bases, [(question, same, kinds[not same][kind]) for question, same, kind in planted])
+
+
+def count(bases: list[Question], planted: list[tuple[Question, bool, str]]) -> dict[str, Any]:
+    """What `Duplicates` finds of `planted` after `bases`; a planted one is a duplicate or not, of a kind."""
     duplicates = Duplicates(ControlSection())
     started = time.perf_counter()
-    false = {"original": 0}
-    for base in bases:
-        false["original"] += (twin := duplicates.find(base)) is not None and not twin.conflict
-    found = {True: [0] * 5, False: [0] * 5}
+    originals = sum((twin := duplicates.find(base)) is not None and not twin.conflict for base in bases)
+    found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    asked: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     for question, same, kind in planted:
         twin = duplicates.find(question)
+        asked[same][kind] += 1
         found[same][kind] += twin is not None and not twin.conflict
-    right, wrong = sum(found[True]), sum(found[False]) + false["original"]
+    right, wrong = found[True].total(), found[False].total() + originals
     return {
-        "planted": pairs,
-        "look_alikes": pairs,
+        "planted": asked[True].total(),
+        "look_alikes": asked[False].total(),
         "originals": len(bases),
-        "recall": right / pairs,
+        "recall": right / asked[True].total(),
         "precision": right / max(right + wrong, 1),
-        "found_by_kind": dict(zip(("names", "reordered", "options", "words", "all"), found[True], strict=True)),
-        "false_by_kind": dict(zip(("term", "negation", "number", "options", "key"), found[False], strict=True)) | false,
+        "found_by_kind": {kind: f"{found[True][kind]} of {asked[True][kind]}" for kind in sorted(asked[True])},
+        "false_by_kind": {
+            **{kind: f"{found[False][kind]} of {asked[False][kind]}" for kind in sorted(asked[False])},
+            "original": originals,
+        },
         "seconds": round(time.perf_counter() - started, 2),
     }
 
@@ -286,9 +295,14 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1000)
+    parser.add_argument("--held-out", action="store_true", help="also kinds that the rule was not written for")
     parser.add_argument("--real", type=Path, help="cpsyexam_train.jsonl")
     arguments = parser.parse_args()
     result = measure(arguments.pairs)
+    if arguments.held_out:
+        from held_out import measure_held_out
+
+        result["held_out"] = measure_held_out(arguments.pairs)
     if arguments.real:
         result["real"] = real(arguments.real)
     print(json.dumps(result, ensure_ascii=False, indent=2))
