@@ -21,11 +21,13 @@ _SURNAMES = (
     "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎"
     "余潘杜戴夏钟汪田任姜范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤尹黎易常武乔贺赖龚文"
 )
+# Whoever stands at the beginning of a case, before age or sex, whatever the name.
+_CASE_OF = re.compile(r"(?:^|(?<=[。.!?;:\n]))[^。、.,:\d\s]{1,4}?(?=,?今年|[、,]?(?:男|女)性?[、,]|[、,]?\d{1,2}岁)")
 _NAME = re.compile(
     rf"(?:小[{_SURNAMES}明红华丽强军芳刚]|[{_SURNAMES}](?:某某?|女士|先生|同学|老师|同志|阿姨)|老[{_SURNAMES}]|"
     rf"某(?:男|女)|求助者|来访者|患者|病人|当事人)"
 )
-_NEGATIONS = re.compile(r"不|非|未|没|无|错误|除|否|正确")
+_TURNS = re.compile(r"不|非|未|没|无|错误|除|否|正确|首先|最先|随后|然后|其次|最后|最终|[升降增减强弱快慢早晚]")
 _NUMBERS = re.compile(r"\d+(?:\.\d+)?|[一二三四五六七八九十两](?=[岁年月天周个次种分])")
 # Words of exam questions that change nothing, each with what is left of it.
 _SAME_WORDS = tuple(
@@ -70,8 +72,8 @@ class Twin:
 class Duplicates:
     """Questions come one after the other; each is compared with those before it that its MinHash brings up.
 
-    Two questions are near duplicates if their stems are alike but for names and spelling, with the same negations and
-    numbers, their options pair off, and the right options of one are those of the other.
+    Two questions are near duplicates if their stems are alike but for names and spelling, with the same negations,
+    directions and numbers, their options pair off, and the right options of one are those of the other.
     """
 
     def __init__(self, section: ControlSection) -> None:
@@ -116,7 +118,7 @@ class Duplicates:
 def fold(text: str) -> str:
     """What is left when width, case, punctuation, spaces and the names of persons do not count."""
     text = unicodedata.normalize("NFKC", text).casefold()
-    text = _NAME.sub("某", text)
+    text = _NAME.sub("某", _CASE_OF.sub("某", text))
     return "".join(c for c in text if unicodedata.category(c)[0] in "LN")
 
 
@@ -141,8 +143,8 @@ def same_question(one: _Seen, other: _Seen) -> bool:
 
 
 def marks(stem: str) -> Counter[str]:
-    """What turns a question into another one though little changes: negations and numbers."""
-    return Counter(_NEGATIONS.findall(stem)) + Counter(_NUMBERS.findall(stem))
+    """What turns a question into another one though little changes: negations, order, directions, numbers."""
+    return Counter(_TURNS.findall(stem)) + Counter(_NUMBERS.findall(stem))
 
 
 def _same_stem(one: str, other: str) -> bool:
