@@ -22,11 +22,13 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N flagged turns of the dialogues")
     parser.add_argument("--errors", action="store_true", help="print what the gate got wrong in the first half")
     arguments = parser.parse_args()
-    posts, bad = measure.read_posts(arguments.posts) if arguments.posts else (measure.own_sentences(), [])
+    posts, bad = measure.read_posts(arguments.posts) if arguments.posts else (measure.own_sentences("before"), [])
     name = arguments.posts.name if arguments.posts else "the package's sentences"
     for half in (0, 1):
         report(f"half {'AB'[half]} of {name}", [post for post in posts if post.half == half])
     report(f"all of {name}", posts)
+    if not arguments.posts:
+        report("those written after the rules", measure.own_sentences("after"))
     for line in bad:
         print(f"set aside: {line}")
     if arguments.errors:

@@ -60,10 +60,14 @@ class Turn:
     own: bool
 
 
-def own_sentences() -> list[Post]:
-    """The sentences that come with the package (sentences.yaml): written for it, by whoever wrote the rules."""
+def own_sentences(*parts: str) -> list[Post]:
+    """The sentences that come with the package (sentences.yaml): written for it, by whoever wrote the rules.
+
+    `parts`: `before` and `after`, that is when the rules were done; both if none is named.
+    """
     data = yaml.safe_load((files("psyche_jax.serve.crisis") / "sentences.yaml").read_text(encoding="utf-8"))
-    return [Post(text, Risk(label).value) for label, texts in data.items() for text in texts]
+    chosen = [data[part] for part in parts or data]
+    return [Post(text, Risk(label).value) for part in chosen for label, texts in part.items() for text in texts]
 
 
 def read_posts(path: Path) -> tuple[list[Post], list[str]]:
