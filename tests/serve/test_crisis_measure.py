@@ -114,7 +114,7 @@ def test_an_interval_holds_its_share(count, more):
 
 
 def test_the_own_sentences_are_labelled_once_and_the_gate_knows_most_of_them():
-    """Both halves: the one that may be read and the one that is only counted (docs/crisis.md)."""
+    """What they show of other sentences is in docs/crisis.md; this holds the rules to what they reach."""
     posts = own_sentences()
     assert len({post.text for post in posts}) == len(posts) > 400
     measured = measure_posts(posts)["classes"]
@@ -122,4 +122,4 @@ def test_the_own_sentences_are_labelled_once_and_the_gate_knows_most_of_them():
     assert measured["plan, preparation, attempt"]["crisis"]["share"] >= 0.95
     assert measured["active_ideation"]["crisis"]["share"] >= 0.9
     assert measured["passive_ideation"]["crisis"]["share"] >= 0.85
-    assert measured["none"]["answered"]["share"] <= 0.05
+    assert measured["none"]["answered"]["share"] <= 0.07
