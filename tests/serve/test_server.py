@@ -7,6 +7,7 @@ import httpx
 import openai
 import pytest
 
+from psyche_jax.llm import gate_warnings
 from psyche_jax.serve.crisis.gate import Gate
 
 ASK = [{"role": "user", "content": "心理学是什么？"}]
@@ -28,6 +29,12 @@ def test_the_model_is_listed(client):
     assert client.models.retrieve("tiny").owned_by == "psyche_jax"
     with pytest.raises(openai.NotFoundError, match="'tiny'"):
         client.models.retrieve("gpt")
+
+
+def test_a_gate_before_the_model_is_said_to_who_evaluates(server, client):
+    assert client.models.retrieve("tiny").model_extra["crisis_gate"] is True
+    (line,) = gate_warnings({f"{server.address}/v1": None, "http://127.0.0.1:9/v1": None, "https://far.example": "k"})
+    assert line.startswith(f"{server.address}/v1: its crisis gate is on") and "--no-crisis-gate" in line
 
 
 def test_a_completion(client):
