@@ -18,7 +18,7 @@ from psyche_jax.serve.crisis.measure import (
 )
 
 SAFETY = "safety.json"  # in the folder of a run
-OWN = "the package's own sentences"
+OWN = "the package's own sentences, by which its rules were widened"
 
 
 def measure_safety(posts: Path | None, dialogues: Path | None, run: Path | None) -> tuple[dict[str, Any], list[str]]:
