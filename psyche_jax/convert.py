@@ -21,7 +21,7 @@ from psyche_jax.config import Dtype, PromptSection, config_to_dict, dump_yaml, p
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import WeightFiles, copy_tokenizer, stream_weights
+from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, stream_weights
 from psyche_jax.pieces import Index
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
@@ -55,7 +55,8 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Co
     Raises:
       UserError: the source is broken or cannot be had, the checkpoint exists or cannot be written.
     """
-    folder = hub.download(source) if isinstance(source, str) and source.startswith(hub.PREFIX) else as_path(source)
+    on_hub = isinstance(source, str) and source.startswith(hub.PREFIX)
+    folder = hub.download(str(source), MODEL_FILES) if on_hub else as_path(source)
     target = as_path(checkpoint)
     stored = open_model(str(folder))
     if stored.weights != folder:

@@ -1,19 +1,22 @@
-"""Models from and to the Hugging Face hub. Weights, configs and tokenizers travel, code never does."""
+"""Models from and to the Hugging Face hub, and rows of its data sets. Data travel, code never does."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.model.huggingface import TOKENIZER_FILES
 
 PREFIX = "hub:"
-_DOWNLOADED = ("*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json")
 
 
-def download(source: str) -> Path:
+def download(source: str, patterns: Sequence[str]) -> Path:
     """The local folder of `hub:NAME` or `hub:NAME@REVISION`, downloaded unless it is in the hub's cache already.
+
+    Args:
+      source: the model.
+      patterns: which of its files.
 
     Raises:
       UserError: there is no such model or revision, no network, or no permission.
@@ -24,9 +27,32 @@ def download(source: str) -> Path:
     if not name:
         raise UserError(f"{source}: names no repository; write {PREFIX}OWNER/NAME")
     with _one_line(name, revision):
-        patterns = [*_DOWNLOADED, *TOKENIZER_FILES]
         token = _token() or False  # False: none at all
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns, token=token))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), token=token))
+
+
+def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of the data set `hub:NAME` or `hub:NAME@REVISION`, streamed; nothing is kept on the disk.
+
+    Raises:
+      UserError: there is no such data set, revision, subset or split, no network, no permission, or its files are
+        broken or of no format that holds rows.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    name, _, revision = source.removeprefix(PREFIX).partition("@")
+    if Path(name).exists():
+        raise UserError(f"{source}: there is a local {name} here, which would be read instead; go to another folder")
+    with _one_line(name, revision):
+        try:
+            yield from load_dataset(
+                name, subset, split=split, streaming=True, revision=revision or None, token=_token() or False
+            )
+        except (ValueError, RuntimeError, DatasetsError) as error:  # what it says of subsets, splits and scripts
+            if isinstance(error, OSError):
+                raise
+            raise UserError(f"{source}: {first_reason(error)}") from None
 
 
 def create(name: str) -> None:

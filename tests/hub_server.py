@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub: as much of its HTTP interface as downloading and pushing a model takes."""
+"""A stand-in for the Hugging Face hub: as much of its HTTP interface as models (down and up) and data sets take."""
 
 import base64
 import hashlib
@@ -14,7 +14,8 @@ WRITER, READER = "hf_writer", "hf_reader"  # tokens
 
 
 class Hub(ThreadingHTTPServer):
-    """`repos`: files by repository; `gated` are those that want terms accepted; `asked`: every request, in order."""
+    """`repos`: files by repository (`datasets/NAME` those of a data set); `gated` are those that want terms accepted;
+    `asked`: every request, in order."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -36,6 +37,18 @@ def running_hub() -> Iterator[Hub]:
         yield hub
         hub.shutdown()
         thread.join()
+
+
+def repository(path: str) -> tuple[str, list[str]]:
+    """Its name, and what of it is asked for."""
+    parts = path.removeprefix("/api").strip("/").split("/")
+    kind = parts.pop(0) if parts[0] in ("models", "datasets") else "models"
+    return "/".join([*(["datasets"] if kind == "datasets" else []), *parts[:2]]), parts[2:]
+
+
+def entries(files: dict[str, bytes]) -> list[dict]:
+    oids = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
+    return [{"type": "file", "path": file, "size": len(c), "oid": oids[file]} for file, c in files.items()]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -60,10 +73,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlparse(self.path).path
         self.server.asked.append(f"{self.command} {path}")
-        parts = path.strip("/").split("/")
-        api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
-        what = parts[4:] if api else parts[2:]
+        name, what = repository(path)
         if name not in self.server.repos:
             return self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
         if name in self.server.gated:
@@ -74,11 +84,17 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.refuse(404, "RevisionNotFound")
             return self.answer(200, {"id": name, "sha": SHA, "siblings": [{"rfilename": file} for file in files]})
         if what[0] == "tree":
-            oids = {file: hashlib.sha1(content).hexdigest() for file, content in files.items()}
-            entries = [{"type": "file", "path": f, "size": len(c), "oid": oids[f]} for f, c in files.items()]
-            return self.answer(200, entries)
-        content = files["/".join(what[2:])]
-        return self.answer(200, content, X_Repo_Commit=SHA, ETag=f'"{hashlib.sha1(content).hexdigest()}"')
+            return self.answer(200, entries(files)) if len(what) == 2 else self.refuse(404, "EntryNotFound")
+        content = files.get("/".join(what[2:]))
+        if content is None:
+            return self.refuse(404, "EntryNotFound")
+        named = {"X_Repo_Commit": SHA, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept_Ranges": "bytes"}
+        if (wanted := self.headers.get("Range")) is None:
+            return self.answer(200, content, **named)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        part = content[int(first) : int(last) + 1 if last else None]
+        end = int(first) + len(part) - 1
+        return self.answer(206, part, Content_Range=f"bytes {first}-{end}/{len(content)}", **named)
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -86,6 +102,10 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlparse(self.path).path
         self.server.asked.append(f"POST {path}")
         body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/paths-info/" in path:
+            name, _ = repository(path)
+            wanted = json.loads(body)["paths"]
+            return self.answer(200, [entry for entry in entries(self.server.repos[name]) if entry["path"] in wanted])
         if path == "/api/validate-yaml":
             return self.answer(200, {"errors": [], "warnings": []})
         if self.headers.get("Authorization") != f"Bearer {WRITER}":

@@ -21,6 +21,7 @@ from psyche_jax.config import (
     load_config,
     parse_config,
 )
+from psyche_jax.data.mapping import ImportConfig
 from psyche_jax.data.packing import PackConfig
 from psyche_jax.errors import UsageError
 from psyche_jax.rewards import (
@@ -390,6 +391,7 @@ def test_no_field_is_dead(section, name, attributes):
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.name for path in CONFIGS])
 def test_configs_of_the_repository(path):
     kinds = {"sft": SftConfig, "grpo": GrpoConfig, "pack": PackConfig, "synth": SynthConfig, "select": SelectConfig}
+    kinds |= {"import": ImportConfig}
     (kind,) = [kind for name, kind in kinds.items() if name in path.stem.split("_")]
     config = load_config(kind, path)
     if isinstance(config, SftConfig | GrpoConfig):

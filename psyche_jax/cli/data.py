@@ -24,14 +24,26 @@ def add_verbs(add: AddVerb) -> None:
         "verify": "read every byte and compare checksums",
         "cat": "print records, one JSON object a line",
         "copy": "copy to TO, the manifest last",
-        "import": "read public data (--format) at URI, write the clean records to TO",
+        "import": "read public data (--format) or any rows (--config) at URI, write the clean records to TO",
     }
     verb.add_argument(
         "action", choices=actions, metavar="ACTION", help="; ".join(f"{name}: {text}" for name, text in actions.items())
     )
-    verb.add_argument("uri", metavar="URI", help="a local folder or gs://bucket/prefix")
+    verb.add_argument(
+        "uri",
+        metavar="URI",
+        help="a local folder or gs://bucket/prefix; of `import` a file or folder, or (--config) hub:NAME[@REVISION]",
+    )
     verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` and `import` write")
     verb.add_argument("--format", choices=("cpsyexam", "pceb", "smile"), help="of what `import` reads, as published")
+    verb.add_argument(
+        "--config",
+        type=Path,
+        help="of what `import` reads from JSONL, CSV, Parquet or a data set on the Hugging Face hub: "
+        "which column is what; see configs/import.yaml",
+    )
+    add_set(verb)
+    verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it set aside, as JSON")
     verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
     verb.add_argument(
         "--deadline", type=float, default=300.0, metavar="SECONDS", help="give up on a file after that long (300)"
@@ -68,8 +80,12 @@ def _data(arguments: argparse.Namespace) -> None:
     if (action in ("copy", "import")) != (arguments.to is not None):
         needs_two = f"{action} needs two addresses: psyche data {action} URI TO"
         raise UsageError(needs_two if arguments.to is None else "too many addresses")
-    if (action == "import") != (arguments.format is not None):
-        raise UsageError("import needs --format, and the others do not take it")
+    if (action == "import") != ((arguments.format is None) != (arguments.config is None)):
+        raise UsageError("import needs either --format or --config, and the others take neither")
+    if arguments.overrides and arguments.config is None:
+        raise UsageError("--set goes with the --config of import")
+    if arguments.report is not None and action != "import":
+        raise UsageError("--report goes with import")
     if not 0 < deadline < math.inf:
         raise UsageError(f"--deadline must be positive, not {deadline}")
     check_at_least("limit", arguments.limit, 1)
@@ -85,17 +101,38 @@ def _data(arguments: argparse.Namespace) -> None:
         for content in dataset.first_records(uri, arguments.limit, deadline):
             print(content)
     elif action == "import":
+        _import(arguments)
+    else:
+        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to, deadline)}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    uri, to, deadline = arguments.uri, arguments.to, arguments.deadline
+    if arguments.format is not None:
+        from psyche_jax.data.dataset import write_dataset
         from psyche_jax.data.public import LOADERS
 
         loaded = LOADERS[arguments.format](Path(uri))
-        print(f"{arguments.to}: {dataset.write_dataset(arguments.to, loaded.good, {'source': uri}, deadline=deadline)}")
-        for line in loaded.set_aside:
-            print(f"set aside: {line}", file=sys.stderr)
-        print(f"{len(loaded.set_aside)} set aside; faults seen, mended ones among them:")
-        for fault, count in loaded.faults.most_common():
-            print(f"{count:8} {fault}")
+        manifest = write_dataset(to, loaded.good, {"source": uri}, deadline=deadline)
+        set_aside, faults, of_which = loaded.set_aside, loaded.faults, "; faults seen, mended ones among them:"
     else:
-        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to, deadline)}")
+        from psyche_jax.config import load_config
+        from psyche_jax.data.mapping import ImportConfig, import_rows
+
+        imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides), deadline)
+        manifest, set_aside, faults = imported.manifest, imported.set_aside, imported.faults
+        of_which = ":" if faults else ""
+    print(f"{to}: {manifest}")
+    for line in set_aside:
+        print(f"set aside: {line}", file=sys.stderr)
+    print(f"{len(set_aside)} set aside{of_which}")
+    for fault, count in faults.most_common():
+        print(f"{count:8} {fault}")
+    if arguments.report is not None:
+        from psyche_jax.files import write_json
+
+        report = {"source": uri, "records": manifest.records, "faults": dict(faults), "set_aside": set_aside}
+        write_json(arguments.report, report)
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -30,6 +30,13 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
+MODEL_FILES = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    *TOKENIZER_FILES,
+)
 _LAYER_NAMES = {
     "input_norm/scale": "input_layernorm.weight",
     "q_proj/kernel": "self_attn.q_proj.weight",

@@ -1,0 +1,345 @@
+"""Data of any shape made into records: a config says which column is what (`psyche data import --config`)."""
+
+import difflib
+import itertools
+import json
+import re
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
+
+from psyche_jax.config import Section, config_to_dict
+from psyche_jax.data.dataset import DEADLINE_SECONDS, Manifest, write_dataset
+from psyche_jax.data.records import (
+    BaseRecord,
+    Dialogue,
+    Kind,
+    Message,
+    Question,
+    RlPrompt,
+    SftExample,
+    question_to_rl,
+    question_to_sft,
+)
+from psyche_jax.data.sources import ReadingSection, Row, RowError, read_rows
+from psyche_jax.errors import UsageError, UserError
+
+Form: TypeAlias = Literal["question", "user", "messages"]
+
+_HEAD = 1000  # rows in which a column must appear
+_LETTERS = string.ascii_uppercase
+
+
+@dataclass(frozen=True)
+class ColumnsSection(Section):
+    """The column that holds each part of a record. Exactly one of question, user and messages must be named."""
+
+    question: str | None = None  # the stem of an exam question
+    options: str | tuple[str, ...] | None = None  # one column with a list or {letter: text}; or a column for each
+    answer: str | None = None  # the key; `answer_is` says how it is written
+    kind: str | None = None  # single or multi, in the words of `kinds`; without it the number of letters decides
+    rationale: str | None = None  # the reasoning
+    user: str | None = None  # of dialogues of one turn: what is asked
+    assistant: str | None = None  # and the reply
+    system: str | None = None
+    messages: str | None = None  # of dialogues: a list of turns; `turns` says what they look like
+    meta: tuple[str, ...] = ()  # kept with the record as they are
+
+
+@dataclass(frozen=True)
+class TurnsSection(Section):
+    """What one turn of `columns.messages` looks like."""
+
+    role: str = "role"  # the key of who speaks; ShareGPT: from
+    content: str = "content"  # the key of what is said; ShareGPT: value
+    roles: dict[str, Literal["system", "user", "assistant"]] = field(
+        default_factory=lambda: {"system": "system", "user": "user", "assistant": "assistant"}
+    )
+
+
+@dataclass(frozen=True)
+class ImportConfig(Section):
+    """How the rows of a source become records."""
+
+    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"]
+    columns: ColumnsSection
+    turns: TurnsSection = field(default_factory=TurnsSection)
+    answer_is: Literal["letters", "index", "text"] = "letters"  # "A,C"; 0 for A; the text of the option
+    kinds: dict[str, Kind] = field(default_factory=lambda: {"single": "single", "multi": "multi"})
+    reading: ReadingSection = field(default_factory=ReadingSection)
+
+    def __post_init__(self) -> None:
+        named = [name for name in ("question", "user", "messages") if getattr(self.columns, name) is not None]
+        if len(named) != 1:
+            raise ValueError(
+                f"columns must name one of question, user and messages, not {' and '.join(named) or 'none'}"
+            )
+        if (self.record == "Question" and self.form != "question") or (
+            self.record == "Dialogue" and self.form == "question"
+        ):
+            raise ValueError(f"record: {self.record} cannot be made of columns.{self.form}")
+        must, may = _uses(self.record, self.form)
+        for name, column in self._columns():
+            if name not in (self.form, "meta", *must, *may):
+                raise ValueError(f"columns.{name}: {column!r} has no place in {self.record} with columns.{self.form}")
+        given = {name for name, _ in self._columns()}
+        if absent := [name for name in must if name not in given]:
+            raise ValueError(f"columns.{absent[0]} must be named for {self.record} with columns.{self.form}")
+        if self.answer_is == "text" and self.columns.options is None:
+            raise ValueError("answer_is: text needs columns.options to find it in")
+
+    @property
+    def form(self) -> Form:
+        """Which of the three shapes the rows have."""
+        if self.columns.question is not None:
+            return "question"
+        return "user" if self.columns.user is not None else "messages"
+
+    def _columns(self) -> Iterator[tuple[str, str]]:
+        """The parts that are named, with their columns."""
+        for entry in fields(self.columns):
+            value = getattr(self.columns, entry.name)
+            for column in () if value is None else (value,) if isinstance(value, str) else value:
+                yield entry.name, column
+
+    def check_columns(self, source: str, there: list[str]) -> None:
+        """Raises UsageError for a column that the source does not have, with the nearest one."""
+        for name, column in self._columns():
+            if column not in there:
+                nearest = difflib.get_close_matches(column, there, 1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"columns there: {', '.join(there)}"
+                raise UsageError(f"{source}: columns.{name}: there is no column {column!r}; {hint}")
+
+
+def _uses(record: str, form: Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The columns that such a record must have, and those that it may have."""
+    if form == "question":
+        of_record = {
+            "Question": (("options", "answer"), ("kind", "rationale")),
+            "RlPrompt": (("options", "answer"), ("kind",)),
+            "SftExample": (("options", "answer", "rationale"), ("kind",)),
+        }
+        return of_record[record]
+    if record == "RlPrompt":
+        return ("answer",), ("kind", "system") if form == "user" else ("kind",)
+    return (("assistant",), ("system", "rationale")) if form == "user" else ((), ())
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What came of it: the data set's manifest, a line for each row set aside, and how many for each reason."""
+
+    manifest: Manifest
+    set_aside: tuple[str, ...]
+    faults: Counter[str]
+
+
+def import_rows(source: str, target: str, config: ImportConfig, deadline: float = DEADLINE_SECONDS) -> Imported:
+    """Write the records of a source as a new data set; rows stream through, only ids stay in memory.
+
+    A row with the content of an earlier one is set aside.
+
+    Args:
+      source: see `sources.read_rows`.
+      target: a new local folder or gs://bucket/prefix.
+      config: how rows become records.
+      deadline: seconds that writing one file may take.
+
+    Raises:
+      UserError: the source cannot be read or has no usable row, or the target cannot be written.
+      UsageError: the config names a column that is in none of the first 1,000 rows.
+    """
+    set_aside: list[str] = []
+    faults: Counter[str] = Counter()
+
+    def records() -> Iterator[BaseRecord]:
+        seen: dict[str, tuple[str, Any]] = {}
+        for where, row in _checked(source, config):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                record = record_of(row, config)
+                identity, key = record.id, getattr(record, "answer", None)  # type: ignore[attr-defined]
+                earlier, its_key = seen.setdefault(identity, (where, key))
+                if earlier != where:
+                    raise RowError(
+                        "a duplicate" if key == its_key else "a duplicate with another answer", f"of {earlier}"
+                    )
+            except ValueError as error:
+                fault = error if isinstance(error, RowError) else RowError(str(error))
+                faults[fault.reason] += 1
+                set_aside.append(f"{where}: {fault}")
+                continue
+            yield record
+        if not seen:
+            first = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ": it holds no rows"
+            raise UserError(f"{source}: no row gives a {config.record}{first}")
+
+    origin = {"source": source, "import": config_to_dict(config)}
+    manifest = write_dataset(target, records(), origin, deadline=deadline)
+    return Imported(manifest, tuple(set_aside), faults)
+
+
+def _checked(source: str, config: ImportConfig) -> Iterator[Row]:
+    rows = read_rows(source, config.reading)
+    head = list(itertools.islice(rows, _HEAD))
+    there = dict.fromkeys(name for _, row in head if not isinstance(row, RowError) for name in row)
+    if there:
+        config.check_columns(source, list(there))
+    yield from head
+    yield from rows
+
+
+def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
+    """The record that a row holds.
+
+    Raises:
+      ValueError: it holds none.
+    """
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is no text
+        raise RowError("holds characters that are no text") from None
+    columns = config.columns
+    meta = {name: _plain(row.get(name)) for name in columns.meta}
+    if config.form == "question":
+        question = _question(row, config, meta)
+        if config.record == "Question":
+            return question
+        return question_to_rl(question) if config.record == "RlPrompt" else question_to_sft(question)
+    turns = _turns(row, config)
+    if config.record == "RlPrompt":
+        answer = _answer(row, config, {})
+        return RlPrompt(turns, answer, _kind(row, config, answer), meta=meta)
+    return SftExample(turns, meta=meta) if config.record == "SftExample" else Dialogue(turns, meta=meta)
+
+
+def _question(row: Mapping[str, Any], config: ImportConfig, meta: dict[str, Any]) -> Question:
+    options = _options(row, config)
+    answer = _answer(row, config, options)
+    if beyond := [letter for letter in answer if letter not in options]:
+        raise RowError("the answer names no option", f"{beyond[0]}, options {''.join(options)}")
+    rationale = None
+    if (column := config.columns.rationale) is not None:
+        must = config.record == "SftExample"
+        rationale = _text(row, column) if must or _is_filled(row.get(column)) else None
+    stem = _text(row, config.columns.question)
+    return Question(stem, options, answer, _kind(row, config, answer), rationale, meta=meta)
+
+
+def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
+    """Texts by letter. Empty ones at the end are none: tables have as many columns as their longest question."""
+    columns = config.columns.options
+    value = row.get(columns) if isinstance(columns, str) else [row.get(column) for column in columns or ()]
+    if isinstance(value, str):
+        value = _json(value, columns)
+    if isinstance(value, Mapping):
+        letters = sorted(name for name, text in value.items() if _is_filled(text))
+        if letters != list(_LETTERS[: len(letters)]):
+            raise RowError("options are not lettered A, B, …", ", ".join(map(str, letters)))
+        value = [value[letter] for letter in letters]
+    if not isinstance(value, list):
+        raise RowError("options are no list and no mapping of letters", repr(value)[:80])
+    texts = list(value)
+    while texts and not _is_filled(texts[-1]):
+        texts.pop()
+    if not 2 <= len(texts) <= len(_LETTERS):
+        raise RowError("fewer than two options, or more than 26", str(len(texts)))
+    if not all(map(_is_filled, texts)):
+        raise RowError("an option is empty")
+    return {letter: str(text).strip() for letter, text in zip(_LETTERS, texts, strict=False)}
+
+
+def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, str]) -> str:
+    """Letters in order, as the column's value says them in the way of `answer_is`."""
+    column = config.columns.answer
+    value = row.get(column or "")
+    if not _is_filled(value) and not isinstance(value, list):
+        raise RowError(f"no text in {column!r}")
+    parts = value if isinstance(value, list) else [value]
+    letters: set[str] = set()
+    for part in parts:
+        if config.answer_is == "text":
+            named = [letter for letter, text in options.items() if text == str(part).strip()]
+            if len(named) != 1:
+                raise RowError("the answer is not the text of one option", repr(part)[:80])
+            letters |= {*named}
+        elif config.answer_is == "index":
+            if isinstance(part, bool) or not re.fullmatch("[0-9]{1,2}", str(part)) or int(part) >= len(_LETTERS):
+                raise RowError("the answer is no index of an option", repr(part)[:80])
+            letters.add(_LETTERS[int(part)])
+        else:
+            written = unicodedata.normalize("NFKC", str(part)).strip()
+            words = re.split(r"[\s,、;/|]+", written)
+            if not all(re.fullmatch("[A-Z]+|[a-z]", word) for word in words):
+                raise RowError("the answer is no option letters", repr(part)[:80])
+            letters |= {*"".join(words).upper()}
+    if not letters:
+        raise RowError(f"no text in {column!r}")
+    return "".join(sorted(letters))
+
+
+def _kind(row: Mapping[str, Any], config: ImportConfig, answer: str) -> Kind:
+    column = config.columns.kind
+    if column is None:
+        return "multi" if len(answer) > 1 else "single"
+    kind = config.kinds.get(_text(row, column))
+    if kind is None:
+        raise RowError(f"a kind that `kinds` does not name in {column!r}", repr(row[column])[:80])
+    if kind == "single" and len(answer) > 1:
+        raise RowError("several letters answer a question of one answer", answer)
+    return kind
+
+
+def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
+    columns, turns = config.columns, config.turns
+    if config.form == "user":
+        system = [Message("system", _text(row, columns.system))] if _is_filled(row.get(columns.system or "")) else []
+        asked = [*system, Message("user", _text(row, columns.user))]
+        if columns.assistant is None:
+            return tuple(asked)
+        reply = _text(row, columns.assistant)
+        if columns.rationale is not None:
+            reply = f"<think>{_text(row, columns.rationale)}</think>\n{reply}"
+        return (*asked, Message("assistant", reply))
+    value = row.get(columns.messages or "")
+    if isinstance(value, str):
+        value = _json(value, columns.messages)
+    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        raise RowError(f"no list of turns in {columns.messages!r}", repr(value)[:80])
+    messages = []
+    for turn in value:
+        named = turn.get(turns.role)
+        role = turns.roles.get(named) if isinstance(named, str) else None
+        if role is None:
+            raise RowError("a role that `turns.roles` does not name", repr(named)[:80])
+        messages.append(Message(role, _text(turn, turns.content)))
+    return tuple(messages)
+
+
+def _text(row: Mapping[str, Any], column: str | None) -> str:
+    value = row.get(column or "")
+    if not isinstance(value, str) or not value.strip():
+        raise RowError(f"no text in {column!r}", "" if value is None or value == "" else repr(value)[:80])
+    return value.strip()
+
+
+def _is_filled(value: Any) -> bool:
+    """Whether a cell holds something: text, or a number that is one (tables leave NaN where nothing is)."""
+    return value == value if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
+
+
+def _json(text: str, column: Any) -> Any:
+    """Lists in tables are often JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowError(f"no list and no JSON of one in {column!r}", repr(text)[:80]) from None
+
+
+def _plain(value: Any) -> Any:
+    """What JSON can hold of a value; dates become text."""
+    return json.loads(json.dumps(value, ensure_ascii=False, default=str))

@@ -1,0 +1,446 @@
+"""`psyche data import --config`: rows of any shape become records, and what does not is named and counted."""
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import yaml
+from hub_server import SHA, running_hub
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from psyche_jax.cli import main
+from psyche_jax.config import parse_config
+from psyche_jax.data.dataset import load_records, open_dataset
+from psyche_jax.data.mapping import ImportConfig, import_rows, record_of
+from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_text
+from psyche_jax.errors import UsageError, UserError
+
+COLUMNS = {"question": "题目", "options": ["甲", "乙", "丙"], "answer": "答案"}
+RECORDS = {kind.__name__: kind for kind in (Question, Dialogue, SftExample, RlPrompt)}
+ROWS = [
+    {"题目": "艾宾浩斯研究什么？", "甲": "记忆", "乙": "知觉", "丙": "动机", "答案": "A", "科": "普心"},
+    {"题目": "哪些是情绪的成分？", "甲": "体验", "乙": "表情", "丙": "", "答案": "A,B", "科": "普心"},
+    {"题目": "谁提出了精神分析？", "甲": "华生", "乙": "弗洛伊德", "丙": "罗杰斯", "答案": "b", "科": "史"},
+]
+
+
+def config(record="Question", columns=COLUMNS, **changes) -> ImportConfig:
+    return parse_config(ImportConfig, {"record": record, "columns": columns, **changes}, "test")
+
+
+def write(path: Path, rows, encoding="utf-8") -> Path:
+    if path.suffix == ".parquet":
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".csv":
+        text = io.StringIO()
+        table = csv.DictWriter(text, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+        path.write_bytes(text.getvalue().encode(encoding))
+    else:
+        path.write_bytes("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode(encoding))
+    return path
+
+
+def imported(source, target, made: ImportConfig):
+    result = import_rows(str(source), str(target), made)
+    return load_records(RECORDS[made.record], str(target)).good, result
+
+
+@pytest.mark.parametrize("name", ["exam.csv", "exam.jsonl", "exam.parquet"])
+def test_the_same_rows_in_any_format(name, tmp_path):
+    source = write(tmp_path / name, ROWS)
+    good, result = imported(source, tmp_path / "out", config(columns={**COLUMNS, "meta": ["科"]}))
+    assert result.set_aside == ()
+    assert good == (
+        Question("艾宾浩斯研究什么？", {"A": "记忆", "B": "知觉", "C": "动机"}, "A", "single", meta={"科": "普心"}),
+        Question("哪些是情绪的成分？", {"A": "体验", "B": "表情"}, "AB", "multi", meta={"科": "普心"}),
+        Question("谁提出了精神分析？", {"A": "华生", "B": "弗洛伊德", "C": "罗杰斯"}, "B", "single", meta={"科": "史"}),
+    )
+    prompts, _ = imported(source, tmp_path / "rl", config("RlPrompt"))
+    assert [(prompt.messages[0].content, prompt.answer) for prompt in prompts] == [
+        (question_text(question), question.answer) for question in good
+    ]
+
+
+def test_a_folder_is_its_files_by_name(tmp_path):
+    (tmp_path / "in").mkdir()
+    for number, name in enumerate(["b.jsonl", "a.csv", "c.parquet"]):
+        write(tmp_path / "in" / name, [ROWS[number]])
+    (tmp_path / "in" / "README.md").write_text("x")
+    good, _ = imported(tmp_path / "in", tmp_path / "out", config())
+    assert [question.stem for question in good] == [ROWS[number]["题目"] for number in (1, 0, 2)]
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00")).filter(str.strip),
+        min_size=1,
+        max_size=8,
+        unique_by=str.strip,
+    )
+)
+def test_any_text_comes_through_any_format(tmp_path, texts):
+    """Quotes, line ends of all kinds, separators, within cells."""
+    rows = [{"u": text, "a": f"答{text}"} for text in texts]
+    made = config("Dialogue", {"user": "u", "assistant": "a"})
+    expected = [record_of(row, made) for row in rows]
+    for name in ("t.csv", "t.jsonl", "t.parquet"):
+        target = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert list(imported(write(tmp_path / name, rows), target, made)[0]) == expected
+
+
+def test_answers_and_options_in_other_forms():
+    row = {"q": "问", "o": ["一", 2, "三", None], "k": 1}
+    columns = {"question": "q", "options": "o", "answer": "k"}
+    options = {"A": "一", "B": "2", "C": "三"}
+    assert record_of(row, config(columns=columns, answer_is="index")) == Question("问", options, "B", "single")
+    assert record_of({**row, "k": [0, 2]}, config(columns=columns, answer_is="index")).answer == "AC"
+    assert record_of({**row, "k": "三"}, config(columns=columns, answer_is="text")).answer == "C"
+    for written, letters in {"ＡＣ": "AC", "c、a": "AC", "A B": "AB", "C;A;C": "AC"}.items():
+        assert record_of({**row, "k": written}, config(columns=columns)).answer == letters
+    assert record_of({**row, "k": ["A", "B"]}, config(columns=columns)).answer == "AB"
+    for form in ({"A": "一", "B": "2", "C": "三", "D": None}, '["一", "2", "三"]', '{"A": "一", "B": 2, "C": "三"}'):
+        assert record_of({"q": "问", "o": form, "k": "B"}, config(columns=columns)).options == options
+    made = config(columns={**columns, "kind": "t"}, kinds={"多选": "multi", "单选": "single"})
+    assert record_of({**row, "k": "A", "t": "多选"}, made).kind == "multi"
+
+
+def test_dialogues_and_reasoning():
+    turns = [{"from": "human", "value": "我睡不好"}, {"from": "gpt", "value": "多久了？"}]
+    share_gpt = {"turns": {"role": "from", "content": "value", "roles": {"human": "user", "gpt": "assistant"}}}
+    expected = (Message("user", "我睡不好"), Message("assistant", "多久了？"))
+    for value in (turns, json.dumps(turns)):
+        assert record_of({"c": value}, config("SftExample", {"messages": "c"}, **share_gpt)).messages == expected
+    assert record_of({"c": turns}, config("Dialogue", {"messages": "c"}, **share_gpt)).turns == expected
+    columns = {"user": "u", "assistant": "a", "rationale": "r", "system": "s"}
+    row = {"u": "问", "a": "答", "r": "想", "s": None}
+    made = config("SftExample", columns)
+    assert record_of(row, made).messages == (Message("user", "问"), Message("assistant", "<think>想</think>\n答"))
+    assert record_of({**row, "s": "专家"}, made).messages[0] == Message("system", "专家")
+    prompt = record_of(
+        {"c": [{"role": "user", "content": "问"}], "k": "AC"}, config("RlPrompt", {"messages": "c", "answer": "k"})
+    )
+    assert prompt == RlPrompt((Message("user", "问"),), "AC", "multi")
+    questions = config("SftExample", {**COLUMNS, "rationale": "解"})
+    answered = record_of({**ROWS[0], "解": "他研究遗忘"}, questions).messages[1].content
+    assert answered == "<think>他研究遗忘</think>\n答案：A"
+
+
+BAD_ROWS = {
+    "no stem": ({"题目": " "}, "no text in '题目'"),
+    "a stem that is a number": ({"题目": 5}, "no text in '题目' (5)"),
+    "no answer": ({"答案": None}, "no text in '答案'"),
+    "an answer in words": ({"答案": "记忆"}, "the answer is no option letters ('记忆')"),
+    "words in Latin letters": ({"答案": "none"}, "the answer is no option letters ('none')"),
+    "an answer beyond the options": ({"答案": "D"}, "the answer names no option (D, options ABC)"),
+    "one option": ({"乙": "", "丙": None}, "fewer than two options, or more than 26 (1)"),
+    "a gap": ({"乙": ""}, "an option is empty"),
+    "half a surrogate pair": ({"题目": "\ud800"}, "holds characters that are no text"),
+    "a missing cell": ({"甲": float("nan")}, "an option is empty"),
+}
+
+
+@pytest.mark.parametrize(("changes", "fault"), BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows(changes, fault, tmp_path):
+    with pytest.raises(ValueError, match="") as caught:
+        record_of({**ROWS[0], **changes}, config())
+    assert str(caught.value) == fault
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in [ROWS[1], {**ROWS[0], **changes}]))
+    good, result = imported(source, tmp_path / "out", config())
+    assert len(good) == 1
+    assert result.set_aside == (f"{source}:2: {fault}",)
+
+
+OTHER_BAD_ROWS = {
+    "a kind of no name": ({"columns": {**COLUMNS, "kind": "科"}}, "a kind that `kinds` does not name in '科' ('普心')"),
+    "several letters": (
+        {"columns": {**COLUMNS, "kind": "科"}, "kinds": {"普心": "single"}},
+        "several letters answer a question of one answer (AB)",
+    ),
+    "no index": ({"answer_is": "index"}, "the answer is no index of an option ('A,B')"),
+    "no option's text": ({"answer_is": "text"}, "the answer is not the text of one option ('A,B')"),
+    "no list": (
+        {"columns": {**COLUMNS, "options": "题目"}},
+        "no list and no JSON of one in '题目' ('哪些是情绪的成分？')",
+    ),
+    "no reasoning": ({"record": "SftExample", "columns": {**COLUMNS, "rationale": "丙"}}, "no text in '丙'"),
+    "no turns": ({"record": "Dialogue", "columns": {"messages": "x"}}, "no list of turns in 'x' (None)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "fault"), OTHER_BAD_ROWS.values(), ids=OTHER_BAD_ROWS)
+def test_rows_that_are_not_what_the_config_says(changes, fault):
+    made = config(**{"record": "Question", **changes})
+    with pytest.raises(ValueError, match="") as caught:
+        record_of(ROWS[1], made)
+    assert str(caught.value) == fault
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ([{"role": "bot", "content": "x"}], "a role that `turns.roles` does not name ('bot')"),
+        ([{"role": ["user"], "content": "x"}], "a role that `turns.roles` does not name (['user'])"),
+        ([{"role": "user", "content": ""}], "no text in 'content'"),
+        ([{"role": "user", "content": "x"}], "the last turn must be the assistant's"),
+        (["x"], "no list of turns in 'm' (['x'])"),
+        ("{", "no list and no JSON of one in 'm' ('{')"),
+    ],
+)
+def test_bad_turns(turns, fault):
+    with pytest.raises(ValueError, match="") as caught:
+        record_of({"m": turns}, config("SftExample", {"messages": "m"}))
+    assert str(caught.value) == fault
+
+
+def test_duplicates(tmp_path):
+    rows = [ROWS[0], ROWS[1], ROWS[0], {**ROWS[0], "答案": "B"}]
+    source = write(tmp_path / "rows.jsonl", rows)
+    good, result = imported(source, tmp_path / "out", config())
+    assert len(good) == 2
+    assert result.set_aside == (
+        f"{source}:3: a duplicate (of {source}:1)",
+        f"{source}:4: a duplicate with another answer (of {source}:1)",
+    )
+    assert result.faults == {"a duplicate": 1, "a duplicate with another answer": 1}
+
+
+def test_bad_lines_of_files(tmp_path):
+    """Ragged rows, quotes that do not end, bytes that are no text: named by line, the others taken."""
+    lines = [
+        "题目,甲,乙,丙,答案",
+        "一,a,b,c,A",
+        "二,a,b",
+        "",
+        "三,a,b,c,B,多",
+        '"四\n行",a,b,c,C',
+        '五,"a"b,b,c,A',
+        "六,a,b,c,A",
+    ]
+    source = tmp_path / "a.csv"
+    source.write_bytes("\r\n".join(lines).encode() + b"\r\n" + "七".encode("gbk") + b',a,b,c,A\r\n"end')
+    good, result = imported(source, tmp_path / "csv", config())
+    assert [question.stem for question in good] == ["一", "四\n行", "六"]
+    ragged = "another number of columns than the header"
+    assert [line.removeprefix(f"{source}:") for line in result.set_aside] == [
+        f"3: {ragged} (3, not 5)",
+        f"5: {ragged} (6, not 5)",
+        "8: not CSV (',' expected after '\"')",
+        "10: not utf-8 text (set reading.encoding)",
+        "11: not CSV (unexpected end of data)",
+    ]
+    assert result.faults[ragged] == 2
+    source = tmp_path / "a.jsonl"
+    whole = json.dumps(ROWS[0], ensure_ascii=False)
+    source.write_bytes(
+        f"{whole}\n{whole[:20]}\n[1]\n\n{'[' * 100_000}\n".encode()
+        + json.dumps(ROWS[1], ensure_ascii=False).encode("gbk")
+    )
+    good, result = imported(source, tmp_path / "jsonl", config())
+    assert len(good) == 1
+    assert [line.removeprefix(f"{source}:").split(" (")[0] for line in result.set_aside] == [
+        "2: not JSON",
+        "3: not a JSON object",
+        "5: not JSON",
+        "6: not utf-8 text",
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_encodings(name, tmp_path):
+    for encoding in ("utf-8-sig", "gb18030", "utf-16"):
+        source = write(tmp_path / name, ROWS, encoding)
+        reading = {} if encoding == "utf-8-sig" else {"reading": {"encoding": encoding}}
+        good, _ = imported(source, tmp_path / encoding, config(**reading))
+        assert len(good) == 3
+    write(tmp_path / name, ROWS, "gb18030")
+    with pytest.raises(UserError, match=r"not utf-8 text"):
+        imported(tmp_path / name, tmp_path / "new", config())
+    assert not (tmp_path / "new").exists()
+
+
+def test_sources_that_cannot_be_read(tmp_path):
+    whole = write(tmp_path / "whole.parquet", [{**ROWS[0], "题目": f"{n}" * 50} for n in range(2000)]).read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    flipped = bytearray(whole)
+    flipped[200:260] = bytes(60)
+    (tmp_path / "flipped.parquet").write_bytes(flipped)
+    for name in ("empty.csv", "empty.jsonl", "empty.parquet", "exam.xlsx"):
+        (tmp_path / name).touch()
+    (tmp_path / "header.csv").write_text("题目,甲,乙,丙,答案\n")
+    (tmp_path / "twice.csv").write_text("题目,甲,甲,丙,答案\n1,2,3,4,A\n")
+    (tmp_path / "folder").mkdir()
+    cases = {
+        "cut.parquet": "cut.parquet: is broken, or no Parquet file",
+        "flipped.parquet": "flipped.parquet: is broken, or no Parquet file",
+        "empty.parquet": "empty.parquet: is broken, or no Parquet file",
+        "empty.csv": r"empty.csv: no row gives a Question: it holds no rows",
+        "empty.jsonl": r"empty.jsonl: no row gives a Question: it holds no rows",
+        "header.csv": r"header.csv: no row gives a Question: it holds no rows",
+        "twice.csv": "twice.csv:1: two columns have the name '甲'",
+        "exam.xlsx": r"is read by the end of its name, which must be one of .jsonl, .csv, .parquet",
+        "none.csv": r"none.csv: the data cannot be read \(No such file",
+        "none.parquet": r"none.parquet: the data cannot be read \(",
+        "folder": r"folder: holds no files that end with .jsonl, .csv, .parquet",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message) as caught:
+            imported(tmp_path / name, tmp_path / "out", config())
+        assert "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match=r"must be a local file, a folder of them, or hub:NAME"):
+        imported("s3://a/b.csv", tmp_path / "out", config())
+
+
+def test_a_source_that_ends_in_the_middle_leaves_no_data_set(tmp_path, monkeypatch):
+    """Shards that were written before are no data set."""
+    monkeypatch.setattr("psyche_jax.data.dataset.SHARD_BYTES", 500)
+    rows = [{**ROWS[0], "题目": f"{n}"} for n in range(5000)]
+    table = pa.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000, compression="none", use_dictionary=False)
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    middle = len(content) * 7 // 10
+    content[middle : middle + 4000] = bytes(4000)
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(UserError, match=r"a.parquet: is broken after row \d+"):
+        imported(tmp_path / "a.parquet", tmp_path / "out", config())
+    with pytest.raises(UserError, match="is no data set"):
+        open_dataset(str(tmp_path / "out"))
+
+
+BAD_CONFIGS = {
+    "an unknown key": (
+        {"columns": {"quesion": "a"}},
+        "unknown key 'columns.quesion'; did you mean 'columns.question'?",
+    ),
+    "another unknown key": ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
+    "no record": ({"record": None}, "record"),
+    "nothing to ask": ({"columns": {"answer": "a"}}, "must name one of question, user and messages, not none"),
+    "two things to ask": ({"columns": {**COLUMNS, "user": "u"}}, "not question and user"),
+    "no answer": ({"columns": {"question": "q", "options": "o"}}, "columns.answer must be named for Question with"),
+    "no reasoning": ({"record": "SftExample"}, "columns.rationale must be named for SftExample with columns.question"),
+    "no reply": ({"record": "SftExample", "columns": {"user": "u"}}, "columns.assistant must be named for SftExample"),
+    "a column for nothing": (
+        {"columns": {**COLUMNS, "assistant": "x"}},
+        "columns.assistant: 'x' has no place in Question",
+    ),
+    "a question of turns": ({"columns": {"messages": "m"}}, "record: Question cannot be made of columns.messages"),
+    "a dialogue of a question": ({"record": "Dialogue"}, "record: Dialogue cannot be made of columns.question"),
+    "a kind of neither": ({"kinds": {"单选": "one"}}, "kinds.单选"),
+    "text without options": (
+        {"record": "RlPrompt", "columns": {"user": "u", "answer": "a"}, "answer_is": "text"},
+        "answer_is: text needs columns.options",
+    ),
+    "no encoding": ({"reading": {"encoding": "utf-9"}}, "Python knows none of the name 'utf-9'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_configs(changes, message):
+    with pytest.raises(UsageError) as caught:
+        parse_config(ImportConfig, {"record": "Question", "columns": COLUMNS, **changes}, "test")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.parquet"])
+def test_a_column_that_is_not_there(name, tmp_path):
+    source = write(tmp_path / name, ROWS)
+    for column, hint in (("题 目", "did you mean '题目'?"), ("x", "columns there: 题目, 甲, 乙, 丙, 答案, 科")):
+        with pytest.raises(UsageError) as caught:
+            imported(source, tmp_path / "out", config(columns={**COLUMNS, "question": column}))
+        assert str(caught.value) == f"{source}: columns.question: there is no column {column!r}; {hint}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, capsys):
+    source = write(tmp_path / "a.csv", [*ROWS, {**ROWS[0], "答案": "F"}, {**ROWS[0], "答案": "E"}])
+    (tmp_path / "import.yaml").write_text(yaml.safe_dump({"record": "RlPrompt", "columns": COLUMNS}))
+    command = ["data", "import", str(source), str(tmp_path / "out"), "--config", str(tmp_path / "import.yaml")]
+    assert main([*command, "--report", str(tmp_path / "report.json")]) == 0
+    captured = capsys.readouterr()
+    assert f"{tmp_path / 'out'}: 3 records of RlPrompt in 1 shards" in captured.out
+    assert captured.out.endswith("2 set aside:\n       2 the answer names no option\n")
+    assert captured.err == "".join(
+        f"set aside: {source}:{line}: the answer names no option ({letter}, options ABC)\n"
+        for line, letter in ((5, "F"), (6, "E"))
+    )
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["records"], report["faults"]) == (3, {"the answer names no option": 2})
+    assert [f"set aside: {line}" for line in report["set_aside"]] == captured.err.splitlines()
+    assert open_dataset(str(tmp_path / "out")).manifest.config["import"]["columns"]["question"] == "题目"
+    for wrong, message in (
+        ([*command, "--set", "columns.question=题木"], "there is no column '题木'; did you mean '题目'?"),
+        ([*command, "--set", "columns.kinds=x"], "unknown key 'columns.kinds'; did you mean 'columns.kind'?"),
+        ([*command, "--format", "smile"], "import needs either --format or --config"),
+        (command[:4], "import needs either --format or --config"),
+        (["data", "ls", "a", "--set", "a=1"], "--set goes with the --config of import"),
+        (["data", "ls", "a", "--report", "x"], "--report goes with import"),
+    ):
+        assert main(wrong) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert main(command) == 1
+    assert "there is a data set already" in capsys.readouterr().err
+
+
+RUN = """
+import json, sys
+from psyche_jax.cli import main
+codes = [main(command) for command in json.loads(sys.argv[1])]
+assert "jax" not in sys.modules
+print(json.dumps(codes))
+"""
+
+
+def test_from_the_hub(tmp_path):
+    """Streamed from a stand-in for the hub; one process for all commands, as importing `datasets` takes seconds."""
+    with running_hub() as hub:
+        files = {name: write(tmp_path / name, ROWS).read_bytes() for name in ("train.parquet", "test.parquet")}
+        lines = write(tmp_path / "b.jsonl", ROWS[:2]).read_bytes()
+        hub.repos["datasets/org/exam"] = {**files, "README.md": b"# exam\n"}
+        hub.repos["datasets/org/lines"] = {"train.jsonl": lines}
+        hub.repos["datasets/org/script"] = {"script.py": b"raise SystemExit('was run')"}
+        hub.repos["datasets/org/cut"] = {"train.parquet": files["train.parquet"][:300]}
+        (tmp_path / "import.yaml").write_text(yaml.safe_dump({"record": "Question", "columns": COLUMNS}))
+        (tmp_path / "taken" / "name").mkdir(parents=True)
+        good = {"hub:org/exam": 3, f"hub:org/exam@{SHA}": 3, "hub:org/lines": 2}
+        bad = {
+            "hub:org/none": "hub:org/none: there is no such repository, or it is private",
+            "hub:org/exam@v9": "hub:org/exam: has no revision 'v9'",
+            "hub:org/script": "hub:org/script: ",
+            "hub:org/cut": "hub:org/cut: ",
+            "hub:taken/name": "hub:taken/name: there is a local taken/name here",
+        }
+        tail = ["--config", "import.yaml"]
+        commands = [["data", "import", name, f"out{n}", *tail] for n, name in enumerate([*good, *bad])]
+        commands.append(["data", "import", "hub:org/exam", "out", *tail, "--set", "reading.split=dev"])
+        commands.append(["data", "import", "hub:org/exam", "out", *tail, "--set", "reading.subset=x"])
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, json.dumps(commands)],
+            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == [0] * len(good) + [1] * (len(bad) + 2), done.stderr
+    for number, count in enumerate(good.values()):
+        assert len(load_records(Question, str(tmp_path / f"out{number}")).good) == count
+    errors = [line for line in done.stderr.splitlines() if line.startswith("psyche ")]
+    assert len(errors) == len(bad) + 2
+    for line, message in zip(errors, [*bad.values(), "hub:org/exam: ", "hub:org/exam: "], strict=True):
+        assert message in line
+    assert "Traceback" not in done.stderr
+    assert not any(name.endswith("script.py") for name in hub.asked)
