@@ -1,6 +1,7 @@
-"""A proxy before the bucket of tests/bucket.py that misbehaves: busy, broken, cut short, late."""
+"""Proxies before the bucket of tests/bucket.py: busy, broken, cut short, late, damaged; and one that refuses."""
 
 import http.client
+import json
 import os
 import random
 import socket
@@ -8,17 +9,18 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 FAULTS = ("429", "503", "reset", "cut", "late")
+FLIPPED = "flipped"  # a bit of what is read
 
 
 @contextmanager
-def faulty(share: float, seed: int = 0) -> Iterator[Counter[str]]:
+def faulty(share: float, seed: int = 0, faults: Sequence[str] = FAULTS) -> Iterator[Counter[str]]:
     """Within the block, clients find the proxy in place of the bucket's server; yields how often it did what."""
     server = urlsplit(os.environ["STORAGE_EMULATOR_HOST"])
     chance = random.Random(seed)
@@ -30,8 +32,9 @@ def faulty(share: float, seed: int = 0) -> Iterator[Counter[str]]:
 
         def handle_any(self) -> None:
             with lock:
-                fault = chance.choice(FAULTS) if chance.random() < share else "none"
+                fault = chance.choice(faults) if chance.random() < share else "none"
                 done[fault] += 1
+                bit = chance.getrandbits(30)
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if fault in ("429", "503"):
                 self.send_response(int(fault))
@@ -49,6 +52,10 @@ def faulty(share: float, seed: int = 0) -> Iterator[Counter[str]]:
             upstream.request(self.command, self.path, body, {**self.headers})
             answer = upstream.getresponse()
             content = answer.read()
+            if fault == FLIPPED and content:
+                changed = bytearray(content)
+                changed[bit // 8 % len(content)] ^= 1 << bit % 8
+                content = bytes(changed)
             self.send_response(answer.status)
             for name, value in answer.getheaders():
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
@@ -69,15 +76,61 @@ def faulty(share: float, seed: int = 0) -> Iterator[Counter[str]]:
         def log_message(self, *_: object) -> None:
             pass
 
+    with _in_place_of_the_bucket(Handler):
+        yield done
+
+
+@contextmanager
+def refusing(status: int, path: str = "/") -> Iterator[Counter[str]]:
+    """Within the block, what stands under `path` is refused as GCS does; yields how often it was asked for."""
+    server = urlsplit(os.environ["STORAGE_EMULATOR_HOST"])
+    asked: Counter[str] = Counter()
+    why = {401: "Anonymous caller does not have storage.objects.list access", 403: "Permission 'storage' denied"}[
+        status
+    ]
+    error = {"code": status, "message": why, "errors": [{"message": why, "domain": "global", "reason": "forbidden"}]}
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            found, content = status, json.dumps({"error": error}).encode()
+            if path in unquote(self.path):
+                asked[unquote(self.path)] += 1
+            else:
+                upstream = http.client.HTTPConnection(server.hostname or "", server.port, timeout=30)
+                upstream.request(self.command, self.path, body, {**self.headers})
+                answer = upstream.getresponse()
+                found, content = answer.status, answer.read()
+                upstream.close()
+            self.send_response(found)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = handle_any  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with _in_place_of_the_bucket(Handler):
+        yield asked
+
+
+@contextmanager
+def _in_place_of_the_bucket(handler: type[BaseHTTPRequestHandler]) -> Iterator[None]:
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
         def handle_error(self, *_: object) -> None:
             pass
 
-    with Server(("127.0.0.1", 0), Handler) as proxy:
+    with Server(("127.0.0.1", 0), handler) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{proxy.server_port}"
-        with mock.patch.dict(os.environ, {"STORAGE_EMULATOR_HOST": url, "CLOUD_STORAGE_EMULATOR_ENDPOINT": url}):
-            yield done
+        names = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL")
+        with mock.patch.dict(os.environ, dict.fromkeys(names, url)):
+            yield
         proxy.shutdown()

@@ -112,7 +112,7 @@ def add_verbs(add: AddVerb) -> None:
         "Write one offline HTML page about one or several runs, or Markdown for a model card.",
         "psyche report runs/demo/sft runs/demo/grpo --out report.html",
     )
-    verb.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folders of runs")
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; may be gs://…")
     verb.add_argument(
         "--out",
         type=Path,
@@ -141,6 +141,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
     from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
     from psyche_jax.evaluate.scores import scores_table
+    from psyche_jax.files import as_path, bucket_errors
 
     benchmark = read_benchmark(arguments.bench)
     for line in benchmark.set_aside:
@@ -156,8 +157,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name
     _warn_of_gates([arguments.model, *arguments.judge])
-    is_run = (Path(arguments.model) / "config.yaml").is_file()
-    places = [evaluation_file(Path(arguments.model), benchmark.name, label)] if is_run else []
+    folder = as_path(arguments.model)
+    with bucket_errors(folder):
+        is_run = (folder / "config.yaml").is_file()
+    places = [evaluation_file(folder, benchmark.name, label)] if is_run else []
     places += [arguments.out] if arguments.out is not None else []
     evaluation = evaluate(
         model,
@@ -244,6 +247,7 @@ def _safety(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.report import write_report
+    from psyche_jax.files import as_path
 
-    write_report(arguments.runs, arguments.out)
+    write_report([as_path(run) for run in arguments.runs], arguments.out)
     print(arguments.out)

@@ -219,7 +219,7 @@ class _Bucket:
         if self._client is None:
             from google.cloud import storage
 
-            self._client = storage.Client()
+            self._client = storage.Client(project=None)  # objects need none, and a user may have none
         return self._client.bucket(self._bucket_name)
 
     def _trying(self, where: str, operation: Callable[[], Result]) -> Result:
@@ -237,8 +237,9 @@ class _Bucket:
         except exceptions.RetryError as error:
             reason = _reason(error.cause or error)
             raise UserError(f"{where}: gave up after {self._deadline:.0f} s of trying ({reason})") from None
-        except DefaultCredentialsError:
-            raise UserError(f"{where}: there are no credentials; run `gcloud auth application-default login`") from None
+        except DefaultCredentialsError as error:
+            advice = "run `gcloud auth application-default login`"
+            raise UserError(f"{where}: there are no credentials ({_reason(error)}); {advice}") from None
         except (exceptions.Forbidden, exceptions.Unauthorized) as error:
             raise UserError(f"{where}: no permission ({_reason(error)}); see `gcloud auth list`") from None
         except exceptions.NotFound as error:

@@ -17,7 +17,7 @@ from psyche_jax.evaluate.empathy import REFERENCE, as_lines, judge_pairs, pairs_
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.evaluate.essays import score_essay, summarize_essays
 from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task
-from psyche_jax.files import write_json
+from psyche_jax.files import in_bucket, write_json
 
 SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal
 
@@ -116,7 +116,8 @@ def evaluate(
         evaluation, judged_whole = _judged(evaluation, judges, against, files[0] if files else None)
         kept += judged_whole
     for file in files:
-        file.parent.mkdir(parents=True, exist_ok=True)
+        if not in_bucket(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, evaluation)
     for answers in kept:
         answers.discard()

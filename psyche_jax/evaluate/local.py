@@ -16,6 +16,7 @@ from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.train.checkpoints import identity as identity_of
 from psyche_jax.train.checkpoints import open_model
 
 
@@ -82,13 +83,12 @@ class LocalModel:
     @property
     def identity(self) -> dict[str, Any]:
         """All that an answer depends on."""
-        files = sorted(self._stored.weights.rglob("*")) if isinstance(self._stored.weights, Path) else []
         return {
             **self.settings,
             "dtype": self._dtype,
             "batch": self._batch_size,
             "weights": str(self._stored.weights),
-            "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.is_file()],
+            "identity": identity_of(self._stored),
         }
 
     def answer(

@@ -21,7 +21,7 @@ from psyche_jax.evaluate.comparison import Bench, Evaluation, read_benches
 from psyche_jax.evaluate.curves import SFT_METRICS, Chart, charts, grpo_metrics, number
 from psyche_jax.evaluate.empathy import TITLES
 from psyche_jax.evaluate.published import COLUMNS, PaperRow, draw_sizes, our_rows, published, summary_of_sizes
-from psyche_jax.files import in_bucket, read_json, write_text
+from psyche_jax.files import bucket_errors, in_bucket, read_json, write_text
 from psyche_jax.runs import read_lines
 
 LONGEST_TEXT = 8000  # characters of a response that the page shows
@@ -230,7 +230,7 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training report"
     If `out` ends with `.md`, it gets the figures as Markdown for a model card instead.
 
     Args:
-      runs: folders of runs, in the order in which they were trained (or are to be compared).
+      runs: folders of runs, local or in buckets, in the order in which they were trained (or are to be compared).
       out: the file; it is replaced in one step.
       title: the page's title.
 
@@ -258,6 +258,11 @@ def read_run(folder: Path, name: str) -> RunRecord:
     Raises:
       UserError: it is not a run, or a file in it is broken.
     """
+    with bucket_errors(folder):
+        return _read_run(folder, name)
+
+
+def _read_run(folder: Path, name: str) -> RunRecord:
     for needed in ("config.yaml", "state.json"):
         if not (folder / needed).is_file():
             raise UserError(

@@ -248,15 +248,22 @@ def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Whether there is a fast tokenizer in `folder`."""
+    return (folder / TOKENIZER_FILES[0]).is_file()
+
+
 def copy_tokenizer(source: Path, target: Path) -> None:
     """Copy a tokenizer's files, chat template included; from and to local folders or buckets.
+
+    The file that makes a folder a tokenizer (`is_tokenizer`) comes last, so that a copy is whole or none.
 
     Raises:
       UserError: there is no fast tokenizer in `source`.
     """
-    if not (source / "tokenizer.json").is_file():
+    if not is_tokenizer(source):
         raise UserError(f"{source}: has no tokenizer.json; save it once with a fast tokenizer of transformers")
-    for name in TOKENIZER_FILES:
+    for name in reversed(TOKENIZER_FILES):
         if (source / name).is_file():
             (target / name).write_bytes((source / name).read_bytes())
 
@@ -269,7 +276,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import PreTrainedTokenizerFast
 
-    if not (folder / "tokenizer.json").is_file():
+    if not is_tokenizer(folder):
         raise UserError(f"{folder}: has no tokenizer.json")
     if in_bucket(folder):
         with tempfile.TemporaryDirectory() as local:

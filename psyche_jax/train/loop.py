@@ -2,8 +2,10 @@
 
 import contextlib
 import math
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,8 +18,8 @@ from tqdm import tqdm
 
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
-from psyche_jax.errors import UsageError, UserError
-from psyche_jax.files import in_bucket
+from psyche_jax.errors import UserError
+from psyche_jax.files import bucket_errors, in_bucket
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
@@ -85,8 +87,6 @@ def run_training(
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
     """
     evaluation = program.evaluation
-    if profile_steps and in_bucket(run.folder):
-        raise UsageError("--profile needs a run.dir on a disk, not in a bucket")
     with contextlib.ExitStack() as stack:
         best = None if evaluation is None else (evaluation.best, evaluation.higher_is_better)
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep, best)))
@@ -220,14 +220,16 @@ class Progress:
 
 
 class _Profile:
+    """Traces some steps into a folder. The profiler writes to disks alone: for a bucket the files are copied there."""
+
     def __init__(self, folder: Path, first: int, steps: int) -> None:
         self._folder, self._first, self._last, self._steps = folder, first, first + steps - 1, steps
-        self._tracing = False
+        self._traced: Path | None = None  # while it goes on: where to
 
     def before(self, step: int) -> None:
         if self._steps and step == self._first:
-            jax.profiler.start_trace(str(self._folder))
-            self._tracing = True
+            self._traced = Path(tempfile.mkdtemp()) if in_bucket(self._folder) else self._folder
+            jax.profiler.start_trace(str(self._traced))
 
     def after(self, step: int) -> None:
         if step == self._last:
@@ -235,10 +237,16 @@ class _Profile:
 
     def close(self) -> None:
         """Write the trace, also where the run ended before all its steps were traced."""
-        if self._tracing:
-            self._tracing = False
-            jax.profiler.stop_trace()
-            _say(f"profile: {self._folder}")
+        if self._traced is None:
+            return
+        traced, self._traced = self._traced, None
+        jax.profiler.stop_trace()
+        if traced != self._folder:
+            with bucket_errors(self._folder):
+                for file in (path for path in traced.rglob("*") if path.is_file()):
+                    (self._folder / file.relative_to(traced).as_posix()).write_bytes(file.read_bytes())
+            shutil.rmtree(traced)
+        _say(f"profile: {self._folder}")
 
 
 @contextlib.contextmanager

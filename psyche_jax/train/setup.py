@@ -12,9 +12,9 @@ from flax import nnx
 
 from psyche_jax.config import MeshSection, ModelSection
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.files import in_bucket, new_folder, write_text
+from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer
+from psyche_jax.model.huggingface import copy_tokenizer, is_tokenizer, load_tokenizer
 from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
@@ -96,7 +96,12 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
     if not in_bucket(run.folder):
         run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / "tokenizer"
-    if not target.is_dir():
+    with bucket_errors(target):
+        if is_tokenizer(target):
+            return
+        if in_bucket(target):  # where a start that was killed may have left some of its files
+            copy_tokenizer(setup.model.tokenizer_folder, target)
+            return
         with new_folder(target) as partial:
             copy_tokenizer(setup.model.tokenizer_folder, partial)
 

@@ -7,12 +7,13 @@ from unittest import mock
 
 import pytest
 from bucket import running_bucket
-from faulty_proxy import FAULTS, faulty
+from faulty_proxy import FAULTS, FLIPPED, faulty, refusing
 
 from psyche_jax.cli import main
 from psyche_jax.data import store
 from psyche_jax.data.dataset import copy_dataset, load_records, open_dataset, verify_dataset, write_dataset
 from psyche_jax.data.records import Message, SftExample
+from psyche_jax.errors import UserError
 
 RECORDS = [SftExample((Message("user", f"问{n}"), Message("assistant", f"答{n}" * 40))) for n in range(300)]
 
@@ -73,3 +74,98 @@ def test_what_is_not_tried_again(bucket, capsys):
         assert main(["data", "ls", "gs://none/x"]) == 1
     assert "does not exist" in capsys.readouterr().err
     assert done["none"] <= 2  # not until the deadline
+
+
+def test_a_bit_flipped_on_the_way_is_found(bucket):
+    """What is read whole is asked for again; a record read at random is as it was written, or its shard is named."""
+    write_dataset(f"{bucket}/flipped", RECORDS[:40], shard_bytes=2500)
+    expected = list(open_dataset(f"{bucket}/flipped"))
+    with faulty(0.3, faults=(FLIPPED,)) as done:
+        assert load_records(SftExample, f"{bucket}/flipped").good == tuple(RECORDS[:40])
+    assert done[FLIPPED] > 0
+    named = 0
+    dataset = open_dataset(f"{bucket}/flipped")
+    with faulty(0.3, faults=(FLIPPED,)) as done:
+        for index in range(40):
+            try:
+                assert dataset[index] == expected[index]
+            except UserError as error:
+                named += 1
+                assert ".array_record: the shard is broken" in str(error)
+    assert 0 < named <= done[FLIPPED]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_no_permission(status, bucket, tmp_path, capsys):
+    """At once and in one line, whatever is wanted of the bucket."""
+    write_dataset(str(tmp_path / "local"), RECORDS[:3])
+    (tmp_path / "import.yaml").write_text("record: Dialogue\ncolumns: {user: u, assistant: a}\n")
+    (tmp_path / "row.jsonl").write_text('{"u": "问", "a": "答"}\n')
+    place = f"{bucket}/a"
+    commands = [
+        ["data", "ls", place],
+        ["data", "verify", place],
+        ["data", "cat", place],
+        ["data", "copy", place, str(tmp_path / "new")],
+        ["data", "copy", str(tmp_path / "local"), place],
+        ["data", "import", str(tmp_path / "row.jsonl"), place, "--config", str(tmp_path / "import.yaml")],
+        ["decontaminate", "--train", place, "--eval", place, "--out", str(tmp_path / "new")],
+        ["eval", "none", "--bench", place],
+        ["report", place],
+    ]
+    with refusing(status) as asked:
+        for command in commands:
+            assert main(command) == 1, command
+            error = capsys.readouterr().err
+            assert error.count("\n") == 1
+            assert place in error
+            assert "no permission" in error or "cannot be used" in error, error
+            assert "Permission 'storage' denied" in error or "Anonymous caller" in error, error
+    assert max(asked.values()) <= len(commands) * 2  # nothing is tried again
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_permission_for_a_shard(bucket):
+    """The manifest may be read, and what it names may not."""
+    manifest = write_dataset(f"{bucket}/shut", RECORDS[:40], shard_bytes=2500)
+    name = manifest.shards[1].name
+    dataset = open_dataset(f"{bucket}/shut")
+    with refusing(403, f"shut/{name}"):
+        with pytest.raises(UserError, match=f"{name}: no permission"):
+            list(dataset)
+        with pytest.raises(UserError, match=f"{name}.*denied"):
+            dataset.read(range(40))
+
+
+def test_no_credentials(tmp_path, monkeypatch, capsys):
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_CLOUD_PROJECT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")  # this machine may be one of Google's
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main(["data", "verify", "gs://bucket/a"]) == 1
+    error = capsys.readouterr().err
+    assert "gs://bucket/a/manifest.json: there are no credentials" in error
+    assert "gcloud auth application-default login" in error
+    assert error.count("\n") == 1
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "absent.json"))
+    assert main(["data", "verify", "gs://bucket/a"]) == 1
+    assert "absent.json was not found" in capsys.readouterr().err
+
+
+def test_no_bucket_and_nothing_in_it(bucket, tmp_path, capsys):
+    write_dataset(str(tmp_path / "local"), RECORDS[:3])
+    cases = {
+        ("data", "copy", str(tmp_path / "local"), "gs://none/a"): "gs://none/a",
+        ("decontaminate", "--train", "gs://none/a", "--eval", "x", "--out", "y"): "does not exist",
+        ("report", "gs://none/a"): "gs://none/a: is not a run",
+        ("report", f"{bucket}/empty"): "empty: is not a run",
+        ("data", "verify", f"{bucket}/empty"): "empty: is no data set (nothing is there)",
+        ("data", "ls", f"{bucket}/empty"): "empty: there is no data set here",
+        ("decontaminate", "--train", f"{bucket}/empty", "--eval", "x", "--out", "y"): "nothing is there",
+    }
+    for command, message in cases.items():
+        assert main([*command]) == 1, command
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

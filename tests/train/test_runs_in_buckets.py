@@ -2,16 +2,22 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from bucket import running_bucket
 from training_fixtures import metrics_of, sft_config
 
+from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.errors import UserError
+from psyche_jax.evaluate import evaluation, local
 from psyche_jax.files import as_path
+from psyche_jax.model.huggingface import TOKENIZER_FILES, load_tokenizer
 from psyche_jax.runs import PreemptedError, read_lines
 from psyche_jax.train import loop
+from psyche_jax.train.setup import keep_tokenizer
 from psyche_jax.train.sft import train_sft
 
 
@@ -48,12 +54,61 @@ def test_stopped_and_gone_on_with(tiny_root, bucket, tmp_path, monkeypatch):
     assert {"tokenizer", "5"} <= names
     with pytest.raises(UserError, match="holds another run"):
         train_sft(config(tiny_root, place, epochs=3.0))
+    evaluate_and_report(place, tmp_path)
+
+
+def evaluate_and_report(place, tmp_path):
+    """`psyche eval` writes into the run, also what it has when it is killed; `psyche report` reads it all."""
+    command = ["eval", place, "--bench", "samples", "--limit", "2", "--max-new-tokens", "4", "--label", "mine"]
+    with mock.patch.object(evaluation, "write_json", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        cli.main(command)
+    folder = as_path(f"{place}/evaluations")
+    (kept,) = folder.iterdir()
+    assert len(read_lines(kept)) == 2
+    with mock.patch.object(local, "complete", side_effect=AssertionError("asked again")):
+        assert cli.main(command) == 0
+    assert [path.name for path in folder.iterdir()] == ["samples-mine.json"]
+    assert len(json.loads((folder / "samples-mine.json").read_text())["items"]) == 2
+    assert cli.main(["report", place, "--out", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "mine" in page
+    assert "Supervised fine-tuning" in page
+
+
+def test_a_profile_in_a_bucket(tiny_root, bucket):
+    train_sft(config(tiny_root, f"{bucket}/profiled", epochs=0.5), profile_steps=1)
+    names = [path.name for path in as_path(f"{bucket}/profiled/profile").rglob("*")]
+    assert any(name.endswith(".xplane.pb") for name in names), names
+
+
+def test_a_tokenizer_is_whole_or_absent(tiny_root, bucket, monkeypatch):
+    """Killed after any number of its files; the next start writes it whole."""
+    run = SimpleNamespace(writes=True, folder=as_path(f"{bucket}/t"), checkpoints=as_path(f"{bucket}/t/checkpoints"))
+    setup = SimpleNamespace(model=SimpleNamespace(tokenizer_folder=tiny_root / "model"))
+    target = run.checkpoints / "tokenizer"
+    write = type(target).write_bytes
+    expected = load_tokenizer(tiny_root / "model")
+    for count in range(len([name for name in TOKENIZER_FILES if (tiny_root / "model" / name).is_file()])):
+        left = iter([True] * count)
+
+        def until_killed(path, content, left=left):
+            if not next(left, False):
+                raise KeyboardInterrupt
+            return write(path, content)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(type(target), "write_bytes", until_killed)
+            keep_tokenizer(run, setup)
+        with pytest.raises(UserError, match="has no tokenizer.json"):
+            load_tokenizer(target)
+    keep_tokenizer(run, setup)
+    loaded = load_tokenizer(target)
+    assert loaded.chat_template == expected.chat_template
+    assert loaded.get_vocab() == expected.get_vocab()
 
 
 def test_what_needs_a_disk(tiny_root, bucket):
     with pytest.raises(UserError, match=r"logging.tensorboard needs a run.dir on a disk"):
         train_sft(config(tiny_root, f"{bucket}/a", logging=LoggingSection(tensorboard=True)))
-    with pytest.raises(UserError, match=r"--profile needs a run.dir on a disk"):
-        train_sft(config(tiny_root, f"{bucket}/b"), profile_steps=1)
     with pytest.raises(UserError, match="gs://none/run"):
         train_sft(config(tiny_root, "gs://none/run"))
