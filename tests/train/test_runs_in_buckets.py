@@ -99,7 +99,7 @@ def test_a_tokenizer_is_whole_or_absent(tiny_root, bucket, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(type(target), "write_bytes", until_killed)
             keep_tokenizer(run, setup)
-        with pytest.raises(UserError, match="has no tokenizer.json"):
+        with pytest.raises(UserError, match=r"has no tokenizer\.json"):
             load_tokenizer(target)
     keep_tokenizer(run, setup)
     loaded = load_tokenizer(target)
