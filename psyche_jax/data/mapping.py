@@ -74,12 +74,10 @@ class ImportConfig(Section):
     def __post_init__(self) -> None:
         named = [name for name in ("question", "user", "messages") if getattr(self.columns, name) is not None]
         if len(named) != 1:
-            raise ValueError(
-                f"columns must name one of question, user and messages, not {' and '.join(named) or 'none'}"
-            )
-        if (self.record == "Question" and self.form != "question") or (
-            self.record == "Dialogue" and self.form == "question"
-        ):
+            found = " and ".join(named) or "none"
+            raise ValueError(f"columns must name one of question, user and messages, not {found}")
+        never = {"Question": ("user", "messages"), "Dialogue": ("question",)}
+        if self.form in never.get(self.record, ()):
             raise ValueError(f"record: {self.record} cannot be made of columns.{self.form}")
         must, may = _uses(self.record, self.form)
         for name, column in self._columns():
@@ -165,9 +163,8 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
                 identity, key = record.id, getattr(record, "answer", None)  # type: ignore[attr-defined]
                 earlier, its_key = seen.setdefault(identity, (where, key))
                 if earlier != where:
-                    raise RowError(
-                        "a duplicate" if key == its_key else "a duplicate with another answer", f"of {earlier}"
-                    )
+                    other = "" if key == its_key else " with another answer"
+                    raise RowError(f"a duplicate{other}", f"of {earlier}")
             except ValueError as error:
                 fault = error if isinstance(error, RowError) else RowError(str(error))
                 faults[fault.reason] += 1

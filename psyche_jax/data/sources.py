@@ -69,6 +69,8 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
             yield from _READERS[file.suffix](file, reading.encoding)
         except OSError as error:
             raise UserError(f"{file}: the data cannot be read ({error.strerror or first_reason(error)})") from None
+        except UnicodeError as error:  # UTF-16 without its mark
+            raise UserError(f"{file}: is not {reading.encoding} text ({first_reason(error)})") from None
 
 
 def _lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
