@@ -42,17 +42,14 @@ def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[st
     from datasets.exceptions import DatasetsError
 
     name, _, revision = source.removeprefix(PREFIX).partition("@")
-    if Path(name).exists():
-        raise UserError(f"{source}: there is a local {name} here, which would be read instead; go to another folder")
+    place = f"hf://datasets/{name}"  # never a local folder of that name
+    options: dict[str, Any] = {"revision": revision or None, "token": _token() or False}
     with _one_line(name, revision):
         try:
-            yield from load_dataset(
-                name, subset, split=split, streaming=True, revision=revision or None, token=_token() or False
-            )
-        except (ValueError, RuntimeError, DatasetsError) as error:  # what it says of subsets, splits and scripts
-            if isinstance(error, OSError):
-                raise
-            raise UserError(f"{source}: {first_reason(error)}") from None
+            yield from load_dataset(place, subset, split=split, streaming=True, **options)
+        except (ValueError, RuntimeError, DatasetsError) as error:
+            # What it says of repositories, revisions, subsets, splits, scripts; or of bytes that are no rows.
+            raise UserError(f"{source}: {(str(error) or type(error).__name__).splitlines()[0]}") from None
 
 
 def create(name: str) -> None:
@@ -109,7 +106,7 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
             why = "HF_TOKEN is not set, or gives no permission for it"
         elif isinstance(cause, errors.HFValidationError):
             why = f"is no name of a repository ({first_reason(cause)})"
-        elif status is None and isinstance(cause, errors.HTTPError | errors.OfflineModeIsEnabled):
+        elif status is None and isinstance(cause, errors.HTTPError | ConnectionError):  # also: HF_HUB_OFFLINE
             why = f"{_site()} cannot be reached ({type(cause).__name__})"
         else:
             why = first_reason(error)

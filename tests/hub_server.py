@@ -79,9 +79,9 @@ class _Handler(BaseHTTPRequestHandler):
         if name in self.server.gated:
             return self.refuse(403, "GatedRepo")
         files = self.server.repos[name]
+        if what and what[1] not in ("main", "v1", SHA):
+            return self.refuse(404, "RevisionNotFound")
         if what[:1] in ([], ["revision"]):
-            if what and what[1] not in ("main", "v1", SHA):
-                return self.refuse(404, "RevisionNotFound")
             return self.answer(200, {"id": name, "sha": SHA, "siblings": [{"rfilename": file} for file in files]})
         if what[0] == "tree":
             return self.answer(200, entries(files)) if len(what) == 2 else self.refuse(404, "EntryNotFound")
