@@ -1,5 +1,6 @@
 """Models from and to the Hugging Face hub, and rows of its data sets. Data travel, code never does."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[st
     from datasets.exceptions import DatasetsError
 
     name, _, revision = source.removeprefix(PREFIX).partition("@")
+    for library in ("datasets", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they log what they then raise, and what does not matter
     place = f"hf://datasets/{name}"  # never a local folder of that name
     options: dict[str, Any] = {"revision": revision or None, "token": _token() or False}
     with _one_line(name, revision):

@@ -107,7 +107,7 @@ class ImportConfig(Section):
         """Raises UsageError for a column that the source does not have, with the nearest one."""
         for name, column in self._columns():
             if column not in there:
-                nearest = difflib.get_close_matches(column, there, 1)
+                nearest = difflib.get_close_matches(column, there, 1, 0.5)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else f"columns there: {', '.join(there)}"
                 raise UsageError(f"{source}: columns.{name}: there is no column {column!r}; {hint}")
 
@@ -256,7 +256,7 @@ def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, 
     value = row.get(column or "")
     if not _is_filled(value) and not isinstance(value, list):
         raise RowError(f"no text in {column!r}")
-    parts = value if isinstance(value, list) else [value]
+    parts: list[Any] = value if isinstance(value, list) else [value]
     letters: set[str] = set()
     for part in parts:
         if config.answer_is == "text":
@@ -320,7 +320,7 @@ def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
 def _text(row: Mapping[str, Any], column: str | None) -> str:
     value = row.get(column or "")
     if not isinstance(value, str) or not value.strip():
-        raise RowError(f"no text in {column!r}", "" if value is None or value == "" else repr(value)[:80])
+        raise RowError(f"no text in {column!r}", repr(value)[:80] if _is_filled(value) else "")
     return value.strip()
 
 

@@ -188,7 +188,7 @@ def test_the_command(tmp_path, capsys):
     assert "a.jsonl:2: empty answer" in captured.err
     assert len(load_records(Question, str(tmp_path / "out")).good) == 1
     assert main(arguments) == 2
-    assert "import needs --format" in capsys.readouterr().err
+    assert "import needs either --format or --config" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         load_cpsyexam(tmp_path / "none")
     with pytest.raises(UserError, match="no JSON files"):
