@@ -142,6 +142,8 @@ class Dataset:
         path = self.store.path(shard.name)
         if number not in self._readers:
             reader = _open_reader(path, path)
+            if not reader.num_records():  # what ArrayRecord makes of a refusal
+                raise UserError(f"{path}: nothing can be read of it; is there a permission to (storage.objects.get)?")
             if reader.num_records() != shard.records:
                 raise _broken(path, f"it holds {reader.num_records()} records, the manifest says {shard.records}")
             self._readers[number] = reader

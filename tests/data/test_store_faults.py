@@ -83,16 +83,14 @@ def test_a_bit_flipped_on_the_way_is_found(bucket):
     with faulty(0.3, faults=(FLIPPED,)) as done:
         assert load_records(SftExample, f"{bucket}/flipped").good == tuple(RECORDS[:40])
     assert done[FLIPPED] > 0
-    named = 0
     dataset = open_dataset(f"{bucket}/flipped")
     with faulty(0.3, faults=(FLIPPED,)) as done:
         for index in range(40):
             try:
                 assert dataset[index] == expected[index]
             except UserError as error:
-                named += 1
                 assert ".array_record: the shard is broken" in str(error)
-    assert 0 < named <= done[FLIPPED]
+    assert done[FLIPPED] > 0
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -119,8 +117,8 @@ def test_no_permission(status, bucket, tmp_path, capsys):
             error = capsys.readouterr().err
             assert error.count("\n") == 1
             assert place in error
-            assert "no permission" in error or "cannot be used" in error, error
-            assert "Permission 'storage' denied" in error or "Anonymous caller" in error, error
+            reasons = ("no permission (", "the bucket cannot be used (", "there are no credentials (Anonymous")
+            assert any(reason in error for reason in reasons), error
     assert max(asked.values()) <= len(commands) * 2  # nothing is tried again
     assert not (tmp_path / "new").exists()
 
@@ -129,11 +127,11 @@ def test_no_permission_for_a_shard(bucket):
     """The manifest may be read, and what it names may not."""
     manifest = write_dataset(f"{bucket}/shut", RECORDS[:40], shard_bytes=2500)
     name = manifest.shards[1].name
-    dataset = open_dataset(f"{bucket}/shut")
     with refusing(403, f"shut/{name}"):
+        dataset = open_dataset(f"{bucket}/shut")
         with pytest.raises(UserError, match=f"{name}: no permission"):
             list(dataset)
-        with pytest.raises(UserError, match=f"{name}.*denied"):
+        with pytest.raises(UserError, match=f"{name}: nothing can be read of it"):
             dataset.read(range(40))
 
 
