@@ -57,6 +57,14 @@ def bucket_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: the bucket cannot be used ({reason}); see `gcloud auth list`") from None
 
 
+def files_under(folder: Path) -> list[Path]:
+    """All files in a folder and in those in it, by name; in a bucket `rglob` does not work."""
+    if not in_bucket(folder):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    inner = [files_under(path) if path.is_dir() else [path] for path in folder.iterdir()]
+    return sorted(path for paths in inner for path in paths)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace the file `path` by `text` in one step: a reader, or a crash, sees the old or the new whole."""
     if in_bucket(path):  # where objects are replaced whole

@@ -19,7 +19,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from psyche_jax.config import PromptSection, config_to_dict, parse_config
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
+from psyche_jax.files import absolute, as_path, bucket_errors, files_under, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
 from psyche_jax.model.huggingface import copy_tokenizer, read_parameters
 from psyche_jax.model.qwen2 import Parameters, build
@@ -67,7 +67,7 @@ def identity(model: StoredModel) -> str:
     root = model.weights if (model.weights / "config.json").is_file() else model.weights / "parameters"
     digest = hashlib.sha256(repr(dataclasses.astuple(model.config)).encode())
     with bucket_errors(root):
-        for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        for path in files_under(root):
             name = path.relative_to(root).as_posix()
             if root == model.weights and not name.endswith(".safetensors"):
                 continue  # of a Hugging Face folder the weights, whatever else lies beside

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
-from psyche_jax.files import bucket_errors, in_bucket
+from psyche_jax.files import bucket_errors, files_under, in_bucket
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
@@ -243,7 +243,7 @@ class _Profile:
         jax.profiler.stop_trace()
         if traced != self._folder:
             with bucket_errors(self._folder):
-                for file in (path for path in traced.rglob("*") if path.is_file()):
+                for file in files_under(traced):
                     (self._folder / file.relative_to(traced).as_posix()).write_bytes(file.read_bytes())
             shutil.rmtree(traced)
         _say(f"profile: {self._folder}")

@@ -11,9 +11,10 @@ from training_fixtures import metrics_of, sft_config
 
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, LoggingSection
+from psyche_jax.data.records import Question, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate import evaluation, local
-from psyche_jax.files import as_path
+from psyche_jax.files import as_path, files_under
 from psyche_jax.model.huggingface import TOKENIZER_FILES, load_tokenizer
 from psyche_jax.runs import PreemptedError, read_lines
 from psyche_jax.train import loop
@@ -59,8 +60,14 @@ def test_stopped_and_gone_on_with(tiny_root, bucket, tmp_path, monkeypatch):
 
 def evaluate_and_report(place, tmp_path):
     """`psyche eval` writes into the run, also what it has when it is killed; `psyche report` reads it all."""
-    command = ["eval", place, "--bench", "samples", "--limit", "2", "--max-new-tokens", "4", "--label", "mine"]
-    with mock.patch.object(evaluation, "write_json", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    questions = [Question(stem, {"A": "是", "B": "否"}, "A", "single") for stem in ("梦", "忘")]
+    write_records(tmp_path / "samples.jsonl", questions)
+    command = ["eval", place, "--bench", str(tmp_path / "samples.jsonl"), "--max-new-tokens", "4", "--label", "mine"]
+
+    class Killed(BaseException):
+        pass
+
+    with mock.patch.object(evaluation, "write_json", side_effect=Killed), pytest.raises(Killed):
         cli.main(command)
     folder = as_path(f"{place}/evaluations")
     (kept,) = folder.iterdir()
@@ -77,7 +84,7 @@ def evaluate_and_report(place, tmp_path):
 
 def test_a_profile_in_a_bucket(tiny_root, bucket):
     train_sft(config(tiny_root, f"{bucket}/profiled", epochs=0.5), profile_steps=1)
-    names = [path.name for path in as_path(f"{bucket}/profiled/profile").rglob("*")]
+    names = [path.name for path in files_under(as_path(f"{bucket}/profiled/profile"))]
     assert any(name.endswith(".xplane.pb") for name in names), names
 
 
