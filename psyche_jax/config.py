@@ -112,13 +112,18 @@ class OptimizerSection(Section):
 
 @dataclass(frozen=True)
 class CheckpointSection(Section):
-    """When checkpoints are written and how many are kept. The last step always is."""
+    """When checkpoints are written and how many are kept. The last step always is written, the best one kept."""
 
     every_steps: int = 100
-    keep: int = 2
+    every_seconds: float | None = 600.0  # also before so much work could be lost, by the length of the last step
+    keep: int = 2  # the latest ones
+    keep_every_hours: float | None = None  # and, for good, one of every so many hours
 
     def __post_init__(self) -> None:
         _at_least_one(self, "every_steps", "keep")
+        for name in ("every_seconds", "keep_every_hours"):
+            if (value := getattr(self, name)) is not None:
+                _require(value > 0, name, value, "must be positive, or null")
 
 
 @dataclass(frozen=True)

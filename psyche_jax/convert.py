@@ -112,6 +112,7 @@ def _export_weights(stored: StoredModel, folder: Path, kind: np.dtype, progress:
         weights.check(stored.config)
         stream_weights(folder, stored.config, kind, lambda path, part: progress.add(weights.read(path, part, kind)))
         return
+    stored.check()
     arrays = StoredArrays(stored.weights, stored.config)
 
     def read(path: str, index: Index) -> np.ndarray:

@@ -1,10 +1,19 @@
 """Errors that are the user's to mend: shown as one line, with an exit code and without a traceback."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
-    """Something failed that the user can mend. The message says what is wrong, where, and what to do."""
+    """Something failed that the user can mend. The message says what is wrong, where, and what to do.
+
+    `details` are further lines, where there are several things to name.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, details: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.details = tuple(details)
 
 
 class UsageError(UserError):

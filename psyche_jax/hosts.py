@@ -57,6 +57,19 @@ def on_any(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def preempted(step: int) -> bool:
+    """Whether JAX's preemption service, which knows of SIGTERM on any process, names `step` as the one to stop after.
+
+    Every process must ask after every step.
+    """
+    if jax.process_count() == 1:
+        return False
+    try:
+        return multihost_utils.reached_preemption_sync_point(step)
+    except RuntimeError:  # it is turned off (jax_enable_preemption_service)
+        return False
+
+
 def from_first(tree: Any) -> Any:
     """Arrays of the same shapes on every process: those that the first one has."""
     return tree if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(tree)

@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,6 +15,8 @@ from psyche_jax import hosts
 from psyche_jax.config import LoggingSection, dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.run_lock import FILE as LOCK_FILE
+from psyche_jax.run_lock import Lock, LostLockError, locked
 
 Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
 _MAY_CHANGE = ("mesh", "distributed", "checkpoints", "logging")  # sections that a resumed run may set otherwise
@@ -35,13 +37,14 @@ class Run:
     minute, before each checkpoint and at the end.
     """
 
-    def __init__(self, folder: Path, kind: str, logging: LoggingSection) -> None:
+    def __init__(self, folder: Path, kind: str, logging: LoggingSection, lock: Lock | None = None) -> None:
         self.folder = folder
         self._texts: dict[str, list[str]] = {}  # of files in a bucket
         self._unsent: set[str] = set()
         self._sent = time.monotonic()
         self.writes = hosts.is_first()
         self._kind = kind
+        self._lock = lock
         self._sinks: list[Any] = []
         if not self.writes:
             return
@@ -63,10 +66,7 @@ class Run:
         """Drop the metrics and samples of steps after `step`: they are done again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             if self.writes and (self.folder / name).is_file():  # always written anew: its last line may be cut short
-                kept = [line for line in read_lines(self.folder / name) if line["step"] <= step]
-                texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in kept]
-                write_text(self.folder / name, "".join(texts))
-                self._texts[name] = texts
+                self._rewrite(name, [line for line in read_lines(self.folder / name) if line["step"] <= step])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, which every process may read."""
@@ -78,9 +78,34 @@ class Run:
         for sink in self._sinks:
             sink.write(step, metrics)
 
+    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add what is measured late to the line of `step`, the last one that there is; or begin with it."""
+        if not self.writes:
+            return
+        *lines, last = self.metrics() or [{}]
+        self._rewrite("metrics.jsonl", [*lines, {**last, "step": step, **metrics}])
+        for sink in self._sinks:
+            sink.write(step, metrics)
+
     def log_sample(self, step: int, sample: Mapping[str, Any]) -> None:
         """Append one line to `samples.jsonl`."""
         self._append("samples.jsonl", {"step": step, **sample})
+
+    def confirm_lock(self) -> None:
+        """To be called before what must not be written twice, by every process.
+
+        Raises:
+          UserError: another process has taken this run over; nothing more is written then.
+        """
+        error: UserError | None = None
+        try:
+            if self._lock is not None:
+                self._lock.confirm()
+        except UserError as lost:
+            error = lost
+        if hosts.on_any(error is not None):
+            self.writes = False
+            raise error or LostLockError(f"{self.folder}: another process has taken this run over; this one ends")
 
     def write_state(self, status: Status, step: int, reason: str = "", **extra: Any) -> None:
         """Replace `state.json`; what an earlier call stored in `extra` stays."""
@@ -93,6 +118,8 @@ class Run:
 
     def flush(self) -> None:
         """Put what was logged where a crash cannot reach it."""
+        if not self.writes:
+            return
         for name in sorted(self._unsent):
             write_text(self.folder / name, "".join(self._texts[name]))
         self._unsent.clear()
@@ -103,6 +130,11 @@ class Run:
         self.flush()
         for sink in self._sinks:
             sink.close()
+
+    def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+        write_text(self.folder / name, "".join(texts))
+        self._texts[name] = texts
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self.writes:
@@ -127,39 +159,60 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
     Whatever ends the block is written into `state.json`.
 
     Raises:
-      UserError: the folder holds something else, or a run of another config (the first difference is named).
+      UserError: the folder holds something else, or a run of another config (each difference is named).
     """
     with bucket_errors(folder):
-        _claim(folder, config)
-    run = Run(folder, kind, logging)
-    step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
-    run.write_state("running", step, environment=environment())
-    try:
-        yield run
-    except BaseException as error:
-        status: Status = "preempted" if isinstance(error, PreemptedError | KeyboardInterrupt) else "failed"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if run.writes:
-            run.write_state(status, read_json(folder / "state.json")["step"], reason)
-        raise
-    finally:
-        run.close()
+        _check(folder, config)
+        hosts.wait_for_all("checked the run's folder")
+        if not in_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder) as lock:
+        with bucket_errors(folder):
+            if hosts.is_first():
+                _check(folder, config)  # again: another run may have begun and ended here just now
+                write_text(folder / "config.yaml", dump_yaml(config))
+        run = Run(folder, kind, logging, lock)
+        step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
+        run.write_state("running", step, environment=environment())
+        try:
+            yield run
+        except BaseException as error:
+            status: Status = "preempted" if isinstance(error, PreemptedError | KeyboardInterrupt) else "failed"
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if run.writes:
+                run.write_state(status, read_json(folder / "state.json")["step"], reason)
+            raise
+        finally:
+            run.close()
 
 
-def _claim(folder: Path, config: Mapping[str, Any]) -> None:
-    """Make the folder, or see that it is this run's, and put the config into it."""
+def _check(folder: Path, config: Mapping[str, Any]) -> None:
+    """See that the folder is absent, empty, or holds this run."""
     config_file = folder / "config.yaml"
     if config_file.is_file():
-        difference = _first_difference(_lasting(parse_yaml_mapping(config_file)), _lasting(config))
-        if difference:
-            raise UserError(f"{folder}: holds another run ({difference}); choose another run.dir, or remove this one")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        found = differences(lasting(parse_yaml_mapping(config_file)), lasting(config))
+        if found:
+            raise UserError(
+                f"{folder}: holds another run ({found[0]}); choose another run.dir, or remove this one", found[1:]
+            )
+    elif folder.exists() and (not folder.is_dir() or any(child.name != LOCK_FILE for child in folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
-    hosts.wait_for_all("checked the run's folder")
-    if not in_bucket(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if hosts.is_first():
-        write_text(config_file, dump_yaml(config))
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[Lock | None]:
+    """Within the block no other run writes to the folder: the first process holds its lock for all of them."""
+    with ExitStack() as stack:
+        lock: Lock | None = None
+        error: UserError | None = None
+        try:
+            if hosts.is_first():
+                lock = stack.enter_context(locked(folder))
+        except UserError as refused:
+            error = refused
+        if hosts.on_any(error is not None):
+            raise error or UserError(f"{folder}: another run is writing there; see what the first process says")
+        yield lock
 
 
 def environment() -> dict[str, Any]:
@@ -189,18 +242,23 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return objects
 
 
-def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The sections of a run's config that may not change while it lasts."""
     return {key: value for key, value in config.items() if key not in _MAY_CHANGE}
 
 
-def _first_difference(old: Any, new: Any, name: str = "") -> str:
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """A line for each value in `old` that `new` has otherwise.
+
+    A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
-        # A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default.
-        for key in old:
-            if difference := _first_difference(old.get(key), new.get(key), f"{name}.{key}" if name else str(key)):
-                return difference
-        return ""
-    return "" if old == new else f"its {name} is {old!r}, not {new!r}"
+        return [
+            line
+            for key in old
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if old == new else [f"its {name} is {old!r}, not {new!r}"]
 
 
 class _TensorBoard:

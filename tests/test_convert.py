@@ -28,6 +28,7 @@ from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.checksums import write_checksums
 
 PROMPT = PromptSection("你是专家。", "先想。\n")
 STOPS = (299, 297)
@@ -112,6 +113,7 @@ def runs(tmp_path):
         metadata = run / "checkpoints/40/metadata/metadata"
         values = {**json.loads(metadata.read_text()), "step": 40, "prompt": config["prompt"]}
         metadata.write_text(json.dumps(values))
+        write_checksums(run / "checkpoints/40")
     return tmp_path / "runs"
 
 

@@ -30,6 +30,7 @@ from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.pieces import blocks, read_ahead
 from psyche_jax.train import streaming
 from psyche_jax.train.checkpoints import Checkpoints, abstract_parameters, checkpoint_metadata, open_model
+from psyche_jax.train.checksums import write_checksums
 from psyche_jax.train.setup import prepare
 from psyche_jax.train.state import initial_state, make_optimizer, make_schedule, state_shardings
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
@@ -212,6 +213,7 @@ def test_a_checkpoint_of_another_model(capsys):
         ("tie_word_embeddings", False, "other parameters than the model has: head"),
     ):
         metadata.write_text(json.dumps({**values, "model": {**values["model"], key: value}}))
+        write_checksums(Path("checkpoint/0"))
         capsys.readouterr()
         assert cli.main(["export", "checkpoint", "target"]) == 1
         (line,) = capsys.readouterr().err.splitlines()

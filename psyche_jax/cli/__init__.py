@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parsed.run(parsed)
     except UserError as error:
-        return _failed(parsed.verb, str(error), error.exit_code)
+        return _failed(parsed.verb, str(error), error.exit_code, error.details)
     except KeyboardInterrupt:
         return _failed(parsed.verb, "interrupted")
     except OSError as error:
@@ -28,9 +28,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _failed(verb: str, message: str, exit_code: int = 1) -> int:
-    """Say in one line why a command failed."""
+def _failed(verb: str, message: str, exit_code: int = 1, details: Sequence[str] = ()) -> int:
+    """Say in one line why a command failed, and in one more for each detail."""
     print(f"psyche {verb}: {' '.join(message.split())}", file=sys.stderr)
+    for detail in details:
+        print(f"  {' '.join(detail.split())}", file=sys.stderr)
     return exit_code
 
 

@@ -4,9 +4,11 @@ A checkpoint folder holds `tokenizer/` and one folder a step with `parameters`, 
 models) and `metadata`.
 """
 
+import contextlib
 import dataclasses
+import datetime
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,14 @@ from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf
 from psyche_jax.model.huggingface import copy_tokenizer, read_parameters
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
+from psyche_jax.train.checksums import FILE as CHECKSUMS
+from psyche_jax.train.checksums import check_files, write_checksums
+from psyche_jax.train.mismatches import array_differences, metadata_differences
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.streaming import save_args, stream_handler
 
-FORMAT = 1
+FORMAT = 2  # 1 had no checksums
+SAVE_SECONDS = 1200  # how long writing one in the background may take, with all that is tried again
 _GLANCE = 1 << 16
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
@@ -49,6 +55,7 @@ class StoredModel:
         """
         if (self.weights / "config.json").is_file():
             return read_parameters(self.weights, self.config, sharding, dtype)
+        self.check()
         abstract = abstract_parameters(self.config, sharding, dtype)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
@@ -57,6 +64,15 @@ class StoredModel:
             raise  # of the device, not of the files
         except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(f"{self.weights}: the checkpoint is broken: {first_reason(error)}") from None
+
+    def check(self) -> None:
+        """Whether the weights of a checkpoint are as they were written; a Hugging Face folder holds no checksums.
+
+        Raises:
+          UserError: they are not.
+        """
+        if not (self.weights / "config.json").is_file():
+            read_step_metadata(self.weights, ("parameters",))
 
 
 def identity(model: StoredModel) -> str:
@@ -98,84 +114,150 @@ def check_reference(checkpoints: Path, reference: str) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run, written in the background: the latest `keep` (None: all), and the best.
+    """The checkpoints of one run, written in the background.
 
-    `best` names the metric that decides, and says whether the higher value is better; of equal ones the first is.
+    Kept are the latest ones, the one of step `best` if that is set, and one of every so many hours; see
+    `CheckpointSection`.
     """
 
-    def __init__(self, folder: Path, keep: int | None = None, best: tuple[str, bool] | None = None) -> None:
-        policies: list[Any] = [checkpoint_managers.LatestN(keep)]
-        self._best = best
-        if best is not None:
-            policies.append(
-                checkpoint_managers.BestN(get_metric_fn=self._rank, n=1, keep_checkpoints_without_metrics=False)
-            )
+    def __init__(self, folder: Path, keep: int | None = None, keep_every_hours: float | None = None) -> None:
+        self.best: int | None = None
+        self._folder = folder
+        policies: list[Any] = [checkpoint_managers.LatestN(keep), _ThatStep(lambda: self.best)]
+        if keep_every_hours is not None:
+            policies.append(EverySoOften(datetime.timedelta(hours=keep_every_hours)))
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=None if best is None else self._rank,
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS, post_finalization_callback=self._seal),
         )
-        self._manager = ocp.CheckpointManager(absolute(folder), options=options)
-        self._folder = folder
+        self._saving: int | None = None
+        try:
+            self._manager = ocp.CheckpointManager(absolute(folder), options=options)
+        except jax.errors.JaxRuntimeError:
+            raise
+        except Exception as error:
+            raise UserError(f"{folder}: the checkpoints there cannot be read: {first_reason(error)}") from None
 
     @property
     def latest(self) -> int | None:
         """The last step that was saved whole."""
         return self._manager.latest_step()
 
-    def _rank(self, metrics: Any) -> tuple[float, float]:
-        assert self._best is not None
-        name, higher_is_better = self._best
-        return metrics[name] if higher_is_better else -metrics[name], -metrics["step"]
+    @property
+    def writing(self) -> bool:
+        """Whether one is being written."""
+        return self._manager.is_saving_in_progress()
 
-    def save(
-        self, state: TrainState, step: int, metadata: dict[str, Any], metrics: Mapping[str, float] | None = None
-    ) -> None:
+    def save(self, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
         """Save after `step` steps. Returns when `state` may be changed; writing goes on in the background.
 
-        `metrics` are what was measured of this state, empty or None if it was not evaluated.
+        Raises:
+          UserError: this one, or the one before, cannot be written.
         """
         items = {
             "parameters": ocp.args.StandardSave(state.parameters, save_args(state.parameters)),
             "optimizer": ocp.args.StandardSave(state.optimizer_state, save_args(state.optimizer_state)),
             "metadata": ocp.args.JsonSave({**metadata, "format": FORMAT, "step": step}),
         }
-        ranked = {**metrics, "step": step} if self._best is not None and metrics else None
-        self._manager.save(step, args=ocp.args.Composite(**items), metrics=ranked)
+        with self._write_errors():
+            self._manager.wait_until_finished()
+        self._saving = step
+        with self._write_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, abstract: TrainState) -> TrainState:
+    def restore(self, abstract: TrainState, metadata: Mapping[str, Any]) -> TrainState:
         """The latest state, placed as `abstract` (of ShapeDtypeStructs with shardings) says.
 
         Raises:
-          UserError: it is broken.
+          UserError: it is broken, or of another run than `metadata` and `abstract` describe: each difference is named.
         """
         step = self._manager.latest_step()
-        items = {
-            "parameters": ocp.args.StandardRestore(abstract.parameters),
-            "optimizer": ocp.args.StandardRestore(abstract.optimizer_state),
-        }
+        folder = self._folder / str(step)
+        wanted = {"parameters": abstract.parameters, "optimizer": abstract.optimizer_state}
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         try:
+            stored = read_step_metadata(folder, tuple(wanted))
+            found = metadata_differences(stored, metadata)
+            for name, tree in wanted.items():
+                found += array_differences(folder / name, tree, name)
+            if found:
+                raise UserError(f"{folder}: the checkpoint is not of this run; {len(found)} differences:", found)
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except jax.errors.JaxRuntimeError:
-            raise
-        except Exception as error:
+            raise  # of the device, not of the files
+        except UserError as error:
+            if error.details:
+                raise
+            raise UserError(f"{error}; remove this folder to go on from the one before it") from None
+        except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(
-                f"{self._folder / str(step)}: the checkpoint is broken: {first_reason(error)}; "
+                f"{folder}: the checkpoint is broken: {first_reason(error)}; "
                 "remove this folder to go on from the one before it"
             ) from None
         place = abstract.step.sharding
         return TrainState(jax.device_put(jnp.int32(step), place), restored["parameters"], restored["optimizer"])
 
     def close(self) -> None:
-        """Wait until all is written; errors of background writes are raised here."""
-        self._manager.wait_until_finished()
+        """Wait until all is written.
+
+        Raises:
+          UserError: it cannot be.
+        """
+        with self._write_errors():
+            self._manager.wait_until_finished()
         self._manager.close()
 
+    def _seal(self) -> None:
+        """Write the checksums of what was just written, on the first process, before it counts as whole."""
+        partial = self._folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        # Where nothing can be renamed Orbax writes under the final name, and last a file that says that it is whole.
+        write_checksums(partial if partial.is_dir() else self._folder / str(self._saving))
 
-def checkpoint_metadata(config: ModelConfig, prompt: PromptSection | None, **more: Any) -> dict[str, Any]:
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (UserError, jax.errors.JaxRuntimeError):
+            raise
+        except Exception as error:  # of TensorStore, gcsfs, or a deadline
+            raise UserError(
+                f"{self._folder / str(self._saving)}: the checkpoint cannot be written: {first_reason(error)}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class _ThatStep:
+    """Orbax's policy to preserve the step that a function gives."""
+
+    step: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step() for checkpoint in checkpoints]
+
+
+@dataclass(frozen=True)
+class EverySoOften:
+    """Orbax's EveryNSeconds for clocks that may be set: a jump, also one back, counts as time gone by.
+
+    So a jump makes one checkpoint more stay, or the next stay later by less than `interval`; none else is lost.
+    """
+
+    interval: datetime.timedelta
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        kept: list[bool] = []
+        last: datetime.datetime | None = None
+        for checkpoint in checkpoints:
+            kept.append(last is None or abs(checkpoint.time - last) >= self.interval)
+            last = checkpoint.time if kept[-1] else last
+        return kept
+
+
+def checkpoint_metadata(model: ModelConfig, prompt: PromptSection | None, **more: Any) -> dict[str, Any]:
     """What stands in a checkpoint beside arrays."""
     prompt_values = None if prompt is None else config_to_dict(prompt)
-    return {"model": dataclasses.asdict(config), "prompt": prompt_values, **more}
+    return {"model": dataclasses.asdict(model), "prompt": prompt_values, **more}
 
 
 def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> None:
@@ -201,6 +283,7 @@ def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> N
                 "metadata": ocp.args.JsonSave(metadata),
             }
             manager.save(0, args=ocp.args.Composite(**items))
+        write_checksums(partial / "0")
 
 
 def open_model(path: str) -> StoredModel:
@@ -276,6 +359,18 @@ def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:
         raise UserError(f"{step_folder}: the checkpoint's metadata are broken: not a JSON object")
     if metadata.get("format", 0) > FORMAT:
         raise UserError(f"{step_folder}: was written by a newer version of psyche_jax; upgrade it")
+    return metadata
+
+
+def read_step_metadata(step_folder: Path, items: Sequence[str]) -> dict[str, Any]:
+    """The metadata of one checkpoint, whose `items` and metadata are as they were written.
+
+    Raises:
+      UserError: they are not, something is missing, or it was written by a newer version.
+    """
+    metadata = read_checkpoint_metadata(step_folder)
+    if metadata.get("format", 0) > 1 or (step_folder / CHECKSUMS).is_file():
+        check_files(step_folder, (*items, "metadata"))
     return metadata
 
 

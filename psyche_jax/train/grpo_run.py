@@ -30,6 +30,7 @@ from psyche_jax.train.checkpoints import check_reference, checkpoint_metadata, i
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import Evaluation, Program, StepFunction, run_training
 from psyche_jax.train.objectives import total_rewards
+from psyche_jax.train.preemption import listening
 from psyche_jax.train.setup import Setup, abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
@@ -113,7 +114,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
             for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
                 run.log_sample(index, {"policy_step": index - 1, **sample})
 
-    with open_run(as_path(config.run.dir), "grpo", config_to_dict(config), config.logging) as run:
+    values = config_to_dict(config)
+    with open_run(as_path(config.run.dir), "grpo", values, config.logging) as run, listening() as stop:
         keep_tokenizer(run, setup)
         reference_identity = identity(setup.model)
         check_reference(run.checkpoints, reference_identity)
@@ -131,11 +133,13 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
                 evaluation,
             ),
             run,
+            stop,
             lambda: initial_state(optimizer, setup.read_parameters(), shardings),
             abstract,
             checkpoint_metadata(
                 model,
                 config.prompt,
+                config=values,
                 seed=config.run.seed,
                 reference=config.model.path,
                 reference_identity=reference_identity,
@@ -230,14 +234,16 @@ def held_out_reward(
     prompts: Sequence[Prompt],
     judge: Judge,
     state: TrainState,
+    check_stop: Callable[[], None],
 ) -> dict[str, float]:
     """Rewards of one greedy response to each held-out prompt: the mean of the totals, and of each reward.
 
-    `program` is `Iteration.evaluate`, jitted.
+    `program` is `Iteration.evaluate`, jitted; `check_stop` is called before each batch, and raises to end this.
     """
     parts: list[dict[str, np.ndarray]] = []
     lengths: list[int] = []
     for start in range(0, len(prompts), config.prompts_per_step):
+        check_stop()
         numbers = list(range(start, min(start + config.prompts_per_step, len(prompts))))
         filled = [prompts[number] for number in numbers] + [prompts[0]] * (config.prompts_per_step - len(numbers))
         batch = hosts.place(_collate(filled, config.data.max_prompt_length), sharding.named("batch"))

@@ -3,14 +3,12 @@
 import contextlib
 import math
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -24,6 +22,8 @@ from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.compilations import count_compilations
+from psyche_jax.train.pace import Pace
+from psyche_jax.train.preemption import Stop, StoppedError
 from psyche_jax.train.state import TrainState
 
 StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
@@ -33,11 +33,12 @@ StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]
 class Evaluation:
     """What is measured on data that is never trained on: before the first step, every so many, and after the last.
 
-    The checkpoint whose `best` metric is the highest (or the lowest) is kept beside the latest ones.
+    `measure` calls its second argument between its batches, and ends where that raises. The checkpoint whose `best`
+    metric is the highest (or the lowest) is kept beside the latest ones.
     """
 
     every_steps: int
-    measure: Callable[[TrainState], dict[str, float]]
+    measure: Callable[[TrainState, Callable[[], None]], dict[str, float]]
     best: str
     higher_is_better: bool
 
@@ -65,6 +66,7 @@ class Program:
 def run_training(
     program: Program,
     run: Run,
+    stop: Stop,
     initial: Callable[[], TrainState],
     abstract: TrainState,
     metadata: dict[str, Any],
@@ -76,6 +78,7 @@ def run_training(
     Args:
       program: what is trained.
       run: where it is written.
+      stop: whether it was told to stop.
       initial: makes the state of step 0.
       abstract: shapes and shardings of the state, for restoring.
       metadata: stored with every checkpoint.
@@ -86,29 +89,35 @@ def run_training(
       PreemptedError: SIGTERM or SIGINT came; what was done is saved.
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
     """
-    evaluation = program.evaluation
     with contextlib.ExitStack() as stack:
-        best = None if evaluation is None else (evaluation.best, evaluation.higher_is_better)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(run.checkpoints, section.keep, best)))
-        stopped = stack.enter_context(_stop_signals())
+        checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
+        stack.enter_context(contextlib.closing(checkpoints))
         compilations = stack.enter_context(count_compilations())
         first = checkpoints.latest or 0
         run.continue_from(first or -1)
-        if first >= program.total_steps:
+        evaluations = _Evaluations(program.evaluation, program.total_steps, run, first, stop)
+        checkpoints.best = evaluations.best_step
+        if first >= program.total_steps and not evaluations.missed:
             _say(f"{program.name}: all {first} steps are done already")
             run.write_state("done", first)
             return
-        evaluations = _Evaluations(evaluation, program.total_steps, run, first)
         if first == 0:
             state = initial()
-            if evaluation is not None:
-                run.log_metrics(0, evaluation.measure(state))
         else:
-            state = checkpoints.restore(abstract_like(abstract, jax.tree.map(lambda x: x.sharding, abstract)))
+            places = jax.tree.map(lambda x: x.sharding, abstract)
+            state = checkpoints.restore(abstract_like(abstract, places), metadata)
             _say(f"{program.name}: going on after step {first}")
+        if evaluations.missed:
+            try:
+                run.add_metrics(first, evaluations.measure(first, state))
+            except StoppedError:
+                raise _preempted(stop, first) from None
+            checkpoints.best = evaluations.best_step
+            run.write_state("running", first, **evaluations.best_so_far())
         progress = Progress(program, first)
         skipped = 0  # steps in a row
         peak = peak_of_all_devices()
+        pace = Pace(section)
         started = time.perf_counter()
         profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
         index = first
@@ -129,48 +138,77 @@ def run_training(
             skipped = skipped + 1 if metrics["skipped_updates"] else 0
             if skipped:
                 _say(f"{program.name}: step {index}: the loss or gradient is not finite; the update was skipped")
-            found, is_best = evaluations.after(index, state)
-            metrics |= found
+            stopped_in_evaluation = False
+            if evaluations.due(index):
+                try:
+                    metrics |= evaluations.measure(index, state)
+                except StoppedError:  # it is made up for when the run goes on
+                    stopped_in_evaluation = True
             run.log_metrics(index, metrics)
             progress.update(index, metrics)
-            stop = hosts.on_any(bool(stopped))
+            stopped = stopped_in_evaluation or stop.requested(index)
             broken = skipped >= program.max_skipped_steps
-            if index == program.total_steps or index % section.every_steps == 0 or stop or broken or is_best:
+            is_best = evaluations.best_step == index
+            due = pace.due(index, checkpoints.writing)
+            if index == program.total_steps or due or stopped or broken or is_best:
+                run.confirm_lock()
                 run.flush()  # before, so that a step that is saved is logged
-                checkpoints.save(state, index, metadata, found)
+                checkpoints.best = evaluations.best_step
+                checkpoints.save(state, index, metadata)
+                pace.saved()
                 run.write_state("running", index, **evaluations.best_so_far())
             if broken:
                 raise UserError(
                     f"{program.name}: the loss or gradient of step {index} is not finite, as in the "
                     f"{skipped - 1} steps before; lower optimizer.learning_rate, or start again with other data"
                 )
-            if stop and index < program.total_steps:
+            if stopped and (index < program.total_steps or stopped_in_evaluation):
                 checkpoints.close()
-                signal_name = stopped[0] if stopped else "another host"
-                raise PreemptedError(
-                    f"stopped by {signal_name} after step {index}; start the same command again to go on"
-                )
+                raise _preempted(stop, index)
             started = time.perf_counter()
         progress.close()
     run.write_state("done", index)
 
 
+def _preempted(stop: Stop, step: int) -> PreemptedError:
+    return PreemptedError(f"stopped by {stop} after step {step}; start the same command again to go on")
+
+
 class _Evaluations:
     """When a run is evaluated, and which step was the best so far."""
 
-    def __init__(self, evaluation: Evaluation | None, last: int, run: Run, done: int) -> None:
-        self._evaluation, self._last = evaluation, last
+    def __init__(self, evaluation: Evaluation | None, last: int, run: Run, done: int, stop: Stop) -> None:
+        self._evaluation, self._last, self._stop = evaluation, last, stop
         self._best: tuple[float, int] | None = None  # value and step
-        for line in run.metrics() if evaluation is not None else ():
-            if line["step"] <= done:
-                self._compare(line, line["step"])
+        evaluated = set()
+        if evaluation is not None:
+            for line in run.metrics():
+                if line["step"] <= done and evaluation.best in line:
+                    evaluated.add(line["step"])
+                    self._compare(line[evaluation.best], line["step"])
+        self.missed = self.due(done) and (done == 0 or done not in evaluated)  # the run begins, or was stopped in it
 
-    def after(self, step: int, state: TrainState) -> tuple[dict[str, float], bool]:
-        """What is measured after `step` (nothing, if it is not due), and whether it is the best so far."""
-        if self._evaluation is None or (step % self._evaluation.every_steps and step != self._last):
-            return {}, False
-        found = self._evaluation.measure(state)
-        return found, self._compare(found, step)
+    def due(self, step: int) -> bool:
+        """Whether there is to be one after `step`."""
+        if self._evaluation is None:
+            return False
+        return step % self._evaluation.every_steps == 0 or step == self._last
+
+    def measure(self, step: int, state: TrainState) -> dict[str, float]:
+        """What is measured after `step`.
+
+        Raises:
+          StoppedError: the run was told to stop meanwhile.
+        """
+        assert self._evaluation is not None
+        found = self._evaluation.measure(state, self._stop.check)
+        self._compare(found.get(self._evaluation.best), step)
+        return found
+
+    @property
+    def best_step(self) -> int | None:
+        """The first of the best steps that were evaluated; the one before all training is none of them."""
+        return None if self._best is None else self._best[1]
 
     def best_so_far(self) -> dict[str, Any]:
         """For `state.json`: which step, and its value."""
@@ -178,17 +216,14 @@ class _Evaluations:
             return {}
         return {"best": {"step": self._best[1], self._evaluation.best: self._best[0]}}
 
-    def _compare(self, metrics: dict[str, float], step: int) -> bool:
+    def _compare(self, value: float | None, step: int) -> None:
         assert self._evaluation is not None
-        value = metrics.get(self._evaluation.best)
         if value is None or not math.isfinite(value) or step == 0:  # before the first step there is no checkpoint
-            return False
-        better = self._best is None or (
+            return
+        if self._best is None or (
             value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]
-        )
-        if better:
+        ):
             self._best = value, step
-        return better
 
 
 class Progress:
@@ -247,22 +282,6 @@ class _Profile:
                     (self._folder / file.relative_to(traced).as_posix()).write_bytes(file.read_bytes())
             shutil.rmtree(traced)
         _say(f"profile: {self._folder}")
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[str]]:
-    """Within the block SIGTERM and SIGINT only put their name into the list that this yields."""
-    received: list[str] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        received.append(signal.Signals(number).name)
-
-    previous = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on chat records: next-token loss on what the assistant says."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from psyche_jax.runs import open_run
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Evaluation, Program, run_training
+from psyche_jax.train.preemption import listening
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
 from psyche_jax.train.state import TrainState, apply_gradients, initial_state, make_optimizer, make_schedule
 
@@ -131,15 +132,17 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         state, metrics = step(state, batch)
         return state, {"metrics": metrics}
 
-    def evaluation_loss(state: TrainState) -> dict[str, float]:
+    def evaluation_loss(state: TrainState, check_stop: Callable[[], None]) -> dict[str, float]:
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
+            check_stop()
             weights = batch["loss_mask"].astype("float32")
             total += float(evaluate(state.parameters, hosts.place({**batch, "weights": weights}, place)))
             tokens += float(weights[:, 1:].sum())
         return {"evaluation_loss": total / tokens}
 
-    with open_run(as_path(config.run.dir), "sft", config_to_dict(config), config.logging) as run:
+    values = config_to_dict(config)
+    with open_run(as_path(config.run.dir), "sft", values, config.logging) as run, listening() as stop:
         keep_tokenizer(run, setup)
         report_set_aside(run, faults)
         program = Program(
@@ -157,10 +160,11 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         run_training(
             program,
             run,
+            stop,
             lambda: initial_state(optimizer, setup.read_parameters(), shardings),
             abstract,
             checkpoint_metadata(
-                setup.model.config, config.prompt, seed=config.run.seed, started_from=config.model.path
+                setup.model.config, config.prompt, config=values, seed=config.run.seed, started_from=config.model.path
             ),
             config.checkpoints,
             profile_steps,

@@ -2,30 +2,32 @@
 
 import dataclasses
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config
 
-from psyche_jax.config import OptimizerSection
+from psyche_jax.config import CheckpointSection, OptimizerSection
 from psyche_jax.convert import export_model
 from psyche_jax.train.checkpoints import open_model
 
 DEVICES = 8
 
 
-def train(root: Path, verb: str, processes: int) -> Path:
-    """Run the command in so many processes, which share the devices; returns the run's folder."""
+def start(root: Path, verb: str, processes: int, run: str, **changes: Any) -> list[subprocess.Popen]:
+    """The command in so many processes, which share the devices, in the background."""
     make = {"sft": sft_config, "grpo": grpo_config}[verb]
-    run = f"{verb}-{processes}"
     # A large epsilon: else Adam turns the rounding of another order of summation into whole steps.
     optimizer = OptimizerSection(learning_rate=1e-3, epsilon=1e-2, warmup=0)
-    config = dataclasses.replace(make(root, run), epochs=1.0, optimizer=optimizer)
+    config = dataclasses.replace(make(root, run), **{"epochs": 1.0, "optimizer": optimizer, **changes})
     file = write_config(config, root / f"{run}.yaml")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -41,12 +43,47 @@ def train(root: Path, verb: str, processes: int) -> Path:
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=root
             )
         )
+    return started
+
+
+def train(root: Path, verb: str, processes: int) -> Path:
+    """Run the command to its end; returns the run's folder."""
+    run = f"{verb}-{processes}"
+    started = start(root, verb, processes, run)
     outputs = [process.communicate(timeout=400)[0] for process in started]
     assert [process.returncode for process in started] == [0] * processes, "\n".join(outputs)
     # Only the first process talks.
     assert [f"{verb}: step" in output for output in outputs] == [True] + [False] * (processes - 1)
     assert state_of(root / run)["status"] == "done"
     return root / run
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_all_at_one_step(root):
+    """The second of two is told to stop: both save the same step and end, and two go on from there."""
+    changes = {"epochs": 100.0, "checkpoints": CheckpointSection(every_steps=1000)}
+    processes = start(root, "sft", 2, "run", **changes)
+    metrics = root / "run" / "metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    first, second = (process.communicate(timeout=120)[0] for process in processes)
+    assert [process.returncode for process in processes] == [1, 1], first + second
+    state = state_of(root / "run")
+    assert (state["status"], state["step"]) == ("preempted", len(metrics_of(root / "run")))
+    assert state["step"] < 250
+    assert f"stopped by another host after step {state['step']}" in first
+    assert f"stopped by SIGTERM after step {state['step']}" in second
+    assert (root / "run" / "checkpoints" / str(state["step"]) / "parameters").is_dir()
+    processes = start(root, "sft", 2, "run", **changes)
+    while len(metrics_of(root / "run")) <= state["step"]:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()[0]
+        time.sleep(0.01)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    first, _ = (process.communicate(timeout=120)[0] for process in processes)
+    assert f"going on after step {state['step']}" in first
 
 
 @pytest.mark.slow

@@ -142,11 +142,11 @@ def test_grpo_killed_and_stopped_goes_on(work):
         for run in ("grpo-whole", "grpo-stopped")
     )
     whole.finish()
-    code, _ = command.stop(signal.SIGKILL, after=10)
+    code, _ = command.stop(signal.SIGKILL, after=13)  # 12 waits until 6 is written
     assert code == -signal.SIGKILL
     assert state_of(command.run)["status"] == "running", "nobody was left to write another state"
     done = command.steps()
-    assert done >= 10
+    assert done >= 13
     code, said = command.stop(signal.SIGINT, after=done + 2)
     saved = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("grpo: going on after step")]
     assert saved and saved[0] in range(0, done + 1, 6), said

@@ -307,7 +307,7 @@ def test_metadata_of_checkpoints(finished):
     run, config = finished
     for step, folder in ((5, run), (5, run / "checkpoints"), (5, run / "checkpoints" / "5")):
         metadata = read_checkpoint_metadata(find_checkpoint(folder))
-        assert (metadata["step"], metadata["seed"], metadata["format"]) == (step, 3, 1)
+        assert (metadata["step"], metadata["seed"], metadata["format"]) == (step, 3, 2)
         assert metadata["started_from"] == config.model.path
         assert open_model(str(folder)).prompt == config.prompt
 

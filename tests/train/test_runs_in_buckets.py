@@ -7,17 +7,20 @@ from unittest import mock
 
 import pytest
 from bucket import running_bucket
-from training_fixtures import metrics_of, sft_config
+from training_fixtures import grpo_config, metrics_of, sft_config
 
-from psyche_jax import cli
+from psyche_jax import cli, run_lock
 from psyche_jax.config import CheckpointSection, LoggingSection
-from psyche_jax.data.records import Question, write_records
+from psyche_jax.data.dataset import load_records, write_dataset
+from psyche_jax.data.records import Question, RlPrompt, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate import evaluation, local
 from psyche_jax.files import as_path, files_under
 from psyche_jax.model.huggingface import TOKENIZER_FILES, load_tokenizer
+from psyche_jax.run_lock import locked
 from psyche_jax.runs import PreemptedError, read_lines
-from psyche_jax.train import loop
+from psyche_jax.train.grpo_run import train_grpo
+from psyche_jax.train.preemption import Stop
 from psyche_jax.train.setup import keep_tokenizer
 from psyche_jax.train.sft import train_sft
 
@@ -38,9 +41,8 @@ def test_stopped_and_gone_on_with(tiny_root, bucket, tmp_path, monkeypatch):
     """As a run on a disk that was left alone: losses equal, state, config, tokenizer and checkpoints in the bucket."""
     train_sft(config(tiny_root, tmp_path / "run"))
     place = f"{bucket}/runs/sft"
-    asked = iter([False] * 3 + [True] + [False] * 9)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.hosts, "on_any", lambda _: next(asked))
+        patch.setattr(Stop, "requested", lambda _, step: step == 4)
         with pytest.raises(PreemptedError, match="after step 4"):
             train_sft(config(tiny_root, place))
     state = json.loads(as_path(f"{place}/state.json").read_text())
@@ -119,3 +121,37 @@ def test_what_needs_a_disk(tiny_root, bucket):
         train_sft(config(tiny_root, f"{bucket}/a", logging=LoggingSection(tensorboard=True)))
     with pytest.raises(UserError, match="gs://none/run"):
         train_sft(config(tiny_root, "gs://none/run"))
+
+
+@pytest.mark.slow
+def test_grpo_with_prompts_in_the_bucket(tiny_root, bucket, tmp_path, monkeypatch):
+    """As on a disk: stopped after the first of two iterations, gone on with, the same numbers and samples."""
+    prompts = load_records(RlPrompt, str(tiny_root / "rl.jsonl")).good
+    write_dataset(f"{bucket}/data/rl", prompts)
+
+    def grpo(folder, train):
+        made = grpo_config(tiny_root, epochs=1.0, checkpoints=CheckpointSection(every_steps=1))
+        run = dataclasses.replace(made.run, dir=str(folder))
+        return dataclasses.replace(made, run=run, data=dataclasses.replace(made.data, train=train))
+
+    train_grpo(grpo(tmp_path / "run", str(tiny_root / "rl.jsonl")))
+    there = grpo(f"{bucket}/runs/grpo", f"{bucket}/data/rl")
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "requested", lambda *_: True)
+        with pytest.raises(PreemptedError, match="after step 1"):
+            train_grpo(there)
+    assert not as_path(f"{bucket}/runs/grpo/lock.json").exists()
+    train_grpo(there)
+    folder = as_path(f"{bucket}/runs/grpo")
+    assert json.loads((folder / "state.json").read_text())["status"] == "done"
+    assert metrics_of(folder) == metrics_of(tmp_path / "run")
+    assert [line["step"] for line in metrics_of(folder)] == [1, 2]
+    assert read_lines(folder / "samples.jsonl") == read_lines(tmp_path / "run" / "samples.jsonl")
+
+
+def test_a_second_run_is_refused(tiny_root, bucket, monkeypatch):
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
+    place = as_path(f"{bucket}/runs/held")
+    with locked(place), pytest.raises(UserError, match="another run is writing there"):
+        train_sft(config(tiny_root, place))
+    assert not (place / "config.yaml").exists()

@@ -1,0 +1,276 @@
+"""Who writes to a run's folder: one process at a time, and the next one at once, or soon, after it is gone.
+
+On a disk the lock is the kernel's (flock), which the death of its holder opens. In a bucket it is an object that its
+holder writes anew every few seconds, each time on the condition that nobody else has. Another process takes it over
+where it sees that the holder's process is dead, or where the object has not changed while it watched for a minute and a
+half by its own clock. No times of two machines are ever compared, so clocks that are wrong or are set harm nobody; and
+a holder that was thought dead finds out before it next writes a checkpoint.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from psyche_jax.errors import UserError
+from psyche_jax.files import in_bucket
+
+FILE = "lock.json"
+BEAT_SECONDS = 15.0  # between two writings of the object
+STALE_SECONDS = 90.0  # without a change after which nobody is thought to hold it
+_DEADLINE_SECONDS = 60.0  # of one request, with all that is tried again
+
+
+class LostLockError(UserError):
+    """Another process has taken the run's folder over."""
+
+
+class Lock(Protocol):
+    """A lock that is held."""
+
+    def confirm(self) -> None:
+        """Make sure that it still is.
+
+        Raises:
+          LostLockError: it is not.
+        """
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[Lock]:
+    """Hold the lock of `folder`, which exists if it is on a disk, within the block.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    lock: _BucketLock | _FolderLock = _BucketLock(folder) if in_bucket(folder) else _FolderLock(folder)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _held(folder: Path, holder: dict[str, Any]) -> UserError:
+    who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}, since {holder.get('since', '?')}"
+    return UserError(
+        f"{folder}: another run is writing there ({who}); wait until it ends, stop it, or choose another run.dir"
+    )
+
+
+def _self() -> dict[str, Any]:
+    """This process, for others to recognize."""
+    return {
+        "owner": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "place": _place(),
+        "started": _started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+    }
+
+
+def _place() -> str | None:
+    """Where the numbers of processes mean what they mean here: this start of the machine, this namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # not on Linux
+        return None
+
+
+def _started(pid: int) -> str | None:
+    """When a process was started, in ticks of this machine; None if it is gone."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if words[0] in "ZX" else words[19]
+
+
+def _is_dead(holder: dict[str, Any]) -> bool:
+    """Whether it is certain that the holder is gone: it ran here, and does not any more."""
+    here = _place()
+    return here is not None and holder.get("place") == here and _started(holder["pid"]) != holder["started"]
+
+
+class _FolderLock:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: int | None = None
+
+    def acquire(self) -> None:
+        path = self._folder / FILE
+        while True:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                content = os.read(self._file, 2**16)
+                os.close(self._file)
+                raise _held(self._folder, _parsed(content)) from None
+            except OSError as error:
+                print(f"{path}: this disk has no locks ({error.strerror}); start no second run here", file=sys.stderr)
+            with contextlib.suppress(FileNotFoundError):
+                if os.fstat(self._file).st_ino == path.stat().st_ino:
+                    break
+            os.close(self._file)  # its holder removed it just now
+        os.ftruncate(self._file, 0)
+        os.write(self._file, json.dumps(_self()).encode())
+
+    def confirm(self) -> None:
+        """The kernel keeps it."""
+
+    def release(self) -> None:
+        assert self._file is not None
+        (self._folder / FILE).unlink(missing_ok=True)
+        os.close(self._file)
+
+
+class _BucketLock:
+    def __init__(self, folder: Path) -> None:
+        from google.cloud import storage
+
+        self._folder = folder
+        bucket, _, prefix = str(folder).removeprefix("gs://").partition("/")
+        with self._errors():
+            self._bucket = storage.Client().bucket(bucket)
+        self._name = f"{prefix.strip('/')}/{FILE}"
+        self._self = _self()
+        self._generation = 0
+        self._beats = 0
+        self._writing = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._beat_on, name="run lock", daemon=True)
+
+    def acquire(self) -> None:
+        said = False
+        while True:
+            found = self._read()
+            if found is not None and not _is_dead(found[1]):
+                if not said:
+                    print(
+                        f"{self._folder}: is locked; watching for up to {STALE_SECONDS:.0f} s whether process "
+                        f"{found[1].get('pid')} on {found[1].get('host')} still writes there",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                    said = True
+                self._watch(*found)
+            self._generation = 0 if found is None else found[0]
+            if self._write():
+                break
+        self._thread.start()
+
+    def _watch(self, generation: int, holder: dict[str, Any]) -> None:
+        """Return if the lock does not change for long enough, or is gone.
+
+        Raises:
+          UserError: it does change.
+        """
+        end = time.monotonic() + STALE_SECONDS
+        while time.monotonic() < end:
+            time.sleep(min(1.0, STALE_SECONDS / 10))
+            found = self._read()
+            if found is None:
+                return
+            if found[0] != generation:
+                raise _held(self._folder, found[1])
+
+    def confirm(self) -> None:
+        if not self._write():
+            raise LostLockError(
+                f"{self._folder}: another process has taken this run over, since this one was silent for too long; "
+                "this one ends"
+            )
+
+    def release(self) -> None:
+        from google.api_core.exceptions import GoogleAPIError
+
+        self._ended.set()
+        self._thread.join()
+        with contextlib.suppress(GoogleAPIError, OSError):  # what cannot be removed is found stale
+            self._blob().delete(if_generation_match=self._generation, timeout=_DEADLINE_SECONDS)
+
+    def _beat_on(self) -> None:
+        while not self._ended.wait(BEAT_SECONDS):
+            try:
+                if not self._write():
+                    return  # `confirm` says so
+            except UserError:
+                continue  # perhaps the next one gets through
+
+    def _blob(self) -> Any:
+        return self._bucket.blob(self._name)
+
+    def _read(self) -> tuple[int, dict[str, Any]] | None:
+        """Generation and content of the object, if there is one."""
+        from google.api_core.exceptions import NotFound
+
+        blob = self._blob()
+        with self._errors():
+            try:
+                content = blob.download_as_bytes(retry=self._retry(), timeout=_DEADLINE_SECONDS)
+            except NotFound:
+                return None
+        return int(blob.generation), _parsed(content)
+
+    def _write(self) -> bool:
+        """Replace the object if it is of the known generation (0: if there is none). Returns whether it was."""
+        from google.api_core.exceptions import PreconditionFailed
+
+        with self._writing:
+            self._beats += 1
+            content = {**self._self, "beat": self._beats}
+            blob = self._blob()
+            with self._errors():
+                try:
+                    blob.upload_from_string(
+                        json.dumps(content),
+                        if_generation_match=self._generation,
+                        retry=self._retry(),
+                        timeout=_DEADLINE_SECONDS,
+                    )
+                except PreconditionFailed:
+                    found = self._read()
+                    if found is None or found[1] != content:  # else it was a write of ours whose answer was lost
+                        return False
+                    self._generation = found[0]
+                    return True
+            self._generation = int(blob.generation)
+            return True
+
+    def _retry(self) -> Any:
+        from google.cloud.storage.retry import DEFAULT_RETRY
+
+        return DEFAULT_RETRY.with_timeout(_DEADLINE_SECONDS)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        from google.api_core.exceptions import GoogleAPIError, PreconditionFailed
+        from google.auth.exceptions import GoogleAuthError
+        from google.cloud.storage.exceptions import InvalidResponse
+
+        try:
+            yield
+        except PreconditionFailed:
+            raise
+        except (GoogleAPIError, GoogleAuthError, InvalidResponse, OSError) as error:
+            reason = " ".join((str(error) or type(error).__name__).split())[:200]
+            raise UserError(f"{self._folder}: the bucket cannot be used ({reason}); see `gcloud auth list`") from None
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except ValueError:  # its holder is just writing it
+        return {}
+    return found if isinstance(found, dict) else {}

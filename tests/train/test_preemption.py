@@ -1,0 +1,160 @@
+"""Told to stop in the middle of an evaluation: saved, and made up for when the run goes on."""
+
+import contextlib
+import dataclasses
+import os
+import signal
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_fixtures import metrics_of, sft_config, state_of, write_sft_data
+
+from psyche_jax import hosts
+from psyche_jax.config import CheckpointSection, LoggingSection
+from psyche_jax.runs import PreemptedError, open_run
+from psyche_jax.train.loop import Evaluation, Program, run_training
+from psyche_jax.train.preemption import Stop, StoppedError, listening
+from psyche_jax.train.setup import abstract_like
+from psyche_jax.train.sft import train_sft
+from psyche_jax.train.state import TrainState
+
+
+def toy_training(folder, check=None):
+    """Five steps that change a number; evaluated in three batches before them, after 2, 4 and 5. Step 2 is the best."""
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    start = TrainState(jnp.int32(0), {"w": jnp.zeros(3)}, {"moment": jnp.ones(3)})
+    abstract = abstract_like(start, jax.tree.map(lambda _: place, start))
+
+    @jax.jit
+    def step(state, batch):
+        new = TrainState(state.step + 1, {"w": state.parameters["w"] + batch}, state.optimizer_state)
+        return new, {"loss": new.parameters["w"].sum(), "num_tokens": jnp.float32(3), "skipped_updates": jnp.float32(0)}
+
+    def train_step(state, batch, _):
+        state, metrics = step(state, batch)
+        return state, {"metrics": metrics}
+
+    def measure(state, check_stop):
+        for _ in range(3):
+            check_stop()
+        return {"distance": abs(float(state.parameters["w"][0]) - 1.0)}
+
+    program = Program(
+        "toy",
+        5,
+        lambda first: iter(np.arange(5, dtype=np.float32)[first:]),
+        train_step,
+        ("loss",),
+        3,
+        lambda _: 1.0,
+        evaluation=Evaluation(2, measure, "distance", higher_is_better=False),
+    )
+    with (
+        mock.patch.object(Stop, "check", check or Stop.check),
+        open_run(folder, "toy", {"a": 1}, LoggingSection()) as run,
+        listening() as stop,
+    ):
+        run_training(program, run, stop, lambda: start, abstract, {"model": {}}, CheckpointSection(every_steps=100))
+
+
+def signal_at(number):
+    """`Stop.check`, which sends this process SIGTERM before it is called for the given time."""
+    check = Stop.check
+    calls = iter(range(1, 10**6))
+
+    def checked(stop):
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        check(stop)
+
+    return checked
+
+
+def stopped(folder, call):
+    """Train with SIGTERM in that batch of all evaluations; returns the step that it was stopped after."""
+    with pytest.raises(PreemptedError) as error:
+        toy_training(folder, signal_at(call))
+    step = state_of(folder)["step"]
+    assert state_of(folder)["status"] == "preempted"
+    assert str(error.value) == f"stopped by SIGTERM after step {step}; start the same command again to go on"
+    assert all("distance" not in line for line in metrics_of(folder) if line["step"] == step)
+    return step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy") / "whole"
+    toy_training(folder)
+    assert state_of(folder)["best"] == {"step": 2, "distance": 0.0}
+    return folder
+
+
+def same(folder, whole):
+    assert metrics_of(folder) == metrics_of(whole)
+    assert [line["step"] for line in metrics_of(folder) if "distance" in line] == [0, 2, 4, 5]
+    assert (state_of(folder)["status"], state_of(folder)["best"]) == ("done", state_of(whole)["best"])
+    steps = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert {"2", "5"} <= steps
+
+
+@pytest.mark.parametrize(("call", "step"), [(2, 0), (4, 2), (6, 2), (9, 4), (12, 5)])
+def test_sigterm_within_an_evaluation(call, step, whole, tmp_path):
+    """In one before training, in the first and last batch of one amid it, and in the last of all."""
+    assert stopped(tmp_path / "run", call) == step
+    with contextlib.suppress(FileNotFoundError):
+        steps = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+        assert steps == {0: set(), 2: {"2"}, 4: {"2", "4"}, 5: {"2", "5"}}[step]
+    toy_training(tmp_path / "run")
+    same(tmp_path / "run", whole)
+
+
+def test_stopped_again_while_it_makes_up_for_an_evaluation(whole, tmp_path):
+    assert stopped(tmp_path / "run", 4) == 2
+    for call in (1, 3):
+        assert stopped(tmp_path / "run", call) == 2
+    toy_training(tmp_path / "run")
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+def test_sigterm_within_the_evaluation_of_sft(tiny_root, tmp_path):
+    """Evaluated before the first step and after steps 2, 4 and 5, in two batches each time."""
+    for name in ("model", "sft.jsonl"):
+        (tmp_path / name).symlink_to(tiny_root / name)
+    write_sft_data(tmp_path / "held_out.jsonl", 11)
+
+    def config(run):
+        made = sft_config(tmp_path, run, evaluate_every_steps=2, checkpoints=CheckpointSection(every_steps=100))
+        return dataclasses.replace(
+            made, data=dataclasses.replace(made.data, evaluation=str(tmp_path / "held_out.jsonl"))
+        )
+
+    train_sft(config("whole"))
+    with mock.patch.object(Stop, "check", signal_at(4)), pytest.raises(PreemptedError, match="after step 2"):
+        train_sft(config("stopped"))
+    train_sft(config("stopped"))
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+    assert state_of(tmp_path / "stopped")["best"] == state_of(tmp_path / "whole")["best"]
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with listening() as stop:
+        assert not stop.requested()
+        stop.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        assert str(stop) == "SIGINT"
+        with pytest.raises(StoppedError):
+            stop.check()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_what_another_host_was_told_counts(monkeypatch):
+    monkeypatch.setattr(hosts, "on_any", lambda _: True)
+    with listening() as stop:
+        assert stop.requested(3)
+        assert str(stop) == "another host"
