@@ -33,6 +33,7 @@ VERBS = (
     "data",
     "decontaminate",
     "report",
+    "safety",
     "serve",
     "plan",
     "bench",
