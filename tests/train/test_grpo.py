@@ -434,7 +434,7 @@ def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
         return {"judge": np.asarray(values, np.float32)}, {}
 
     state = this.state(this.read())
-    arguments = (program, config, this.execution.sharding, this.rules, prompts, judge, state)
+    arguments = (program, config, this.execution.sharding, this.rules, prompts, judge, state, lambda: None)
     metrics = grpo_run.held_out_reward(*arguments)
     assert [number for number, _, _ in seen] == list(range(11))
     scores = {
