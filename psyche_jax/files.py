@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,6 +83,41 @@ def write_text(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+class GrowingFile:
+    """A text file that is appended to, a line at a time.
+
+    Objects in a bucket cannot be appended to: there the lines are kept in memory, and written whole by `flush`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: list[str] = []  # of a file in a bucket
+        self._written, self._time = 0, time.monotonic()
+
+    def replace(self, lines: Sequence[str]) -> None:
+        """Write these lines in place of what there is, in one step."""
+        write_text(self.path, "".join(lines))
+        if in_bucket(self.path):
+            self._lines = [*lines]
+            self._written, self._time = len(lines), time.monotonic()
+
+    def append(self, line: str) -> None:
+        """Put a line at the end."""
+        if in_bucket(self.path):
+            self._lines.append(line)
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+
+    def flush(self, every: float = 0.0) -> None:
+        """Write what a bucket does not hold yet, if the last time was `every` seconds ago or more."""
+        if len(self._lines) > self._written and time.monotonic() - self._time >= every:
+            self.replace(self._lines)
 
 
 def write_json(path: Path, value: Any) -> None:

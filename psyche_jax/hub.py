@@ -24,9 +24,7 @@ def download(source: str, patterns: Sequence[str]) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    name, _, revision = source.removeprefix(PREFIX).partition("@")
-    if not name:
-        raise UserError(f"{source}: names no repository; write {PREFIX}OWNER/NAME")
+    name, revision = _name_and_revision(source)
     with _one_line(name, revision):
         token = _token() or False  # False: none at all
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), token=token))
@@ -42,7 +40,7 @@ def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[st
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    name, _, revision = source.removeprefix(PREFIX).partition("@")
+    name, revision = _name_and_revision(source)
     for library in ("datasets", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they log what they then raise, and what does not matter
     place = f"hf://datasets/{name}"  # never a local folder of that name
@@ -82,6 +80,14 @@ def upload(folder: Path, name: str) -> None:
             upload_folder(repo_id=name, folder_path=folder, commit_message="psyche export", token=_token())
     except UserError as error:
         raise UserError(f"{error}; {folder} is written: upload it with `hf upload {name} {folder}`") from None
+
+
+def _name_and_revision(source: str) -> tuple[str, str]:
+    """Of `hub:NAME` or `hub:NAME@REVISION`; the revision may be empty."""
+    name, _, revision = source.removeprefix(PREFIX).partition("@")
+    if not name:
+        raise UserError(f"{source}: names no repository; write {PREFIX}OWNER/NAME")
+    return name, revision
 
 
 def _token() -> str:

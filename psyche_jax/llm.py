@@ -2,12 +2,11 @@
 
 import asyncio
 import email.utils
-import functools
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx2
@@ -91,8 +90,7 @@ class Server:
                 "/chat/completions", cast_to=httpx2.Response, body=dict(body), options=options
             )
             return _whole(_json(response.content))
-        parts = [piece async for piece in self.pieces(body, headers)]
-        return functools.reduce(_joined, parts, Piece())
+        return _joined([piece async for piece in self.pieces(body, headers)])
 
     async def pieces(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> AsyncIterator[Piece]:
         """The answer as it comes; the last piece has a `finish`. One piece where the server does not stream.
@@ -226,15 +224,18 @@ def _piece(chunk: Any) -> Piece:
     )
 
 
-def _joined(one: Piece, other: Piece) -> Piece:
-    return Piece(
-        _clean(one.text + other.text),
-        _clean(one.reasoning + other.reasoning),
-        other.finish or one.finish,
-        other.served_by or one.served_by,
-        one.prompt_tokens if other.prompt_tokens is None else other.prompt_tokens,
-        one.completion_tokens if other.completion_tokens is None else other.completion_tokens,
-    )
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """One answer of its pieces: of what is said again in several of them, the last counts."""
+    last = Piece()
+    for piece in pieces:
+        last = Piece(
+            finish=piece.finish or last.finish,
+            served_by=piece.served_by or last.served_by,
+            prompt_tokens=last.prompt_tokens if piece.prompt_tokens is None else piece.prompt_tokens,
+            completion_tokens=last.completion_tokens if piece.completion_tokens is None else piece.completion_tokens,
+        )
+    text, reasoning = ("".join(getattr(piece, name) for piece in pieces) for name in ("text", "reasoning"))
+    return replace(last, text=_clean(text), reasoning=_clean(reasoning))
 
 
 def _text(value: Any) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from psyche_jax.data.store import bucket_client
 from psyche_jax.errors import UserError
 from psyche_jax.files import in_bucket
 
@@ -137,12 +138,10 @@ class _FolderLock:
 
 class _BucketLock:
     def __init__(self, folder: Path) -> None:
-        from google.cloud import storage
-
         self._folder = folder
         bucket, _, prefix = str(folder).removeprefix("gs://").partition("/")
         with self._errors():
-            self._bucket = storage.Client().bucket(bucket)
+            self._bucket = bucket_client().bucket(bucket)
         self._name = f"{prefix.strip('/')}/{FILE}"
         self._self = _self()
         self._generation = 0

@@ -14,7 +14,7 @@ import psyche_jax
 from psyche_jax import hosts
 from psyche_jax.config import LoggingSection, dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.files import bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.files import GrowingFile, bucket_errors, in_bucket, read_json, write_json, write_text
 from psyche_jax.run_lock import FILE as LOCK_FILE
 from psyche_jax.run_lock import Lock, LostLockError, locked
 
@@ -39,9 +39,7 @@ class Run:
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection, lock: Lock | None = None) -> None:
         self.folder = folder
-        self._texts: dict[str, list[str]] = {}  # of files in a bucket
-        self._unsent: set[str] = set()
-        self._sent = time.monotonic()
+        self._files = {name: GrowingFile(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
         self.writes = hosts.is_first()
         self._kind = kind
         self._lock = lock
@@ -64,9 +62,9 @@ class Run:
 
     def continue_from(self, step: int) -> None:
         """Drop the metrics and samples of steps after `step`: they are done again."""
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            if self.writes and (self.folder / name).is_file():  # always written anew: its last line may be cut short
-                self._rewrite(name, [line for line in read_lines(self.folder / name) if line["step"] <= step])
+        for name, file in self._files.items():
+            if self.writes and file.path.is_file():  # always written anew: its last line may be cut short
+                self._rewrite(name, [line for line in read_lines(file.path) if line["step"] <= step])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, which every process may read."""
@@ -120,10 +118,8 @@ class Run:
         """Put what was logged where a crash cannot reach it."""
         if not self.writes:
             return
-        for name in sorted(self._unsent):
-            write_text(self.folder / name, "".join(self._texts[name]))
-        self._unsent.clear()
-        self._sent = time.monotonic()
+        for file in self._files.values():
+            file.flush()
 
     def close(self) -> None:
         """Flush everything."""
@@ -132,22 +128,18 @@ class Run:
             sink.close()
 
     def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        texts = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
-        write_text(self.folder / name, "".join(texts))
-        self._texts[name] = texts
+        self._files[name].replace([_as_text(line) for line in lines])
 
     def _append(self, name: str, line: Mapping[str, Any]) -> None:
         if not self.writes:
             return
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        if not in_bucket(self.folder):
-            with (self.folder / name).open("a", encoding="utf-8") as file:
-                file.write(text)
-            return
-        self._texts.setdefault(name, []).append(text)
-        self._unsent.add(name)
-        if time.monotonic() - self._sent > _FLUSH_SECONDS:
-            self.flush()
+        self._files[name].append(_as_text(line))
+        for file in self._files.values():
+            file.flush(every=_FLUSH_SECONDS)
+
+
+def _as_text(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest import mock
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 FAULTS = ("429", "503", "reset", "cut", "late")
 FLIPPED = "flipped"  # a bit of what is read
@@ -48,10 +48,7 @@ def faulty(share: float, seed: int = 0, faults: Sequence[str] = FAULTS) -> Itera
                 return
             if fault == "late":
                 time.sleep(0.3)
-            upstream = http.client.HTTPConnection(server.hostname or "", server.port, timeout=30)
-            upstream.request(self.command, self.path, body, {**self.headers})
-            answer = upstream.getresponse()
-            content = answer.read()
+            answer, content = _ask(server, self, body)
             if fault == FLIPPED and content:
                 changed = bytearray(content)
                 changed[bit // 8 % len(content)] ^= 1 << bit % 8
@@ -69,7 +66,6 @@ def faulty(share: float, seed: int = 0, faults: Sequence[str] = FAULTS) -> Itera
                 self.connection.close()
                 return
             self.wfile.write(content)
-            upstream.close()
 
         do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = handle_any  # noqa: N815
 
@@ -99,11 +95,8 @@ def refusing(status: int, path: str = "/") -> Iterator[Counter[str]]:
             if path in unquote(self.path):
                 asked[unquote(self.path)] += 1
             else:
-                upstream = http.client.HTTPConnection(server.hostname or "", server.port, timeout=30)
-                upstream.request(self.command, self.path, body, {**self.headers})
-                answer = upstream.getresponse()
-                found, content = answer.status, answer.read()
-                upstream.close()
+                answer, content = _ask(server, self, body)
+                found = answer.status
             self.send_response(found)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
@@ -117,6 +110,16 @@ def refusing(status: int, path: str = "/") -> Iterator[Counter[str]]:
 
     with _in_place_of_the_bucket(Handler):
         yield asked
+
+
+def _ask(server: SplitResult, asked: BaseHTTPRequestHandler, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+    """What the bucket's server answers to a request that came here, and the content of that answer."""
+    upstream = http.client.HTTPConnection(server.hostname or "", server.port, timeout=30)
+    upstream.request(asked.command, asked.path, body, {**asked.headers})
+    answer = upstream.getresponse()
+    content = answer.read()
+    upstream.close()
+    return answer, content
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from bucket import running_bucket
 
 from psyche_jax import run_lock
 from psyche_jax.errors import UserError
@@ -26,12 +25,6 @@ with run_lock.locked(as_path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(600)
 """
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with running_bucket() as address:
-        yield address
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from bucket import running_bucket
 from flax import nnx, traverse_util
 from safetensors import safe_open
 from tiny import save_model
@@ -309,12 +308,6 @@ def test_memory_does_not_grow_with_the_model(figure):
 
 
 # Buckets
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with running_bucket() as address:
-        yield address
 
 
 def test_through_a_bucket(bucket):

@@ -7,7 +7,8 @@ from psyche_jax.cli import main, start
 
 def run() -> int:
     """What the installed command calls."""
-    start.use_huge_pages()
+    if {*sys.argv[1:2]} & start.COMPUTING:
+        start.use_huge_pages()
     return main()
 
 

@@ -1,7 +1,8 @@
 """What the verbs share: options and checks of them."""
 
 import argparse
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from psyche_jax.errors import UsageError
@@ -37,3 +38,11 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that is no 32-bit number."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed must be from 0 to 4294967295, not {seed}")
+
+
+def warn_of_gates(servers: Mapping[str, str | None]) -> None:
+    """Say at which of `servers` (base URL: key) an answer may be the crisis gate's and not the model's."""
+    from psyche_jax.llm import gate_warnings
+
+    for line in gate_warnings(servers):
+        print(f"look here: {line}", file=sys.stderr)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psyche_jax.cli import start
-from psyche_jax.cli.arguments import AddVerb, check_at_least, check_seed
+from psyche_jax.cli.arguments import AddVerb, check_at_least, check_seed, warn_of_gates
 from psyche_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -156,7 +156,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name
-    _warn_of_gates([arguments.model, *arguments.judge])
+    addresses = [arguments.model, *arguments.judge]
+    warn_of_gates({address.partition("#")[0]: os.environ.get("OPENAI_API_KEY") for address in addresses})
     folder = as_path(arguments.model)
     with bucket_errors(folder):
         is_run = (folder / "config.yaml").is_file()
@@ -177,14 +178,6 @@ def _eval(arguments: argparse.Namespace) -> None:
     if judges:
         summary["empathy"] = evaluation["empathy"]
     print(json.dumps(summary) if arguments.json else scores_table(summary))
-
-
-def _warn_of_gates(addresses: list[str]) -> None:
-    """Say where an answer may be the crisis gate's and not the model's."""
-    from psyche_jax.llm import gate_warnings
-
-    for line in gate_warnings({address.partition("#")[0]: os.environ.get("OPENAI_API_KEY") for address in addresses}):
-        print(f"look here: {line}", file=sys.stderr)
 
 
 def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endpoint]":

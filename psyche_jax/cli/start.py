@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
 _TUNABLES = "GLIBC_TUNABLES"
+COMPUTING = {"sft", "grpo", "bench", "demo", "eval", "chat", "serve"}  # the verbs that call `start_jax`
 
 
 def start_jax(distributed: "DistributedSection | None" = None) -> None:

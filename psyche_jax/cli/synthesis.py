@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psyche_jax.cli.arguments import AddVerb, add_set
+from psyche_jax.cli.arguments import AddVerb, add_set, warn_of_gates
 from psyche_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _synth(arguments: argparse.Namespace) -> None:
     config = load_config(SynthConfig, arguments.config, arguments.overrides)
     if arguments.stage is not None and arguments.stage not in STAGES:
         raise UsageError(f"--stage {arguments.stage}: there is no such stage; known: {', '.join(STAGES)}")
-    _warn_of_gates(config.llms)
+    warn_of_gates(_servers(config.llms))
     _print_stages(run_synth(config, arguments.stage), arguments.json)
 
 
@@ -66,17 +66,13 @@ def _select(arguments: argparse.Namespace) -> None:
     from psyche_jax.synth.pipeline import run_select
 
     config = load_config(SelectConfig, arguments.config, arguments.overrides)
-    _warn_of_gates(config.llms)
+    warn_of_gates(_servers(config.llms))
     _print_stages(run_select(config), arguments.json)
 
 
-def _warn_of_gates(llms: "Sequence[LlmSection]") -> None:
-    """Say where a reply may be the crisis gate's and not the LLM's."""
-    from psyche_jax.llm import gate_warnings
-
-    servers = {llm.base_url: os.environ.get(llm.key_env) if llm.key_env else None for llm in llms}
-    for line in gate_warnings(servers):
-        print(f"look here: {line}", file=sys.stderr)
+def _servers(llms: "Sequence[LlmSection]") -> dict[str, str | None]:
+    """Base URLs and keys."""
+    return {llm.base_url: os.environ.get(llm.key_env) if llm.key_env else None for llm in llms}
 
 
 def _print_stages(reports: dict[str, Any], as_json: bool) -> None:

@@ -74,6 +74,13 @@ def open_store(address: str, deadline: float = DEADLINE_SECONDS) -> Store:
     return _Folder(address)
 
 
+def bucket_client() -> Any:
+    """The client of buckets with the user's credentials. Without a project: objects need none, a user may have none."""
+    from google.cloud import storage
+
+    return storage.Client(project=None)
+
+
 def crc32c_of(path: Path) -> int:
     """The CRC32C of a local file."""
     checksum = google_crc32c.Checksum()
@@ -217,9 +224,7 @@ class _Bucket:
 
     def _bucket(self) -> Any:
         if self._client is None:
-            from google.cloud import storage
-
-            self._client = storage.Client(project=None)  # objects need none, and a user may have none
+            self._client = bucket_client()
         return self._client.bucket(self._bucket_name)
 
     def _trying(self, where: str, operation: Callable[[], Result]) -> Result:

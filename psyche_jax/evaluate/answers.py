@@ -1,9 +1,7 @@
 """Answers kept as they come, so that an evaluation that was killed asks only for the rest."""
 
-import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from psyche_jax.errors import UserError
-from psyche_jax.files import bucket_errors, in_bucket, write_text
+from psyche_jax.files import GrowingFile, bucket_errors, in_bucket
 from psyche_jax.runs import read_lines
 
 _SECONDS_BETWEEN_WRITES = 30.0  # of a file in a bucket
@@ -43,9 +41,7 @@ class Answers:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
         self.path = evaluation and evaluation.with_name(f"{evaluation.stem}.{digest}.answers.jsonl")
         self.known: dict[Key, Completion] = {}
-        self._file: Any = None
-        self._lines: list[str] = []  # of a file in a bucket
-        self._written, self._sent = 0, time.monotonic()
+        self._file = None if self.path is None else GrowingFile(self.path)
 
     def __enter__(self) -> "Answers":
         """Read what is there.
@@ -53,7 +49,7 @@ class Answers:
         Raises:
           UserError: the file was changed by hand.
         """
-        if self.path is None:
+        if self.path is None or self._file is None:
             return self
         with bucket_errors(self.path):
             lines = read_lines(self.path)
@@ -63,25 +59,21 @@ class Answers:
                 self.known[key] = Completion(line["text"], line["tokens"], line["finished"])
         except (KeyError, TypeError):
             raise UserError(f"{self.path}: holds something else than answers; remove it") from None
-        texts = [json.dumps(line) + "\n" for line in lines]
-        if in_bucket(self.path):
-            self._lines, self._written = texts, len(texts)
-        elif texts:  # a last line cut short by a crash would spoil the next one
-            write_text(self.path, "".join(texts))
+        if lines:  # a last line cut short by a crash would spoil the next one
+            self._file.replace([json.dumps(line) + "\n" for line in lines])
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the file."""
+        """Write what is not written yet."""
         if self._file is not None:
-            self._file.close()
-        self._send()
+            self._file.flush()
 
     def keep(self, key: Key, completion: Completion) -> None:
         """Take an answer, and write it down before anything else happens."""
         self.known[key] = completion
-        if self.path is None:
+        if self.path is None or self._file is None:
             return
         line = {
             "id": key[0],
@@ -90,30 +82,10 @@ class Answers:
             "tokens": completion.tokens,
             "finished": completion.finished,
         }
-        text = json.dumps(line) + "\n"
-        if in_bucket(self.path):
-            self._lines.append(text)
-            if time.monotonic() - self._sent > _SECONDS_BETWEEN_WRITES:
-                self._send()
-            return
-        try:
-            if self._file is None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(text)
-            self._file.flush()
-        except OSError as error:
-            if self._file is not None:
-                with contextlib.suppress(OSError):  # it tries to write again
-                    self._file.close()
-                self._file = None
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-
-    def _send(self) -> None:
-        """Write what a bucket does not hold yet."""
-        if self.path is not None and len(self._lines) > self._written:
-            write_text(self.path, "".join(self._lines))
-            self._written, self._sent = len(self._lines), time.monotonic()
+        if not in_bucket(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.append(json.dumps(line) + "\n")
+        self._file.flush(every=_SECONDS_BETWEEN_WRITES)
 
     def discard(self) -> None:
         """Remove the file: its content stands in the evaluation now."""

@@ -37,10 +37,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         scores = f": strict {clean['strict']:.3f}, elastic {clean['elastic']:.3f}" if clean["count"] else ""
         lines.append(f"{summary['leaked']} stand in the training data; without them {clean['count']} questions{scores}")
         if summary.get("leaked_essays"):
-            left = clean.get("essays")
-            apart = (
-                ", ".join(f"{title} {left[name]:.2f}" for name, title in _ESSAYS.items()) if left else "none is left"
-            )
+            apart = _essays(clean["essays"]) if clean.get("essays") else "none is left"
             lines.append(f"{summary['leaked_essays']} of them are essays on a leaked case; the other essays: {apart}")
     if empathy := summary.get("empathy"):
         lines += _empathy(empathy)

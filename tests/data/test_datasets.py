@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bucket import running_bucket
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -29,12 +28,6 @@ def examples(count: int, start: int = 0) -> list[SftExample]:
         SftExample((Message("user", f"问{n}"), Message("assistant", f"<think>想{n}</think>\n答{n}")), meta={"n": n})
         for n in range(start, start + count)
     ]
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with running_bucket() as address:
-        yield address
 
 
 @pytest.fixture(params=["folder", "bucket"])

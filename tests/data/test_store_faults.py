@@ -6,7 +6,6 @@ import time
 from unittest import mock
 
 import pytest
-from bucket import running_bucket
 from faulty_proxy import FAULTS, FLIPPED, faulty, refusing
 
 from psyche_jax.cli import main
@@ -16,12 +15,6 @@ from psyche_jax.data.records import Message, SftExample
 from psyche_jax.errors import UserError
 
 RECORDS = [SftExample((Message("user", f"问{n}"), Message("assistant", f"答{n}" * 40))) for n in range(300)]
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with running_bucket() as address:
-        yield address
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-from bucket import running_bucket
 from google.cloud import storage
 from test_checkpoints import leaves, state_on
 from training_fixtures import PROMPT, execution
@@ -13,12 +12,6 @@ from training_fixtures import PROMPT, execution
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with running_bucket() as address:
-        yield address
 
 
 @pytest.fixture(scope="module")

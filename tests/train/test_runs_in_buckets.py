@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from bucket import running_bucket
 from training_fixtures import grpo_config, metrics_of, sft_config
 
 from psyche_jax import cli, run_lock
@@ -23,12 +22,6 @@ from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.preemption import Stop
 from psyche_jax.train.setup import keep_tokenizer
 from psyche_jax.train.sft import train_sft
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    with running_bucket() as address:
-        yield address
 
 
 def config(root, folder, **changes):
