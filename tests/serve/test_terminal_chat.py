@@ -199,6 +199,8 @@ def test_a_model_without_a_chat_template_is_one_line(tmp_path, monkeypatch, caps
 @pytest.mark.slow
 def test_in_a_terminal_ctrl_c_stops_the_answer_only(tiny_model):
     mine, theirs = pty.openpty()
+    # Who is started in the background of a script ignores SIGINT, and so would the chat.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "psyche_jax.cli", "chat", str(tiny_model), "--no-crisis-gate", "--plain"],
         stdin=theirs,
@@ -214,6 +216,7 @@ def test_in_a_terminal_ctrl_c_stops_the_answer_only(tiny_model):
         },
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, inherited)
     seen = b""
 
     def until(text, seconds=120):
