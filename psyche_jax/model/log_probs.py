@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from psyche_jax.model.products import weighted
 from psyche_jax.model.qwen2 import Execution, Qwen2, cast_weights
 
 
@@ -54,7 +55,7 @@ def token_scores(
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         hidden = sharding.constrain(hidden, rows, None, None)
         weights = _copied(head, copy)
-        logits = jnp.einsum("btd,vd->btv", hidden, weights, preferred_element_type=jnp.float32)
+        logits = weighted(hidden, weights, jnp.float32)
         logits = sharding.constrain(logits, rows, None, vocab) / temperature
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

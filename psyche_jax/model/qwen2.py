@@ -15,11 +15,15 @@ from flax import nnx
 from psyche_jax.model.attention import Source, attention, by_head
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
+from psyche_jax.model.products import weighted
 from psyche_jax.model.sharding import Sharding
 
 Parameters: TypeAlias = dict[str, Any]
 RematPolicy: TypeAlias = Literal["none", "full", "dots"]
 Extra = TypeVar("Extra")
+
+# Compiling all layers at once takes long in a deeper model.
+_UNROLLED_LAYERS = 12
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Linear(nnx.Module):
         """[..., in] to [..., out], within a scan that has taken the leading axis away."""
         # Over flat rows: with several axes of them the CPU compiler transposes activations for the weights' gradient.
         rows = x.reshape(-1, x.shape[-1])
-        y = jnp.einsum("ti,oi->to", rows, cast_weights(self.kernel[...], x.dtype)).reshape(*x.shape[:-1], -1)
+        y = weighted(rows, cast_weights(self.kernel[...], x.dtype)).reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -270,8 +274,18 @@ class Qwen2(nnx.Module):
 
         x = self._embed(tokens, execution)
         with jax.named_scope("layer_loop"):
-            x, cache = jax.lax.scan(rematerialize(body, execution.remat), x, stacked)
+            x, cache = jax.lax.scan(rematerialize(body, execution.remat), x, stacked, unroll=self._unroll(execution))
         return self.final_norm(x), cache
+
+    def _unroll(self, execution: Execution) -> int:
+        """How many layers a turn of the loop holds: all those of a shallow model on one CPU, else one.
+
+        The CPU compiler copies what a loop keeps for backward. Recomputation needs the loop, which keeps forward and
+        backward apart; several virtual devices stand for TPUs in tests, and run what TPUs run.
+        """
+        devices, layers = execution.sharding.mesh.devices, self.config.num_hidden_layers
+        one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
+        return layers if one_cpu and execution.remat == "none" and layers <= _UNROLLED_LAYERS else 1
 
 
 def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
