@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from psyche_jax import buckets
 from psyche_jax.errors import UserError
 
 _BUCKETS = "gs://"
@@ -22,7 +22,7 @@ def as_path(path: str | Path) -> Path:
         return Path(path)
     from etils import epath
 
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it then raises
+    buckets.prepare()
     return cast(Path, epath.Path(path))
 
 
@@ -53,8 +53,9 @@ def bucket_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ClientError, HttpError, GoogleAuthError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: the bucket cannot be used ({reason}); see `gcloud auth list`") from None
+        raise UserError(
+            f"{path}: the bucket cannot be used ({buckets.reason(error)}); see `gcloud auth list`"
+        ) from None
 
 
 def files_under(folder: Path) -> list[Path]:

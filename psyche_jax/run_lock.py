@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from psyche_jax.data.store import bucket_client
+from psyche_jax.buckets import client, reason
 from psyche_jax.errors import UserError
 from psyche_jax.files import in_bucket
 
@@ -141,7 +141,7 @@ class _BucketLock:
         self._folder = folder
         bucket, _, prefix = str(folder).removeprefix("gs://").partition("/")
         with self._errors():
-            self._bucket = bucket_client().bucket(bucket)
+            self._bucket = client().bucket(bucket)
         self._name = f"{prefix.strip('/')}/{FILE}"
         self._self = _self()
         self._generation = 0
@@ -263,8 +263,9 @@ class _BucketLock:
         except PreconditionFailed:
             raise
         except (GoogleAPIError, GoogleAuthError, InvalidResponse, OSError) as error:
-            reason = " ".join((str(error) or type(error).__name__).split())[:200]
-            raise UserError(f"{self._folder}: the bucket cannot be used ({reason}); see `gcloud auth list`") from None
+            raise UserError(
+                f"{self._folder}: the bucket cannot be used ({reason(error)}); see `gcloud auth list`"
+            ) from None
 
 
 def _parsed(content: bytes) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import numpy as np
 import pydantic
 
 import psyche_jax
+from psyche_jax.buckets import DEADLINE_SECONDS
 from psyche_jax.data.records import (
     BaseRecord,
     Record,
@@ -26,7 +27,7 @@ from psyche_jax.data.records import (
     record_from_json,
     record_to_json,
 )
-from psyche_jax.data.store import DEADLINE_SECONDS, Store, open_store
+from psyche_jax.data.store import Store, open_store
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import in_bucket
 

@@ -17,15 +17,12 @@ from typing import Any, Protocol, TypeVar
 
 import google_crc32c
 
+from psyche_jax.buckets import ANSWER_SECONDS, DEADLINE_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, client, may_pass, reason
 from psyche_jax.errors import UserError
 from psyche_jax.files import in_bucket
 
-DEADLINE_SECONDS = 300.0  # of one object's reading or writing, with all that is tried again
-
 Result = TypeVar("Result")
 _BLOCK = 2**20
-_ANSWER_SECONDS = 30.0  # how long a server may be silent
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 20.0
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,6 @@ def open_store(address: str, deadline: float = DEADLINE_SECONDS) -> Store:
     if "://" in address:
         raise UserError(f"{address}: must be a local folder or gs://bucket/prefix")
     return _Folder(address)
-
-
-def bucket_client() -> Any:
-    """The client of buckets with the user's credentials. Without a project: objects need none, a user may have none."""
-    from google.cloud import storage
-
-    return storage.Client(project=None)
 
 
 def crc32c_of(path: Path) -> int:
@@ -151,7 +141,7 @@ class _Folder:
 class _Bucket:
     def __init__(self, address: str, deadline: float) -> None:
         self._deadline = deadline
-        self._timeout = min(_ANSWER_SECONDS, deadline / 2)
+        self._timeout = min(ANSWER_SECONDS, deadline / 2)
         bucket, _, prefix = address.removeprefix("gs://").partition("/")
         if not bucket:
             raise UserError(f"{address}: names no bucket")
@@ -224,7 +214,7 @@ class _Bucket:
 
     def _bucket(self) -> Any:
         if self._client is None:
-            self._client = bucket_client()
+            self._client = client()
         return self._client.bucket(self._bucket_name)
 
     def _trying(self, where: str, operation: Callable[[], Result]) -> Result:
@@ -234,50 +224,29 @@ class _Bucket:
         from google.cloud.storage.exceptions import InvalidResponse
 
         last_start = self._deadline - self._timeout
-        again = retry.Retry(predicate=_may_pass, initial=_FIRST_PAUSE, maximum=_LONGEST_PAUSE, timeout=last_start)
+        again = retry.Retry(predicate=may_pass, initial=FIRST_PAUSE, maximum=LONGEST_PAUSE, timeout=last_start)
         try:
             return again(operation)()
         except UserError:
             raise
         except exceptions.RetryError as error:
-            reason = _reason(error.cause or error)
-            raise UserError(f"{where}: gave up after {self._deadline:.0f} s of trying ({reason})") from None
+            why = reason(error.cause or error)
+            raise UserError(f"{where}: gave up after {self._deadline:.0f} s of trying ({why})") from None
         except DefaultCredentialsError as error:
             advice = "run `gcloud auth application-default login`"
-            raise UserError(f"{where}: there are no credentials ({_reason(error)}); {advice}") from None
+            raise UserError(f"{where}: there are no credentials ({reason(error)}); {advice}") from None
         except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-            raise UserError(f"{where}: no permission ({_reason(error)}); see `gcloud auth list`") from None
+            raise UserError(f"{where}: no permission ({reason(error)}); see `gcloud auth list`") from None
         except exceptions.NotFound as error:
-            raise UserError(f"{where}: the bucket or the object does not exist ({_reason(error)})") from None
+            raise UserError(f"{where}: the bucket or the object does not exist ({reason(error)})") from None
         except (exceptions.GoogleAPIError, GoogleAuthError, InvalidResponse, OSError, ValueError) as error:
-            raise UserError(f"{where}: the bucket cannot be used ({_reason(error)})") from None
+            raise UserError(f"{where}: the bucket cannot be used ({reason(error)})") from None
 
 
 def _taken(where: str) -> UserError:
     return UserError(f"{where}: already exists with other content; is another run writing there? Choose another place")
 
 
-def _may_pass(error: BaseException) -> bool:
-    """Whether trying again may help."""
-    from google.api_core import exceptions
-    from google.auth.exceptions import TransportError
-    from google.cloud.storage.exceptions import DataCorruption, InvalidResponse
-    from requests.exceptions import RequestException
-    from urllib3.exceptions import HTTPError
-
-    if isinstance(error, exceptions.GoogleAPICallError):
-        return error.code in (408, 429) or (error.code is not None and error.code >= 500)
-    if isinstance(error, InvalidResponse):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    return isinstance(
-        error, RequestException | HTTPError | ConnectionError | TimeoutError | TransportError | DataCorruption
-    )
-
-
 def _decoded(crc32c: str) -> int:
     """A checksum as buckets write it."""
     return struct.unpack(">I", base64.b64decode(crc32c))[0]
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]

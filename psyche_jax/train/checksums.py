@@ -11,7 +11,8 @@ from pathlib import Path
 
 import google_crc32c
 
-from psyche_jax.data.store import DEADLINE_SECONDS, StoredObject, crc32c_of, open_store
+from psyche_jax.buckets import DEADLINE_SECONDS
+from psyche_jax.data.store import StoredObject, crc32c_of, open_store
 from psyche_jax.errors import UserError
 from psyche_jax.files import write_text
 

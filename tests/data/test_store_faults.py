@@ -19,8 +19,8 @@ RECORDS = [SftExample((Message("user", f"问{n}"), Message("assistant", f"答{n}
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(store, "_FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(store, "_LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(store, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(store, "LONGEST_PAUSE", 0.1)
 
 
 def test_a_third_of_all_answers_is_bad(bucket, tmp_path):

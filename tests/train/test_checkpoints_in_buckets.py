@@ -1,16 +1,22 @@
-"""Checkpoints in a bucket: damaged ones."""
+"""Checkpoints in a bucket: damaged ones, and a server that misbehaves or is not there."""
 
 import contextlib
 import json
+import os
+import socket
+from unittest import mock
 
 import numpy as np
 import pytest
+from faulty_proxy import FAULTS, faulty
 from google.cloud import storage
 from test_checkpoints import leaves, state_on
 from training_fixtures import PROMPT, execution
 
+from psyche_jax import bucket_files
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path
+from psyche_jax.train import checkpoints as checkpoints_module
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 
 
@@ -59,3 +65,37 @@ def test_a_flipped_bit_in_any_object_is_found_and_named(bucket, state, metadata)
         objects[largest].delete()
         with pytest.raises(UserError, match=f"{largest} is missing"):
             checkpoints.restore(abstract, metadata)
+
+
+@pytest.mark.slow
+def test_a_third_of_all_answers_is_bad(bucket, state, metadata, monkeypatch):
+    """429, 503, resets, bodies cut short, delays: what is written and restored is whole and the same all the same."""
+    monkeypatch.setattr(bucket_files, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(bucket_files, "LONGEST_PAUSE", 0.1)
+    state, abstract = state
+    with faulty(0.3) as done:
+        write(f"{bucket}/faults", state, metadata)
+        assert leaves(restore(f"{bucket}/faults", abstract, metadata)) == leaves(state)
+    assert all(done[fault] > 0 for fault in FAULTS), done
+    assert leaves(restore(f"{bucket}/faults", abstract, metadata)) == leaves(state)
+
+
+def test_a_dead_server_ends_in_one_line(bucket, state, metadata, monkeypatch):
+    state, abstract = state
+    write(f"{bucket}/dead", state, metadata)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    names = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL")
+    dead = dict.fromkeys(names, f"http://127.0.0.1:{port}")
+    monkeypatch.setattr(checkpoints_module, "SAVE_SECONDS", 5)
+    with (
+        contextlib.closing(Checkpoints(as_path(f"{bucket}/dead"), keep=2)) as checkpoints,
+        mock.patch.dict(os.environ, dead),
+    ):
+        with pytest.raises(UserError, match=f"{bucket}/dead/4") as error:
+            checkpoints.restore(abstract, metadata)
+        assert "\n" not in str(error.value)
+        with pytest.raises(UserError, match=f"{bucket}/dead/6: the checkpoint cannot be written") as error:
+            checkpoints.save(state, 6, metadata)
+            checkpoints.close()
+        assert "\n" not in str(error.value)

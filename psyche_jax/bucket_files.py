@@ -1,0 +1,65 @@
+"""Small files in buckets as Orbax and `epath` read and write them: gcsfs, made to survive a server that misbehaves."""
+
+import inspect
+import io
+from typing import Any
+
+import aiohttp
+import gcsfs
+from fsspec import asyn
+from gcsfs.retry import is_retriable
+from google.api_core.exceptions import RetryError
+from google.api_core.retry import AsyncRetry
+
+from psyche_jax.buckets import ANSWER_SECONDS, DEADLINE_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, reason
+
+_ask_once = inspect.unwrap(
+    gcsfs.GCSFileSystem._request
+)  # without gcsfs's own six tries, which give up after half a minute
+
+
+class BucketFiles(gcsfs.GCSFileSystem):
+    """gcsfs whose requests are tried again until a deadline, and may all be repeated without harm.
+
+    A file is written by one request when it is closed. By itself gcsfs opens an upload and finishes it; where the
+    answer to the last request was lost, a server may know no such upload any more.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault(
+            "requests_timeout", aiohttp.ClientTimeout(sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)
+        )
+        super().__init__(*args, **kwargs)
+
+    async def _request(self, *args: Any, **kwargs: Any) -> Any:
+        again = AsyncRetry(is_retriable, initial=FIRST_PAUSE, maximum=LONGEST_PAUSE, timeout=DEADLINE_SECONDS)
+        try:
+            return await again(_ask_once)(self, *args, **kwargs)
+        except RetryError as error:
+            why = reason(error.cause or error)
+            raise OSError(f"gave up after {DEADLINE_SECONDS:.0f} s of trying ({why})") from None
+
+    async def _rm(self, path: Any, **kwargs: Any) -> Any:
+        try:
+            return await super()._rm(path, **kwargs)
+        except FileNotFoundError:  # perhaps removed by a request of ours whose answer was lost
+            return []
+
+    rm = asyn.sync_wrapper(_rm)
+
+    def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
+        return _WholeFile(self, path) if mode == "wb" else super()._open(path, mode, **kwargs)
+
+
+class _WholeFile(io.BytesIO):
+    """A file that is written when it is closed."""
+
+    def __init__(self, files: BucketFiles, path: str) -> None:
+        super().__init__()
+        self._files, self._path = files, path
+
+    def close(self) -> None:
+        if not self.closed:
+            content = self.getvalue()
+            super().close()
+            self._files.pipe_file(self._path, content)
