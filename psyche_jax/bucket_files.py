@@ -13,9 +13,7 @@ from google.api_core.retry import AsyncRetry
 
 from psyche_jax.buckets import ANSWER_SECONDS, DEADLINE_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, reason
 
-_ask_once = inspect.unwrap(
-    gcsfs.GCSFileSystem._request
-)  # without gcsfs's own six tries, which give up after half a minute
+_ask_once = inspect.unwrap(gcsfs.GCSFileSystem._request)  # without gcsfs's own six tries
 
 
 class BucketFiles(gcsfs.GCSFileSystem):
