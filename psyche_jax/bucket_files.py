@@ -30,12 +30,16 @@ class BucketFiles(gcsfs.GCSFileSystem):
         super().__init__(*args, **kwargs)
 
     async def _request(self, *args: Any, **kwargs: Any) -> Any:
-        again = AsyncRetry(is_retriable, initial=FIRST_PAUSE, maximum=LONGEST_PAUSE, timeout=DEADLINE_SECONDS)
+        seconds = ANSWER_SECONDS if self._dead else DEADLINE_SECONDS
+        again = AsyncRetry(is_retriable, initial=FIRST_PAUSE, maximum=LONGEST_PAUSE, timeout=seconds)
         try:
-            return await again(_ask_once)(self, *args, **kwargs)
+            answer = await again(_ask_once)(self, *args, **kwargs)
         except RetryError as error:
+            self._dead = True
             why = reason(error.cause or error)
-            raise OSError(f"gave up after {DEADLINE_SECONDS:.0f} s of trying ({why})") from None
+            raise OSError(f"gave up after {seconds:.0f} s of trying ({why})") from None
+        self._dead = False
+        return answer
 
     async def _rm(self, path: Any, **kwargs: Any) -> Any:
         try:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+import absl.logging
+
 import psyche_jax
 from psyche_jax.cli import data, evaluation, serving, synthesis, training
 from psyche_jax.errors import UserError
@@ -12,6 +14,7 @@ from psyche_jax.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 (it failed) or 2 (it was used wrongly)."""
     parsed = _parser().parse_args(arguments)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs tracebacks of what it then raises
     try:
         parsed.run(parsed)
     except UserError as error:

@@ -1,7 +1,7 @@
 """Orbax checkpoints: parameters, optimizer state and what it takes to go on; and opening any kind of model.
 
 A checkpoint folder holds `tokenizer/` and one folder a step with `parameters`, `optimizer` (absent from imported
-models) and `metadata`.
+models) and `metadata`; each of them has its checksums.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from psyche_jax.config import PromptSection, config_to_dict, parse_config
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import absolute, as_path, bucket_errors, files_under, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
-from psyche_jax.model.huggingface import copy_tokenizer, read_parameters
+from psyche_jax.model.huggingface import copy_tokenizer, is_tokenizer, read_parameters
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.train.checksums import FILE as CHECKSUMS
@@ -273,7 +273,7 @@ def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> N
     """
     with new_folder(folder) as partial:
         (partial / "tokenizer").mkdir(parents=True)
-        copy_tokenizer(model.tokenizer_folder, partial / "tokenizer")
+        write_tokenizer(model.tokenizer_folder, partial / "tokenizer")
         metadata = {**checkpoint_metadata(model.config, model.prompt), "format": FORMAT, "step": 0}
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         handlers = {"parameters": stream_handler(), "metadata": ocp.JsonCheckpointHandler()}
@@ -284,6 +284,21 @@ def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> N
             }
             manager.save(0, args=ocp.args.Composite(**items))
         write_checksums(partial / "0")
+
+
+def write_tokenizer(source: Path, target: Path) -> None:
+    """Copy a tokenizer into a checkpoint folder, its checksums last.
+
+    Raises:
+      UserError: there is none in `source`, or the bucket cannot be used.
+    """
+    copy_tokenizer(source, target)
+    write_checksums(target)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether `write_tokenizer` wrote there and came to its end."""
+    return is_tokenizer(folder) and (folder / CHECKSUMS).is_file()
 
 
 def open_model(path: str) -> StoredModel:
@@ -316,7 +331,10 @@ def _open_model(folder: Path) -> StoredModel:
     except (KeyError, TypeError) as error:
         raise UserError(f"{step_folder}: the checkpoint's metadata are broken: {first_reason(error)}") from None
     prompt = None if values is None else parse_config(PromptSection, values, str(step_folder))
-    return StoredModel(config, step_folder.parent / "tokenizer", prompt, step_folder)
+    tokenizer = step_folder.parent / "tokenizer"
+    if holds_tokenizer(tokenizer):
+        check_files(tokenizer)
+    return StoredModel(config, tokenizer, prompt, step_folder)
 
 
 def find_checkpoint(folder: Path) -> Path:

@@ -35,14 +35,14 @@ def write_checksums(folder: Path, deadline: float = DEADLINE_SECONDS) -> None:
     write_text(folder / FILE, json.dumps(sealed, ensure_ascii=False, indent=1) + "\n")
 
 
-def check_files(folder: Path, within: Sequence[str], deadline: float = DEADLINE_SECONDS) -> None:
-    """Whether the files in the subfolders `within` of `folder` are those that `write_checksums` saw.
+def check_files(folder: Path, within: Sequence[str] | None = None, deadline: float = DEADLINE_SECONDS) -> None:
+    """Whether the files in `folder`, or those in its subfolders `within`, are those that `write_checksums` saw.
 
     Raises:
       UserError: one is missing, has another size or another CRC32C; or the checksums are themselves missing or changed.
     """
     known = _known(folder, deadline)
-    wanted = {name: entry for name, entry in known.items() if name.split("/")[0] in within}
+    wanted = {name: entry for name, entry in known.items() if within is None or name.split("/")[0] in within}
     found = {stored.name: stored for stored in _files(folder, deadline)}
     faults = []
     for name, entry in wanted.items():

@@ -14,12 +14,12 @@ from psyche_jax.config import MeshSection, ModelSection
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import copy_tokenizer, is_tokenizer, load_tokenizer
+from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
-from psyche_jax.train.checkpoints import StoredModel, abstract_like, open_model
+from psyche_jax.train.checkpoints import StoredModel, abstract_like, holds_tokenizer, open_model, write_tokenizer
 from psyche_jax.train.state import TrainState, state_shardings
 
 
@@ -97,13 +97,12 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
         run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / "tokenizer"
     with bucket_errors(target):
-        if is_tokenizer(target):
-            return
         if in_bucket(target):  # where a start that was killed may have left some of its files
-            copy_tokenizer(setup.model.tokenizer_folder, target)
-            return
-        with new_folder(target) as partial:
-            copy_tokenizer(setup.model.tokenizer_folder, partial)
+            if not holds_tokenizer(target):
+                write_tokenizer(setup.model.tokenizer_folder, target)
+        elif not is_tokenizer(target):
+            with new_folder(target) as partial:
+                write_tokenizer(setup.model.tokenizer_folder, partial)
 
 
 def report_set_aside(run: Run, lines: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from psyche_jax.train.checkpoints import (
     abstract_like,
     checkpoint_metadata,
     open_model,
+    write_tokenizer,
 )
 from psyche_jax.train.state import initial_state, make_optimizer, make_schedule, state_shardings
 
@@ -251,6 +252,20 @@ def test_files_that_are_short_or_missing_are_named(what, broken, tiny_root, tiny
     with contextlib.closing(Checkpoints(broken)) as checkpoints, pytest.raises(UserError, match=path.name) as error:
         checkpoints.restore(abstract, metadata)
     assert "bytes, and had" in str(error.value) if what == "short" else "is missing" in str(error.value)
+
+
+def test_a_flipped_bit_in_a_tokenizer_is_found_and_named(broken, tiny_root):
+    shutil.rmtree(broken / "tokenizer")
+    (broken / "tokenizer").mkdir()
+    write_tokenizer(tiny_root / "model", broken / "tokenizer")
+    assert open_model(str(broken)).tokenizer_folder == broken / "tokenizer"
+    random = np.random.default_rng(2)
+    for path in sorted((broken / "tokenizer").iterdir()):
+        whole = path.read_bytes()
+        flip(path, random)
+        with pytest.raises(UserError, match=f"tokenizer: the checkpoint is broken: .*{path.name}"):
+            open_model(str(broken))
+        path.write_bytes(whole)
 
 
 def test_damage_in_the_file_that_orbax_keeps_for_itself_is_one_line_or_harmless(

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_fixtures import metrics_of, sft_config, state_of, write_sft_data
+from training_fixtures import grpo_config, metrics_of, sft_config, state_of, write_sft_data
 
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection, LoggingSection
+from psyche_jax.data.records import Message, RlPrompt, write_records
 from psyche_jax.runs import PreemptedError, open_run
+from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.loop import Evaluation, Program, run_training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
 from psyche_jax.train.setup import abstract_like
@@ -138,6 +140,29 @@ def test_sigterm_within_the_evaluation_of_sft(tiny_root, tmp_path):
     train_sft(config("stopped"))
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
     assert state_of(tmp_path / "stopped")["best"] == state_of(tmp_path / "whole")["best"]
+
+
+@pytest.mark.slow
+def test_sigterm_within_the_held_out_reward_of_grpo(tiny_root, tmp_path):
+    """In the second batch after step 1: it is made up for, to the same numbers."""
+    for name in ("model", "rl.jsonl"):
+        (tmp_path / name).symlink_to(tiny_root / name)
+    held_out = [RlPrompt((Message("user", f"{number}？"),), "ABCD"[number % 4], "single") for number in range(11)]
+    write_records(tmp_path / "held_out.jsonl", held_out)
+
+    def config(run):
+        made = grpo_config(tmp_path, run, epochs=1.0, evaluate_every_steps=1)
+        return dataclasses.replace(
+            made, data=dataclasses.replace(made.data, evaluation=str(tmp_path / "held_out.jsonl"))
+        )
+
+    train_grpo(config("whole"))
+    with mock.patch.object(Stop, "check", signal_at(4)), pytest.raises(PreemptedError, match="after step 1"):
+        train_grpo(config("stopped"))
+    assert state_of(tmp_path / "stopped")["status"] == "preempted"
+    train_grpo(config("stopped"))
+    assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
+    assert ["evaluation_reward" in line for line in metrics_of(tmp_path / "whole")] == [True] * 3
 
 
 def test_handlers_are_put_back():
