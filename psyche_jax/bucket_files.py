@@ -23,6 +23,8 @@ class BucketFiles(gcsfs.GCSFileSystem):
     answer to the last request was lost, a server may know no such upload any more.
     """
 
+    _dead = False  # the last request found the bucket so: the next one need not wait as long
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault(
             "requests_timeout", aiohttp.ClientTimeout(sock_connect=ANSWER_SECONDS, sock_read=ANSWER_SECONDS)

@@ -17,6 +17,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 
 FAULTS = ("429", "503", "reset", "cut", "late")
 FLIPPED = "flipped"  # a bit of what is read
+_ADDRESSES = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL")
 
 
 @contextmanager
@@ -112,6 +113,17 @@ def refusing(status: int, path: str = "/") -> Iterator[Counter[str]]:
         yield asked
 
 
+@contextmanager
+def dead(kind: str) -> Iterator[None]:
+    """Within the block there is no server in place of the bucket's (`gone`), or one that never answers (`silent`)."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if kind == "gone":
+            listener.close()
+        with mock.patch.dict(os.environ, dict.fromkeys(_ADDRESSES, url)):
+            yield
+
+
 def _ask(server: SplitResult, asked: BaseHTTPRequestHandler, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
     """What the bucket's server answers to a request that came here, and the content of that answer."""
     upstream = http.client.HTTPConnection(server.hostname or "", server.port, timeout=30)
@@ -133,7 +145,6 @@ def _in_place_of_the_bucket(handler: type[BaseHTTPRequestHandler]) -> Iterator[N
     with Server(("127.0.0.1", 0), handler) as proxy:
         threading.Thread(target=proxy.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{proxy.server_port}"
-        names = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL")
-        with mock.patch.dict(os.environ, dict.fromkeys(names, url)):
+        with mock.patch.dict(os.environ, dict.fromkeys(_ADDRESSES, url)):
             yield
         proxy.shutdown()

@@ -22,28 +22,26 @@ _NOT_COVERED = (FILE, "_CHECKPOINT_METADATA", "commit_success.txt")
 _NAMED = 3  # so many damaged files are named, the others counted
 
 
-def write_checksums(folder: Path, deadline: float = DEADLINE_SECONDS) -> None:
+def write_checksums(folder: Path) -> None:
     """Write `checksums.json` for all files in `folder`, a folder on a disk or in a bucket, whole.
 
     Raises:
       UserError: the bucket cannot be used.
     """
-    files = {
-        stored.name: {"bytes": stored.bytes, "crc32c": _crc32c(folder, stored)} for stored in _files(folder, deadline)
-    }
+    files = {stored.name: {"bytes": stored.bytes, "crc32c": _crc32c(folder, stored)} for stored in _files(folder)}
     sealed = {"crc32c": _seal(files), "files": files}
     write_text(folder / FILE, json.dumps(sealed, ensure_ascii=False, indent=1) + "\n")
 
 
-def check_files(folder: Path, within: Sequence[str] | None = None, deadline: float = DEADLINE_SECONDS) -> None:
+def check_files(folder: Path, within: Sequence[str] | None = None) -> None:
     """Whether the files in `folder`, or those in its subfolders `within`, are those that `write_checksums` saw.
 
     Raises:
       UserError: one is missing, has another size or another CRC32C; or the checksums are themselves missing or changed.
     """
-    known = _known(folder, deadline)
+    known = _known(folder)
     wanted = {name: entry for name, entry in known.items() if within is None or name.split("/")[0] in within}
-    found = {stored.name: stored for stored in _files(folder, deadline)}
+    found = {stored.name: stored for stored in _files(folder)}
     faults = []
     for name, entry in wanted.items():
         stored = found.get(name)
@@ -58,8 +56,8 @@ def check_files(folder: Path, within: Sequence[str] | None = None, deadline: flo
         raise UserError(f"{folder}: the checkpoint is broken: {'; '.join(faults[:_NAMED])}{more}")
 
 
-def _known(folder: Path, deadline: float) -> dict[str, dict[str, int]]:
-    content = open_store(str(folder), deadline).read(FILE)
+def _known(folder: Path) -> dict[str, dict[str, int]]:
+    content = open_store(str(folder), DEADLINE_SECONDS).read(FILE)
     if content is None:
         raise UserError(f"{folder}: the checkpoint is broken: {FILE} is missing")
     try:
@@ -71,8 +69,8 @@ def _known(folder: Path, deadline: float) -> dict[str, dict[str, int]]:
     raise UserError(f"{folder}: the checkpoint is broken: {FILE} is changed")
 
 
-def _files(folder: Path, deadline: float) -> list[StoredObject]:
-    objects = open_store(str(folder), deadline).objects()
+def _files(folder: Path) -> list[StoredObject]:
+    objects = open_store(str(folder), DEADLINE_SECONDS).objects()
     return [stored for stored in objects if stored.name not in _NOT_COVERED and not stored.name.endswith("/")]
 
 

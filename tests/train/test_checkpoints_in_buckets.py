@@ -2,21 +2,22 @@
 
 import contextlib
 import json
-import os
-import socket
 from unittest import mock
 
 import numpy as np
 import pytest
-from faulty_proxy import FAULTS, faulty
+from faulty_proxy import FAULTS, dead, faulty
 from google.cloud import storage
+from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_checkpoints import leaves, state_on
 from training_fixtures import PROMPT, execution
 
 from psyche_jax import bucket_files
+from psyche_jax.data import store
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path
 from psyche_jax.train import checkpoints as checkpoints_module
+from psyche_jax.train import checksums
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 
 
@@ -80,22 +81,29 @@ def test_a_third_of_all_answers_is_bad(bucket, state, metadata, monkeypatch):
     assert leaves(restore(f"{bucket}/faults", abstract, metadata)) == leaves(state)
 
 
-def test_a_dead_server_ends_in_one_line(bucket, state, metadata, monkeypatch):
+@pytest.mark.parametrize("kind", ["gone", "silent"])
+def test_a_dead_server_ends_in_one_line(kind, bucket, state, metadata, monkeypatch):
+    """One that refuses connections, and one that takes them and never answers; with short deadlines."""
     state, abstract = state
-    write(f"{bucket}/dead", state, metadata)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    names = ("STORAGE_EMULATOR_HOST", "CLOUD_STORAGE_EMULATOR_ENDPOINT", "TENSORSTORE_GCS_HTTP_URL")
-    dead = dict.fromkeys(names, f"http://127.0.0.1:{port}")
+    place = f"{bucket}/{kind}"
+    write(place, state, metadata)
+    for module in (bucket_files, checksums):
+        monkeypatch.setattr(module, "DEADLINE_SECONDS", 2.0)
+    monkeypatch.setattr(bucket_files, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(store, "ANSWER_SECONDS", 1.0)
     monkeypatch.setattr(checkpoints_module, "SAVE_SECONDS", 5)
+    impatient = {"gcs_request_retries": {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}}
     with (
-        contextlib.closing(Checkpoints(as_path(f"{bucket}/dead"), keep=2)) as checkpoints,
-        mock.patch.dict(os.environ, dead),
+        mock.patch.dict(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, impatient),
+        contextlib.closing(Checkpoints(as_path(place), keep=2)) as checkpoints,
+        dead(kind),
     ):
-        with pytest.raises(UserError, match=f"{bucket}/dead/4") as error:
+        with pytest.raises(UserError, match=f"{place}/4") as error:
             checkpoints.restore(abstract, metadata)
         assert "\n" not in str(error.value)
-        with pytest.raises(UserError, match=f"{bucket}/dead/6: the checkpoint cannot be written") as error:
+        if kind == "silent":
+            return  # TensorStore has no short deadline for those
+        with pytest.raises(UserError, match=f"{place}/6: the checkpoint cannot be written") as error:
             checkpoints.save(state, 6, metadata)
             checkpoints.close()
         assert "\n" not in str(error.value)
