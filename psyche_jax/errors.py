@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+_LONGEST_REASON = 300
+
 
 class UserError(Exception):
     """Something failed that the user can mend. The message says what is wrong, where, and what to do.
@@ -23,7 +25,8 @@ class UsageError(UserError):
 
 
 def first_reason(error: BaseException) -> str:
-    """One line: what began it (TensorStore's words, say) rather than what was wrapped around that."""
+    """One short line: what began it (TensorStore's words, say) rather than what was wrapped around that."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error) or type(error).__name__).splitlines()[0]
+    line = (str(error) or type(error).__name__).splitlines()[0]
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]}…"

@@ -73,6 +73,7 @@ class Outcome:
     difference: float  # the largest of COMPARED, relative to the value where that is above 1
     lost: int
     repeated: int
+    crashes: int  # how often a resumed run ended by itself (see `Training.finish`) and was started once more
     faults: tuple[str, ...]
 
 
@@ -143,7 +144,7 @@ def run_case(case: Case, training: "Training", whole: "Training", chance: random
     last = whole.steps()
     after = chance.randrange(0, last)
     step, writing, seconds, faults = training.interrupt(case, after, chance.uniform(0.0, 0.3))
-    training.finish(case.after)
+    crashes = training.finish(case.after)
     faults += training.faults()
     lost, repeated = training.lost_and_repeated()
     mine, others = training.metrics(), whole.metrics()
@@ -160,7 +161,7 @@ def run_case(case: Case, training: "Training", whole: "Training", chance: random
         faults.append(f"differs by {difference:.1e}")
     if lost or repeated:
         faults.append(f"{lost} examples lost, {repeated} repeated")
-    return Outcome(case, step, writing, seconds, identical, difference, lost, repeated, tuple(faults))
+    return Outcome(case, step, writing, seconds, identical, difference, lost, repeated, crashes, tuple(faults))
 
 
 class Training:
@@ -216,12 +217,19 @@ class Training:
         self._traces.append(traces)
         return started
 
-    def finish(self, layout: Layout) -> None:
-        """To the end."""
-        processes = self.start(layout)
-        said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-        if any(process.returncode for process in processes):
-            raise SystemExit(f"{self.run.name} on {layout} failed:\n" + "\n".join(said))
+    def finish(self, layout: Layout) -> int:
+        """To the end. Returns how often it crashed: gloo, JAX's collectives of several CPU processes, aborts at times."""
+        crashes = 0
+        while True:
+            processes = self.start(layout)
+            said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+            if not any(process.returncode for process in processes):
+                return crashes
+            gloo = any("gloo" in text.lower() and process.returncode < 0 for text, process in zip(said, processes))
+            if not gloo or crashes == 2:
+                raise SystemExit(f"{self.run.name} on {layout} failed:\n" + "\n".join(said))
+            crashes += 1
+            print(f"{self.run.name} on {layout}: gloo aborted; started once more", file=sys.stderr, flush=True)
 
     def interrupt(self, case: Case, after: int, delay: float) -> tuple[int, bool, float, list[str]]:
         """Start, and send the signal once `after` steps are logged, and `delay` seconds later or during a write.
@@ -322,6 +330,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                             "largest_difference": max(outcome.difference for outcome in group),
                             "examples_lost": sum(outcome.lost for outcome in group),
                             "examples_repeated": sum(outcome.repeated for outcome in group),
+                            "crashes": sum(outcome.crashes for outcome in group),
                             "longest_seconds_to_exit": round(max(outcome.seconds_to_exit for outcome in group), 1),
                             "faulty_runs": sum(bool(outcome.faults) for outcome in group),
                         }

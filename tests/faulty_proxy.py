@@ -43,9 +43,7 @@ def faulty(share: float, seed: int = 0, faults: Sequence[str] = FAULTS) -> Itera
                 self.end_headers()
                 return
             if fault == "reset":
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.close_connection = True
-                self.connection.close()
+                _reset(self)
                 return
             if fault == "late":
                 time.sleep(0.3)
@@ -54,19 +52,8 @@ def faulty(share: float, seed: int = 0, faults: Sequence[str] = FAULTS) -> Itera
                 changed = bytearray(content)
                 changed[bit // 8 % len(content)] ^= 1 << bit % 8
                 content = bytes(changed)
-            self.send_response(answer.status)
-            for name, value in answer.getheaders():
-                if name.lower() not in ("transfer-encoding", "content-length", "connection"):
-                    self.send_header(name, value)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if fault == "cut":
-                self.wfile.write(content[: len(content) // 2])
-                self.wfile.flush()
-                self.close_connection = True
-                self.connection.close()
-                return
-            self.wfile.write(content)
+            kept = len(content) // 2 if fault == "cut" else len(content)
+            _pass_on(self, answer, content, kept)
 
         do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = handle_any  # noqa: N815
 
@@ -114,14 +101,63 @@ def refusing(status: int, path: str = "/") -> Iterator[Counter[str]]:
 
 
 @contextmanager
-def dead(kind: str) -> Iterator[None]:
-    """Within the block there is no server in place of the bucket's (`gone`), or one that never answers (`silent`)."""
+def dying(part: str) -> Iterator[None]:
+    """Within the block the bucket's server resets all connections from the first request on with `part` in its path."""
+    server = urlsplit(os.environ["STORAGE_EMULATOR_HOST"])
+    is_dead = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_any(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if part in unquote(self.path):
+                is_dead.set()
+            if is_dead.is_set():
+                _reset(self)
+                return
+            answer, content = _ask(server, self, body)
+            _pass_on(self, answer, content)
+
+        do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = do_PATCH = handle_any  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with _in_place_of_the_bucket(Handler):
+        yield
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within the block the bucket's server takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        if kind == "gone":
-            listener.close()
         with mock.patch.dict(os.environ, dict.fromkeys(_ADDRESSES, url)):
             yield
+
+
+def _reset(asked: BaseHTTPRequestHandler) -> None:
+    asked.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    asked.close_connection = True
+    asked.connection.close()
+
+
+def _pass_on(
+    asked: BaseHTTPRequestHandler, answer: http.client.HTTPResponse, content: bytes, kept: int | None = None
+) -> None:
+    """The answer's status and headers, and its content or the first `kept` bytes of it."""
+    asked.send_response(answer.status)
+    for name, value in answer.getheaders():
+        if name.lower() not in ("transfer-encoding", "content-length", "connection"):
+            asked.send_header(name, value)
+    asked.send_header("Content-Length", str(len(content)))
+    asked.end_headers()
+    asked.wfile.write(content[:kept])
+    if kept is not None and kept < len(content):
+        asked.wfile.flush()
+        asked.close_connection = True
+        asked.connection.close()
 
 
 def _ask(server: SplitResult, asked: BaseHTTPRequestHandler, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:

@@ -51,3 +51,15 @@ def test_a_step_on_the_cpu_takes_its_memory_in_huge_pages(tmp_path):
     if not setting.is_file() or "[never]" in setting.read_text(encoding="ascii"):
         pytest.skip("this kernel gives no huge pages")
     assert run(tmp_path) < 2000 < run(tmp_path, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+
+
+def test_a_failed_command_does_not_wait_for_the_threads_of_libraries():
+    """With the exit code of the command; such a thread would keep Python from ending."""
+    script = (
+        "import sys, threading, time\n"
+        "from psyche_jax.cli import __main__ as command\n"
+        "command._LINGER_SECONDS = 0.1\n"
+        "command.main = lambda: threading.Thread(target=time.sleep, args=[600]).start() or 1\n"
+        "sys.exit(command.run())\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 1

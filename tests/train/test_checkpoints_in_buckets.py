@@ -4,9 +4,10 @@ import contextlib
 import json
 from unittest import mock
 
+import aiohttp
 import numpy as np
 import pytest
-from faulty_proxy import FAULTS, dead, faulty
+from faulty_proxy import FAULTS, dying, faulty, silent
 from google.cloud import storage
 from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_checkpoints import leaves, state_on
@@ -16,7 +17,6 @@ from psyche_jax import bucket_files
 from psyche_jax.data import store
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path
-from psyche_jax.train import checkpoints as checkpoints_module
 from psyche_jax.train import checksums
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 
@@ -81,29 +81,61 @@ def test_a_third_of_all_answers_is_bad(bucket, state, metadata, monkeypatch):
     assert leaves(restore(f"{bucket}/faults", abstract, metadata)) == leaves(state)
 
 
-@pytest.mark.parametrize("kind", ["gone", "silent"])
-def test_a_dead_server_ends_in_one_line(kind, bucket, state, metadata, monkeypatch):
-    """One that refuses connections, and one that takes them and never answers; with short deadlines."""
-    state, abstract = state
-    place = f"{bucket}/{kind}"
-    write(place, state, metadata)
+@pytest.fixture
+def impatient(monkeypatch):
+    """Short deadlines; TensorStore's can be set nowhere else."""
     for module in (bucket_files, checksums):
-        monkeypatch.setattr(module, "DEADLINE_SECONDS", 2.0)
-    monkeypatch.setattr(bucket_files, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(store, "ANSWER_SECONDS", 1.0)
-    monkeypatch.setattr(checkpoints_module, "SAVE_SECONDS", 5)
-    impatient = {"gcs_request_retries": {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}}
-    with (
-        mock.patch.dict(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, impatient),
-        contextlib.closing(Checkpoints(as_path(place), keep=2)) as checkpoints,
-        dead(kind),
-    ):
-        with pytest.raises(UserError, match=f"{place}/4") as error:
+        monkeypatch.setattr(module, "DEADLINE_SECONDS", 1.0)
+    for module in (bucket_files, store):
+        monkeypatch.setattr(module, "ANSWER_SECONDS", 1.0)
+    once = {"gcs_request_retries": {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}}
+    with mock.patch.dict(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, once):
+        yield
+
+
+@pytest.mark.parametrize("part", ["", "checksums.json", "manifest.ocdbt"])
+def test_a_server_that_dies_while_it_is_read_from_ends_in_one_line(part, bucket, state, metadata, impatient):
+    """Dead from the beginning, at the checksums, and at the arrays."""
+    state, abstract = state
+    write(f"{bucket}/read", state, metadata)
+    with contextlib.closing(Checkpoints(as_path(f"{bucket}/read"), keep=2)) as checkpoints:
+        with dying(part), pytest.raises(UserError, match=f"{bucket}/read/4") as error:
             checkpoints.restore(abstract, metadata)
         assert "\n" not in str(error.value)
-        if kind == "silent":
-            return  # TensorStore has no short deadline for those
+        assert leaves(checkpoints.restore(abstract, metadata)) == leaves(state)
+
+
+def test_a_server_that_dies_while_it_is_written_to_ends_in_one_line(bucket, state, metadata, impatient):
+    """What it holds then is no checkpoint; the one before is."""
+    state, abstract = state
+    place = f"{bucket}/written"
+    write(place, state, metadata)
+    with contextlib.closing(Checkpoints(as_path(place), keep=2)) as checkpoints, dying("/6/parameters/ocdbt"):
         with pytest.raises(UserError, match=f"{place}/6: the checkpoint cannot be written") as error:
             checkpoints.save(state, 6, metadata)
             checkpoints.close()
         assert "\n" not in str(error.value)
+    with contextlib.closing(Checkpoints(as_path(place), keep=2)) as checkpoints:
+        assert checkpoints.latest == 4
+        assert leaves(checkpoints.restore(abstract, metadata)) == leaves(state)
+
+
+def test_a_silent_server_ends_in_one_line(bucket, monkeypatch):
+    monkeypatch.setattr(bucket_files, "DEADLINE_SECONDS", 0.1)
+    timeout = aiohttp.ClientTimeout(sock_read=0.2)
+    files = bucket_files.BucketFiles(requests_timeout=timeout)
+    files.pipe_file("bucket/file", b"content")
+    assert files.cat_file("bucket/file") == b"content"
+    with silent():
+        files = bucket_files.BucketFiles(requests_timeout=timeout, skip_instance_cache=True)
+        with pytest.raises(OSError, match="gave up after"):
+            files.cat_file("bucket/file")
+
+
+def test_what_is_gone_already_is_removed(bucket):
+    """As after a request whose answer was lost."""
+    path = as_path(f"{bucket}/gone")
+    path.write_text("x")
+    path.unlink()
+    path.unlink()
+    assert not path.exists()
