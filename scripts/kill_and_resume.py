@@ -218,15 +218,15 @@ class Training:
         return started
 
     def finish(self, layout: Layout) -> int:
-        """To the end. Returns how often it crashed: gloo, JAX's collectives of several CPU processes, aborts at times."""
+        """To the end. Returns how often it crashed: gloo, JAX's collectives between CPU processes, aborts at times."""
         crashes = 0
         while True:
             processes = self.start(layout)
             said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
             if not any(process.returncode for process in processes):
                 return crashes
-            gloo = any("gloo" in text.lower() and process.returncode < 0 for text, process in zip(said, processes))
-            if not gloo or crashes == 2:
+            aborted = any(process.returncode == -signal.SIGABRT for process in processes)
+            if not (aborted and any("gloo" in text for text in said)) or crashes == 2:
                 raise SystemExit(f"{self.run.name} on {layout} failed:\n" + "\n".join(said))
             crashes += 1
             print(f"{self.run.name} on {layout}: gloo aborted; started once more", file=sys.stderr, flush=True)
