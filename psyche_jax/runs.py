@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -171,11 +171,13 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
         except BaseException as error:
             status: Status = "preempted" if isinstance(error, PreemptedError | KeyboardInterrupt) else "failed"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if run.writes:
-                run.write_state(status, read_json(folder / "state.json")["step"], reason)
+            with suppress(UserError, OSError):  # where nothing can be written any more, that is not what went wrong
+                if run.writes:
+                    run.write_state(status, read_json(folder / "state.json")["step"], reason)
+            with suppress(UserError, OSError):
+                run.close()
             raise
-        finally:
-            run.close()
+        run.close()
 
 
 def _check(folder: Path, config: Mapping[str, Any]) -> None:
