@@ -37,8 +37,9 @@ def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[st
       UserError: there is no such data set, revision, subset or split, no network, no permission, or its files are
         broken or of no format that holds rows.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
+    from pyarrow.dataset import ParquetFragmentScanOptions
 
     name, revision = _name_and_revision(source)
     for library in ("datasets", "huggingface_hub"):
@@ -47,7 +48,10 @@ def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[st
     options: dict[str, Any] = {"revision": revision or None, "token": _token() or False}
     with _one_line(name, revision):
         try:
-            yield from load_dataset(place, subset, split=split, streaming=True, **options)
+            builder = load_dataset_builder(place, subset, **options)
+            if hasattr(builder.config, "fragment_scan_options"):  # of Parquet files
+                builder.config.fragment_scan_options = ParquetFragmentScanOptions(page_checksum_verification=True)
+            yield from builder.as_streaming_dataset(split)
         except (ValueError, RuntimeError, DatasetsError) as error:
             # What it says of repositories, revisions, subsets, splits, scripts; or of bytes that are no rows.
             raise UserError(f"{source}: {(str(error) or type(error).__name__).splitlines()[0]}") from None

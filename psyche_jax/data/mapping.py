@@ -145,7 +145,7 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
       source: see `sources.read_rows`.
       target: a new local folder or gs://bucket/prefix.
       config: how rows become records.
-      deadline: seconds that writing one file may take.
+      deadline: seconds that one file of a bucket may take to be read or written.
 
     Raises:
       UserError: the source cannot be read or has no usable row, or the target cannot be written.
@@ -156,7 +156,7 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
 
     def records() -> Iterator[BaseRecord]:
         seen: dict[str, tuple[str, Any]] = {}
-        for where, row in _checked(source, config):
+        for where, row in _checked(source, config, deadline):
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -181,8 +181,8 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
     return Imported(manifest, tuple(set_aside), faults)
 
 
-def _checked(source: str, config: ImportConfig) -> Iterator[Row]:
-    rows = read_rows(source, config.reading)
+def _checked(source: str, config: ImportConfig, deadline: float) -> Iterator[Row]:
+    rows = read_rows(source, config.reading, deadline)
     head = list(itertools.islice(rows, _HEAD))
     there = dict.fromkeys(name for _, row in head if not isinstance(row, RowError) for name in row)
     if there:

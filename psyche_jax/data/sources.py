@@ -1,11 +1,14 @@
-"""Rows of JSONL, CSV and Parquet files and of data sets on the Hugging Face hub, in order, with their places.
+"""Rows of JSONL, CSV and Parquet files, local or in a bucket, and of data sets on the Hugging Face hub, in order, with
+their places.
 
 What a row holds is not judged here; what cannot be read as a row at all is a `RowError` in its place.
 """
 
 import csv
 import json
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +16,9 @@ from typing import Any, TypeAlias
 
 from psyche_jax import hub
 from psyche_jax.config import Section
+from psyche_jax.data.store import DEADLINE_SECONDS, open_store
 from psyche_jax.errors import UsageError, UserError, first_reason
+from psyche_jax.files import in_bucket
 
 
 class RowError(ValueError):
@@ -43,8 +48,16 @@ class ReadingSection(Section):
             raise ValueError(f"encoding: Python knows none of the name {self.encoding!r}") from None
 
 
-def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
-    """The rows of a file, of all files in a folder (by name), or of `hub:NAME[@REVISION]`, which is streamed.
+def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_SECONDS) -> Iterator[Row]:
+    """The rows of a file, of all files in a folder (by name), either in a bucket too, or of `hub:NAME[@REVISION]`,
+    which is streamed.
+
+    Parquet files in which flipped bits cannot be seen are named on stderr.
+
+    Args:
+      source: what is read.
+      reading: what its bytes do not say.
+      deadline: seconds that one file of a bucket may take, see `store`.
 
     Raises:
       UserError: the source cannot be read, or ends in the middle.
@@ -54,23 +67,56 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
         for number, row in enumerate(hub.stream_rows(source, reading.subset, reading.split), start=1):
             yield f"{source} {reading.split}: row {number}", row
         return
+    unchecked = []
+    for name, path in _files_in_bucket(source, deadline) if in_bucket(source) else _local_files(source):
+        try:
+            yield from _READERS[path.suffix](name, path, reading.encoding)
+            if path.suffix == ".parquet" and not _has_page_checksums(path):
+                unchecked.append(name)
+        except OSError as error:
+            raise UserError(f"{name}: the data cannot be read ({error.strerror or first_reason(error)})") from None
+        except UnicodeError as error:  # UTF-16 without its mark
+            raise UserError(f"{name}: is not {reading.encoding} text ({first_reason(error)})") from None
+    if unchecked:
+        which = unchecked[0] if len(unchecked) == 1 else f"{unchecked[0]} and {len(unchecked) - 1} more"
+        print(f"{which}: has no page checksums, so damage can look like data (pyarrow: write_page_checksum=True)",
+              file=sys.stderr)  # fmt: skip
+
+
+def _local_files(source: str) -> Iterator[tuple[str, Path]]:
     if "://" in source:
-        raise UsageError(f"{source}: must be a local file, a folder of them, or {hub.PREFIX}NAME")
-    path = Path(source)
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in _READERS)
+        raise UsageError(f"{source}: must be a file or a folder of them, local or gs://…, or {hub.PREFIX}NAME")
+    files = [Path(source)]
+    if files[0].is_dir():
+        files = sorted(file for file in files[0].iterdir() if file.suffix in _READERS)
         if not files:
-            raise UserError(f"{source}: holds no files that end with {', '.join(_READERS)}")
+            raise _holds_none(source)
     for file in files:
         if file.suffix not in _READERS:
             raise UsageError(f"{file}: is read by the end of its name, which must be one of {', '.join(_READERS)}")
-        try:
-            yield from _READERS[file.suffix](file, reading.encoding)
-        except OSError as error:
-            raise UserError(f"{file}: the data cannot be read ({error.strerror or first_reason(error)})") from None
-        except UnicodeError as error:  # UTF-16 without its mark
-            raise UserError(f"{file}: is not {reading.encoding} text ({first_reason(error)})") from None
+        yield str(file), file
+
+
+def _files_in_bucket(source: str, deadline: float) -> Iterator[tuple[str, Path]]:
+    """Addresses with a local copy of each, compared with the bucket's CRC32C; one copy is there at a time."""
+    folder, _, name = source.rpartition("/")
+    names = [name]
+    if Path(name).suffix not in _READERS:  # a folder, then
+        folder = source
+        there = (stored.name for stored in open_store(folder, deadline).objects())
+        names = [name for name in there if "/" not in name and Path(name).suffix in _READERS]
+        if not names:
+            raise _holds_none(source)
+    store = open_store(folder, deadline)
+    for name in names:
+        with tempfile.TemporaryDirectory() as local:
+            path = Path(local) / name
+            store.download(name, path)
+            yield store.path(name), path
+
+
+def _holds_none(folder: str) -> UserError:
+    return UserError(f"{folder}: holds no files that end with {', '.join(_READERS)}")
 
 
 def _lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
@@ -84,9 +130,9 @@ def _is_text(line: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in line) if not line.isascii() else True
 
 
-def _jsonl(path: Path, encoding: str) -> Iterator[Row]:
+def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
     for number, line in enumerate(_lines_of(path, encoding, "\n"), start=1):  # U+2028 may stand within a string
-        where = f"{path}:{number}"
+        where = f"{name}:{number}"
         if not line.strip():
             continue
         if not _is_text(line):
@@ -100,19 +146,19 @@ def _jsonl(path: Path, encoding: str) -> Iterator[Row]:
         yield where, value if isinstance(value, dict) else RowError("not a JSON object")
 
 
-def _csv(path: Path, encoding: str) -> Iterator[Row]:
+def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     reader = csv.reader(_lines_of(path, encoding, ""), strict=True)
     try:
-        header = [name.strip() for name in next(reader, [])]
+        header = [column.strip() for column in next(reader, [])]
     except csv.Error as error:
-        raise UserError(f"{path}:1: the header is no CSV ({error})") from None
+        raise UserError(f"{name}:1: the header is no CSV ({error})") from None
     if not all(map(_is_text, header)):
-        raise UserError(f"{path}:1: the header is not {encoding} text; set reading.encoding (gb18030, say)")
-    if twice := [name for name in header if header.count(name) > 1]:
-        raise UserError(f"{path}:1: two columns have the name {twice[0]!r}")
+        raise UserError(f"{name}:1: the header is not {encoding} text; set reading.encoding (gb18030, say)")
+    if twice := [column for column in header if header.count(column) > 1]:
+        raise UserError(f"{name}:1: two columns have the name {twice[0]!r}")
     while True:
-        where = f"{path}:{reader.line_num + 1}"
+        where = f"{name}:{reader.line_num + 1}"
         try:
             values = next(reader)
         except StopIteration:
@@ -130,7 +176,7 @@ def _csv(path: Path, encoding: str) -> Iterator[Row]:
             yield where, dict(zip(header, values, strict=True))
 
 
-def _parquet(path: Path, _: str) -> Iterator[Row]:
+def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
     import pyarrow
     from pyarrow import parquet
 
@@ -140,12 +186,30 @@ def _parquet(path: Path, _: str) -> Iterator[Row]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{name}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
             raise
         after = f" after row {number}" if number else ""
-        raise UserError(f"{path}: is broken{after}, or no Parquet file ({first_reason(error)})") from None
+        raise UserError(f"{name}: is broken{after}, or no Parquet file ({first_reason(error)})") from None
 
 
-_READERS: dict[str, Callable[[Path, str], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+def _has_page_checksums(path: Path) -> bool:
+    """Whether the first page has one; pyarrow compares those that are there, and does not say whether any is.
+
+    A page begins with a Thrift struct, whose numbers 1 to 3 (type, sizes) are there always, and 4 is the checksum.
+    """
+    from pyarrow import parquet
+
+    groups = parquet.read_metadata(path)
+    if not groups.num_row_groups or not groups.num_columns:
+        return True
+    column = groups.row_group(0).column(0)
+    with path.open("rb") as file:
+        file.seek(column.dictionary_page_offset or column.data_page_offset)
+        header = file.read(32)
+    int32 = rb"\x15[\x80-\xff]*[\x00-\x7f]"  # the field's number is one more than the last one's
+    return re.match(int32 * 4, header) is not None
+
+
+_READERS: dict[str, Callable[[str, Path, str], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}

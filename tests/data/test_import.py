@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from psyche_jax.config import parse_config
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.mapping import ImportConfig, import_rows, record_of
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_text
+from psyche_jax.data.store import open_store
 from psyche_jax.errors import UsageError, UserError
 
 COLUMNS = {"question": "题目", "options": ["甲", "乙", "丙"], "answer": "答案"}
@@ -297,8 +299,72 @@ def test_sources_that_cannot_be_read(tmp_path):
             imported(tmp_path / name, tmp_path / "out", config())
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match=r"must be a local file, a folder of them, or hub:NAME"):
+    with pytest.raises(UsageError, match=r"must be a file or a folder of them, local or gs://…, or hub:NAME"):
         imported("s3://a/b.csv", tmp_path / "out", config())
+
+
+def test_from_a_bucket(bucket, tmp_path, capsys):
+    """A file, or the files of a folder by name; rows are named by their address."""
+    for number, name in enumerate(["b.jsonl", "a.csv", "c.parquet"]):
+        path = write(tmp_path / name, [ROWS[number], {**ROWS[number], "答案": "F"}])
+        for folder in ("in.d", "in.d/deeper"):
+            open_store(f"{bucket}/{folder}").upload(path, name)
+    good, result = imported(f"{bucket}/in.d/", tmp_path / "folder", config())
+    assert [question.stem for question in good] == [ROWS[number]["题目"] for number in (1, 0, 2)]
+    assert [line.partition(" the answer")[0] for line in result.set_aside] == [
+        f"{bucket}/in.d/a.csv:3:", f"{bucket}/in.d/b.jsonl:2:", f"{bucket}/in.d/c.parquet: row 2:"
+    ]  # fmt: skip
+    for number, name in enumerate(["b.jsonl", "a.csv", "c.parquet"]):
+        (question,) = imported(f"{bucket}/in.d/{name}", f"{bucket}/out/{name}", config())[0]
+        assert question.stem == ROWS[number]["题目"]
+    assert f"{bucket}/in.d/c.parquet: has no page checksums" in capsys.readouterr().err
+    for source, message in {
+        "in.d/none.csv": f"{bucket}/in.d/none.csv: the bucket or the object does not exist",
+        "in": f"{bucket}/in: holds no files that end with .jsonl, .csv, .parquet",
+        "out/a.csv/a.xlsx": f"{bucket}/out/a.csv/a.xlsx: holds no files that end with",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(message)):
+            imported(f"{bucket}/{source}", tmp_path / "bad", config())
+    assert not (tmp_path / "bad").exists()
+
+
+@pytest.mark.parametrize("pages", [{}, {"use_dictionary": False}, {"data_page_version": "2.0"}])
+def test_parquet_without_page_checksums_is_named(pages, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    table = pa.Table.from_pylist(ROWS)
+    for name in ("a", "b", "c"):
+        parquet.write_table(table, tmp_path / "in" / f"{name}.parquet", write_page_checksum=name == "a", **pages)
+    imported(tmp_path / "in" / "a.parquet", tmp_path / "whole", config())
+    assert capsys.readouterr().err == ""
+    imported(tmp_path / "in" / "b.parquet", tmp_path / "one", config())
+    assert f"{tmp_path / 'in' / 'b.parquet'}: has no page checksums, so damage" in capsys.readouterr().err
+    imported(tmp_path / "in", tmp_path / "all", config())
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'in' / 'b.parquet'} and 1 more: has no page checksums" in error
+    assert error.count("\n") == 1
+
+
+def test_no_flipped_bit_in_parquet_with_page_checksums_becomes_data(tmp_path):
+    rows = [{**ROWS[0], "题目": f"{n}", "科": "x"} for n in range(50)]
+    table = pa.Table.from_pylist(rows)
+    parquet.write_table(table, tmp_path / "a.parquet", write_page_checksum=True, compression="none")
+    whole = (tmp_path / "a.parquet").read_bytes()
+    expected = record_of(rows[0], config()), len(rows)
+    damage = random.Random(0)
+    found = 0
+    for number in range(60):
+        content = bytearray(whole)
+        content[damage.randrange(len(content))] ^= 1 << damage.randrange(8)
+        (tmp_path / "flipped.parquet").write_bytes(content)
+        try:
+            good, _ = imported(tmp_path / "flipped.parquet", tmp_path / str(number), config())
+        except (UserError, UsageError) as error:  # or a column that has lost its name
+            assert "flipped.parquet" in str(error)
+            found += 1
+        else:
+            assert (good[0], len(good)) == expected
+            assert [question.stem for question in good] == [row["题目"] for row in rows]
+    assert found > 40
 
 
 def test_a_source_that_ends_in_the_middle_leaves_no_data_set(tmp_path, monkeypatch):
@@ -411,6 +477,9 @@ def test_from_the_hub(tmp_path):
         hub.repos["datasets/org/lines"] = {"train.jsonl": lines}
         hub.repos["datasets/org/script"] = {"script.py": b"raise SystemExit('was run')"}
         hub.repos["datasets/org/cut"] = {"train.parquet": files["train.parquet"][:300]}
+        parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "p", write_page_checksum=True, compression="none")
+        flipped = (tmp_path / "p").read_bytes().replace("精神分析".encode(), "精神分晰".encode(), 1)
+        hub.repos["datasets/org/flipped"] = {"train.parquet": flipped}
         (tmp_path / "import.yaml").write_text(yaml.safe_dump({"record": "Question", "columns": COLUMNS}))
         (tmp_path / "org" / "exam").mkdir(parents=True)  # which must not be read in its place
         good = {"hub:org/exam": 3, f"hub:org/exam@{SHA}": 3, "hub:org/lines": 2}
@@ -419,6 +488,7 @@ def test_from_the_hub(tmp_path):
             "hub:org/exam@v9": "hub:org/exam@v9: Revision 'v9' doesn't exist for dataset 'org/exam' on the Hub.",
             "hub:org/script": "hub:org/script: Dataset scripts are no longer supported, but found script.py",
             "hub:org/cut": "hub:org/cut: ",
+            "hub:org/flipped": "hub:org/flipped: could not verify page integrity, CRC checksum verification failed",
         }
         tail = ["--config", "import.yaml"]
         commands = [["data", "import", name, f"out{n}", *tail] for n, name in enumerate([*good, *bad])]
