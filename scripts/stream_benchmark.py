@@ -1,9 +1,11 @@
 """How fast packed rows come from a bucket: tokens a second to one process, and how soon the first batch is there.
 
 A packed data set of random tokens is written to fake-gcs-server on this machine (or to --uri) and read through the same
-stream as SFT's. The server shares the machine's cores with the reader.
+stream as SFT's. The server shares the machine's cores with the reader: CPU seconds of both are measured while batches
+are read.
 
     python scripts/stream_benchmark.py --json
+    python scripts/stream_benchmark.py --json --shards 1000 --late    # as from a bucket far away
 """
 
 import argparse
@@ -17,6 +19,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from psyche_jax.data.chat import TokenizedExample
 from psyche_jax.data.dataset import Packing, open_dataset, write_contents
@@ -33,19 +36,28 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=4, help="about how many (default 4)")
     parser.add_argument("--batch-size", type=int, default=128, help="rows of a batch (default 128)")
     parser.add_argument("--batches", type=int, default=40, help="that are read (default 40)")
+    parser.add_argument("--late", action="store_true", help="every answer comes 0.3 s late (not with --uri)")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if arguments.uri is not None:
         result = measure(arguments.uri, arguments)
     else:
-        with load_tests_bucket().running_bucket() as bucket:
+        with load_tests_module("bucket").running_bucket() as bucket:
             result = measure(f"{bucket}/packed", arguments)
     print(json.dumps(result) if arguments.json else ", ".join(f"{key} {value}" for key, value in result.items()))
 
 
 def measure(uri: str, arguments: argparse.Namespace) -> dict[str, object]:
-    """Write the data set, then read it from the start and from the middle of an epoch."""
+    """Write the data set, then read it."""
     write(uri, arguments.length, arguments.rows, arguments.shards)
+    if arguments.late:
+        with load_tests_module("faulty_proxy").faulty(1.0, faults=("late",)):
+            return read(uri, arguments)
+    return read(uri, arguments)
+
+
+def read(uri: str, arguments: argparse.Namespace) -> dict[str, object]:
+    """Open the data set, and read it from the start and from the middle of an epoch."""
     started = time.perf_counter()
     dataset = open_dataset(uri)
     opened = time.perf_counter() - started
@@ -56,14 +68,21 @@ def measure(uri: str, arguments: argparse.Namespace) -> dict[str, object]:
 
     first_batch = seconds_to_first(stream(0, 1))
     resumed = seconds_to_first(stream(arguments.rows // arguments.batch_size // 2, 1))
+    me = psutil.Process()
+    processes = [me, *me.children()]
+    before = [cpu_seconds(process) for process in processes]
     times = [time.perf_counter()]
     tokens = 0
     for batch in stream(0, arguments.batches):
         tokens += int((batch["segments"] > 0).sum())
         times.append(time.perf_counter())
+    spent = [cpu_seconds(process) - earlier for process, earlier in zip(processes, before, strict=True)]
     return {
         "tokens_per_second": round(tokens / (times[-1] - times[0])),
         "seconds_median": statistics.median(np.diff(times)),
+        "seconds": times[-1] - times[0],
+        "reader_cpu_seconds": spent[0],
+        "server_cpu_seconds": sum(spent[1:]),
         "open_seconds": opened,
         "first_batch_seconds": first_batch,
         "resume_seconds": resumed,
@@ -72,6 +91,12 @@ def measure(uri: str, arguments: argparse.Namespace) -> dict[str, object]:
         "length": arguments.length,
         "batch_size": arguments.batch_size,
     }
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """Of all its threads, so far."""
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def seconds_to_first(stream) -> float:
@@ -95,13 +120,13 @@ def write(uri: str, length: int, rows: int, shards: int) -> None:
     write_contents(uri, PACKED, contents(), {}, -(-rows // shards) * length * 4, packing=packing)
 
 
-def load_tests_bucket():
-    """tests/bucket.py, which starts the server."""
-    path = Path(__file__).parents[1] / "tests" / "bucket.py"
-    spec = importlib.util.spec_from_file_location("bucket", path)
+def load_tests_module(name: str):
+    """tests/bucket.py, which starts the server, or tests/faulty_proxy.py."""
+    path = Path(__file__).parents[1] / "tests" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["bucket"] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -32,7 +32,8 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "uri",
         metavar="URI",
-        help="a local folder or gs://bucket/prefix; of `import` a file or folder, or (--config) hub:NAME[@REVISION]",
+        help="a local folder or gs://bucket/prefix; of `import` a file or folder, in a bucket with --config only, "
+        "or (--config) hub:NAME[@REVISION]",
     )
     verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` and `import` write")
     verb.add_argument("--format", choices=("cpsyexam", "pceb", "smile"), help="of what `import` reads, as published")

@@ -1,7 +1,9 @@
 """Data sets: whole or absent, the same in a folder and in a bucket, and never silently other than they were written."""
 
 import json
+import random
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,16 @@ def test_written_and_read_back_the_same(place):
     assert [json.loads(dataset[index])["meta"]["n"] for index in range(50)] == list(range(50))
     assert verify_dataset(f"{place}/a") == (manifest, [])
     assert find_datasets(place) == [(f"{place}/a", manifest)]
+
+
+def test_many_threads_read_many_shards_in_any_order(place):
+    manifest = write_dataset(f"{place}/many", examples(60), shard_bytes=1)
+    assert len(manifest.shards) == 60
+    dataset = open_dataset(f"{place}/many")
+    orders = [random.Random(seed).choices(range(60), k=90) for seed in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        read = list(threads.map(dataset.read, orders))
+    assert [[json.loads(content)["meta"]["n"] for content in contents] for contents in read] == orders
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
