@@ -4,8 +4,10 @@ A folder without a manifest is no data set, so one is either whole or absent. Sh
 the same records make the same files, and what a killed writer left behind never gets in the way of the next one.
 """
 
+import functools
 import itertools
 import json
+import resource
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +38,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 # Before compression; JSON and tokens shrink to a third or so, and files of 64 to 256 MiB suit buckets.
 SHARD_BYTES = 2**28
-_SHARDS_AT_ONCE = 16  # of a batch's; a bucket takes tens of milliseconds to answer, whatever is asked
+_RECORDS_AT_ONCE = 16  # a bucket takes tens of milliseconds to answer, whatever is asked
+_OPEN_SHARDS = 1024  # a quarter of a MiB each, and three file handles or, read by several threads at once, more
 _OPTIONS = "group_size:1,zstd:3"  # a record can be read alone
 
 
@@ -104,8 +107,9 @@ class Dataset:
         self.store = store
         self.manifest = manifest
         self._starts = np.cumsum([0, *(shard.records for shard in manifest.shards)])
-        self._readers: dict[int, Any] = {}
-        self._threads = ThreadPoolExecutor(_SHARDS_AT_ONCE, "shards")
+        self._threads = ThreadPoolExecutor(_RECORDS_AT_ONCE, "records")
+        file_handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._reader = functools.lru_cache(min(_OPEN_SHARDS, max(1, file_handles // 16)))(self._open_shard)
 
     def __len__(self) -> int:
         return self.manifest.records
@@ -114,7 +118,7 @@ class Dataset:
         return self.read([index])[0]
 
     def read(self, indices: Sequence[int]) -> list[bytes]:
-        """Several records, in the order asked for; those of one shard are read together, and several shards at once.
+        """Several records, in the order asked for, read at once.
 
         Raises:
           UserError: a shard is missing, broken or not the one that the manifest names.
@@ -122,17 +126,8 @@ class Dataset:
         places = np.asarray(indices, np.int64)
         if places.size and (places.min() < 0 or places.max() >= len(self)):
             raise IndexError(f"{self.store.address} has {len(self)} records, and none of them is {places.max()}")
-        of_shard: dict[int, list[int]] = {}  # which of the places lie in a shard
         shards = np.searchsorted(self._starts, places, side="right") - 1
-        for position, number in enumerate(shards.tolist()):
-            of_shard.setdefault(number, []).append(position)
-        within = [(places[positions] - self._starts[number]).tolist() for number, positions in of_shard.items()]
-        found: dict[int, bytes] = {}
-        for positions, contents in zip(
-            of_shard.values(), self._threads.map(self._read_shard, of_shard, within), strict=True
-        ):
-            found |= zip(positions, contents, strict=True)
-        return [found[position] for position in range(len(places))]
+        return list(self._threads.map(self._read, shards.tolist(), (places - self._starts[shards]).tolist()))
 
     def __iter__(self) -> Iterator[bytes]:
         """All records in order, each shard checked against its CRC32C before any of its records is given."""
@@ -145,20 +140,22 @@ class Dataset:
                     yield from reader.read(start, min(start + 256, shard.records))
                 reader.close()
 
-    def _read_shard(self, number: int, positions: list[int]) -> list[bytes]:
+    def _open_shard(self, number: int) -> Any:
         shard = self.manifest.shards[number]
         path = self.store.path(shard.name)
-        if number not in self._readers:
-            reader = _open_reader(path, path)
-            if not reader.num_records():  # what ArrayRecord makes of a refusal
-                raise UserError(f"{path}: nothing can be read of it; is there a permission to (storage.objects.get)?")
-            if reader.num_records() != shard.records:
-                raise _broken(path, f"it holds {reader.num_records()} records, the manifest says {shard.records}")
-            self._readers[number] = reader
+        reader = _open_reader(path, path)
+        if not reader.num_records():  # what ArrayRecord makes of a refusal
+            raise UserError(f"{path}: nothing can be read of it; is there a permission to (storage.objects.get)?")
+        if reader.num_records() != shard.records:
+            raise _broken(path, f"it holds {reader.num_records()} records, the manifest says {shard.records}")
+        return reader
+
+    def _read(self, number: int, position: int) -> bytes:
+        """A record of a shard. One by one: several would be read by as many threads over as many connections."""
         try:
-            return self._readers[number].read(positions)
+            return self._reader(number).read([position])[0]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise _broken(path, first_reason(error)) from None
+            raise _broken(self.store.path(self.manifest.shards[number].name), first_reason(error)) from None
 
 
 def write_dataset(

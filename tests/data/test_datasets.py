@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -64,6 +66,22 @@ def test_many_threads_read_many_shards_in_any_order(place):
     with ThreadPoolExecutor(4) as threads:
         read = list(threads.map(dataset.read, orders))
     assert [[json.loads(content)["meta"]["n"] for content in contents] for contents in read] == orders
+
+
+FEW_HANDLES = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
+from psyche_jax.data.dataset import open_dataset
+dataset = open_dataset(sys.argv[1])
+for _ in range(2):
+    assert len(dataset.read(range(len(dataset)))) == 120
+"""
+
+
+def test_more_shards_than_file_handles(bucket):
+    """ArrayRecord keeps three for every shard that is open, and without any left waits for ever."""
+    assert len(write_dataset(f"{bucket}/handles", examples(120), shard_bytes=1).shards) == 120
+    subprocess.run([sys.executable, "-c", FEW_HANDLES, f"{bucket}/handles"], check=True, timeout=60)
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
