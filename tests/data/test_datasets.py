@@ -70,17 +70,17 @@ def test_many_threads_read_many_shards_in_any_order(place):
 
 FEW_HANDLES = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from psyche_jax.data.dataset import open_dataset
 dataset = open_dataset(sys.argv[1])
 for _ in range(2):
-    assert len(dataset.read(range(len(dataset)))) == 120
+    assert len(dataset.read(range(len(dataset)))) == 200
 """
 
 
 def test_more_shards_than_file_handles(bucket):
     """ArrayRecord keeps three for every shard that is open, and without any left waits for ever."""
-    assert len(write_dataset(f"{bucket}/handles", examples(120), shard_bytes=1).shards) == 120
+    assert len(write_dataset(f"{bucket}/handles", examples(200), shard_bytes=1).shards) == 200
     subprocess.run([sys.executable, "-c", FEW_HANDLES, f"{bucket}/handles"], check=True, timeout=60)
 
 
