@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from psyche_jax import hub
+from psyche_jax.buckets import DEADLINE_SECONDS
 from psyche_jax.config import Section
-from psyche_jax.data.store import DEADLINE_SECONDS, open_store
+from psyche_jax.data.store import open_store
 from psyche_jax.errors import UsageError, UserError, first_reason
 from psyche_jax.files import in_bucket
 
