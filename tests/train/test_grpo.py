@@ -1,10 +1,9 @@
-"""GRPO iterations against a plain implementation on whole logits, plain-Python rewards, and other meshes and splits."""
+"""GRPO iterations against a plain implementation on whole logits, plain-Python rewards."""
 
 import dataclasses
 import functools
 import math
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,115 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from iterations import FAST, RATE, Bench, Outcome, bench, outcome
 from test_objectives import plain_advantages
-from training_fixtures import PROMPT, RULES, execution, grpo_config, largest_difference
+from training_fixtures import RULES, execution, grpo_config, largest_difference
 
 from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
-from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import RlPrompt, answer_mask, read_records
-from psyche_jax.data.streams import pad_prompts
-from psyche_jax.model.config import ModelConfig, read_hf_config
-from psyche_jax.model.huggingface import load_tokenizer, read_parameters
-from psyche_jax.model.qwen2 import bind, build
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.qwen2 import bind
 from psyche_jax.rewards import AnswerSetRule, FunctionReward, LengthRule, PatternRule, ThinkFormatRule
 from psyche_jax.rewards.reference import score_response
-from psyche_jax.rewards.score import compile_rules
-from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.train import grpo_run
-from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.grpo_run import decoded_samples
-from psyche_jax.train.state import initial_state, state_shardings
-
-RATE = 0.001
-ONE, FSDP, ALL = (1, 1, 1), (1, 8, 1), (2, 2, 2)  # meshes
-# Nearly all the time of these tests is compilation; this takes some of it away.
-FAST = {"xla_backend_optimization_level": 0}
-# Two ways through the program: one update a step, and several with old log-probs, clips and micro-batches.
-PLAIN: dict[str, Any] = {}
-SEVERAL: dict[str, Any] = {
-    "temperature": 0.7,
-    # Clips so narrow that a small update meets them.
-    "objective": ObjectiveSection("dapo", "batch", clip_low=0.02, clip_high=0.03, kl_coefficient=0.05),
-    "minibatch_prompts": 4,
-    "micro_batch_prompts": 2,
-}
-
-
-class Outcome(NamedTuple):
-    """Some steps of one program: everything on the host."""
-
-    config: Any
-    metrics: list[dict[str, float]]
-    samples: list[dict[str, Any]]
-    parameters: list[Any]  # before each step, and after the last
-    reference: Any  # after the last step
-    program: str  # optimized HLO
-
-
-class Bench:
-    """A compiled iteration with all it takes; plain gradient descent, so that gradients can be read off."""
-
-    def __init__(self, root: Path, mesh: tuple[int, int, int] = ONE, optimizer: Any = None, **changes: Any) -> None:
-        self.config = grpo_config(root, **changes)
-        self.model = read_hf_config(root / "model")
-        self.execution = execution(math.prod(mesh), *mesh)
-        self.tokenizer = load_tokenizer(root / "model")
-        self.bytes = token_bytes_from_tokenizer(self.tokenizer, self.model.vocab_size)
-        self.rules = compile_rules(self.config.rules, self.bytes, self.model.stop_token_ids)
-        self.optimizer = optimizer or optax.sgd(RATE)
-        self.folder = root / "model"
-        records = read_records(RlPrompt, root / "rl.jsonl").good[: self.config.candidates_per_step]
-        padded = pad_prompts([prompt_tokens(self.tokenizer, r.messages, PROMPT) for r in records], 64)
-        answers = np.asarray([answer_mask(record.answer) for record in records], np.int32)
-        batch = {**padded, "answers": answers, "number": np.arange(len(records), dtype=np.int32)}
-        self.batch = jax.device_put(batch, self.execution.sharding.named("batch"))
-        self.reference = self.read() if self.config.objective.kl_coefficient else None
-        self.iteration = Iteration(
-            self.config, self.model, self.execution, self.optimizer, optax.constant_schedule(RATE), self.shardings()
-        )
-        arguments = (self.state(self.read()), self.reference, self.rules, self.batch, jax.random.key(0))
-        self.step = self.iteration.program().lower(*arguments).compile(FAST)
-
-    def read(self) -> Any:
-        return read_parameters(self.folder, self.model, self.execution.sharding, jnp.dtype("float32"))
-
-    def state(self, parameters: Any) -> Any:
-        return initial_state(self.optimizer, parameters, self.shardings())
-
-    def shardings(self) -> Any:
-        return state_shardings(self.optimizer, build(self.model)[1], self.execution.sharding)
-
-    def run(self, steps: int, seed: int = 5, parameters: Any = None) -> Outcome:
-        state = self.state(self.read() if parameters is None else parameters)
-        metrics, samples, history = [], [], [jax.device_get(state.parameters)]
-        for step in range(steps):
-            key = jax.random.fold_in(jax.random.key(seed), step)
-            state, outputs = self.step(state, self.reference, self.rules, self.batch, key)
-            outputs = jax.device_get(outputs)
-            metrics.append({name: float(value) for name, value in outputs["metrics"].items()})
-            samples.append(outputs["samples"])
-            history.append(jax.device_get(state.parameters))
-        return Outcome(self.config, metrics, samples, history, jax.device_get(self.reference), self.step.as_text())
-
-
-@functools.cache
-def _bench(root: Path, mesh: tuple[int, int, int], several: bool) -> Bench:
-    return Bench(root, mesh, **(SEVERAL if several else PLAIN))
-
-
-@functools.cache
-def _outcome(root: Path, mesh: tuple[int, int, int], several: bool) -> Outcome:
-    return _bench(root, mesh, several).run(2)
-
-
-def bench(root: Path, mesh: tuple[int, int, int] = ONE, several: bool = False) -> Bench:
-    """One a session for each mesh and way: compilation is what these tests spend their time on."""
-    return _bench(root, mesh, several)
-
-
-def outcome(root: Path, mesh: tuple[int, int, int] = ONE, several: bool = False) -> Outcome:
-    """The first two steps of that program."""
-    return _outcome(root, mesh, several)
 
 
 def whole_scores(
@@ -317,29 +218,6 @@ def test_the_reference_stays_where_it_was(tiny_root, figure):
     assert largest_difference(ours.parameters[1], ours.parameters[0]) > 0
 
 
-def test_micro_batches_change_nothing(tiny_root, figure):
-    """2 prompts at once in place of 8."""
-    expected = outcome(tiny_root)
-    compare(Bench(tiny_root, micro_batch_prompts=2).run(2), expected, figure, "micro-batches")
-
-
-WIDE = ObjectiveSection("gspo", kl_coefficient=0.05, mask_truncated=True, top_entropy=0.5, sampler_cap=1.0001)
-
-
-def test_micro_batches_change_nothing_of_what_looks_at_the_whole_batch(tiny_root, figure):
-    """The limit of entropy, masked truncated responses, two passes; also against the objective by hand."""
-    this = [Bench(tiny_root, objective=WIDE, passes_per_step=2, micro_batch_prompts=size) for size in (2, 8)]
-    ours, expected = (bench.run(2) for bench in this)
-    compare(ours, expected, figure, "micro-batches, gspo")
-    metrics, samples = ours.metrics[0], ours.samples[0]
-    stops = np.isin(samples["tokens"], this[0].model.stop_token_ids).any(axis=1)
-    assert metrics["completions/clipped_ratio"] == pytest.approx(1 - stops.mean())
-    assert metrics["completions/mean_length"] == pytest.approx(samples["mask"].sum(axis=1).mean())
-    ratios = [metrics[f"sampling/importance_sampling_ratio/{part}"] for part in ("min", "mean", "max")]
-    assert 0.999 < ratios[0] <= ratios[1] <= ratios[2] <= 1.00011
-    assert largest_difference(ours.parameters[1], ours.parameters[0]) > 0
-
-
 def test_truncated_responses_teach_nothing(tiny_root):
     """On policy the loss is minus the mean advantage, by token: of the responses that stop."""
     this = Bench(tiny_root, objective=ObjectiveSection("dapo", kl_coefficient=0.0, mask_truncated=True))
@@ -380,44 +258,6 @@ def test_dynamic_sampling(candidates, tokens, tiny_root):
     assert all(math.isfinite(value) for value in metrics.values())
 
 
-def test_two_programs_are_the_one(tiny_root, figure):
-    """A function that says what a rule says gives the same update; where it says nothing, less is learned from."""
-    this, expected = bench(tiny_root), outcome(tiny_root)
-    iteration = dataclasses.replace(
-        this.iteration,
-        config=dataclasses.replace(this.config, rewards=(*RULES[1:], FunctionReward(function="a:ascii"))),
-    )
-    rules = compile_rules(iteration.config.rules, this.bytes, this.model.stop_token_ids)
-    key = jax.random.fold_in(jax.random.key(5), 0)  # as `run` draws
-    sample, learn = iteration.programs()
-    state = this.state(this.read())
-    sampled = sample.lower(state.parameters, rules, this.batch, key).compile(FAST)(
-        state.parameters, rules, this.batch, key
-    )
-    rows = jax.device_get(sampled.rollout)
-    assert (rows.tokens == expected.samples[0]["tokens"]).all()
-    values = expected.samples[0]["rewards_by_rule"]["ascii"].reshape(8, 4)
-    learn = learn.lower(state, this.reference, sampled, {"ascii": values}).compile(FAST)
-    new, outputs = learn(state, this.reference, sampled, {"ascii": values})
-    figure(
-        "GRPO parameters, two programs",
-        largest_difference(jax.device_get(new.parameters), expected.parameters[1]),
-        1e-5,
-    )
-    for name, value in expected.metrics[0].items():
-        assert float(outputs["metrics"][name]) == pytest.approx(value, rel=1e-5, abs=1e-6), name
-    some = values.copy()
-    some[0] = some[1, 2] = np.nan
-    _, outputs = learn(this.state(this.read()), this.reference, sampled, {"ascii": some})
-    total = outputs["samples"]["rewards"].reshape(8, 4)
-    np.testing.assert_allclose(total[0], expected.samples[0]["rewards"].reshape(8, 4)[0] - values[0], atol=1e-6)
-    advantages = outputs["samples"]["advantages"].reshape(8, 4)
-    assert advantages[1, 2] == 0
-    group = np.delete(np.asarray(total[1], np.float64), 2)
-    assert np.delete(advantages[1], 2) == pytest.approx((group - group.mean()) / (group.std(ddof=1) + 1e-4), abs=1e-4)
-    assert float(outputs["metrics"]["rewards/ascii/mean"]) == pytest.approx(np.nanmean(some), abs=1e-6)
-
-
 def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
     """Rewards of the plain reference on greedy responses, also where the last batch is not full, and with functions."""
     this = bench(tiny_root)
@@ -451,31 +291,6 @@ def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
     assert metrics["evaluation_reward"] == pytest.approx((total.sum() + 2 * sum(numbers)) / 11, rel=1e-5)
     assert metrics["evaluation_completions/mean_length"] == pytest.approx(np.mean([mask.sum() for _, _, mask in seen]))
     assert grpo_run.held_out_reward(*arguments) == metrics
-
-
-@pytest.mark.parametrize("mesh", [FSDP, ALL], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])
-def test_eight_devices_equal_one(mesh, tiny_root, figure):
-    compare(outcome(tiny_root, mesh), outcome(tiny_root), figure, "8 devices")
-
-
-def test_eight_devices_equal_one_with_minibatches(tiny_root, figure):
-    """Parts of a step keep all devices busy and in the same order: 4 micro-batches of 8 responses."""
-    compare(outcome(tiny_root, FSDP, True), outcome(tiny_root, several=True), figure, "8 devices, minibatches")
-
-
-def compare(ours: Outcome, expected: Outcome, figure: Any, what: str) -> None:
-    """The same tokens, and the same numbers but for the order of sums."""
-    for left, right in zip(ours.samples, expected.samples, strict=True):
-        assert (left["tokens"] == right["tokens"]).all(), "other tokens were sampled"
-    for left, right in zip(ours.metrics, expected.metrics, strict=True):
-        assert left.keys() == right.keys()
-        for name in left:
-            # Where a reward is its group's mean, rounding gives the advantage either sign, and clips depend on it.
-            limit = 0.03 if name.startswith("clip_ratio") else 1e-5
-            assert abs(left[name] - right[name]) <= limit * max(1, abs(right[name])), name
-    losses = [[line["loss"] for line in lines] for lines in (ours.metrics, expected.metrics)]
-    figure(f"GRPO loss, {what}", np.abs(np.subtract(*losses)).max(), 1e-5)
-    figure(f"GRPO parameters, {what}", largest_difference(ours.parameters[2], expected.parameters[2]), 1e-4)
 
 
 TO_HOST = re.compile(r"callback|\b(infeed|outfeed|send|recv|send-done|recv-done)\(|MoveToHost|host_compute", re.I)
