@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 import psyche_jax
 from psyche_jax import hub
-from psyche_jax.config import Dtype, PromptSection, config_to_dict, dump_yaml, parse_yaml_mapping
+from psyche_jax.config import Dtype, PromptSection
+from psyche_jax.config_files import config_to_dict, dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.model.config import ModelConfig

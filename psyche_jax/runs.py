@@ -12,7 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 import psyche_jax
 from psyche_jax import hosts
-from psyche_jax.config import LoggingSection, dump_yaml, parse_yaml_mapping
+from psyche_jax.config import LoggingSection
+from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import GrowingFile, bucket_errors, in_bucket, read_json, write_json, write_text
 from psyche_jax.run_lock import FILE as LOCK_FILE

@@ -30,7 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psyche_jax.config import GrpoConfig, load_config
+from psyche_jax.config import GrpoConfig
+from psyche_jax.config_files import load_config
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, RlPrompt, SftExample, answer_mask, read_records, write_records
 from psyche_jax.data.streams import pad_prompts

@@ -13,14 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import psyche_jax
-from psyche_jax.config import (
-    GrpoConfig,
-    SftConfig,
-    config_to_dict,
-    dump_yaml,
-    load_config,
-    parse_config,
-)
+from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.config_files import config_to_dict, dump_yaml, load_config, parse_config
 from psyche_jax.data.mapping import ImportConfig
 from psyche_jax.data.packing import PackConfig
 from psyche_jax.errors import UsageError

@@ -10,7 +10,8 @@ import pytest
 from tiny import save_model
 
 import psyche_jax
-from psyche_jax.config import GrpoConfig, GrpoDataSection, SftConfig, load_config
+from psyche_jax.config import GrpoConfig, GrpoDataSection, SftConfig
+from psyche_jax.config_files import load_config
 from psyche_jax.data.records import RlPrompt, SftExample, answer_mask, read_records
 from psyche_jax.rewards.reference import score_response
 

@@ -117,7 +117,7 @@ def _import(arguments: argparse.Namespace) -> None:
         manifest = write_dataset(to, loaded.good, {"source": uri}, deadline=deadline)
         set_aside, faults, of_which = loaded.set_aside, loaded.faults, "; faults seen, mended ones among them:"
     else:
-        from psyche_jax.config import load_config
+        from psyche_jax.config_files import load_config
         from psyche_jax.data.mapping import ImportConfig, import_rows
 
         imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides), deadline)
@@ -138,7 +138,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
 def _pack(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from psyche_jax.config import load_config
+    from psyche_jax.config_files import load_config
     from psyche_jax.data.packing import PackConfig, pack
 
     config = load_config(PackConfig, arguments.config, arguments.overrides)

@@ -49,7 +49,7 @@ def add_verbs(add: AddVerb) -> None:
 
 
 def _synth(arguments: argparse.Namespace) -> None:
-    from psyche_jax.config import load_config
+    from psyche_jax.config_files import load_config
     from psyche_jax.synth.config import SynthConfig
     from psyche_jax.synth.pipeline import STAGES, run_synth
 
@@ -61,7 +61,7 @@ def _synth(arguments: argparse.Namespace) -> None:
 
 
 def _select(arguments: argparse.Namespace) -> None:
-    from psyche_jax.config import load_config
+    from psyche_jax.config_files import load_config
     from psyche_jax.synth.config import SelectConfig
     from psyche_jax.synth.pipeline import run_select
 

@@ -135,7 +135,8 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _sft(arguments: argparse.Namespace) -> None:
-    from psyche_jax.config import SftConfig, load_config
+    from psyche_jax.config import SftConfig
+    from psyche_jax.config_files import load_config
 
     check_at_least("profile", arguments.profile, 0)
     config = load_config(SftConfig, arguments.config, arguments.overrides)
@@ -146,7 +147,8 @@ def _sft(arguments: argparse.Namespace) -> None:
 
 
 def _grpo(arguments: argparse.Namespace) -> None:
-    from psyche_jax.config import GrpoConfig, load_config
+    from psyche_jax.config import GrpoConfig
+    from psyche_jax.config_files import load_config
 
     check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)

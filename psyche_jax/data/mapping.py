@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from psyche_jax.buckets import DEADLINE_SECONDS
-from psyche_jax.config import Section, config_to_dict
+from psyche_jax.config import Section
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import Manifest, write_dataset
 from psyche_jax.data.records import (
     BaseRecord,

@@ -13,7 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from psyche_jax.config import PromptSection, Section, config_to_dict
+from psyche_jax.config import PromptSection, Section
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import TokenizedExample, tokenize_example
 from psyche_jax.data.dataset import Manifest, Packing, load_records, write_contents
 from psyche_jax.data.records import SftExample

@@ -13,6 +13,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from psyche_jax.evaluate.formats import number
+
 SMOOTH_ABOVE = 30  # points; a longer curve gets a moving mean over its faint raw line
 COLORS = 6
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
@@ -166,19 +168,6 @@ def charts(metrics: Sequence[Metric], runs: Sequence[tuple[str, Sequence[dict[st
             salt = f"{metric.title} {len(result)} {'|'.join(run for run, _ in runs)}"
             result.append(Chart(metric, series, _draw(metric, series, salt)))
     return result
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
-    size = abs(value)
-    if value == 0 or not math.isfinite(value):
-        text = f"{value:g}" if value else "0"
-    elif 1e-3 <= size < 1e7:
-        text = f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
-    else:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    return text.replace("-", "−")
 
 
 def moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

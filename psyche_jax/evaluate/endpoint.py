@@ -9,7 +9,8 @@ from typing import Any
 
 import openai
 
-from psyche_jax.config import PromptSection, config_to_dict
+from psyche_jax.config import PromptSection
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import render_prompt
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.answers import Completion, Key

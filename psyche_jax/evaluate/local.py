@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from psyche_jax.config import Dtype, MeshSection, PromptSection, config_to_dict
+from psyche_jax.config import Dtype, MeshSection, PromptSection
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Completion, Key

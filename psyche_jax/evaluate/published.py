@@ -14,7 +14,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from psyche_jax.evaluate.curves import GRID, SERIES, TEXT, number, style, themed
+from psyche_jax.evaluate.curves import GRID, SERIES, TEXT, style, themed
+from psyche_jax.evaluate.formats import number
 
 SINGLE, MULTIPLE = "smcq", "mmcq"
 PARTS = ("case", "moral", "theory")

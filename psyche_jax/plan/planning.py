@@ -10,7 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from psyche_jax.config import GrpoConfig, SftConfig, load_config, read_values
+from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.config_files import load_config, read_values
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.sharding import check_mesh_fits, make_mesh

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.config import Dtype, MeshSection, PromptSection, Section, parse_config, read_values
+from psyche_jax.config import Dtype, MeshSection, PromptSection, Section
+from psyche_jax.config_files import parse_config, read_values
 from psyche_jax.errors import UsageError
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from psyche_jax.config import config_to_dict, dump_yaml
+from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.dataset import is_dataset, open_dataset
 from psyche_jax.data.records import Dialogue, Passage, Question
 from psyche_jax.errors import UsageError, UserError

@@ -19,7 +19,8 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
-from psyche_jax.config import PromptSection, config_to_dict, parse_config
+from psyche_jax.config import PromptSection
+from psyche_jax.config_files import config_to_dict, parse_config
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import absolute, as_path, bucket_errors, files_under, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config

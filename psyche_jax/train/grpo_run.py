@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from psyche_jax import hosts
-from psyche_jax.config import GrpoConfig, config_to_dict
+from psyche_jax.config import GrpoConfig
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import RlPrompt, answer_mask

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from psyche_jax import hosts
-from psyche_jax.config import SftConfig, config_to_dict
+from psyche_jax.config import SftConfig
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import TokenizedExample
 from psyche_jax.data.examples import open_examples, tokenized
 from psyche_jax.data.streams import Batch, batches, pad_examples

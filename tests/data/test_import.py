@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from psyche_jax.cli import main
-from psyche_jax.config import parse_config
+from psyche_jax.config_files import parse_config
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.mapping import ImportConfig, import_rows, record_of
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_text

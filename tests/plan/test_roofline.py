@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 import psyche_jax
-from psyche_jax.config import GrpoConfig, ObjectiveSection, SftConfig, load_config
+from psyche_jax.config import GrpoConfig, ObjectiveSection, SftConfig
+from psyche_jax.config_files import load_config
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import head_flops, layers_flops
 from psyche_jax.model.published import ARCHITECTURES, published_architecture

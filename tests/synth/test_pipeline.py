@@ -11,7 +11,7 @@ import yaml
 from bucket import running_bucket
 
 from psyche_jax import cli
-from psyche_jax.config import config_to_dict
+from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.records import Question, RlPrompt, SftExample, read_records, write_records
 from psyche_jax.errors import UsageError, UserError

@@ -2,7 +2,8 @@
 
 import pytest
 
-from psyche_jax.config import CheckpointSection, parse_config
+from psyche_jax.config import CheckpointSection
+from psyche_jax.config_files import parse_config
 from psyche_jax.errors import UsageError
 from psyche_jax.train.pace import Pace
 

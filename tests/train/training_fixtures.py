@@ -20,9 +20,8 @@ from psyche_jax.config import (
     RunSection,
     SftConfig,
     SftDataSection,
-    config_to_dict,
-    dump_yaml,
 )
+from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
 from psyche_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from psyche_jax.model.config import ModelConfig

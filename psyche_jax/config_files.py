@@ -1,0 +1,167 @@
+"""Typed configs from YAML with `extends:` and `--set`, checked before any work begins, and back to YAML."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_type_hints
+
+import pydantic
+import yaml
+
+from psyche_jax.errors import UsageError
+
+Config = TypeVar("Config")
+
+
+def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, what it `extends`, and `key=value` overrides into a checked config.
+
+    Raises:
+      UsageError: the file is missing or broken, or a key or value is wrong (named, with the nearest valid key).
+    """
+    return parse_config(kind, read_values(path, overrides), str(path))
+
+
+def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What `load_config` checks: the YAML file with what it `extends`, if there is one, and the overrides in it.
+
+    Raises:
+      UsageError: the file is missing or broken, or an override is.
+    """
+    values = {} if path is None else _read_yaml(path)
+    for override in overrides:
+        _override(values, override)
+    return values
+
+
+def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> Config:
+    """Check a mapping and turn it into the dataclass `kind`; `origin` names it in messages."""
+    try:
+        return pydantic.TypeAdapter(kind).validate_python(values)
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{origin}: {_describe(kind, error.errors()[0])}") from None
+    except UsageError as error:
+        raise UsageError(f"{origin}: {error}") from None
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain values of a config, every field present, as `config.yaml` holds them."""
+    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML with keys in the order given and Chinese as it is."""
+    return yaml.dump(dict(values), Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=110)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes strings with rare line ends, which PyYAML else writes bare and reads back as spaces."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    rare = any(end in text for end in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if rare else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def parse_yaml_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+      UsageError: it cannot be read, or holds something else.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: the config cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
+        raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: a config must be a mapping of keys to values")
+    return values
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UsageError(f"{path}: `extends` comes back to itself")
+    values = parse_yaml_mapping(path)
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise UsageError(f"{path}: `extends` must be the path of another config, not {parent!r}")
+    return _merged(_read_yaml(path.parent / parent, (*seen, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in changes.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set {override}: must have the form key=value, for example run.seed=1")
+    try:
+        value = yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError):
+        raise UsageError(f"--set {override}: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = values
+    try:
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
+        node[int(last) if isinstance(node, list) else last] = value
+    except (TypeError, ValueError, IndexError, AttributeError):
+        raise UsageError(f"--set {override}: there is no {key!r} to set") from None
+
+
+def _describe(kind: type, error: Any) -> str:
+    location = error["loc"]
+    # Behind the index of a rule pydantic names the rule's kind, which stands in no config as a key.
+    pairs = zip((None, *location), location, strict=False)
+    parts = [str(part) for before, part in pairs if not isinstance(before, int)]
+    name = ".".join(parts)
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        siblings = _field_names(_section_at(kind, location[:-1]))
+        nearest = [".".join([*parts[:-1], key]) for key in difflib.get_close_matches(parts[-1], siblings, 1)]
+        elsewhere = [key for key in _keys(kind) if key.rpartition(".")[2] == parts[-1]]
+        hints = [f"did you mean {key!r}?" for key in nearest or elsewhere]
+        return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
+    if error["type"] in ("missing", "missing_argument"):
+        return f"the key {name!r} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    where = f"{name}: " if name else ""
+    return f"{where}{message}" if error["type"] == "value_error" else f"{where}{message}, not {error['input']!r}"
+
+
+def _section_at(kind: Any, location: Sequence[str | int]) -> Any:
+    """The dataclass to which `location`, as pydantic gives it, leads from `kind`."""
+    for part in location:
+        if isinstance(part, int):
+            kind = get_args(kind)[0]
+        elif dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind)[part]
+        else:
+            kind = next(rule for rule in get_args(kind) if get_args(get_type_hints(rule)["rule"]) == (part,))
+    return kind
+
+
+def _keys(kind: Any, prefix: str = "") -> list[str]:
+    keys = []
+    hints = get_type_hints(kind)
+    for name in _field_names(kind):
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hints[name]):
+            keys += _keys(hints[name], f"{prefix}{name}.")
+    return keys
+
+
+def _field_names(kind: Any) -> list[str]:
+    return [entry.name for entry in dataclasses.fields(kind)]
