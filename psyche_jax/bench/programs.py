@@ -153,9 +153,10 @@ def _keys(seed: int, steps: int) -> list[jax.Array]:
 
 
 def _rules(config: GrpoConfig, model: ModelConfig, seed: int) -> CompiledRules:
-    """Rules for a vocabulary of all bytes and random strings of 2 to 8 letters."""
+    """Rules for a vocabulary of what they look for, all bytes, and random strings of 2 to 8 letters."""
     generator = np.random.default_rng(seed)
-    vocabulary: list[bytes | None] = [bytes([byte]) for byte in range(min(256, model.vocab_size))]
+    looked_for = [text.encode() for text in ("<think>", "</think>", "答案：", "A")]
+    vocabulary: list[bytes | None] = [*looked_for, *(bytes([byte]) for byte in range(256))][: model.vocab_size]
     vocabulary += [
         bytes(generator.integers(ord("a"), ord("z") + 1, generator.integers(2, 9), np.uint8))
         for _ in range(model.vocab_size - len(vocabulary))

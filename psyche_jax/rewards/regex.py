@@ -80,6 +80,7 @@ _REFUSED_GROUPS = {
     "(?>": "an atomic group",
 }
 _CHARACTER_FLAGS = re.ASCII | re.DOTALL | re.IGNORECASE
+_DEEPEST = 100  # groups within groups: as deep as Python's stack surely allows
 _ADVICE = "rules are automata and cannot do this; write the pattern without it"
 
 
@@ -95,6 +96,7 @@ class _Parser:
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
         self.at = 0
+        self.depth = 0
 
     def choice(self, flags: int) -> Node:
         options = [self.sequence(flags)]
@@ -165,7 +167,11 @@ class _Parser:
             return Series(())
         if on & (re.ASCII | re.UNICODE):
             flags &= ~(re.ASCII | re.UNICODE)
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            refuse(self.pattern, place, f"a group within {_DEEPEST} others", "write it with fewer brackets")
         node = self.choice((flags | on) & ~off)
+        self.depth -= 1
         self.at += 1  # the closing bracket
         return node if isinstance(node, Series | Choice) else Series((node,))
 
@@ -224,8 +230,7 @@ def _check_anchors(pattern: str, node: Node, *, first: bool, last: bool) -> None
     elif isinstance(node, Series):
         solid = [i for i, item in enumerate(node.items) if not isinstance(item, Anchor)]
         for i, item in enumerate(node.items):
-            before = any(j < i for j in solid)
-            after = any(j > i for j in solid)
+            before, after = bool(solid) and solid[0] < i, bool(solid) and solid[-1] > i
             _check_anchors(pattern, item, first=first and not before, last=last and not after)
 
 

@@ -29,18 +29,44 @@ MAX_TABLE_BYTES = 64 << 20
 
 
 def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> TokenAutomaton:
-    """The table of a rule. Raises UsageError if its automaton is too large."""
+    """The table of a rule.
+
+    Raises UsageError if its automaton is too large, or nothing that the tokenizer can spell is worth anything.
+    """
+    advice = "simplify the rule"
     try:
         if isinstance(rule, PatternRule):
-            characters = compile_pattern(rule.pattern, rule.re_flags, rule.max_states)
+            advice = "simplify the pattern (counted repetition multiplies states)"
+            try:
+                characters = compile_pattern(rule.pattern, rule.re_flags, rule.max_states)
+            except TooLarge:
+                advice += " or raise `max_states`"
+                raise
         elif isinstance(rule, ThinkFormatRule):
             characters = think_format()
         else:
             characters = answer_set(rule)
-        return to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES)
+        table = to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES)
     except TooLarge as error:
-        advice = "simplify the pattern (counted repetition multiplies states) or raise `max_states`"
         raise UsageError(f"reward rule `{rule.name}`: its automaton has {error}: {advice}") from error
+    if not _can_be_met(table):
+        raise UsageError(
+            f"reward rule `{rule.name}`: every response would get 0, since the tokens of this tokenizer cannot spell "
+            "what it asks for; change the rule, or take another tokenizer"
+        )
+    return table
+
+
+def _can_be_met(table: TokenAutomaton) -> bool:
+    """Whether some tokens lead to a state that accepts, and, if letters matter, to a letter on the way."""
+    reached = np.zeros(len(table.accept), bool)
+    new = np.array([0])
+    while len(new):
+        reached[new] = True
+        targets = np.unique(table.next[new])
+        new = targets[~reached[targets]]
+    reads = table.effect is None or bool((table.effect[reached] & (CLEAR - 1)).any())
+    return bool(table.accept[reached].any()) and reads
 
 
 def think_format() -> CharacterAutomaton:

@@ -35,6 +35,7 @@ from psyche_jax.rewards import (
     extract_letters,
     reference,
 )
+from psyche_jax.rewards.rules import compile_text_rule
 from psyche_jax.rewards.score import compile_rules, score
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 
@@ -280,6 +281,17 @@ def compare(vocab: Vocabulary, count: int, seed: int, size: int = 1000) -> Outco
     return outcome
 
 
+def tables(vocab: Vocabulary) -> str:
+    """How long each rule's table takes to build, and how large it is."""
+    built = []
+    for rule in RULES:
+        if isinstance(rule, ThinkFormatRule | AnswerSetRule | PatternRule):
+            started = time.perf_counter()
+            table = compile_text_rule(rule, vocab.token_bytes)
+            built.append(f"{rule.name} {time.perf_counter() - started:.1f} s {table.nbytes / 2**20:.1f} MiB")
+    return ", ".join(built)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000, help="responses for each vocabulary")
@@ -292,6 +304,7 @@ def main() -> int:
         if vocab is None:
             print(f"{name}: not installed, left out")
             continue
+        print(f"{name}: {len(vocab.token_bytes)} ids; {tables(vocab)}")
         started = time.perf_counter()
         outcome = compare(vocab, arguments.count, arguments.seed)
         seconds = time.perf_counter() - started

@@ -206,7 +206,10 @@ def test_any_string_is_matched_like_re_or_refused(pattern: str, texts: list[str]
         ("a?^", 2, "anchor"),
         ("(?x: a b)", 0, "VERBOSE"),
         ("(?x)a b", 0, "VERBOSE"),
+        ("(" * 101 + "a" + ")" * 101, 100, "a group within 100 others"),
+        ("(?:a|" * 300 + "b" + ")" * 300, 500, "a group within 100 others"),
     ],
+    ids=lambda value: value[:24] if isinstance(value, str) else None,
 )
 def test_what_an_automaton_cannot_do_is_refused_with_its_place(pattern: str, place: int, what: str) -> None:
     re.compile(pattern)  # Python takes it
@@ -225,4 +228,7 @@ def test_state_limit() -> None:
         compile_pattern(".*a.{10}", 0, 300)
     with pytest.raises(TooLarge, match="positions"):
         compile_pattern("((a{1000}){1000}){1000}", 0, 4096)
+    with pytest.raises(TooLarge, match="positions"):
+        compile_pattern("a" * 30_000, 0, 4096)
     assert len(compile_pattern(".*a.{6}", re.DOTALL, 300).table.accept) == 128
+    assert len(compile_pattern("(" * 100 + "a" + ")" * 100).table.accept) == 3

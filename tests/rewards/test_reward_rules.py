@@ -196,5 +196,26 @@ def test_names_must_differ() -> None:
 
 def test_too_large_a_pattern_says_which_rule() -> None:
     rule = PatternRule(pattern=".*a.{10}", max_states=300, name="big")
-    with pytest.raises(UserError, match="reward rule `big`: its automaton has more than"):
+    with pytest.raises(UserError, match=r"reward rule `big`: its automaton has more than .* or raise `max_states`"):
         compile_rules([rule], [b"a", None], [1], cache_dir=None)
+    rule = PatternRule(pattern=r"\w{1,300}", name="wide")  # raising would not help: it is UTF-8 that makes it large
+    with pytest.raises(UserError, match=r"reward rule `wide`: its automaton has .* multiplies states\)$"):
+        compile_rules([rule], [b"a", None], [1], cache_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("rule", "missing"),
+    [
+        (AnswerSetRule(), "案"),
+        (AnswerSetRule(letters="AB"), "AB"),
+        (ThinkFormatRule(), "/"),
+        (PatternRule(pattern="[^a]*é", require_stop=True), "é"),
+    ],
+)
+def test_what_the_tokenizer_cannot_spell_is_refused(rule: Any, missing: str) -> None:
+    """A tokenizer that lacks the bytes of a marker: no response could ever earn the reward."""
+    lacks = set(missing.encode()) | {byte for letter in missing for byte in chr(ord(letter) + 0xFEE0).encode()}
+    tokens = [bytes([byte]) for byte in range(256)]
+    compile_rules([rule], [*tokens, None], [256], cache_dir=None)
+    with pytest.raises(UserError, match=f"reward rule `{rule.name}`: every response would get 0"):
+        compile_rules([rule], [None if t[0] in lacks else t for t in tokens] + [None], [256], cache_dir=None)

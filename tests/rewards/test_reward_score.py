@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -127,3 +130,13 @@ def test_tables_are_arguments_and_other_tables_need_no_new_trace(tiny: Vocabular
     run(compiled, tokens, gold)
     run(again, tokens, gold)
     assert len(traces) == 1
+
+
+def test_the_example_of_the_docs_runs(tiny: Vocabulary) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+    example = re.search(r"```python\n(.*?)```", docs, re.DOTALL)
+    assert example is not None
+    answer = tiny.tokenizer.encode("<think>嗯</think>答案：A").ids + [151645]
+    names = {"tokenizer": tiny.tokenizer, "tokens": jnp.asarray([answer]), "gold_mask": jnp.asarray([1])}
+    exec(example[1], names)
+    assert float(names["total"][0]) == pytest.approx(1.2)
