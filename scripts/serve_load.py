@@ -45,7 +45,7 @@ async def client(http: httpx.AsyncClient, number: int, model: str, until: float,
 
 
 async def load(address: str, clients: int, seconds: float, process: psutil.Process | None) -> dict[str, Any]:
-    """Run all clients; what became of their requests, and how the server's memory grew (MiB)."""
+    """Run all clients; what became of their requests, and the server's memory (MiB) at each tenth of the time."""
     counts: Counter[str] = Counter()
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=address, timeout=120, limits=limits) as http:
@@ -54,14 +54,15 @@ async def load(address: str, clients: int, seconds: float, process: psutil.Proce
         running = [
             asyncio.create_task(client(http, number, model, start + seconds, counts)) for number in range(clients)
         ]
-        await asyncio.sleep(seconds / 4)  # by then all shapes are compiled
-        before = process.memory_info().rss if process else 0
+        memory = []
+        for tenth in range(1, 11):
+            await asyncio.sleep(start + seconds * tenth / 10 - time.monotonic())
+            memory += [round(process.memory_info().rss / 2**20)] if process else []
         await asyncio.gather(*running)
         taken = time.monotonic() - start
     result: dict[str, Any] = {"clients": clients, "seconds": round(taken, 1), **dict(sorted(counts.items()))}
-    if process:
-        after = process.memory_info().rss
-        result["rss_mib"] = {"after a quarter": round(before / 2**20), "at the end": round(after / 2**20)}
+    if memory:
+        result["rss_mib"] = memory
     return result
 
 

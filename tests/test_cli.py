@@ -244,7 +244,7 @@ def test_from_a_model_folder_to_a_report(model, capsys):
 
     assert cli.main(["eval", "grpo", "--bench", "samples", "--limit", "2", "--max-new-tokens", "2"]) == 0
     (stored,) = Path("grpo/evaluations").iterdir()
-    assert stored.name == "samples-grpo.json"
+    assert stored.name == "samples-first-2-grpo.json"
     assert json.loads(stored.read_text())["step"] == 2
     assert cli.main(["export", "grpo", "exported"]) == 0
     assert json.loads(Path("exported/psyche_prompt.json").read_text()) == common["prompt"]

@@ -187,7 +187,7 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
     from psyche_jax.llm import SCHEMES
 
     if arguments.judge and not any(task.kind == "dialogue" for task in benchmark.tasks):
-        raise UsageError(f"--judge: {benchmark.name} holds no dialogues; try --bench dialogues")
+        raise UsageError(f"--judge: {arguments.bench} holds no dialogues; try --bench dialogues")
     for address in arguments.judge:
         if not address.startswith(SCHEMES):
             raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; psyche serve makes one of a model")

@@ -10,7 +10,7 @@ import numpy as np
 
 from psyche_jax.evaluate.answers import Completion
 from psyche_jax.evaluate.extraction import read_letters
-from psyche_jax.evaluate.resampling import bootstrap_means, interval
+from psyche_jax.evaluate.resampling import bootstrap_shares, interval
 from psyche_jax.evaluate.tasks import Task
 
 
@@ -154,7 +154,7 @@ def _average(tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dict
 
 def _resampled(name: str, key: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> np.ndarray:
     values = [_mean([getattr(item, key) for item in items[task.id]]) for task in tasks]
-    return bootstrap_means(values, [task.group for task in tasks], name)
+    return bootstrap_shares(values, [task.group for task in tasks], name)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -84,7 +84,8 @@ def evaluate(
     if not benchmark.tasks:
         raise UserError(f"{benchmark.name}: holds nothing to ask")
     requests = {(task.id, sample): task for sample in range(samples) for task in benchmark.tasks}
-    identity = {**model.identity, "bench": benchmark.name, "requests": [list(key) for key in requests]}
+    asked = [[(turn.role, turn.content) for turn in task.turns] for task in benchmark.tasks]
+    identity = {**model.identity, "bench": benchmark.name, "requests": [list(key) for key in requests], "asked": asked}
     with (
         Answers(files[0] if files else None, identity) as answers,
         progress(label, len(requests), len(answers.known)) as advance,
@@ -126,7 +127,8 @@ def evaluate(
 
 def evaluation_file(run: Path, bench: str, label: str) -> Path:
     """Where `report` looks for an evaluation of a run."""
-    return run / "evaluations" / f"{Path(bench).stem}-{label}.json".replace("/", "-")
+    name = Path(bench).name.replace(".jsonl", "")  # behind it may stand which part it is: x.jsonl-first-20
+    return run / "evaluations" / f"{name}-{label}.json".replace("/", "-")
 
 
 def _judged(

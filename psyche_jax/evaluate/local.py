@@ -1,6 +1,6 @@
 """A model on disk as one that answers: a Hugging Face folder, a checkpoint or a run."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,6 @@ import jax.numpy as jnp
 from psyche_jax.config import Dtype, MeshSection, PromptSection
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Completion, Key
 from psyche_jax.evaluate.completions import complete
 from psyche_jax.evaluate.tasks import Task
@@ -95,20 +94,31 @@ class LocalModel:
     def answer(
         self, tasks: Mapping[Key, Task], known: Collection[Key], keep: Callable[[Key, Completion], object]
     ) -> dict[Key, str]:
-        """Answer all tasks but those `known`; never fails for some alone.
+        """Answer all tasks but those `known`. Returns why there is none, for those that do not fit the model.
 
         Raises:
-          UserError: a question does not fit, or the weights cannot be read.
+          UserError: the weights cannot be read.
         """
-        keys = list(tasks)
-        prompts = self._prompts([tasks[key] for key in keys])
-        if len(known) == len(keys):
-            return {}
+        room = self._stored.config.max_position_embeddings - self._sampling.max_new_tokens
+        prompts: dict[Key, list[int]] = {}
+        failed: dict[Key, str] = {}
+        for key, task in tasks.items():
+            tokens = prompt_tokens(self._tokenizer, task.turns, self._prompt)
+            if len(tokens) <= room:
+                prompts[key] = tokens
+            else:
+                failed[key] = (
+                    f"a question of {len(tokens)} tokens and an answer of {self._sampling.max_new_tokens} do not fit "
+                    f"the {self._stored.config.max_position_embeddings} positions of {self.name}"
+                )
+        keys = list(prompts)
+        if all(key in known for key in keys):
+            return failed
         complete(
             self._stored.config,
             self._stored.read_parameters(self._sharding, jnp.dtype(self._dtype)),
             self._tokenizer,
-            prompts,
+            list(prompts.values()),
             self._sampling,
             Execution(self._sharding, jnp.dtype(self._dtype)),
             self._batch_size,
@@ -116,14 +126,4 @@ class LocalModel:
             lambda place, completion: keep(keys[place], completion),
             {place for place, key in enumerate(keys) if key in known},
         )
-        return {}
-
-    def _prompts(self, tasks: Sequence[Task]) -> list[list[int]]:
-        prompts = [prompt_tokens(self._tokenizer, task.turns, self._prompt) for task in tasks]
-        longest, places = max(map(len, prompts)), self._stored.config.max_position_embeddings
-        if longest + self._sampling.max_new_tokens > places:
-            raise UserError(
-                f"a question of {longest} tokens and an answer of {self._sampling.max_new_tokens} do not fit the "
-                f"{places} positions of {self.name}; allow fewer new tokens, or take the question out"
-            )
-        return prompts
+        return failed

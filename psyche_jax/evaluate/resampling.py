@@ -23,6 +23,19 @@ def bootstrap_means(values: Sequence[float], groups: Sequence[str], name: str = 
     return (drawn @ sums) / (drawn @ counts)
 
 
+def bootstrap_shares(values: Sequence[float], groups: Sequence[str], name: str = "") -> np.ndarray:
+    """`bootstrap_means` of scores from 0 to 1.
+
+    Where all are 0, or all 1, every resample is alike, and the interval would say that the score is certain: there
+    the draws are from Jeffreys' posterior of a share, Beta(n·score + 1/2, n·(1 - score) + 1/2) of n groups.
+    """
+    if (score := values[0]) not in (0, 1) or any(value != score for value in values):
+        return bootstrap_means(values, groups, name)
+    count = len(set(groups))
+    random = np.random.default_rng([_SEED, *name.encode()])
+    return random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
+
+
 def interval(means: np.ndarray) -> tuple[float, float]:
     """The 95 % percentile interval of resampled means."""
     low, high = np.percentile(means, [2.5, 97.5])

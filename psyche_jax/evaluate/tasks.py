@@ -63,7 +63,7 @@ class Benchmark:
         return list(dict.fromkeys(task.cell for task in self.tasks))
 
     def only(self, cells: Collection[str] | None, limit: int | None) -> "Benchmark":
-        """The tasks of some cells, and of these the first `limit`.
+        """The tasks of some cells, and of these the first `limit`; the name then says so.
 
         Raises:
           UsageError: a cell is unknown.
@@ -71,7 +71,10 @@ class Benchmark:
         if cells is not None and (unknown := [cell for cell in cells if cell not in self.cells]):
             raise UsageError(f"--cells {unknown[0]}: {self.name} has {', '.join(self.cells)}")
         tasks = [task for task in self.tasks if cells is None or task.cell in cells]
-        return dataclasses.replace(self, tasks=tuple(tasks[:limit]))
+        name = "-".join([self.name, *([] if len(tasks) == len(self.tasks) else cells or ())])
+        if limit is not None and limit < len(tasks):
+            name, tasks = f"{name}-first-{limit}", tasks[:limit]
+        return dataclasses.replace(self, name=name, tasks=tuple(tasks))
 
 
 def choice_task(question: Question, cell: str = "", group: str = "") -> Task:

@@ -95,7 +95,7 @@ class Guard:
         if self._local and _name(host) not in LOOPBACK:
             raise RefusalError(403, "this server answers on this machine only", "host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _netloc(origin) != host:
             raise RefusalError(403, "requests from other web pages are refused", "origin_not_allowed")
         if not scope["path"].startswith("/v1/"):
             return
@@ -178,6 +178,14 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
+
+
+def _netloc(origin: str) -> str | None:
+    """Host and port of an Origin header, None if it is no URL."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
 
 
 def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:

@@ -115,7 +115,7 @@ def test_cpsyexam_with_five_examples() -> None:
 def test_examples_are_of_the_same_cell_and_never_the_question_itself(pceb: Path) -> None:
     benchmark = read_benchmark(f"pceb:{pceb}")
     shown = with_shots(benchmark.only(["case_smcq", "moral_mmcq", "essay"], None), benchmark, 1)
-    assert shown.name == "pceb-1-shot"
+    assert shown.name == "pceb-case_smcq-moral_mmcq-essay-1-shot"
     for task in shown.tasks[:4]:
         example, answer, asked = task.turns
         assert asked.content == task.text != example.content

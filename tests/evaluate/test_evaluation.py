@@ -1,6 +1,8 @@
 """Completions and whole evaluations of a tiny random model."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate import evaluation
+from psyche_jax.evaluate.answers import Completion
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.completions import complete
 from psyche_jax.evaluate.local import LocalModel
@@ -198,12 +201,54 @@ def test_the_prompt_that_a_model_was_trained_with_is_used(model, benchmark, monk
     file.unlink()
 
 
-def test_what_does_not_fit_the_model(model, benchmark):
+def test_what_does_not_fit_the_model_is_set_aside(model, benchmark, tmp_path):
+    """One question that is too long is no reason to leave the others unasked."""
     places = open_model(str(model)).config.max_position_embeddings
-    with pytest.raises(UserError, match=rf"a question of \d+ tokens .* the {places} positions"):
+    some = dataclasses.replace(benchmark, tasks=benchmark.tasks[:3])
+    long = dataclasses.replace(some.tasks[0], id="long", turns=(Message("user", "长" * places),))
+    found = evaluate(model, dataclasses.replace(some, tasks=(long, *some.tasks)), 2, 1.0, [tmp_path / "e.json"])
+    assert [item["id"] for item in found["items"]] == [task.id for task in some.tasks for _ in range(2)]
+    assert found["scores"]["count"] == 3
+    (line,) = found["set_aside"]
+    assert re.fullmatch(rf"long: no answer: a question of \d+ tokens and .* the {places} positions of .*", line)
+    with pytest.raises(UserError, match=rf"answered none of 5 questions: .* the {places} positions"):
         evaluation.evaluate(LocalModel(str(model), Sampling(places)), benchmark, label="x")
 
 
-def test_where_a_runs_evaluations_are(tmp_path):
-    path = evaluation.evaluation_file(tmp_path, "data/held out.jsonl", "a/b")
-    assert path == tmp_path / "evaluations" / "held out-a-b.json"
+class Stub:
+    """Says A; ends with an error after `limit` answers, as if it were killed."""
+
+    name, short_name, step, parameters, settings, identity = "stub", "stub", 0, None, {}, {}
+
+    def __init__(self, limit=99):
+        self.limit, self.asked = limit, []
+
+    def answer(self, tasks, known, keep):
+        for key in tasks:
+            if key not in known:
+                if len(self.asked) == self.limit:
+                    raise KeyboardInterrupt
+                self.asked.append(key)
+                keep(key, Completion("答案：A", 0, True))
+        return {}
+
+
+def test_answers_to_other_questions_are_not_taken_over(benchmark, tmp_path):
+    """Essays have the same ids in every file, and other worked examples make other questions."""
+    file = tmp_path / "e.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluation.evaluate(Stub(2), benchmark, label="x", files=[file])
+    other = [dataclasses.replace(task, turns=(*task.turns[:-1], Message("user", "别的"))) for task in benchmark.tasks]
+    new, again = Stub(), Stub()
+    evaluation.evaluate(new, dataclasses.replace(benchmark, tasks=tuple(other)), label="x", files=[file])
+    evaluation.evaluate(again, benchmark, label="x", files=[file])
+    assert (len(new.asked), len(again.asked)) == (5, 3)
+
+
+def test_a_part_of_a_benchmark_never_takes_the_place_of_the_whole(benchmark, tmp_path):
+    cells = benchmark.cells
+    parts = [(None, 4), (None, 5), (cells[:1], None), (cells[:1], 1), (cells, 99)]
+    names = ["samples-first-4", "samples", f"samples-{cells[0]}", f"samples-{cells[0]}-first-1", "samples"]
+    assert [benchmark.only(*part).name for part in parts] == names
+    for bench, name in (("data/held out.jsonl", "held out"), ("data/held out.jsonl-first-4", "held out-first-4")):
+        assert evaluation.evaluation_file(tmp_path, bench, "a/b") == tmp_path / "evaluations" / f"{name}-a-b.json"

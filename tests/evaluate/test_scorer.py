@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from psyche_jax.data.records import Question
 from psyche_jax.evaluate.evaluation import evaluate
-from psyche_jax.evaluate.resampling import bootstrap_means, interval
+from psyche_jax.evaluate.resampling import bootstrap_means, bootstrap_shares, interval
 from psyche_jax.evaluate.scores import scores_table
 from psyche_jax.evaluate.tasks import Benchmark, Task, choice_task
 
@@ -175,3 +175,15 @@ def test_a_bootstrap_interval_is_the_analytic_one_and_widens_where_questions_han
     together = bootstrap_means(values, [str(index // 10) for index in range(400)])
     assert np.std(together) == pytest.approx((0.75 * 0.25 / 40) ** 0.5, rel=0.1)
     assert interval(bootstrap_means([1.0] * 5, list("abcde"))) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("score", "bounds"), [(0.0, (0.0, 0.0987)), (1.0, (0.9013, 1.0))])
+def test_a_score_that_all_answers_share_is_not_called_certain(score: float, bounds: tuple[float, float]) -> None:
+    """Jeffreys' interval of 0, or all, of 24 (Brown, Cai and DasGupta 2001); by groups, of as many groups."""
+    low, high = interval(bootstrap_shares([score] * 24, [str(index) for index in range(24)]))
+    assert (low, high) == pytest.approx(bounds, abs=0.015)
+    assert low <= score + 1e-3 and score - 1e-3 <= high
+    together = interval(bootstrap_shares([score] * 24, [str(index // 4) for index in range(24)]))
+    assert together[1] - together[0] > 2 * (high - low)
+    some = [0.0, 1.0, 0.5]
+    assert (bootstrap_shares(some, list("abc"), "x") == bootstrap_means(some, list("abc"), "x")).all()

@@ -54,3 +54,27 @@ def test_any_bytes_to_any_address_are_answered(server, body, method, path):
     headers = {"content-type": "application/json"}
     answer = httpx.request(method, url, content=body, headers=headers, timeout=30)
     assert answer.status_code < 500
+
+
+HEADERS = ["origin", "host", "authorization", "content-type", "content-encoding", "expect", "referer", "cookie"]
+VALUES = st.sampled_from(["http://[", "//", "null", "Bearer", "gzip", "*/*; q=", "::1", "[::1", "a:b:c"])
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.sampled_from(HEADERS), VALUES | st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=30)
+    ),
+    st.sampled_from(["/", "/v1/models", "/v1/chat/completions"]),
+)
+def test_any_headers_are_answered(server, changes, path):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 1}
+    headers = {name: value.strip() for name, value in changes.items()}
+    answer = httpx.request(
+        "GET" if path != "/v1/chat/completions" else "POST",
+        server.address + path,
+        json=body,
+        headers=headers,
+        timeout=30,
+    )
+    assert answer.status_code < 500

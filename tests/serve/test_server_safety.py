@@ -74,6 +74,8 @@ def test_only_this_machine_and_its_own_page_may_ask(server):
     assert httpx.get(server.address, headers={"host": "evil.example"}).status_code == 403
     answer = httpx.post(url, json=BODY, headers={"origin": "http://evil.example"})
     assert answer.status_code == 403 and answer.json()["error"]["code"] == "origin_not_allowed"
+    for broken in ("http://[", "null", "//", ""):
+        assert httpx.post(url, json=BODY, headers={"origin": broken}).status_code == 403
     assert httpx.post(url, json=BODY, headers={"origin": server.address}).status_code == 200
     preflight = httpx.options(url, headers={"origin": "http://evil.example", "access-control-request-method": "POST"})
     assert preflight.status_code == 403
