@@ -134,11 +134,13 @@ def summary_of_sizes(rows: Sequence[PaperRow]) -> str:
 
 
 def _label(axes: Any, rows: Sequence[PaperRow]) -> None:
-    """Names beside the points: to the right, moved up or down where two points are close."""
+    """Names beside the points: to the right, moved up where they would touch the one below."""
+    heights = [row.values["average_strict"] for row in rows]
+    apart = max(2.6, 0.07 * (max(heights) - min(heights)))  # a line of text in units of the axis
     last: dict[int, float] = {}
     for row in sorted(rows, key=lambda row: row.values["average_strict"]):
         column = round(2 * math.log10(row.parameters_billion or 1))
-        height = max(row.values["average_strict"], last.get(column, -100) + 2.6)
+        height = max(row.values["average_strict"], last.get(column, -100) + apart)
         last[column] = height
         axes.annotate(
             row.model,

@@ -1,5 +1,6 @@
 """The paper's table and figure, with ours among them, in HTML and in Markdown."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ from test_report import plain, report
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
-from psyche_jax.evaluate.published import CELLS, COLUMNS, draw_sizes, our_rows, published
+from psyche_jax.evaluate.published import CELLS, COLUMNS, PaperRow, draw_sizes, our_rows, published
 from psyche_jax.evaluate.report import write_report
 from psyche_jax.evaluate.tasks import Benchmark
 
@@ -98,6 +99,19 @@ def test_the_figure_names_every_model_of_known_size_in_the_colours_of_the_page()
     assert "var(--series-1)" in svg
 
 
+def test_names_of_models_that_score_alike_do_not_overlap() -> None:
+    """Ours far below the published ones, with and without what leaked: a line of text is some 10 units high."""
+    ours = [
+        PaperRow(f"ours {number}", {"average_strict": 13.0 + 0.3 * number}, 7.6, True, "60 questions")
+        for number in range(4)
+    ]
+    svg = draw_sizes([*published()[1], *ours])
+    places = re.findall(r'<text[^>]* y="([\d.]+)"[^>]*>ours \d</text>', svg)
+    heights = sorted(map(float, places))
+    assert len(heights) == 4
+    assert min(right - left for left, right in itertools.pairwise(heights)) > 10
+
+
 def test_markdown_for_a_model_card(run: Path, tmp_path: Path) -> None:
     add_evaluation(run, "base", {"s1": "B", "m1": None})
     write_report([run], tmp_path / "card.md")
@@ -141,7 +155,7 @@ def test_empathy_is_shown_with_how_far_judges_agree(tmp_path: Path) -> None:
     assert "Cognitive empathy 4.25 4.50 −0.25 −0.50 … +0.12" in text and "Safety 4.25" in text
     assert "a judge : 3 won, 4 tied, 1 lost of 8; preferred alike in both orders 75.0 %" in text
     assert "a judge and another agree on 87.5 % of 8, Cohen’s κ 0.71." in text
-    assert "1 judgements are missing, d1, order 0: no judgement: <b> first" in text
+    assert "1 judgement is missing, d1, order 0: no judgement: <b> first" in text
     write_report([run], tmp_path / "card.md")
     card = (tmp_path / "card.md").read_text(encoding="utf-8")
     assert "| Safety | 4.25 | 4.50 | -0.25 [-0.50, +0.12] |" in card
