@@ -41,7 +41,7 @@ from psyche_jax.data.records import (
     read_records,
     write_records,
 )
-from psyche_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from psyche_jax.data.tokenizer import train_tokenizer
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
@@ -49,7 +49,7 @@ from psyche_jax.evaluate.local import LocalModel
 from psyche_jax.evaluate.report import write_report
 from psyche_jax.files import new_folder, read_json, write_json
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import load_tokenizer, write_weights
+from psyche_jax.model.huggingface import write_weights
 from psyche_jax.model.qwen2 import Execution, bind, initialize
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
@@ -191,9 +191,7 @@ def make_data(folder: Path, seed: int) -> None:
 def make_model(paths: Paths, seed: int) -> None:
     """A random Qwen2 of a few million parameters, with a tokenizer trained on the sample data."""
     with new_folder(paths.base) as partial:
-        train_tokenizer(_texts(paths.data), VOCAB_SIZE, partial)
-        tokenizer = load_tokenizer(partial)
-        end_of_text, _, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
+        tokens = train_tokenizer(_texts(paths.data), VOCAB_SIZE, partial)
         config = ModelConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=256,
@@ -204,9 +202,7 @@ def make_model(paths: Paths, seed: int) -> None:
             head_dim=32,
             tie_word_embeddings=True,
             max_position_embeddings=1024,
-            bos_token_id=end_of_text,
-            pad_token_id=end_of_text,
-            stop_token_ids=(end_of_turn, end_of_text),
+            **tokens,
         )
         sharding = Sharding(make_mesh(), TRAIN_RULES)
         write_weights(partial, config, initialize(config, jax.random.key(seed), sharding, jnp.float32))

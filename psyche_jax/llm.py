@@ -147,6 +147,8 @@ class Server:
         return self._masked(" ".join(text.split()))[:_SHOWN]
 
     def _masked(self, text: str) -> str:
+        """Without the key, and without what would steer a terminal."""
+        text = "".join(character if character.isprintable() else " " for character in text)
         return text.replace(self._key, "***") if self._key else text
 
 

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 from flax import nnx, traverse_util
 
-from psyche_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from psyche_jax.data.tokenizer import train_tokenizer
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import load_tokenizer, write_weights
+from psyche_jax.model.huggingface import write_weights
 from psyche_jax.model.qwen2 import build
 
 VOCAB_SIZE = 304  # bytes, three special tokens, some merges; eight devices can split it
@@ -24,9 +24,7 @@ def save_tokenizer(folder: Path) -> Path:
 
 def save_model(folder: Path, dtype: str = "float32", seed: int = 0, **changes: object) -> Path:
     """A model folder; `changes` are fields of its ModelConfig."""
-    save_tokenizer(folder)
-    tokenizer = load_tokenizer(folder)
-    end_of_text, _, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
+    folder.mkdir(parents=True, exist_ok=True)
     fields = {
         "vocab_size": VOCAB_SIZE,
         "hidden_size": 32,
@@ -37,9 +35,7 @@ def save_model(folder: Path, dtype: str = "float32", seed: int = 0, **changes: o
         "head_dim": 8,
         "tie_word_embeddings": True,
         "max_position_embeddings": 1024,
-        "bos_token_id": end_of_text,
-        "pad_token_id": end_of_text,
-        "stop_token_ids": (end_of_turn, end_of_text),
+        **train_tokenizer(TEXTS, VOCAB_SIZE, folder),
     }
     config = ModelConfig(**{**fields, **changes})
     random = np.random.default_rng(seed)

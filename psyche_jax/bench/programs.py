@@ -156,7 +156,7 @@ def _rules(config: GrpoConfig, model: ModelConfig, seed: int) -> CompiledRules:
     """Rules for a vocabulary of what they look for, all bytes, and random strings of 2 to 8 letters."""
     generator = np.random.default_rng(seed)
     looked_for = [text.encode() for text in ("<think>", "</think>", "答案：", "A")]
-    vocabulary: list[bytes | None] = [*looked_for, *(bytes([byte]) for byte in range(256))][: model.vocab_size]
+    vocabulary = [*looked_for, *(bytes([byte]) for byte in range(256))][: model.vocab_size]
     vocabulary += [
         bytes(generator.integers(ord("a"), ord("z") + 1, generator.integers(2, 9), np.uint8))
         for _ in range(model.vocab_size - len(vocabulary))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -14,8 +15,11 @@ _SPLIT = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Train on `texts` and save as a Hugging Face tokenizer with a ChatML template, as Qwen2.5's."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> dict[str, Any]:
+    """Train on `texts` and save as a Hugging Face tokenizer with a ChatML template, as Qwen2.5's.
+
+    Returns what the ModelConfig of a model with this tokenizer says of it, but for the size of the vocabulary.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -40,6 +44,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         chat_template=chat_template(),
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+    text, turn = tokenizer.token_to_id(end_of_text), tokenizer.token_to_id(end_of_turn)
+    return {"bos_token_id": text, "pad_token_id": text, "stop_token_ids": (turn, text)}
 
 
 def chat_template() -> str:

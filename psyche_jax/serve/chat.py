@@ -27,7 +27,7 @@ from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted,
 
 OPEN, CLOSE = "<think>", "</think>"
 _SECONDS = 300.0  # without a byte, after which an endpoint has failed
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # what a model says must not steer the terminal
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = """\
 /think        show or fold the model's reasoning
 /system TEXT  begin anew with this system prompt (empty: the model's own)
@@ -154,7 +154,7 @@ class Screen:
 
     def feed(self, piece: str) -> None:
         """Write what is certain of the answer so far."""
-        self._waiting += _CONTROL.sub("", piece)
+        self._waiting += harmless(piece)
         if self._part == "start":
             begun = self._waiting.lstrip()
             if not begun or (len(begun) < len(OPEN) and OPEN.startswith(begun)):
@@ -188,7 +188,7 @@ class Screen:
             self._end_thought()
         elif self._part == "start":
             self._out.write(self._waiting)
-        self._out.write(f"{note}\n\n")
+        self._out.write(f"{harmless(note)}\n\n")
         self._out.flush()
         self.begin()
 
@@ -265,7 +265,7 @@ class Chat:
             "save": self._save,
         }
         run = commands.get(name, lambda _: f"there is no /{name}; /help names what there is")
-        self._out.write(run(rest) + "\n")
+        self._out.write(harmless(run(rest)) + "\n")
         self._out.flush()
 
     def _think(self, _: str) -> str:
@@ -292,6 +292,11 @@ class Chat:
         except OSError as error:
             return f"{path}: {error.strerror}"
         return f"{path}: {len(messages)} messages"
+
+
+def harmless(text: str) -> str:
+    """What a model or a server says, without what would steer the terminal."""
+    return _CONTROL.sub("", text)
 
 
 def split_reasoning(text: str) -> tuple[str, str]:
@@ -337,7 +342,7 @@ def chat(config: ServeConfig, system: str, show_reasoning: bool) -> None:
     model = RemoteModel(config) if config.model.startswith(SCHEMES) else LocalModel(config)
     out, typing = sys.stdout, sys.stdin.isatty()
     if typing:
-        print(f"{model.name}. /help names the commands.", file=out)
+        print(f"{harmless(model.name)}. /help names the commands.", file=out)
     if model.gate:
         print(f"{model.gate.notice('zh')}\n{model.gate.notice('en')}\n", file=out)
     lines = typed_lines("> ") if typing else (line.rstrip("\n") for line in sys.stdin)

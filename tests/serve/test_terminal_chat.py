@@ -103,6 +103,11 @@ def test_a_failure_is_shown_and_the_conversation_goes_on():
 def test_a_model_cannot_steer_the_terminal():
     out, _ = talk(Parrot("<think>\x1b[2Ja</think>\x1b]0;owned\x07好\r\x9b31m。"), "你好", show=True)
     assert out == "[2Ja\n--\n]0;owned好31m。\n\n"
+    evil = "<think>\x1b[2Ja</think>\x1b]0;owned\x07好"
+    failing = UserError("HTTP 500: \x1b[2Jno")
+    out, _ = talk(Parrot(evil, failing), "你好", "/history", "/think", "/nonsense\x1b[2J", "再")
+    assert "assistant: <think>[2Ja</think>]0;owned好" in out and "reasoning is shown\n[2Ja" in out
+    assert not [character for character in out if not character.isprintable() and character != "\n"]
 
 
 def test_split():

@@ -9,6 +9,7 @@ import pytest
 from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
 from psyche_jax.config import ObjectiveSection
+from psyche_jax.data.records import Message, RlPrompt, read_records, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
@@ -122,6 +123,17 @@ def test_what_is_held_out_is_not_trained_on(root):
     data = dataclasses.replace(config.data, evaluation=config.data.train)
     with pytest.raises(UserError, match=r"all of its prompts are in data.train too"):
         grpo_run.train_grpo(dataclasses.replace(config, data=data))
+
+
+def test_prompts_that_are_too_long_are_set_aside_and_counted(train, root, capsys):
+    """By name; the others are trained on."""
+    long = RlPrompt((Message("user", "很长" * 40),), "A", "single")
+    write_records(root / "rl.jsonl", [long, *read_records(RlPrompt, root / "rl.jsonl").good])
+    assert len(train("run")) == STEPS
+    line = f"record {long.id}: "
+    assert line in (root / "run" / "set_aside.txt").read_text()
+    said = capsys.readouterr().err
+    assert "over data.max_prompt_length 64" in said and "1 records set aside" in said
 
 
 def test_mfu_is_there_where_the_peak_is_known(train, root, monkeypatch):

@@ -156,6 +156,8 @@ def test_grpo_killed_and_stopped_goes_on(work):
     same_run(command.run, whole.run, 32)
     samples = read_lines(whole.run / "samples.jsonl")
     assert sorted({line["step"] for line in samples}) == [1, 10, 20, 30, 32]
+    compiled = [line["compilations"] for line in read_lines(whole.run / "metrics.jsonl")]
+    assert compiled[0] > 0 and not any(compiled[8:]), "once every length of prompts was seen, nothing is compiled"
 
 
 JUDGE = """

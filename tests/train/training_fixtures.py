@@ -23,7 +23,7 @@ from psyche_jax.config import (
 )
 from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
-from psyche_jax.data.tokenizer import SPECIAL_TOKENS, train_tokenizer
+from psyche_jax.data.tokenizer import train_tokenizer
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import load_tokenizer, write_weights
 from psyche_jax.model.qwen2 import Execution, initialize
@@ -67,9 +67,7 @@ def make_model(folder: Path) -> ModelConfig:
         *(PROMPT.instruction + question for question in QUESTIONS),
         *ANSWERS,
     ]
-    train_tokenizer(texts, 296, folder)
-    tokenizer = load_tokenizer(folder)
-    end_of_text, _, end_of_turn = (tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS)
+    tokens = train_tokenizer(texts, 296, folder)
     config = ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -79,15 +77,14 @@ def make_model(folder: Path) -> ModelConfig:
         num_key_value_heads=2,
         head_dim=8,
         max_position_embeddings=128,
-        bos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-        stop_token_ids=(end_of_turn, end_of_text),
+        **tokens,
     )
     parameters = initialize(config, jax.random.key(7), execution(1).sharding, jnp.float32)
     parameters = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, parameters)
     # ASCII and both stop tokens are said often, so that responses differ in what rules look at.
-    ascii_tokens = [token for text, token in tokenizer.get_vocab().items() if len(text) == 1 and text < "\x7f"]
-    head = parameters["head"].at[jnp.asarray([*ascii_tokens, end_of_turn, end_of_text])].multiply(4)
+    vocabulary = load_tokenizer(folder).get_vocab()
+    often = [token for text, token in vocabulary.items() if len(text) == 1 and text < "\x7f"]
+    head = parameters["head"].at[jnp.asarray([*often, *config.stop_token_ids])].multiply(4)
     write_weights(folder, config, {**parameters, "head": head})
     return config
 
