@@ -16,12 +16,7 @@ def replay_app(answer: Callable[[Mapping[str, Any]], str]) -> Callable[..., Any]
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        body = b""
-        more = True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        body = await read_body(receive)
         status, value = 404, {"error": {"message": "only chat/completions is served here"}}
         if scope["path"].endswith("/chat/completions"):
             request = json.loads(body)
@@ -32,6 +27,16 @@ def replay_app(answer: Callable[[Mapping[str, Any]], str]) -> Callable[..., Any]
         await send({"type": "http.response.body", "body": content})
 
     return app
+
+
+async def read_body(receive: Any) -> bytes:
+    """The whole body of an ASGI request."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        body += message.get("body", b"")
+        more = message.get("more_body", False)
+    return body
 
 
 def completion(request: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from answerers import Answerer, six_cells
+from contrast import lowest_contrast
 from made_up_runs import add_empathy, add_safety, make_chain, make_run
 
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
@@ -59,23 +60,10 @@ def test_the_page_fits_and_is_quiet(browser: Any, page_file: Path, width: int, s
 def test_text_and_curves_stand_out_from_the_page(browser: Any, page_file: Path, scheme: str) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 800}, color_scheme=scheme)
     page.goto(page_file.as_uri())
-    contrast = """(names) => {
-        const root = getComputedStyle(document.documentElement)
-        const light = name => {
-            const hex = root.getPropertyValue(name).trim().slice(1)
-            const parts = [0, 2, 4].map(at => parseInt(hex.slice(at, at + 2), 16) / 255)
-                .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
-            return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
-        }
-        const pairs = names.flatMap(name => ['--paper', '--raised', '--tint'].map(under => {
-            const [low, high] = [light(name), light(under)].sort((a, b) => a - b)
-            return (high + 0.05) / (low + 0.05)
-        }))
-        return Math.min(...pairs)
-    }"""
+    grounds = ["--paper", "--raised", "--tint"]
     texts = ["--ink", "--quiet", "--accent", "--right", "--wrong", "--part", "--chart-text"]
-    assert page.evaluate(contrast, texts) >= 4.5  # WCAG 2.2, AA
-    assert page.evaluate(contrast, [f"--series-{number}" for number in range(1, 7)]) >= 3
+    assert lowest_contrast(page, texts, grounds) >= 4.5  # WCAG 2.2, AA
+    assert lowest_contrast(page, [f"--series-{number}" for number in range(1, 7)], grounds) >= 3
     curve = "getComputedStyle(document.querySelector('.chart path[style*=series-1]')).stroke"
     assert page.evaluate(curve) == {"light": "rgb(15, 111, 128)", "dark": "rgb(87, 184, 198)"}[scheme]
     page.close()

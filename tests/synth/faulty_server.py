@@ -17,7 +17,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.synth.replay import completion
+from psyche_jax.synth.replay import completion, read_body
 
 SERVER_FAULTS = ("429", "500", "time-out", "cut")
 MODEL_FAULTS = ("invalid JSON", "wrong letters", "refusal", "injection")
@@ -43,12 +43,7 @@ class FaultyServer:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        body = b""
-        more = True
-        while more:
-            message = await receive()
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
+        body = await read_body(receive)
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         self.running += 1
         self.most_running = max(self.most_running, self.running)
