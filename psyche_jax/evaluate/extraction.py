@@ -17,15 +17,18 @@ _RUN = r"(?<![A-Za-z])[A-Z]+(?![A-Za-z])"
 _LIST = rf"(?:{_RUN}(?:\s*(?:[、，,;；和与及跟+&]|以及|\band\b)?\s*{_RUN})*|(?<![A-Za-z])[a-z](?![A-Za-z]))"
 _OPENERS = r"[\s“\"'‘（(【\[*_{]*"
 _CUE = re.compile(
-    r"(?:(?:答案|选项|选择|选|[Aa]nswer)(?:应该|应当|应)?(?:的是|的|是|为|选|有|包括|\s+is\b)?|\\boxed)"
-    rf"\s*[:：]?{_OPENERS}(?P<letters>{_LIST})"
+    r"(?:(?:答案|选项|选择|选|正确的|[Aa]nswer|[Cc]orrect (?:option|choice))"
+    r"(?:应该|应当|应)?(?:的是|的|是|为|选|有|包括|\s+is\b)?|\\boxed)"
+    rf"\s*\**\s*[:：]?{_OPENERS}(?P<letters>{_LIST})"
 )
 _DENIED_BEFORE = re.compile(r"(?:不|别|勿|未|没有?|非|排除|错误|错)(?:正确)?(?:能|会|要|该|应该|应当|应|可以|可|的)?$")
-_DENIED_AFTER = re.compile(r"[^。\n，,；;]{0,4}?(?:不对|不正确|不符|不选|错)")
+_DENIED_AFTER = re.compile(r"[^。\n，,；;]{0,4}?(?:不对|不正确|不符|不选(?!\s*[A-Z])|错)")
 _OR = re.compile(
     rf"\s*(?:或者|或|/|[-~～—至到]|\bor\b)\s*{_OPENERS}(?:{_RUN}|[a-z](?![A-Za-z]))|[.．]{_RUN}\s*(?:[。，,\n]|$)"
 )
-_AFFIRMED = re.compile(rf"(?:^|[，,。；;！!？?\n：:])\s*(?:选项)?\s*(?P<letters>{_LIST})\s*项?(?:都|均)?是?(?:正确|对)")
+_AFFIRMED = re.compile(
+    rf"(?:^|[，,。；;！!？?\n：:])\s*(?:选项)?\s*(?P<letters>{_LIST})\s*(?:选项|项)?(?:都|均)?是?(?:正确|对)"
+)
 _ALONE = re.compile(rf"{_OPENERS}(?P<letters>{_LIST})[\s”\"'’）)】\]*_}}。．.!！]*")
 _NAMED_LINE = re.compile(r"[\s*\-]*([A-Z])\s*[.．、:：)）]\s*\S.*")
 _FULL_WIDTH = {code + 0xFEE0: chr(code) for code in (*range(ord("A"), ord("Z") + 1), *range(ord("a"), ord("z") + 1))}
@@ -70,7 +73,7 @@ def answer_part(text: str) -> str:
 def lenient_letters(answer: str, options: str) -> str | None:
     """The letters that prose gives as its answer, None if it gives none or is of two minds ("A 或 B").
 
-    In turn: what follows the last cue (`答案是`, `选`, `选项`, `answer is`, `\\boxed{`) that is not denied; an answer
+    In turn: what follows the last cue (`答案是`, `选`, `正确的是`, `answer is`, `\\boxed{`) not denied; an answer
     of nothing but letters; lines that each begin with an option's letter, unless they are all of the options;
     options that are called right (`A 和 C 正确`).
     """

@@ -10,8 +10,7 @@ import httpx2
 import pytest
 from faulty_server import KEY, FaultyServer, _send, answering, stored_keys
 
-from psyche_jax.errors import UsageError
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm import retry_after
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.client import CallFailedError, Client
