@@ -15,7 +15,7 @@ class LimitsSection(Section):
     """What one request, one client and all of them together may take."""
 
     body_bytes: int = 1_048_576  # of one request
-    body_seconds: float = 30.0  # for a request's body to arrive
+    body_seconds: float = 30.0  # for a request's head to arrive, and for its body
     new_tokens: int = 2048  # the longest response
     choices: int = 8  # the largest `n`
     rows: int = 16  # responses decoded at once

@@ -25,6 +25,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
+from psyche_jax.serve.connections import impatient
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body
 from psyche_jax.serve.service import Answer, FailedError, Said, Service, TooLongError, Wanted, describe
 from psyche_jax.serve.speech import TokenLogProb
@@ -75,7 +76,8 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
         timeout_keep_alive=15,
         timeout_graceful_shutdown=int(config.limits.shutdown_seconds),
         server_header=False,
-        limit_concurrency=None,
+        http=impatient(config.limits.body_seconds),
+        ws="none",
         h11_max_incomplete_event_size=65536,
     )
     server = uvicorn.Server(settings)

@@ -129,6 +129,34 @@ def test_bodies_that_are_too_large_or_too_slow_are_refused(server):
     assert raw(server, f"{head}Content-Length: 99999999999\r\n\r\n".encode()).startswith(b"HTTP/1.1 413")
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
+@pytest.mark.parametrize("drips", [False, True])
+def test_a_connection_that_brings_no_request_is_closed(server, before, drips):
+    """Not a byte, or a head that drips in and never ends, also behind a request that was answered."""
+    address = urlsplit(server.address)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as client:
+        client.sendall(before)
+        answer = b""
+        while before and b'"ok"' not in answer:
+            answer += client.recv(4096)
+        client.settimeout(0.2)
+        piece = b"GET /health HTTP/1.1\r\nX: "
+        for _ in range(200):
+            try:
+                if drips:
+                    client.sendall(piece)
+                piece = b"x"
+                if not client.recv(4096):
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("it is still open")
+    assert httpx.get(f"{server.address}/health").status_code == 200
+
+
 @pytest.mark.parametrize(
     "body",
     [
