@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,19 @@ class Evaluation:
     samples: int = 1
     set_aside: tuple[str, ...] = ()
     empathy: dict[str, Any] | None = None
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> str:
+        """How the model was asked, without the prompt."""
+        asked = {"samples": self.samples, **self.sampling}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in asked.items() if name != "prompt")
+
+    @property
+    def prompt(self) -> dict[str, str]:
+        """System prompt and instruction that were added, those that are not empty."""
+        prompt = self.sampling.get("prompt")
+        return {name: str(text) for name, text in prompt.items() if text} if isinstance(prompt, dict) else {}
 
     @classmethod
     def read(cls, path: Path, run: str) -> "Evaluation":
@@ -65,6 +78,7 @@ class Evaluation:
                 int(content.get("samples") or 1),
                 tuple(map(str, content.get("set_aside", []))),
                 content.get("empathy"),
+                dict(content.get("sampling") or {}),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)

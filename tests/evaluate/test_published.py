@@ -99,6 +99,19 @@ def test_the_figure_names_every_model_of_known_size_in_the_colours_of_the_page()
     assert "var(--series-1)" in svg
 
 
+def test_how_each_evaluation_was_made_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    sampling = {"max_new_tokens": 512, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+    prompt = {"system": "你是<b>专家</b>。", "instruction": ""}
+    add_evaluation(run, "mine", {"s1": "B"}, 7, samples=4, sampling={**sampling, "prompt": prompt})
+    page, card = report(tmp_path, run), tmp_path / "card.md"
+    said = "step 7; samples 4, max new tokens 512, temperature 0.7, top p 0.9, seed 3."
+    assert f"mine on samples : runs/mine , {said}" in plain(page)
+    assert "<b>专家" not in page and "你是&lt;b&gt;专家&lt;/b&gt;。" in page and "instruction</p>" not in page
+    write_report([run], card)
+    assert said in card.read_text(encoding="utf-8")
+
+
 def test_names_of_models_that_score_alike_do_not_overlap() -> None:
     """Ours far below the published ones, with and without what leaked: a line of text is some 10 units high."""
     ours = [
