@@ -1,11 +1,14 @@
 """Planted near duplicates of questions, and look-alikes that are none: what de-duplication is measured on.
 
     PYTHONPATH=. python tests/synth/planted.py [--pairs 1000] [--held-out] [--real FILE]
+    PYTHONPATH=. python tests/synth/planted.py --pairs 0 --memory 100000 [--redis HOST:PORT]
 
-The questions are made up from lists of terms, so their texts are alike on purpose. Prints one JSON object.
+The questions are made up from lists of terms, so their texts are alike on purpose. Those of `--memory` are unlike each
+other, so that every one of them is remembered. Prints one JSON object.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import random
@@ -15,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from psyche_jax.data.records import Question
 from psyche_jax.synth.clean import clean_text
@@ -291,20 +296,43 @@ def real(path: Path) -> dict[str, Any]:
     return {**counts, "stems_cleaned": dict(cleaned), "seconds": round(time.perf_counter() - started, 1)}
 
 
+def memory(questions: int, redis: str | None = None, seed: int = 0) -> dict[str, Any]:
+    """What so many questions, of the length of real ones, take of this process after each tenth of them."""
+    random_ = random.Random(seed)
+    words = ["".join(chr(random_.randrange(0x4E00, 0x5C00)) for _ in range(length)) for length in (1, 2, 2, 3) * 5000]
+    process = psutil.Process()
+    before, taken, seconds = process.memory_info().rss, [], 0.0
+    with contextlib.closing(Duplicates(ControlSection(redis=redis))) as duplicates:
+        for number in range(1, questions + 1):
+            stem, *options = ("".join(random_.choices(words, k=count)) for count in (20, 5, 5, 5, 5))
+            question = Question(stem, dict(zip("ABCD", options, strict=True)), "A", "single")
+            started = time.perf_counter()
+            if duplicates.find(question) is not None:
+                raise RuntimeError("two of them are alike")
+            seconds += time.perf_counter() - started
+            if number % max(questions // 10, 1) == 0:
+                taken.append((process.memory_info().rss - before) >> 20)
+    return {"questions": questions, "redis": redis is not None, "mib": taken, "seconds": round(seconds, 1)}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true", help="also kinds that the rule was not written for")
     parser.add_argument("--real", type=Path, help="cpsyexam_train.jsonl")
+    parser.add_argument("--memory", type=int, help="so many questions, all different")
+    parser.add_argument("--redis", help="of --memory: host:port")
     arguments = parser.parse_args()
-    result = measure(arguments.pairs)
+    result = measure(arguments.pairs) if arguments.pairs else {}
     if arguments.held_out:
         from held_out import measure_held_out
 
         result["held_out"] = measure_held_out(arguments.pairs)
     if arguments.real:
         result["real"] = real(arguments.real)
+    if arguments.memory:
+        result["memory"] = memory(arguments.memory, arguments.redis)
     print(json.dumps(result, ensure_ascii=False, indent=2))
 
 
