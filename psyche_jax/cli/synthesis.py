@@ -40,10 +40,11 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--who", help="the reviewer's name, stored with each decision (default: the login name)")
     verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     verb.add_argument("--port", type=int, default=0, help="default: a free one")
-    verb.add_argument(
+    files = verb.add_mutually_exclusive_group()
+    files.add_argument(
         "--export", type=Path, metavar="FILE", help="write the queue as JSONL instead, to review elsewhere"
     )
-    verb.add_argument(
+    files.add_argument(
         "--import", type=Path, metavar="FILE", dest="load", help="take decisions from such a file instead"
     )
 

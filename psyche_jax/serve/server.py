@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import signal
-import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -21,7 +20,8 @@ from starlette.exceptions import HTTPException
 
 import psyche_jax
 from psyche_jax.data.records import Message
-from psyche_jax.errors import UsageError, UserError
+from psyche_jax.errors import UsageError
+from psyche_jax.listening import listen
 from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
@@ -68,7 +68,7 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
             f"host {config.host} can be reached from other machines: set {TOKEN_VARIABLE} to a token that clients must "
             "show, or serve on 127.0.0.1"
         )
-    listening = _listen(config.host, config.port)
+    listening = listen(config.host, config.port)
     service = Service(config)
     settings = uvicorn.Config(
         create_app(service, config, token),
@@ -90,21 +90,6 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
         server.run(sockets=[listening])
     finally:
         service.close(config.limits.shutdown_seconds)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind((host, port))
-    except (OSError, UnicodeError) as error:
-        listening.close()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot serve on {host} port {port}: {reason}; choose another with --port") from None
-    listening.listen(512)
-    listening.setblocking(False)
-    return listening
 
 
 def create_app(service: Service, config: ServeConfig, token: str | None = None) -> Guard:

@@ -30,7 +30,8 @@ class _PassingError(Exception):
 class Client:
     """All LLMs of a run over one store of calls. To be used within one event loop.
 
-    `sent` counts requests that went out, `faults` those of them that failed, `known` calls whose reply was stored.
+    `sent` counts requests that went out, `faults` those of them that failed (`last_fault` says how the last one did),
+    `known` calls whose reply was stored.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Client:
         self._servers: dict[str, Server] = {}
         self._stopping = False
         self.sent = self.faults = self.known = self.failed = 0
+        self.last_fault = ""
         self.tokens = 0
         self.cost = 0.0
         for usage in store.usage():
@@ -107,6 +109,7 @@ class Client:
                 except (TimeoutError, _PassingError) as error:
                     self.faults += 1
                     fault = error if isinstance(error, _PassingError) else _PassingError("no reply in time")
+                    self.last_fault = f"{llm.name}: {fault}"
                 if self._stopping:
                     raise CallFailedError("the run ends")
                 if attempt < self._calls.retries:
@@ -209,6 +212,8 @@ def _key(llm: LlmSection) -> str | None:
         raise UsageError(
             f"LLM {llm.name}: the environment has no {llm.key_env}; set it, or key_env to null if no key is wanted"
         )
+    if not key.isascii() or not key.isprintable():
+        raise UsageError(f"LLM {llm.name}: {llm.key_env} holds characters that no key has; was it copied whole?")
     return key
 
 

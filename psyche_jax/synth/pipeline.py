@@ -164,17 +164,15 @@ class _Workshop:
                     by_name[name].max_tokens) for name in llms]  # fmt: skip
         return [[self.prompts[name].id for name in (*prompts, "again")], sampled, self.config.calls.reasks]
 
-    def decided(self, questions: Iterable[Any]) -> Iterator[Any]:
-        """Questions as the reviewers left them; those rejected come with the decision. What is none goes through."""
+    def decided(self, questions: Iterable[Question | Outcome]) -> Iterator[Question | Outcome]:
+        """Questions as the reviewers left them; what became of those rejected, and of what was set aside before."""
         decisions = {item.question.id: item.decision for item in self.review.items()}
         for question in questions:
             found = decisions.get(question.id) if isinstance(question, Question) else None
-            if found is None:
+            if isinstance(question, Outcome) or found is None:
                 yield question
-            elif (left := reviewed(question, found)) is None:
-                yield question, found
             else:
-                yield left
+                yield reviewed(question, found) or _rejected(question, found)
 
     def decisions(self) -> list[Any]:
         """What of the reviews a stage depends on."""
@@ -224,17 +222,15 @@ def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stag
     return _publication(shop, ["clean", "questions", "control", "rationales", "dialogues", "selection"])
 
 
-def _selection(shop: _Workshop, states: list[Any], questions: Iterable[Any], total: int | None = None) -> _Stage:
+def _selection(
+    shop: _Workshop, states: list[Any], questions: Iterable[Question | Outcome], total: int | None = None
+) -> _Stage:
     section = shop.config.selection
     asked = shop.asked(["answer"], section.llms)
     depends = (dataclasses.asdict(section), *asked, *states, shop.decisions())
 
-    async def work(item: Question | str | tuple[Question, Decision], asker: Asker) -> Outcome:
-        if isinstance(item, str):
-            return _faulty(item)
-        if isinstance(item, tuple):
-            return _rejected(*item)
-        return await select(item, asker, section)
+    async def work(item: Question | Outcome, asker: Asker) -> Outcome:
+        return item if isinstance(item, Outcome) else await select(item, asker, section)
 
     return _Stage(depends, ("sft", "rl", "review"), shop.over(questions, work), total, partial(_queue, shop))
 
@@ -272,9 +268,9 @@ async def _write_questions(passage: Passage, asker: Asker, section: Any) -> Outc
     return await write_questions(passage, asker, section)
 
 
-async def _rationale(item: Question | tuple[Question, Decision], asker: Asker, config: SynthConfig) -> Outcome:
-    if isinstance(item, tuple):
-        return _rejected(*item)
+async def _rationale(item: Question | Outcome, asker: Asker, config: SynthConfig) -> Outcome:
+    if isinstance(item, Outcome):
+        return item
     if "flags" in item.meta and "review" not in item.meta:
         outcome = Outcome()
         outcome.drop("waits for review: psyche review", item)
@@ -299,9 +295,25 @@ def _queue(shop: _Workshop, folder: Path) -> None:
     shop.review.add(iterate(Question, folder / "review.jsonl"))
 
 
-def _sources(config: SelectConfig) -> Iterator[Any]:
+def _sources(config: SelectConfig) -> Iterator[Question | Outcome]:
+    """Each question once. Reviews are kept by id, so no two questions may have the same."""
+    seen: dict[str, str] = {}
+    contents: set[str] = set()
     for location in config.questions:
-        yield from iterate_source(Question, location)
+        for question in iterate_source(Question, location):
+            if isinstance(question, str):
+                yield _faulty(question)
+                continue
+            content = digest(question.stem, question.options)
+            if content in contents:
+                outcome = Outcome()
+                outcome.drop("duplicate: the question was there before", question)
+                yield outcome
+            elif seen.setdefault(question.id, content) != content:
+                yield _faulty(f"{location}: the id {question.id} is that of another question before it")
+            else:
+                contents.add(content)
+                yield question
 
 
 def _state_of(location: str) -> Any:

@@ -49,6 +49,10 @@ class Prompts:
         self._folders = [Path(folder)] if folder else []
         if folder and not Path(folder).is_dir():
             raise UsageError(f"prompts: there is no folder {folder}")
+        known = sorted(path.stem for path in _PACKAGED.glob("*.jinja"))
+        for path in sorted(Path(folder).glob("*.jinja")) if folder else ():
+            if path.stem not in known:
+                raise UsageError(f"{path}: no stage has a prompt of that name; known: {', '.join(known)}")
         self._folders.append(_PACKAGED)
         self._environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         self._environment.filters["fenced"] = fenced

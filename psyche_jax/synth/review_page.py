@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from psyche_jax.data.records import Kind, Question, record_to_json
 from psyche_jax.errors import UserError
+from psyche_jax.listening import listen
 from psyche_jax.synth.review import Decision, ReviewConflictError, ReviewStore, Verdict, as_json
 
 _PAGE = {
@@ -20,6 +21,7 @@ _PAGE = {
     "review.js": ("review.js", "text/javascript"),
     "review.css": ("review.css", "text/css"),
 }
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -54,7 +56,7 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
     """The application. The page itself is public; whatever is read or written wants the token.
 
     `hosts`: the names by which it may be asked; another one is a page elsewhere that points a name of its own at this
-    machine.
+    machine. None: all, for an address that stands for every one of the machine's.
     """
     app = FastAPI(title="psyche review", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -65,7 +67,7 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
-        if request.url.hostname not in hosts:
+        if hosts and request.url.hostname not in hosts:
             return JSONResponse({"detail": "unknown host"}, 421)
         response = await call_next(request)
         response.headers.update(_HEADERS)
@@ -127,11 +129,10 @@ def _edited(store: ReviewStore, decided: Decided) -> Question | None:
 def serve_review(store: ReviewStore, who: str, host: str, port: int) -> None:
     """Serve until interrupted. The token stands behind the # of the printed address: browsers do not send that."""
     token = secrets.token_urlsafe(24)
-    names = ("127.0.0.1", "localhost", "::1") if _is_loopback(host) else (host,)
+    names = LOOPBACK if _is_loopback(host) else () if host in ("0.0.0.0", "::") else (host,)
+    sock = listen(host, port)
     app = review_app(store, who, token, names)
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", access_log=False)
-    sock = config.bind_socket()
-    sock.listen()  # before the address is shown: who comes at once waits, and is not refused
+    config = uvicorn.Config(app, log_level="warning", access_log=False)
     shown = f"[{host}]" if ":" in host else host
     print(f"review: http://{shown}:{sock.getsockname()[1]}/#{token}  (Ctrl-C ends it)", flush=True)
     if not _is_loopback(host):

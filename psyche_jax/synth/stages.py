@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -22,7 +23,6 @@ from psyche_jax.synth.client import CallFailedError
 Item = TypeVar("Item")
 REPORT = "report.json"  # in the folder of a stage; written last
 SET_ASIDE = "set_aside.jsonl"
-_LINES_SECONDS = 5.0  # between two lines of progress where there is no terminal
 
 
 @dataclass
@@ -96,6 +96,8 @@ async def write_stage(
             name: stack.enter_context((partial / name).open("w", encoding="utf-8"))
             for name in (*(f"{file}.jsonl" for file in files), SET_ASIDE)
         }
+        showing = asyncio.create_task(progress.keep_showing(counts, reasons))
+        stack.callback(showing.cancel)
         async for outcome in results:
             counts["in"] += 1
             counts.update(outcome.counts)
@@ -106,7 +108,7 @@ async def write_stage(
                 last = reason
                 reasons[reason.partition(":")[0]] += 1
                 _write_line(opened[SET_ASIDE], {"reason": reason, "item": item})
-            progress.show(counts, sum(reasons.values()))
+            progress.show(counts, reasons)
         if counts["unanswered"]:
             raise UserError(
                 f"{folder.name}: the calls of {counts['unanswered']} of {counts['in']} items got no reply "
@@ -119,7 +121,7 @@ async def write_stage(
             "set_aside": dict(sorted(reasons.items())),
         }
         write_json(partial / REPORT, report)
-    progress.end(counts, sum(reasons.values()))
+    progress.end(counts, reasons)
     return report
 
 
@@ -190,32 +192,41 @@ class Progress:
         self._name = f"{verb}: {stage}"
         self._total = total
         self._client = asker.client if asker else None
-        self._asker = asker
         self._terminal = sys.stderr.isatty()
+        self._pause = 0.2 if self._terminal else 5.0  # seconds between two lines
         self._started = self._shown = time.monotonic()
         self._sent = self._client.sent if self._client else 0
 
-    def show(self, counts: Mapping[str, int], set_aside: int) -> None:
+    def show(self, counts: Counter[str], set_aside: Counter[str]) -> None:
         """Say it, if it is time."""
         now = time.monotonic()
-        if now - self._shown >= (0.2 if self._terminal else _LINES_SECONDS):
+        if now - self._shown >= self._pause:
             self._shown = now
             print(self._line(counts, set_aside), end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
 
-    def end(self, counts: Mapping[str, int], set_aside: int) -> None:
+    async def keep_showing(self, counts: Counter[str], set_aside: Counter[str]) -> None:
+        """Say it also while no item is done: a server may be slow, or not there."""
+        while True:
+            await asyncio.sleep(self._pause)
+            self.show(counts, set_aside)
+
+    def end(self, counts: Counter[str], set_aside: Counter[str]) -> None:
         """Say how it ended."""
         print(self._line(counts, set_aside), file=sys.stderr, flush=True)
 
-    def _line(self, counts: Mapping[str, int], set_aside: int) -> str:
+    def _line(self, counts: Counter[str], set_aside: Counter[str]) -> str:
         seconds = max(time.monotonic() - self._started, 1e-3)
-        kept = ", ".join(f"{value} {key[4:]}" for key, value in sorted(counts.items()) if key.startswith("out/"))
+        files = [key for key in sorted(counts) if key.startswith(("out/", "published/"))]
+        kept = ", ".join(f"{counts[key]} {key.partition('/')[2]}" for key in files)
         total = f"/{self._total}" if self._total is not None else ""
-        line = f"{self._name}: {counts.get('in', 0)}{total} items; {kept or 'nothing'} kept, {set_aside} set aside"
+        line = f"{self._name}: {counts['in']}{total} items; {kept or 'nothing'} kept, {set_aside.total()} set aside"
         if client := self._client:
             sent = client.sent - self._sent
             line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"
             line += f", cost {client.cost:.4g}" if client.cost else ""
-        return f"{line:<100}" if self._terminal else line
+            line += f"; last fault: {client.last_fault}" if client.last_fault else ""
+        width = shutil.get_terminal_size().columns - 1
+        return f"{line[:width]:<{width}}" if self._terminal else line
 
 
 @contextmanager
