@@ -72,7 +72,8 @@ def write_config(folder: Path, url: str, stream: bool = False) -> None:
         "out": "out",
         "sources": {"passages": ["passages.jsonl"], "dialogues": ["dialogues.jsonl"]},
         "llms": llms,
-        "calls": {"concurrency": CONCURRENCY, "first_wait_seconds": 0.02, "longest_wait_seconds": 1.0, "retries": 8},
+        # So many retries that none is given up on a busy machine: what has no reply at a kill was in flight.
+        "calls": {"concurrency": CONCURRENCY, "first_wait_seconds": 0.02, "longest_wait_seconds": 1.0, "retries": 30},
         "questions": {"single": 1, "multi": 0},
         "control": {"votes": 1},
         "rationales": {"rounds": 1},
