@@ -109,6 +109,7 @@ class ControlSection(Section):
     candidates: PositiveFloat = 0.4  # estimated Jaccard similarity from which two questions are compared
     permutations: PositiveInt = 128  # of MinHash
     redis: str | None = None  # host:port, for tables that outgrow memory
+    twins: str | None = None  # an LLM that says whether two questions ask the same where the comparison leaves it open
     llms: tuple[str, ...] = ("judge",)  # empty: no filter
     votes: PositiveInt = 3  # of each LLM
     least_score: PositiveFloat = 3.5  # a vote is for a question if each of its scores, from 1 to 5, is at least that
@@ -173,6 +174,7 @@ class SynthConfig(Section):
         known = _unique_names(self.llms)
         for where, names in (
             ("questions.llm", (self.questions.llm,)),
+            ("control.twins", (self.control.twins,) if self.control.twins else ()),
             ("control.llms", self.control.llms),
             ("rationales.llm", (self.rationales.llm,)),
             ("rationales.judge", (self.rationales.judge,) if self.rationales.judge else ()),

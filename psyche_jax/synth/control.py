@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import Field
 
 from psyche_jax.data.records import Question, question_text
-from psyche_jax.synth.asking import Asker, read_json
+from psyche_jax.synth.asking import Asker, SetAsideError, read_json
 from psyche_jax.synth.config import ControlSection
 from psyche_jax.synth.duplicates import Duplicates, Twin
 from psyche_jax.synth.stages import Outcome
@@ -29,6 +29,14 @@ class Vote:
     reason: str = ""
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What an LLM says of two questions."""
+
+    same: Annotated[bool, Field(strict=True)]
+    reason: str = ""
+
+
 def with_twins(questions: Iterable[Question], section: ControlSection) -> Iterator[tuple[Question, Twin | None]]:
     """Each question with the earlier one that it repeats."""
     with contextlib.closing(Duplicates(section)) as duplicates:
@@ -40,6 +48,11 @@ async def control(item: tuple[Question, Twin | None], asker: Asker, section: Con
     """Set duplicates aside; let the LLMs vote; keep, drop, or leave to a person."""
     question, twin = item
     outcome = Outcome()
+    if twin is not None and twin.doubtful is not None:
+        same = await _same(question, twin.doubtful, asker, section)
+        outcome.counts["twins/asked about"] += 1
+        outcome.counts[f"twins/{'no usable reply' if same is None else 'the same' if same else 'not the same'}"] += 1
+        twin = Twin(twin.id) if same else None
     if twin is not None and not twin.conflict:
         outcome.drop(f"{'exact' if twin.exact else 'near'} duplicate: of {twin.id}", question)
         return outcome
@@ -69,6 +82,17 @@ async def control(item: tuple[Question, Twin | None], asker: Asker, section: Con
     else:
         outcome.keep("questions", question)
     return outcome
+
+
+async def _same(question: Question, other: Question, asker: Asker, section: ControlSection) -> bool | None:
+    """Whether an LLM takes both for the same question; None if it does not say."""
+    assert section.twins is not None
+    values = {f"{key}_{place}": value for place, one in enumerate((other, question), start=1)
+              for key, value in _values(one).items()}  # fmt: skip
+    try:
+        return (await asker.ask(section.twins, "twins", values, read_json(Compared))).same
+    except SetAsideError:
+        return None
 
 
 def _scores(vote: Vote) -> list[int]:

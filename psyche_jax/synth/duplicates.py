@@ -5,7 +5,6 @@ import hashlib
 import re
 import unicodedata
 import uuid
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,30 +55,36 @@ _TYPOS = 0.04  # share of a stem that may be replaced by other characters
 class _Seen:
     id: str
     stem: str
+    marks: tuple[str, ...]
     options: tuple[str, ...]
     key: frozenset[int]  # indices of the right options
+    question: Question | None  # only where an LLM is to read it
 
 
 @dataclass(frozen=True)
 class Twin:
-    """An earlier question that asks the same. `conflict`: with another key."""
+    """An earlier question that asks the same. `conflict`: with another key. `doubtful`: it may ask the same, and is
+    here for an LLM to say so."""
 
     id: str
-    exact: bool
-    conflict: bool
+    exact: bool = False
+    conflict: bool = False
+    doubtful: Question | None = None
 
 
 class Duplicates:
     """Questions come one after the other; each is compared with those before it that its MinHash brings up.
 
     Two questions are near duplicates if their stems are alike but for names and spelling, with the same negations,
-    directions and numbers, their options pair off, and the right options of one are those of the other.
+    directions and numbers, their options pair off, and the right options of one are those of the other. If only the
+    stems or only the options are, and an LLM is asked about twins, the likest one is doubtful.
     """
 
     def __init__(self, section: ControlSection) -> None:
         self._redis = None if section.redis is None else _Redis(section.redis)
         storage = {"type": "dict"} if self._redis is None else self._redis.storage
         self._permutations = section.permutations
+        self._doubts = section.twins is not None
         self._lsh = MinHashLSH(
             threshold=section.candidates, num_perm=section.permutations, storage_config=storage, weights=(0.2, 0.8)
         )
@@ -89,25 +94,29 @@ class Duplicates:
     def find(self, question: Question) -> Twin | None:
         """The earlier question that `question` repeats; if there is none, it is remembered.
 
-        A question with a twin of another key is no duplicate: it is remembered too, and the conflict reported.
+        A question with a twin of another key, or a doubtful one, is no duplicate: it is remembered too, and the twin
+        reported.
         """
         stem, options = fold(question.stem), tuple(fold(option) for option in question.options.values())
         right = frozenset(list(question.options).index(letter) for letter in question.answer)
-        new = _Seen(question.id, bare(stem), _middles([bare(option) for option in options]), right)
+        kept = question if self._doubts else None
+        bared = bare(stem)
+        new = _Seen(question.id, bared, marks(bared), _middles([bare(option) for option in options]), right, kept)
         text = hashlib.sha256("\0".join((stem, *sorted(options))).encode()).digest()[:16]
         if (old := self._exact.get(text)) is not None:
             conflict = {old.options[index] for index in old.key} != {new.options[index] for index in right}
-            return Twin(old.id, True, conflict)
+            return Twin(old.id, exact=True, conflict=conflict)
         minhash = MinHash(self._permutations, hashfunc=_hash)
         minhash.update_batch([shingle.encode() for shingle in _shingles(new.stem, new.options)])
-        for name in sorted(self._lsh.query(minhash)):
-            if same_question(new, old := self._seen[name]):
-                return Twin(old.id, False, False)
+        candidates = [self._seen[name] for name in sorted(self._lsh.query(minhash))]
+        for old in candidates:
+            if _same_stem(new, old) and _same_options(new, old):
+                return Twin(old.id)
         self._exact[text] = new
         name = str(len(self._seen))
         self._seen[name] = new
         self._lsh.insert(name, minhash, check_duplication=False)
-        return None
+        return _doubtful(new, candidates) if self._doubts else None
 
     def close(self) -> None:
         """Remove what lies outside memory."""
@@ -130,11 +139,27 @@ def bare(text: str) -> str:
     return left or text
 
 
-def same_question(one: _Seen, other: _Seen) -> bool:
-    """Whether two questions ask the same."""
-    if len(one.key) != len(other.key) or marks(one.stem) != marks(other.stem):
+def marks(stem: str) -> tuple[str, ...]:
+    """What turns a question into another one though little changes: negations, order, directions, numbers."""
+    return tuple(sorted(_TURNS.findall(stem) + _NUMBERS.findall(stem)))
+
+
+def _same_stem(one: _Seen, other: _Seen) -> bool:
+    """Words may have come in or gone; what was replaced by something else makes it another question."""
+    if one.stem == other.stem:
+        return True
+    if one.marks != other.marks:
         return False
-    if not _same_stem(one.stem, other.stem):
+    matcher = difflib.SequenceMatcher(None, one.stem, other.stem, autojunk=False)
+    if matcher.real_quick_ratio() < _SAME_STEM or matcher.quick_ratio() < _SAME_STEM or matcher.ratio() < _SAME_STEM:
+        return False
+    replaced = sum(max(b - a, d - c) for what, a, b, c, d in matcher.get_opcodes() if what == "replace")
+    return replaced <= _TYPOS * max(len(one.stem), len(other.stem))
+
+
+def _same_options(one: _Seen, other: _Seen) -> bool:
+    """Most options have a partner, and the right ones of one are those of the other."""
+    if len(one.key) != len(other.key):
         return False
     pairs = _pairs(one.options, other.options)
     if len(pairs) < _SAME_SHARE * max(len(one.options), len(other.options)):
@@ -142,20 +167,18 @@ def same_question(one: _Seen, other: _Seen) -> bool:
     return all(index in pairs and pairs[index] in other.key for index in one.key)
 
 
-def marks(stem: str) -> Counter[str]:
-    """What turns a question into another one though little changes: negations, order, directions, numbers."""
-    return Counter(_TURNS.findall(stem)) + Counter(_NUMBERS.findall(stem))
-
-
-def _same_stem(one: str, other: str) -> bool:
-    """Words may have come in or gone; what was replaced by something else makes it another question."""
-    if one == other:
-        return True
-    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
-    if matcher.real_quick_ratio() < _SAME_STEM or matcher.quick_ratio() < _SAME_STEM or matcher.ratio() < _SAME_STEM:
-        return False
-    replaced = sum(max(b - a, d - c) for what, a, b, c, d in matcher.get_opcodes() if what == "replace")
-    return replaced <= _TYPOS * max(len(one), len(other))
+def _doubtful(new: _Seen, candidates: Sequence[_Seen]) -> Twin | None:
+    """Of the candidates that are none, but whose stem or whose options are the same, the one with the likest stem."""
+    letters = set("".join(new.options))
+    likest: tuple[float, Twin | None] = (-1.0, None)
+    for old in candidates:
+        others = set("".join(old.options))
+        alike = len(letters & others) >= _SAME_SHARE * len(letters | others)  # before what takes longer
+        if (alike and _same_options(new, old)) or _same_stem(new, old):
+            likeness = difflib.SequenceMatcher(None, new.stem, old.stem, autojunk=False).ratio()
+            if likeness > likest[0]:
+                likest = (likeness, Twin(old.id, doubtful=old.question))
+    return likest[1]
 
 
 def _pairs(ones: Sequence[str], others: Sequence[str]) -> dict[int, int]:

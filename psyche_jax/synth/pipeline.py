@@ -24,7 +24,7 @@ from psyche_jax.synth.config import SelectConfig, StageName, SynthConfig
 from psyche_jax.synth.control import control, with_twins
 from psyche_jax.synth.dialogues import rewrite
 from psyche_jax.synth.prompts import Prompts
-from psyche_jax.synth.publish import publish
+from psyche_jax.synth.publish import check_place, publish
 from psyche_jax.synth.questions import write_questions
 from psyche_jax.synth.rationales import write_rationale
 from psyche_jax.synth.review import Decision, ReviewStore, reviewed
@@ -56,6 +56,8 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
     Raises:
       UserError: as the stages do; a run that ends so goes on when it is started again.
     """
+    if stage in (None, "publish"):
+        check_place(config.out)
     with _Workshop(config, "synth") as shop:
         for name in STAGES if stage is None else (stage,):
             shop.do(name, _synth_stage(shop, config, name))
@@ -64,6 +66,7 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
 
 def run_select(config: SelectConfig) -> dict[str, Any]:
     """Selection and publication of questions from files; returns the reports of the stages by name."""
+    check_place(config.out)
     with _Workshop(config, "select") as shop:
         states = [_state_of(location) for location in config.questions]
         shop.do("selection", _selection(shop, states, shop.decided(_sources(config))))
@@ -197,7 +200,10 @@ def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stag
     if name == "control":
         source = shop.input("questions", "questions")
         checks = config.control
-        depends = (dataclasses.asdict(checks), *shop.asked(["filter"], checks.llms), source)
+        asked = shop.asked(["filter"], checks.llms)
+        if checks.twins:
+            asked += shop.asked(["twins"], [checks.twins])
+        depends = (dataclasses.asdict(checks), *asked, source)
         twins = with_twins(iterate(Question, source), checks)
         run = shop.over(twins, lambda item, asker: control(item, asker, checks))
         return _Stage(depends, ("questions", "review"), run, _lines(source), partial(_queue, shop))

@@ -1,6 +1,7 @@
 """Records for training, as data sets on a disk or in a bucket, with a data card."""
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from psyche_jax.data.dataset import MANIFEST, open_dataset, write_dataset
 from psyche_jax.data.records import BaseRecord, Dialogue, Question, SftExample, question_to_rl, question_to_sft
 from psyche_jax.data.store import open_store
 from psyche_jax.errors import UserError
+from psyche_jax.files import in_bucket
 from psyche_jax.synth.calls import Usage
 from psyche_jax.synth.stages import iterate
 
@@ -89,6 +91,20 @@ def publish(
             store.remove(name)
             store.upload(path, name)
     return counts
+
+
+def check_place(out: str) -> None:
+    """Ask whether records can go to `out`, before anything is spent on them.
+
+    Raises:
+      UserError: they cannot.
+    """
+    open_store(out).read(CARD_JSON)  # a bucket says what is wrong with it
+    if not in_bucket(out):
+        folder = Path(out).absolute()
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"out: {out}: {nearest} is no folder that can be written to")
 
 
 def as_markdown(card: Mapping[str, Any]) -> str:

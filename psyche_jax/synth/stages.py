@@ -186,28 +186,31 @@ def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:
 
 
 class Progress:
-    """Says how far a stage is: a line that is written over on a terminal, plain lines elsewhere."""
+    """Says how far a stage is: a line that is written over on a terminal, plain lines elsewhere.
+
+    `pause`: seconds between two lines.
+    """
 
     def __init__(self, verb: str, stage: str, total: int | None, asker: Asker | None) -> None:
         self._name = f"{verb}: {stage}"
         self._total = total
         self._client = asker.client if asker else None
         self._terminal = sys.stderr.isatty()
-        self._pause = 0.2 if self._terminal else 5.0  # seconds between two lines
+        self.pause = 0.2 if self._terminal else 5.0
         self._started = self._shown = time.monotonic()
         self._sent = self._client.sent if self._client else 0
 
     def show(self, counts: Counter[str], set_aside: Counter[str]) -> None:
         """Say it, if it is time."""
         now = time.monotonic()
-        if now - self._shown >= self._pause:
+        if now - self._shown >= self.pause:
             self._shown = now
             print(self._line(counts, set_aside), end="\r" if self._terminal else "\n", file=sys.stderr, flush=True)
 
     async def keep_showing(self, counts: Counter[str], set_aside: Counter[str]) -> None:
         """Say it also while no item is done: a server may be slow, or not there."""
         while True:
-            await asyncio.sleep(self._pause)
+            await asyncio.sleep(self.pause)
             self.show(counts, set_aside)
 
     def end(self, counts: Counter[str], set_aside: Counter[str]) -> None:

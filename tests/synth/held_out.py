@@ -112,7 +112,7 @@ def look_alike(parts: Parts, random_: random.Random, kind: str) -> Question:
     return parts.question()
 
 
-def measure_held_out(pairs: int, seed: int = 20261124) -> dict[str, Any]:
+def measure_held_out(pairs: int, seed: int = 20261124, twins: str | None = None) -> dict[str, Any]:
     """Recall and precision, as `planted.measure`."""
     random_ = random.Random(seed)
     made: dict[str, Parts] = {}
@@ -125,7 +125,7 @@ def measure_held_out(pairs: int, seed: int = 20261124) -> dict[str, Any]:
     planted = []
     for index in range(pairs):
         kind, other = DUPLICATES[index // 2 % len(DUPLICATES)], LOOK_ALIKES[index // 2 % len(LOOK_ALIKES)]
-        planted.append((duplicate(bases[index], random_, kind), True, kind))
-        planted.append((look_alike(bases[pairs + index], random_, other), False, other))
+        planted.append((duplicate(bases[index], random_, kind), bases[index].question().id, kind))
+        planted.append((look_alike(bases[pairs + index], random_, other), None, other))
     random_.shuffle(planted)
-    return count([parts.question() for parts in bases], planted)
+    return count([parts.question() for parts in bases], planted, twins)

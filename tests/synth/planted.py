@@ -1,6 +1,6 @@
 """Planted near duplicates of questions, and look-alikes that are none: what de-duplication is measured on.
 
-    PYTHONPATH=. python tests/synth/planted.py [--pairs 1000] [--held-out] [--real FILE]
+    PYTHONPATH=. python tests/synth/planted.py [--pairs 1000] [--held-out] [--twins] [--real FILE]
     PYTHONPATH=. python tests/synth/planted.py --pairs 0 --memory 100000 [--redis HOST:PORT]
 
 The questions are made up from lists of terms, so their texts are alike on purpose. Those of `--memory` are unlike each
@@ -226,8 +226,11 @@ def look_alike(question: Question, random_: random.Random, kind: int) -> Questio
     return Question(stem, dict(zip("ABCD", options, strict=True)), answer, "single")
 
 
-def measure(pairs: int, seed: int = 0) -> dict[str, Any]:
-    """Recall and precision of `Duplicates` on so many planted duplicates among as many look-alikes and originals."""
+def measure(pairs: int, seed: int = 0, twins: str | None = None) -> dict[str, Any]:
+    """Recall and precision of `Duplicates` on so many planted duplicates among as many look-alikes and originals.
+
+    With `twins`, as if an LLM that is always right were asked about those that the comparison leaves open.
+    """
     random_ = random.Random(seed)
     originals: dict[str, Question] = {}
     number = 0
@@ -238,25 +241,36 @@ def measure(pairs: int, seed: int = 0) -> dict[str, Any]:
     bases = list(originals.values())
     planted = []
     for index in range(pairs):
-        planted.append((near_duplicate(bases[index], random_, index // 4 % 5), True, index // 4 % 5))
         kind = index // 4 % 5
-        planted.append((look_alike(bases[pairs + index], random_, kind), False, kind))
+        planted.append((near_duplicate(bases[index], random_, kind), bases[index].id, kind))
+        planted.append((look_alike(bases[pairs + index], random_, kind), None, kind))
     random_.shuffle(planted)
     kinds = ("names", "reordered", "options", "words", "all"), ("term", "negation", "number", "options", "key")
-    return count(bases, [(question, same, kinds[not same][kind]) for question, same, kind in planted])
+    return count(bases, [(question, of, kinds[of is None][kind]) for question, of, kind in planted], twins)
 
 
-def count(bases: list[Question], planted: list[tuple[Question, bool, str]]) -> dict[str, Any]:
-    """What `Duplicates` finds of `planted` after `bases`; a planted one is a duplicate or not, of a kind."""
-    duplicates = Duplicates(ControlSection())
+def count(
+    bases: list[Question], planted: list[tuple[Question, str | None, str]], twins: str | None = None
+) -> dict[str, Any]:
+    """What `Duplicates` finds of `planted` after `bases`; a planted one is of that id, or of none, and of a kind."""
+    duplicates = Duplicates(ControlSection(twins=twins))
+    calls = 0
+
+    def is_found(question: Question, of: str | None) -> bool:
+        nonlocal calls
+        twin = duplicates.find(question)
+        if twin is None or twin.doubtful is None:
+            return twin is not None and not twin.conflict
+        calls += 1
+        return twin.id == of
+
     started = time.perf_counter()
-    originals = sum((twin := duplicates.find(base)) is not None and not twin.conflict for base in bases)
+    originals = sum(is_found(base, None) for base in bases)
     found: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
     asked: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
-    for question, same, kind in planted:
-        twin = duplicates.find(question)
-        asked[same][kind] += 1
-        found[same][kind] += twin is not None and not twin.conflict
+    for question, of, kind in planted:
+        asked[of is not None][kind] += 1
+        found[of is not None][kind] += is_found(question, of)
     right, wrong = found[True].total(), found[False].total() + originals
     return {
         "planted": asked[True].total(),
@@ -264,6 +278,7 @@ def count(bases: list[Question], planted: list[tuple[Question, bool, str]]) -> d
         "originals": len(bases),
         "recall": right / asked[True].total(),
         "precision": right / max(right + wrong, 1),
+        "calls": calls,
         "found_by_kind": {kind: f"{found[True][kind]} of {asked[True][kind]}" for kind in sorted(asked[True])},
         "false_by_kind": {
             **{kind: f"{found[False][kind]} of {asked[False][kind]}" for kind in sorted(asked[False])},
@@ -320,15 +335,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=1000)
     parser.add_argument("--held-out", action="store_true", help="also kinds that the rule was not written for")
+    parser.add_argument("--twins", action="store_true", help="as if an LLM were asked (control.twins), never wrong")
     parser.add_argument("--real", type=Path, help="cpsyexam_train.jsonl")
     parser.add_argument("--memory", type=int, help="so many questions, all different")
     parser.add_argument("--redis", help="of --memory: host:port")
     arguments = parser.parse_args()
-    result = measure(arguments.pairs) if arguments.pairs else {}
+    twins = "one that is always right" if arguments.twins else None
+    result = measure(arguments.pairs, twins=twins) if arguments.pairs else {}
     if arguments.held_out:
         from held_out import measure_held_out
 
-        result["held_out"] = measure_held_out(arguments.pairs)
+        result["held_out"] = measure_held_out(arguments.pairs, twins=twins)
     if arguments.real:
         result["real"] = real(arguments.real)
     if arguments.memory:

@@ -189,6 +189,16 @@ def test_no_key_in_the_environment_is_said_at_once(tmp_path, monkeypatch):
     store.close()
 
 
+@pytest.mark.parametrize("key", ["sk-\nabc", "sk-密钥"])
+def test_a_key_that_no_header_can_hold_is_said_at_once_and_not_shown(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("FAULTY_KEY", key)
+    store = CallStore(tmp_path / "calls.sqlite")
+    with pytest.raises(UsageError, match="FAULTY_KEY holds characters that no key has") as caught:
+        Client([LlmSection("llm", "m", "http://127.0.0.1:1/v1", "FAULTY_KEY")], CallsSection(), BudgetSection(), store)
+    assert "sk-" not in str(caught.value)
+    store.close()
+
+
 @pytest.mark.parametrize("url", ["https://user:key@host/v1", "https://host/v1?api_key=secret", "host/v1", "ftp://host"])
 def test_base_urls_that_are_refused(url):
     with pytest.raises(ValueError, match="base_url"):

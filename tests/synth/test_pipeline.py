@@ -1,10 +1,12 @@
 """The pipeline as a whole, with the canned replies of the demo: what it leaves, what it does again and what not."""
 
+import asyncio
 import json
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -21,6 +23,7 @@ from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.replay import replay_app, serving
 from psyche_jax.synth.review import Decision, ReviewStore
+from psyche_jax.synth.stages import Outcome, Progress, write_stage
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +238,62 @@ def test_select_alone_on_questions_of_ones_own_into_a_bucket(tmp_path, url):
         assert counts["in"] == 31 and counts["out/review"] == 1
         assert len(open_dataset(f"{out}/sft")) == counts["out/sft"] - 1, "one has no rationale to train on"
         assert len(open_dataset(f"{out}/rl")) == counts["out/rl"]
+
+
+def test_select_takes_each_question_once(tmp_path, url):
+    options = {"A": "甲", "B": "乙"}
+    first, other = (Question(f"第{n}问？", options, "A", "single", rationale="想一想以后作答。") for n in range(2))
+    write_records(tmp_path / "one.jsonl", [first, other, first])
+    write_records(tmp_path / "two.jsonl", [replace(first, id="7"), replace(other, stem="第三问？")])
+    config = canned_config(tmp_path, tmp_path, url, 0)
+    files = tuple(str(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
+    run = replace(config.run, dir=str(tmp_path / "run"))
+    reports = run_select(
+        SelectConfig(
+            run, str(tmp_path / "out"), files, config.llms, selection=replace(config.selection, llms=("writer",))
+        )
+    )
+    assert reports["selection"]["set_aside"] == {"bad record": 1, "duplicate": 2}
+    assert "two.jsonl: the id" in Path(run.dir, "selection", "set_aside.jsonl").read_text(encoding="utf-8")
+    assert len(open_dataset(f"{tmp_path}/out/sft")) == 2
+
+
+def test_progress_is_said_while_no_item_is_done_with_the_last_fault(tmp_path, capsys):
+    client = SimpleNamespace(sent=3, faults=2, tokens=0, cost=0.0, last_fault="writer: Connection refused")
+    progress = Progress("synth", "questions", 9, SimpleNamespace(client=client))
+    progress.pause = 0.02
+
+    async def nothing_comes():
+        await asyncio.sleep(0.2)
+        yield Outcome()
+
+    asyncio.run(write_stage(tmp_path / "questions", "", (), nothing_comes(), progress))
+    first, *_, last = capsys.readouterr().err.splitlines()
+    assert "synth: questions: 0/9 items" in first and "2 faults" in first and first.endswith("Connection refused")
+    assert "1/9 items" in last
+
+
+def test_where_records_cannot_go_is_said_before_anything_is_asked(tmp_path, url, asked):
+    before = sum(asked.values())
+    (tmp_path / "file").write_text("")
+    for out in ("ftp://host/out", str(tmp_path / "file" / "out"), str(tmp_path / "file")):
+        with pytest.raises(UserError, match="out"):
+            run_synth(replace(canned_config(tmp_path / "run", tmp_path, url, 0), out=out))
+    assert sum(asked.values()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--port", "99999"], "port must be 0-65535"),
+        (["--host", "no.such.invalid"], "cannot serve on no.such.invalid"),
+    ],
+)
+def test_an_address_that_cannot_be_served_on_is_one_line(tmp_path, capsys, arguments, what):
+    ReviewStore(tmp_path).close()
+    assert cli.main(["review", str(tmp_path), *arguments]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert what in line
 
 
 def test_cleaning_can_be_switched_off(copy):

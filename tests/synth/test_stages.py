@@ -121,6 +121,10 @@ def test_prompts_of_ones_own_have_a_version(tmp_path):
     assert prompts["questions"].id.startswith("questions@7b-")
     assert prompts["questions"].messages(text="甲") == ({"role": "user", "content": "出题：甲"},)
     assert prompts["filter"].id == Prompts()["filter"].id
+    (tmp_path / "filters.jinja").write_text("{#- version: 1 -#}{% block user %}{% endblock %}")
+    with pytest.raises(UsageError, match=r"filters\.jinja: no stage has a prompt of that name; known: again, answer"):
+        Prompts(str(tmp_path))
+    (tmp_path / "filters.jinja").unlink()
     for text, what in (("{% block user %}{% endblock %}", "version"), ("{#- version: 1 -#}x", "user")):
         (tmp_path / "filter.jinja").write_text(text)
         with pytest.raises(UsageError, match=what):
@@ -172,6 +176,43 @@ def test_duplicates_are_not_asked_about_and_conflicts_go_to_people(ask):
     assert reasons(second) == [f"near duplicate: of {QUESTION.id}"]
     (flagged,) = kept(third, "review")
     assert "another key" in flagged.meta["flags"][0]
+
+
+REWORDED = dataclasses.replace(QUESTION, stem="是哪位学者最早描述了经典条件反射？", id="")
+
+
+@pytest.mark.parametrize(
+    ("said", "reason", "count"),
+    [
+        ('{"same": true}', f"near duplicate: of {QUESTION.id}", "the same"),
+        ('{"same": false, "reason": "所问不同"}', None, "not the same"),
+        ('{"same": "perhaps"}', None, "no usable reply"),
+    ],
+)
+def test_an_llm_is_asked_whether_two_questions_with_the_same_options_are_one(ask, said, reason, count):
+    section = ControlSection(llms=(), twins="llm")
+    server = scripted(lambda asked, request: said)
+
+    async def work(asker):
+        return [await control(item, asker, section) for item in with_twins([QUESTION, REWORDED], section)]
+
+    _, second = ask(server, work, reasks=0)
+    assert reasons(second) == ([reason] if reason else []) and kept(second, "questions") == [] if reason else [REWORDED]
+    assert second.counts == {"twins/asked about": 1, f"twins/{count}": 1}
+    asked = server.requests[0]["messages"][1]["content"]
+    assert QUESTION.stem in asked and REWORDED.stem in asked and "题目二的答案：A" in asked
+
+
+def test_no_llm_is_asked_about_other_options_or_another_key(ask):
+    section = ControlSection(llms=(), twins="llm")
+    server = scripted(lambda asked, request: '{"same": true}')
+    options = {"A": "消退", "B": "泛化", "C": "分化", "D": "惩罚"}
+    others = [dataclasses.replace(REWORDED, options=options, id=""), dataclasses.replace(REWORDED, answer="B", id="")]
+
+    async def work(asker):
+        return [await control(item, asker, section) for item in with_twins([QUESTION, *others], section)]
+
+    assert all(kept(outcome, "questions") for outcome in ask(server, work)) and server.requests == []
 
 
 # Rationales
