@@ -207,7 +207,8 @@ def test_no_llm_is_asked_about_other_options_or_another_key(ask):
     section = ControlSection(llms=(), twins="llm")
     server = scripted(lambda asked, request: '{"same": true}')
     options = {"A": "消退", "B": "泛化", "C": "分化", "D": "惩罚"}
-    others = [dataclasses.replace(REWORDED, options=options, id=""), dataclasses.replace(REWORDED, answer="B", id="")]
+    other_options = Question("强化物撤除以后反应减弱，称为什么？", options, "A", "single")
+    others = [other_options, dataclasses.replace(REWORDED, answer="B", id="")]
 
     async def work(asker):
         return [await control(item, asker, section) for item in with_twins([QUESTION, *others], section)]
