@@ -99,8 +99,10 @@ def check_place(out: str) -> None:
     Raises:
       UserError: they cannot.
     """
-    open_store(out).read(CARD_JSON)  # a bucket says what is wrong with it
-    if not in_bucket(out):
+    store = open_store(out)
+    if in_bucket(out):
+        store.objects()  # the bucket says what is wrong with it
+    else:
         folder = Path(out).absolute()
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):

@@ -288,11 +288,11 @@ def count(
     }
 
 
-def real(path: Path) -> dict[str, Any]:
+def real(path: Path, twins: str | None = None) -> dict[str, Any]:
     """What is cleaned and found in real exam questions (`cpsyexam_train.jsonl` of CPsyExam)."""
     cleaned: Counter[str] = Counter()
-    duplicates = Duplicates(ControlSection())
-    counts = {"questions": 0, "unusable": 0, "exact": 0, "near": 0, "conflicting_keys": 0}
+    duplicates = Duplicates(ControlSection(twins=twins))
+    counts = {"questions": 0, "unusable": 0, "exact": 0, "near": 0, "conflicting_keys": 0, "doubtful": 0}
     started = time.perf_counter()
     for line in path.read_text(encoding="utf-8").splitlines():
         value = json.loads(line)
@@ -307,7 +307,8 @@ def real(path: Path) -> dict[str, Any]:
         counts["questions"] += 1
         twin = duplicates.find(question)
         if twin is not None:
-            counts["conflicting_keys" if twin.conflict else "exact" if twin.exact else "near"] += 1
+            kind = "doubtful" if twin.doubtful else "exact" if twin.exact else "near"
+            counts["conflicting_keys" if twin.conflict else kind] += 1
     return {**counts, "stems_cleaned": dict(cleaned), "seconds": round(time.perf_counter() - started, 1)}
 
 
@@ -347,7 +348,7 @@ def main() -> None:
 
         result["held_out"] = measure_held_out(arguments.pairs, twins=twins)
     if arguments.real:
-        result["real"] = real(arguments.real)
+        result["real"] = real(arguments.real, twins)
     if arguments.memory:
         result["memory"] = memory(arguments.memory, arguments.redis)
     print(json.dumps(result, ensure_ascii=False, indent=2))

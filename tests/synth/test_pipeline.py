@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from bucket import running_bucket
+from fastapi.testclient import TestClient
 
 from psyche_jax import cli
 from psyche_jax.config_files import config_to_dict
@@ -23,6 +24,7 @@ from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.replay import replay_app, serving
 from psyche_jax.synth.review import Decision, ReviewStore
+from psyche_jax.synth.review_page import LOOPBACK, review_app
 from psyche_jax.synth.stages import Outcome, Progress, write_stage
 
 
@@ -279,6 +281,8 @@ def test_where_records_cannot_go_is_said_before_anything_is_asked(tmp_path, url,
     for out in ("ftp://host/out", str(tmp_path / "file" / "out"), str(tmp_path / "file")):
         with pytest.raises(UserError, match="out"):
             run_synth(replace(canned_config(tmp_path / "run", tmp_path, url, 0), out=out))
+    with running_bucket() as bucket, pytest.raises(UserError, match="does not exist"):
+        run_synth(replace(canned_config(tmp_path / "run", tmp_path, url, 0), out=f"{bucket}-absent/out"))
     assert sum(asked.values()) == before
 
 
@@ -294,6 +298,14 @@ def test_an_address_that_cannot_be_served_on_is_one_line(tmp_path, capsys, argum
     assert cli.main(["review", str(tmp_path), *arguments]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert what in line
+
+
+@pytest.mark.parametrize(("hosts", "status"), [((), 200), (LOOPBACK, 421)])
+def test_a_review_on_every_address_is_answered_under_any_name(tmp_path, hosts, status):
+    store = ReviewStore(tmp_path)
+    client = TestClient(review_app(store, "王", "token", hosts), base_url="http://192.0.2.7:8000")
+    assert client.get("/api/items", headers={"Authorization": "Bearer token"}).status_code == status
+    store.close()
 
 
 def test_cleaning_can_be_switched_off(copy):
