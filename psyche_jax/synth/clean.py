@@ -25,7 +25,7 @@ _INVISIBLE = re.compile(
 )
 _LINK = re.compile(
     r"(?:https?://|www\.)[\w.~:/?#\[\]@!$&'()*+,;=%-]+|"
-    r"(?<![\w@.])(?:[a-z0-9-]+\.)+(?:com|cn|net|org|cc|top|xyz|info|io)(?![\w.])(?:/[\w./?&=%#-]*)?",
+    r"(?<![\w@.])(?:[a-z0-9-]{1,63}\.)+(?:com|cn|net|org|cc|top|xyz|info|io)(?![\w.])(?:/[\w./?&=%#-]*)?",
     re.IGNORECASE | re.ASCII,
 )
 _ADVERTISEMENT = re.compile(
@@ -39,7 +39,7 @@ _INJECTION = re.compile(
     r"(?:忽略|无视|忘记|忘掉|不要理会|不用管).{0,12}(?:以上|上面|上述|之前|前面|先前|此前|所有|一切).{0,12}"
     r"(?:指令|指示|要求|命令|提示|规则|设定)|(?:ignore|disregard|forget)\b.{0,30}\b(?:instruction|prompt|rule)s?\b|"
     r"(?:你现在是|从现在(?:起|开始)，?你(?:是|将)|你将扮演)一?[个名位]|系统提示词|system prompt|"
-    r"<\|?/?(?:im_start|im_end|endoftext|system|assistant)\|?>|^\s*(?:system|assistant|系统)\s*[:：]",
+    r"<\|?/?(?:im_start|im_end|endoftext|system|assistant)\|?>|^[^\S\n]*(?:system|assistant|系统)\s*[:：]",
     re.IGNORECASE | re.MULTILINE,
 )
 _EMOJI = re.compile(
@@ -58,7 +58,7 @@ _PASSES = 4  # of the rule of punctuation: one change may make room for another
 _DATE = r"(?:18|19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
 _NOT_HOTLINE = r"(?<!热线)(?<!热线[:：])(?<!专线)(?<!专线[:：])(?<!\d)"
 _PERSONAL: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("[邮箱]", re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+", re.ASCII)),
+    ("[邮箱]", re.compile(r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63})+", re.ASCII)),
     ("[身份证号]", re.compile(rf"(?<!\d)[1-9]\d{{5}}{_DATE}\d{{3}}[\dXx](?!\w)", re.ASCII)),
     ("[卡号]", re.compile(r"(?<!\d)[3-6]\d{3}(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?(?!\d)", re.ASCII)),
     ("[电话]", re.compile(r"(?<!\d)(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?!\d)", re.ASCII)),
@@ -190,7 +190,7 @@ def _punctuate(text: str) -> str:
     text = re.sub(
         rf"(?<=[{_CJK}])[ \t\u3000]+(?=[{_CJK}\d])|(?<=[，。：；！？、（“\d])[ \t\u3000]+(?=[{_CJK}])", "", text
     )
-    return re.sub(r"[ \t\u3000]{2,}", " ", re.sub(r"[ \t\u3000]*\n\s*", "\n", text))
+    return re.sub(r"[ \t\u3000]?\n\s*", "\n", re.sub(r"[ \t\u3000]{2,}", " ", text))
 
 
 def _repetitions(text: str) -> tuple[str, int]:
