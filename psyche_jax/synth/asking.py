@@ -43,7 +43,7 @@ class Asker:
         for attempt in range(self._reasks + 1):
             reply = await self.client.call(llm, template.id, messages, sample)
             if reply.finish == "refused":
-                raise SetAsideError(f"{prompt}: the server refused the request ({reply.text})")
+                raise SetAsideError(f"refused by the server: {prompt}, {llm}: {reply.text}")
             try:
                 if reply.finish == "length":
                     raise FaultyReplyError("回答太长，没有写完")
@@ -57,7 +57,7 @@ class Asker:
                 again = self.prompts["again"].text(fault=fault)
                 said = reply.text if reply.text.strip() else "（空）"
                 messages = (*messages, {"role": "assistant", "content": said}, {"role": "user", "content": again})
-        raise SetAsideError(f"{prompt}: no usable reply ({fault})")
+        raise SetAsideError(f"no usable reply: {prompt}, {llm}: {fault}")
 
 
 def read_json(kind: type[T]) -> Callable[[str], T]:

@@ -47,6 +47,8 @@ class Client:
         self._keys = {llm.name: _key(llm) for llm in llms}
         self._servers: dict[str, Server] = {}
         self._stopping = False
+        self._refusals = dict.fromkeys(self._llms, 0)  # of an LLM that took no request yet
+        self._taken: set[str] = set()  # LLMs that took one
         self.sent = self.faults = self.known = self.failed = 0
         self.last_fault = ""
         self.tokens = 0
@@ -124,6 +126,16 @@ class Client:
                 if self.failed >= self._calls.give_up_after:
                     raise UserError(f"{reason}; {self.failed} calls failed in spite of retries, start again later")
                 raise CallFailedError(reason)
+            if reply.finish == "refused" and call.llm not in self._taken:
+                self._refusals[call.llm] += 1
+                if self._refusals[call.llm] >= self._calls.give_up_after:
+                    raise UserError(
+                        f"LLM {llm.name} at {llm.base_url} refused {self._refusals[call.llm]} requests and took none: "
+                        f"{reply.text}"
+                    )
+                return reply  # not stored: what is wrong with all requests will be mended
+            if reply.finish != "refused":
+                self._taken.add(call.llm)
             self._spend(call.llm, reply.prompt_tokens, reply.completion_tokens)
             pace.spend(reply.prompt_tokens + reply.completion_tokens)
             await self._store.answered(key, reply)

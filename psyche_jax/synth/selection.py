@@ -6,7 +6,7 @@ from typing import Any
 
 from psyche_jax.data.records import Question, question_text
 from psyche_jax.rewards.reference import extract_letters
-from psyche_jax.synth.asking import Asker
+from psyche_jax.synth.asking import Asker, SetAsideError
 from psyche_jax.synth.config import SelectionSection
 from psyche_jax.synth.stages import Outcome
 
@@ -22,6 +22,8 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
     answers: dict[str, list[str]] = {}
     for llm in section.llms:
         replies = [await asker.client.call(llm, template.id, messages, sample) for sample in range(section.samples)]
+        if refused := next((reply for reply in replies if reply.finish == "refused"), None):
+            raise SetAsideError(f"refused by the server: {template.id}, {llm}: {refused.text}")  # no answer at all
         answers[llm] = ["".join(sorted(extract_letters(reply.text) or ())) for reply in replies]
     right = {llm: sum(answer == question.answer for answer in given) for llm, given in answers.items()}
     total = len(section.llms) * section.samples

@@ -125,10 +125,22 @@ def test_what_no_retry_mends_ends_the_run_without_showing_the_key(ask, tmp_path,
 
 
 def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
-    server = Scripted((400, ()))
-    (reply,), _ = ask(server, many(1))
-    assert reply.finish == "refused" and KEY not in reply.text
-    assert len(stored_keys(tmp_path / "calls.sqlite")) == 1, "it is not asked again"
+    class Picky(FaultyServer):
+        async def _respond(self, request, headers, send):
+            if "第1问" in request["messages"][0]["content"]:
+                return await _send(send, 400, {"error": {"message": f"no, {KEY}"}})
+            return await super()._respond(request, headers, send)
+
+    (taken, refused), _ = ask(Picky(share=0.0), many(2), concurrency=1)
+    assert taken.finish == "stop" and refused.finish == "refused" and KEY not in refused.text
+    assert len(stored_keys(tmp_path / "calls.sqlite")) == 2, "it is not asked again"
+
+
+def test_an_llm_that_refuses_everything_ends_the_run_and_is_asked_again_when_it_is_mended(ask):
+    with pytest.raises(UserError, match="refused 3 requests and took none: HTTP 400"):
+        ask(Scripted((400, ())), many(9), give_up_after=3)
+    replies, client = ask(FaultyServer(share=0.0), many(9))
+    assert {reply.finish for reply in replies} == {"stop"} and client.known == 0
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from faulty_server import FaultyServer, answering
+from faulty_server import FaultyServer, _send, answering
 
 from psyche_jax.data.records import Dialogue, Message, Passage, Question
 from psyche_jax.errors import UsageError
@@ -388,6 +388,15 @@ def test_one_right_answer_makes_it_sft_and_agreement_on_another_asks_a_person(as
         upheld = dataclasses.replace(QUESTION, meta={"review": {"verdict": "accept"}})
         outcome = ask(selection_server(llm=llm, other=other), lambda asker: select(upheld, asker, section))
         assert kept(outcome, "rl"), "a person upheld the key"
+
+
+def test_what_a_server_refused_to_be_asked_is_not_taken_for_a_wrong_answer(ask):
+    class Refusing(FaultyServer):
+        async def _respond(self, request, headers, send):
+            await _send(send, 400, {"error": {"message": "the prompt is filtered"}})
+
+    with pytest.raises(SetAsideError, match=r"refused by the server: .*the prompt is filtered"):
+        ask(Refusing(share=0.0), lambda asker: select(QUESTION, asker, SelectionSection(("llm",))))
 
 
 def test_samples_are_asked_apart_and_counted(ask):
