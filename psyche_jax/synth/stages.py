@@ -23,6 +23,7 @@ from psyche_jax.synth.client import CallFailedError
 Item = TypeVar("Item")
 REPORT = "report.json"  # in the folder of a stage; written last
 SET_ASIDE = "set_aside.jsonl"
+UNANSWERED = "unanswered"  # an item whose call got no reply, so that its stage cannot be made yet
 
 
 @dataclass
@@ -52,7 +53,7 @@ async def outcomes(
 ) -> AsyncGenerator[Outcome, None]:
     """Work on `window` items at a time; outcomes come in the order of the items, which are read as they are needed.
 
-    An item whose call got no reply has an outcome that counts as `unanswered`; one that `work` gives up is set aside.
+    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is set aside.
     """
 
     async def one(item: Item) -> Outcome:
@@ -62,8 +63,8 @@ async def outcomes(
             outcome = Outcome()
             outcome.drop(str(error), item)
         except CallFailedError as error:
-            outcome = Outcome(counts=Counter({"unanswered": 1}))
-            outcome.set_aside.append((f"unanswered: {error}", None))
+            outcome = Outcome(counts=Counter({UNANSWERED: 1}))
+            outcome.set_aside.append((f"{UNANSWERED}: {error}", None))
         return outcome
 
     tasks: deque[asyncio.Task[Outcome]] = deque()
@@ -105,14 +106,15 @@ async def write_stage(
                 _write_line(opened[f"{file}.jsonl"], record_to_json(record))
                 counts[f"out/{file}"] += 1
             for reason, item in outcome.set_aside:
-                last = reason
-                reasons[reason.partition(":")[0]] += 1
+                kind = reason.partition(":")[0]
+                last = reason if kind == UNANSWERED else last
+                reasons[kind] += 1
                 _write_line(opened[SET_ASIDE], {"reason": reason, "item": item})
             progress.show(counts, reasons)
-        if counts["unanswered"]:
+        if counts[UNANSWERED]:
             raise UserError(
-                f"{folder.name}: the calls of {counts['unanswered']} of {counts['in']} items got no reply "
-                f"({last.removeprefix('unanswered: ')}); start again to ask for those"
+                f"{folder.name}: the calls of {counts[UNANSWERED]} of {counts['in']} items got no reply "
+                f"({last.removeprefix(f'{UNANSWERED}: ')}); start again to ask for those"
             )
         report = {
             "stage": folder.name,

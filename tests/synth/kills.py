@@ -62,7 +62,7 @@ def write_config(folder: Path, url: str, stream: bool = False) -> None:
             "model": name,
             "base_url": f"{url}/v1",
             "key_env": "FAULTY_KEY",
-            "timeout_seconds": 0.5,
+            "timeout_seconds": 2.0,
             "stream": stream and name == "writer",
         }
         for name in ("writer", "judge", "weak")
@@ -141,7 +141,7 @@ def compare(items: int, kills: int, folder: Path, seed: int = 0, stream: bool = 
         home = folder / name
         home.mkdir()
         write_sources(home, items)
-        server = servers[name] = FaultyServer(hang=0.7)
+        server = servers[name] = FaultyServer(hang=2.5)
         with serving(server) as url:
             write_config(home, url, stream)
             started = time.perf_counter()

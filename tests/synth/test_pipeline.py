@@ -19,13 +19,15 @@ from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.records import Question, RlPrompt, SftExample, read_records, write_records
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.rewards.reference import think_format
+from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.canned import canned_answer, canned_config
+from psyche_jax.synth.client import CallFailedError
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.replay import replay_app, serving
 from psyche_jax.synth.review import Decision, ReviewStore
 from psyche_jax.synth.review_page import LOOPBACK, review_app
-from psyche_jax.synth.stages import Outcome, Progress, write_stage
+from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +275,18 @@ def test_progress_is_said_while_no_item_is_done_with_the_last_fault(tmp_path, ca
     first, *_, last = capsys.readouterr().err.splitlines()
     assert "synth: questions: 0/9 items" in first and "2 faults" in first and first.endswith("Connection refused")
     assert "1/9 items" in last
+
+
+def test_items_without_a_reply_are_named_with_the_reason_of_theirs(tmp_path):
+    async def work(item):
+        if item == 0:
+            raise CallFailedError("writer: no reply in time")
+        raise SetAsideError("no usable reply: questions")
+
+    progress = Progress("synth", "questions", 2, None)
+    with pytest.raises(UserError, match=r"of 1 of 2 items got no reply \(writer: no reply in time\)"):
+        asyncio.run(write_stage(tmp_path / "questions", "", (), outcomes(range(2), work, 1), progress))
+    assert not (tmp_path / "questions").exists()
 
 
 def test_where_records_cannot_go_is_said_before_anything_is_asked(tmp_path, url, asked):
