@@ -83,5 +83,5 @@ class Prompts:
 
 def fenced(text: str, name: str) -> str:
     """Text between marks that it cannot close: they hold a hash of it."""
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
+    mark = hashlib.sha256(text.encode()).hexdigest()[:16]  # so long that no text holds its own
     return f"<{name} {mark}>\n{text}\n</{name} {mark}>"
