@@ -104,6 +104,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--dialogues", type=Path, metavar="FILE", help="JSONL of dialogues: how often ordinary talk is interrupted"
     )
+    verb.add_argument("--rules-alone", action="store_true", help="measure the gate without its classifier")
     verb.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
     verb = add(
@@ -232,7 +233,9 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
 def _safety(arguments: argparse.Namespace) -> None:
     from psyche_jax.serve.crisis.safety import measure_safety, safety_lines
 
-    measured, bad = measure_safety(arguments.posts, arguments.dialogues, arguments.run_folder)
+    measured, bad = measure_safety(
+        arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone
+    )
     for line in bad:
         print(f"set aside: {line}", file=sys.stderr)
     print(json.dumps(measured, ensure_ascii=False) if arguments.json else "\n".join(safety_lines(measured)))

@@ -131,7 +131,8 @@ def _is_text(line: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in line) if not line.isascii() else True
 
 
-def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
+def jsonl_rows(name: str, path: Path, encoding: str = "utf-8") -> Iterator[Row]:
+    """The rows of a JSONL file, called `name`; empty lines are passed over. An OSError is the caller's to tell."""
     for number, line in enumerate(_lines_of(path, encoding, "\n"), start=1):  # U+2028 may stand within a string
         where = f"{name}:{number}"
         if not line.strip():
@@ -213,4 +214,8 @@ def _has_page_checksums(path: Path) -> bool:
     return re.match(int32 * 4, header) is not None
 
 
-_READERS: dict[str, Callable[[str, Path, str], Iterator[Row]]] = {".jsonl": _jsonl, ".csv": _csv, ".parquet": _parquet}
+_READERS: dict[str, Callable[[str, Path, str], Iterator[Row]]] = {
+    ".jsonl": jsonl_rows,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

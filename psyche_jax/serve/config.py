@@ -39,6 +39,7 @@ class CrisisSection(Section):
     gate: bool = True
     region: str = "CN"  # whose hotline
     log: str | None = None  # a file for events, which hold no text
+    classifier: bool = True  # asked where rules find no crisis
 
 
 @dataclass(frozen=True)

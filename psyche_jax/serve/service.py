@@ -75,7 +75,7 @@ def open_gate(crisis: CrisisSection) -> Gate | None:
     log = Path(crisis.log) if crisis.log else None
     if log is not None:
         log.open("a", encoding="utf-8").close()
-    return Gate(crisis.region, log)
+    return Gate(crisis.region, log, crisis.classifier)
 
 
 class Service:

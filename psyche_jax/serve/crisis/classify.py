@@ -1,4 +1,4 @@
-"""The class of a message: what its writer says about suicide, self-harm or violence, by the rules in rules.yaml."""
+"""The class of a message: what its writer says about suicide, self-harm or violence, by rules and a classifier."""
 
 import re
 import unicodedata
@@ -9,6 +9,8 @@ from importlib.resources import files
 from typing import Any
 
 import yaml
+
+from psyche_jax.serve.crisis.classifier import classifier
 
 _BLANK = "□"
 _PART = 400  # characters of a long text that are read at once
@@ -60,21 +62,28 @@ class RuleBook:
 
 @dataclass(frozen=True)
 class Assessment:
-    """The class of a message and the names of the rules that say so (empty for none)."""
+    """The class of a message and what says so: names of rules, or `classifier` with a band; empty for none."""
 
     risk: Risk
     rules: tuple[str, ...] = ()
+    learned: bool = False  # the classifier says so
 
 
-def classify(text: str) -> Assessment:
-    """The class of what somebody wrote. Local, without a model; costs well under a millisecond a sentence.
+def classify(text: str, learned: bool = True) -> Assessment:
+    """The class of what somebody wrote. Local, and quick enough for every message.
 
+    Rules come first. Where they find no crisis, the classifier may (`learned`); it never takes one back.
     A long text is read in overlapping parts, so that its cost grows with its length only, and has the class of its most
     urgent part.
     """
     text = normalize(text)
     parts = (text[start : start + _PART] for start in range(0, max(len(text) - _OVERLAP, 1), _PART - _OVERLAP))
-    return max(map(_classify_part, parts), key=lambda assessment: assessment.risk.severity)
+    found = max(map(_classify_part, parts), key=lambda assessment: assessment.risk.severity)
+    if learned and found.risk.severity <= Risk.EXPLORATION.severity and (decided := classifier().decide(text)):
+        name, probability = decided
+        band = min(int(probability * 10), 9) / 10
+        return Assessment(Risk(name), (f"classifier, {band:.1f} to {band + 0.1:.1f}",), learned=True)
+    return found
 
 
 def _classify_part(text: str) -> Assessment:

@@ -30,10 +30,15 @@ class GateReply:
 
 @dataclass(frozen=True)
 class Gate:
-    """The gate of one region. `log`: a file to which each event is appended as one JSON line, besides the logger."""
+    """The gate of one region.
+
+    `log`: a file to which each event is appended as one JSON line, besides the logger. `learned`: the classifier is
+    asked where rules find no crisis.
+    """
 
     region: str = "CN"
     log: Path | None = None
+    learned: bool = True
 
     def __post_init__(self) -> None:
         if self.region not in (known := regions()):
@@ -46,13 +51,13 @@ class Gate:
         """
         if not user_turns:
             return None
-        assessment = classify(user_turns[-1])
+        assessment = classify(user_turns[-1], self.learned)
         if assessment.risk is Risk.NONE:
             return None
         self.record("message", risk=assessment.risk, rules=assessment.rules)
         language = language_of(user_turns[-1])
         again = assessment.risk is not Risk.EXPLORATION and any(
-            classify(turn).risk.severity > Risk.EXPLORATION.severity for turn in user_turns[:-1]
+            classify(turn, self.learned).risk.severity > Risk.EXPLORATION.severity for turn in user_turns[:-1]
         )
         texts = _texts()
         text = (texts["again"] if again else texts["replies"][assessment.risk.value])[language]
@@ -72,7 +77,7 @@ class Gate:
         return text.format(hotline=hotline[language], emergency=hotline["emergency"])
 
     def record(self, event: str, **what: Any) -> None:
-        """Log that something was answered by a fixed text or withheld: when and by which rules, never what was said."""
+        """Log that something was answered by a fixed text or withheld: when and by what, never what was said."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **what})
         _LOG.warning("%s", line)
         if self.log is not None:

@@ -1,7 +1,6 @@
 """How well the gate does on labelled messages, on dialogues, and how much of what a model said would be withheld."""
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +10,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+from psyche_jax.data.sources import RowError, jsonl_rows
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import wilson
-from psyche_jax.serve.crisis.classify import Risk, classify
+from psyche_jax.serve.crisis.classify import Assessment, Risk, classify
 from psyche_jax.serve.crisis.outputs import check_output
 
 Item = TypeVar("Item")
@@ -79,7 +79,7 @@ def read_posts(path: Path) -> tuple[list[Post], list[str]]:
       UserError: the file cannot be read, or no line of it is good.
     """
 
-    def read(number: int, value: dict[str, Any]) -> Post:
+    def read(_: str, value: dict[str, Any]) -> Post:
         labels = [str(LABELS[label]) for label in value["labels"]]
         return Post(_text(value["text"]), min(labels, key=ROWS.index), str(value.get("id", "")))
 
@@ -95,8 +95,8 @@ def read_turns(path: Path) -> tuple[list[Turn], list[str]]:
       UserError: the file cannot be read, or no line of it is good.
     """
 
-    def read(number: int, value: dict[str, Any]) -> list[Turn]:
-        name = str(value.get("id", number))
+    def read(where: str, value: dict[str, Any]) -> list[Turn]:
+        name = str(value.get("id", where))
         turns = [(turn["role"], _text(turn["content"])) for turn in value["turns"]]
         return [Turn(name, text, role in ("user", "client")) for role, text in turns if role != "system"]
 
@@ -104,12 +104,14 @@ def read_turns(path: Path) -> tuple[list[Turn], list[str]]:
     return [turn for turns in dialogues for turn in turns], bad
 
 
-def measure_posts(posts: Sequence[Post]) -> dict[str, Any]:
+def measure_posts(posts: Sequence[Post], learned: bool = True) -> dict[str, Any]:
     """Of each class how many posts are answered by a fixed text, by one for a crisis, and by that of their own class.
 
-    `answered` of class `none` are the false alarms. `confusion` has rows as labelled and columns as classed.
+    `answered` of class `none` are the false alarms. `confusion` has rows as labelled and columns as classed. `decided`
+    counts the answered posts by what decided, the bands of the classifier apart; without it if not `learned`.
     """
-    pairs = [(post.label, classify(post.text).risk.value) for post in posts]
+    assessments = [classify(post.text, learned) for post in posts]
+    pairs = [(post.label, found.risk.value) for post, found in zip(posts, assessments, strict=True)]
     groups = [("plan, preparation, attempt", _URGENT), *((name, (name,)) for name in ROWS)]
     classes = {}
     for name, members in groups:
@@ -125,22 +127,25 @@ def measure_posts(posts: Sequence[Post]) -> dict[str, Any]:
     return {
         "count": len(pairs),
         "classes": classes,
+        "decided": _deciders(assessments),
         "columns": COLUMNS,
         "confusion": {row: [confusion[row, column] for column in COLUMNS] for row in ROWS if row in dict(pairs)},
     }
 
 
-def measure_turns(turns: Sequence[Turn]) -> dict[str, Any]:
+def measure_turns(turns: Sequence[Turn], learned: bool = True) -> dict[str, Any]:
     """How much of ordinary talk is answered by a fixed text, and how much of what counsellors say is withheld."""
     own = [turn for turn in turns if turn.own]
-    flagged = [(turn, risk) for turn in own if (risk := classify(turn.text).risk) is not Risk.NONE]
+    found = [(turn, classify(turn.text, learned)) for turn in own]
+    flagged = [(turn, assessment) for turn, assessment in found if assessment.risk is not Risk.NONE]
     dialogues = {turn.dialogue for turn in turns}
     return {
         "dialogues": len(dialogues),
         "turns": len(own),
         "flagged_turns": share(len(flagged), len(own)),
         "flagged_dialogues": share(len({turn.dialogue for turn, _ in flagged}), len(dialogues)),
-        "by_class": dict(Counter(risk.value for _, risk in flagged).most_common()),
+        "by_class": dict(Counter(assessment.risk.value for _, assessment in flagged).most_common()),
+        "decided": _deciders(assessment for _, assessment in flagged),
         "counsellors": measure_replies(turn.text for turn in turns if not turn.own),
     }
 
@@ -153,6 +158,11 @@ def measure_replies(replies: Iterable[str]) -> dict[str, Any]:
         "withheld": share(sum(map(bool, kinds)), len(kinds)),
         "by_kind": dict(Counter(filter(None, kinds)).most_common()),
     }
+
+
+def _deciders(assessments: Iterable[Assessment]) -> dict[str, int]:
+    names = [found.rules[0] if found.learned else "rules" for found in assessments if found.risk is not Risk.NONE]
+    return dict(sorted(Counter(names).items()))
 
 
 def share(count: int, of: int) -> dict[str, float | int | None]:
@@ -173,6 +183,12 @@ def posts_table(measured: dict[str, Any]) -> Iterator[str]:
     yield " " * 22 + "".join(f"{name[:11]:>12}" for name in measured["columns"])
     for name, counts in measured["confusion"].items():
         yield f"{name:22}" + "".join(f"{count:12}" for count in counts)
+    yield f"\ndecided by: {decided_line(measured)}"
+
+
+def decided_line(measured: dict[str, Any]) -> str:
+    """How many messages were answered because of rules, and because of the classifier by its probability."""
+    return "; ".join(f"{name}: {count}" for name, count in measured["decided"].items()) or "nothing"
 
 
 def interval(one: dict[str, Any]) -> str:
@@ -180,22 +196,21 @@ def interval(one: dict[str, Any]) -> str:
     return "–" if one["share"] is None else f"{one['share']:.3f} [{one['low']:.3f}, {one['high']:.3f}]"
 
 
-def _read(path: Path, read: Callable[[int, dict[str, Any]], Item]) -> tuple[list[Item], list[str]]:
+def _read(path: Path, read: Callable[[str, dict[str, Any]], Item]) -> tuple[list[Item], list[str]]:
     good: list[Item] = []
     bad: list[str] = []
     try:
-        lines = path.read_bytes().split(b"\n")
+        for where, row in jsonl_rows(str(path), path):
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                good.append(read(where, row))
+            except KeyError as error:
+                bad.append(f"{where}: {error} is missing or unknown")
+            except (ValueError, TypeError, AttributeError) as error:
+                bad.append(f"{where}: {error}")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            good.append(read(number, json.loads(line)))
-        except KeyError as error:
-            bad.append(f"{path}:{number}: {error} is missing or unknown")
-        except (ValueError, TypeError, AttributeError) as error:
-            bad.append(f"{path}:{number}: {error}")
     if not good:
         raise UserError(f"{path}: no line can be used{f'; {bad[0]}' if bad else ', the file is empty'}")
     return good, bad

@@ -7,6 +7,7 @@ from typing import Any
 from psyche_jax.errors import UserError
 from psyche_jax.files import read_json, write_json
 from psyche_jax.serve.crisis.measure import (
+    decided_line,
     interval,
     measure_posts,
     measure_replies,
@@ -18,16 +19,19 @@ from psyche_jax.serve.crisis.measure import (
 )
 
 SAFETY = "safety.json"  # in the folder of a run
-OWN = "the package's own sentences, by which its rules were widened"
+OWN = "the package's own sentences, by which its rules were widened and its classifier trained"
 
 
-def measure_safety(posts: Path | None, dialogues: Path | None, run: Path | None) -> tuple[dict[str, Any], list[str]]:
+def measure_safety(
+    posts: Path | None, dialogues: Path | None, run: Path | None, learned: bool = True
+) -> tuple[dict[str, Any], list[str]]:
     """Measure, and write the figures into the folder `run` if there is one. Returns them and the bad lines.
 
     Args:
       posts: labelled messages (see `read_posts`); the package's own sentences if None.
       dialogues: dialogues (see `read_turns`).
       run: a run, whose evaluations hold what its models answered.
+      learned: with the gate's classifier, or by its rules alone.
 
     Raises:
       UserError: a file cannot be read, or `run` is not a run.
@@ -36,11 +40,11 @@ def measure_safety(posts: Path | None, dialogues: Path | None, run: Path | None)
         raise UserError(f"{run}: is not a run (it has no state.json); give a folder made by psyche sft or psyche grpo")
     labelled, bad = read_posts(posts) if posts is not None else (own_sentences(), [])
     source = posts.name if posts is not None else OWN
-    measured: dict[str, Any] = {"posts": {"source": source, "set_aside": len(bad), **measure_posts(labelled)}}
+    measured: dict[str, Any] = {"posts": {"source": source, "set_aside": len(bad), **measure_posts(labelled, learned)}}
     if dialogues is not None:
         turns, faulty = read_turns(dialogues)
         bad += faulty
-        measured["dialogues"] = {"source": dialogues.name, "set_aside": len(faulty), **measure_turns(turns)}
+        measured["dialogues"] = {"source": dialogues.name, "set_aside": len(faulty), **measure_turns(turns, learned)}
     if run is not None:
         measured["replies"] = measure_replies(_answers(run))
         write_json(run / SAFETY, measured)
@@ -56,6 +60,7 @@ def safety_lines(measured: dict[str, Any]) -> Iterator[str]:
         yield f"\n{talk['dialogues']} dialogues ({talk['source']}), {talk['turns']} turns of persons"
         yield f"turns answered by a fixed text: {interval(talk['flagged_turns'])}"
         yield f"dialogues with such a turn:     {interval(talk['flagged_dialogues'])}"
+        yield f"decided by:                     {decided_line(talk)}"
         yield f"counsellors' turns withheld:    {interval(talk['counsellors']['withheld'])}"
     if replies := measured.get("replies"):
         yield f"\nanswers in the run's evaluations that the output filter withholds or changes, of {replies['count']}: "
