@@ -9,9 +9,10 @@ import itertools
 import json
 import resource
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -107,7 +108,6 @@ class Dataset:
         self.store = store
         self.manifest = manifest
         self._starts = np.cumsum([0, *(shard.records for shard in manifest.shards)])
-        self._threads = ThreadPoolExecutor(_RECORDS_AT_ONCE, "records")
         file_handles, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._reader = functools.lru_cache(min(_OPEN_SHARDS, max(1, file_handles // 16)))(self._open_shard)
 
@@ -127,7 +127,15 @@ class Dataset:
         if places.size and (places.min() < 0 or places.max() >= len(self)):
             raise IndexError(f"{self.store.address} has {len(self)} records, and none of them is {places.max()}")
         shards = np.searchsorted(self._starts, places, side="right") - 1
-        return list(self._threads.map(self._read, shards.tolist(), (places - self._starts[shards]).tolist()))
+        positions = places - self._starts[shards]
+        return list(self._threads.imap(self._read, zip(shards.tolist(), positions.tolist(), strict=True)))
+
+    @functools.cached_property
+    def _threads(self) -> ThreadPool:
+        """Daemons: where a bucket dies, ArrayRecord may wait for ever, and the end of the process must not."""
+        threads = ThreadPool(_RECORDS_AT_ONCE)
+        weakref.finalize(self, threads.terminate)
+        return threads
 
     def __iter__(self) -> Iterator[bytes]:
         """All records in order, each shard checked against its CRC32C before any of its records is given."""
@@ -150,8 +158,9 @@ class Dataset:
             raise _broken(path, f"it holds {reader.num_records()} records, the manifest says {shard.records}")
         return reader
 
-    def _read(self, number: int, position: int) -> bytes:
-        """A record of a shard. One by one: several would be read by as many threads over as many connections."""
+    def _read(self, place: tuple[int, int]) -> bytes:
+        """The record at a position of a shard. One by one: several would take as many threads and connections."""
+        number, position = place
         try:
             return self._reader(number).read([position])[0]
         except (RuntimeError, ValueError, IndexError) as error:
