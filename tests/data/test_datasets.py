@@ -84,6 +84,35 @@ def test_more_shards_than_file_handles(bucket):
     subprocess.run([sys.executable, "-c", FEW_HANDLES, f"{bucket}/handles"], check=True, timeout=60)
 
 
+STUCK = """
+import sys, time
+from psyche_jax.data import dataset
+from psyche_jax.errors import UserError
+
+def open_reader(path, name):
+    if path.endswith(first):
+        raise RuntimeError("dead")
+    time.sleep(600)
+
+opened = dataset.open_dataset(sys.argv[1])
+first = opened.manifest.shards[0].name
+dataset._open_reader = open_reader
+try:
+    opened.read([0, 1, 2])
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_read_that_waits_for_ever_does_not_hold_up_the_end_of_the_process(tmp_path):
+    """As ArrayRecord does where a bucket dies."""
+    write_dataset(f"{tmp_path}/stuck", examples(3), shard_bytes=1)
+    done = subprocess.run(
+        [sys.executable, "-c", STUCK, f"{tmp_path}/stuck"], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert "dead" in done.stdout
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 30), st.integers(1, 3000))
 def test_any_number_of_records_in_shards_of_any_size(tmp_path, count, shard_bytes):
