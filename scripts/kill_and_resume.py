@@ -11,7 +11,6 @@ Exits with 1 if a run did not come out as it should. Ctrl-C ends it with a summa
 import argparse
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import random
@@ -119,7 +118,9 @@ def cases(sft: int, grpo: int, sigterm: int) -> list[Case]:
 
 def run_all(work: Path, todo: Sequence[Case], chance: random.Random) -> Iterator[Outcome]:
     """The runs left alone, then each case."""
-    fixtures = _fixtures()
+    sys.path.insert(0, str(ROOT / "tests" / "train"))
+    import training_fixtures as fixtures  # of the tests: the tiny model, its data, configs
+
     fixtures.make_model(work / "model")
     fixtures.write_sft_data(work / "sft.jsonl", 24)
     fixtures.write_prompts(work / "rl.jsonl", 16)
@@ -369,17 +370,6 @@ def _all_run(processes: Sequence[subprocess.Popen]) -> bool:
 def _read_trace(path: Path) -> dict[int, list[int]]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return dict(json.loads(line) for line in lines if line.endswith("\n"))
-
-
-def _fixtures() -> Any:
-    """The tiny model, data and configs of the tests of training."""
-    spec = importlib.util.spec_from_file_location(
-        "training_fixtures", ROOT / "tests" / "train" / "training_fixtures.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _child(trace: Path, command: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ are read.
 """
 
 import argparse
-import importlib.util
 import json
 import resource
 import statistics
@@ -25,6 +24,11 @@ from psyche_jax.data.chat import TokenizedExample
 from psyche_jax.data.dataset import Packing, open_dataset, write_contents
 from psyche_jax.data.packing import PACKED, packed_row, unpacked_rows
 from psyche_jax.data.streams import batches
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from bucket import running_bucket
+from faulty_proxy import faulty
 
 
 def main() -> None:
@@ -42,7 +46,7 @@ def main() -> None:
     if arguments.uri is not None:
         result = measure(arguments.uri, arguments)
     else:
-        with load_tests_module("bucket").running_bucket() as bucket:
+        with running_bucket() as bucket:
             result = measure(f"{bucket}/packed", arguments)
     print(json.dumps(result) if arguments.json else ", ".join(f"{key} {value}" for key, value in result.items()))
 
@@ -51,7 +55,7 @@ def measure(uri: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Write the data set, then read it."""
     write(uri, arguments.length, arguments.rows, arguments.shards)
     if arguments.late:
-        with load_tests_module("faulty_proxy").faulty(1.0, faults=("late",)):
+        with faulty(1.0, faults=("late",)):
             return read(uri, arguments)
     return read(uri, arguments)
 
@@ -118,17 +122,6 @@ def write(uri: str, length: int, rows: int, shards: int) -> None:
 
     packing = Packing(length, 4 * rows, rows * length, 0.0, 0, 0, "", "")
     write_contents(uri, PACKED, contents(), {}, -(-rows // shards) * length * 4, packing=packing)
-
-
-def load_tests_module(name: str):
-    """tests/bucket.py, which starts the server, or tests/faulty_proxy.py."""
-    path = Path(__file__).parents[1] / "tests" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

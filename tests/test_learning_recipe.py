@@ -1,31 +1,21 @@
 """`scripts/learn_smollm2.py`: its data, what its reward rewards, and that both ways to score agree."""
 
-import importlib.util
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from script_modules import load_script
 from tiny import save_model
 
-import psyche_jax
 from psyche_jax.config import GrpoConfig, GrpoDataSection, SftConfig
 from psyche_jax.config_files import load_config
 from psyche_jax.data.records import RlPrompt, SftExample, answer_mask, read_records
 from psyche_jax.rewards.reference import score_response
 
-SCRIPT = Path(psyche_jax.__file__).parents[1] / "scripts" / "learn_smollm2.py"
-
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("learn_smollm2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["learn_smollm2"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["learn_smollm2"]
+    return load_script("learn_smollm2")
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,8 @@
 """The command `psyche`: one verb for each step of the recipe."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
-
-import absl.logging
 
 import psyche_jax
 from psyche_jax.cli import data, evaluation, serving, synthesis, training
@@ -15,8 +12,6 @@ from psyche_jax.errors import UserError
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 (it failed) or 2 (it was used wrongly)."""
     parsed = _parser().parse_args(arguments)
-    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax logs tracebacks of what it then raises,
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # and asyncio those of all that came after the first
     try:
         parsed.run(parsed)
     except UserError as error:

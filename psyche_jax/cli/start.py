@@ -1,5 +1,6 @@
 """The start of JAX, for the verbs that compute."""
 
+import logging
 import os
 import platform
 import sys
@@ -16,8 +17,17 @@ _TUNABLES = "GLIBC_TUNABLES"
 COMPUTING = {"sft", "grpo", "bench", "demo", "eval", "chat", "serve"}  # the verbs that call `start_jax`
 
 
+def quiet_orbax() -> None:
+    """For the verbs that read or write checkpoints: no tracebacks in the log of what Orbax then raises."""
+    import absl.logging
+
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # those of all that came after the first
+
+
 def start_jax(distributed: "DistributedSection | None" = None) -> None:
     """What must come before the first computation: the persistent compilation cache, the other hosts."""
+    quiet_orbax()
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # XLA's threads, else one a virtual device: collectives that wait for each other could hold all of them.
         os.environ.setdefault("NPROC", "64")

@@ -128,6 +128,7 @@ def _add_dtype(verb: argparse.ArgumentParser) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # no device is needed, and one in use would be waited for
+    start.quiet_orbax()
     from psyche_jax.convert import import_model
 
     conversion = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
@@ -160,6 +161,7 @@ def _grpo(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    start.quiet_orbax()
     from psyche_jax.convert import export_model
 
     conversion = export_model(arguments.source, arguments.folder, arguments.dtype, arguments.push)

@@ -1,8 +1,6 @@
 """The gate's classifier: it only raises, says that it decided, and has the weights of the sentences given for it."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from script_modules import load_script
 
 from psyche_jax import cli
 from psyche_jax.serve.crisis import Risk, classify
@@ -18,19 +17,13 @@ from psyche_jax.serve.crisis.classify import normalize
 from psyche_jax.serve.crisis.gate import Gate
 from psyche_jax.serve.crisis.measure import measure_posts, own_sentences
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "train_crisis_classifier.py"
 OBLIQUE = "每晚闭眼前都盼着别再睁开，我在这个家就是多余的那一个，早点散场对谁都好"
 HARD_TO_TELL = [OBLIQUE, "我爸去世三年了，我很想他", "今天好累，想早点睡", "i wish i could sleep and never wake"]
 
 
 @pytest.fixture(scope="module")
 def training():
-    spec = importlib.util.spec_from_file_location("train_crisis_classifier", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_crisis_classifier"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["train_crisis_classifier"]
+    return load_script("train_crisis_classifier")
 
 
 @pytest.fixture(scope="module")
