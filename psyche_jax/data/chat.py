@@ -31,6 +31,18 @@ def prompt_tokens(tokenizer: Any, turns: Sequence[Message], prompt: PromptSectio
     return _encode(tokenizer, _template(tokenizer, render_prompt(turns, prompt), opening=True))
 
 
+def opened_text(tokenizer: Any) -> str:
+    """What the template's generation prompt has already written of the response: '' or an opened thought.
+
+    QwQ's and R1-Distill's templates end in `<think>` and a newline, Qwen3's without thinking also close it. What reads
+    a response (rewards, evaluation, chat, serving) reads this text before it.
+    """
+    turns = [{"role": "user", "content": "-"}]
+    prompt = _template(tokenizer, turns, opening=True)
+    _, tag, rest = prompt.removeprefix(_template(tokenizer, turns, opening=False)).partition("<think>")
+    return tag + rest
+
+
 @dataclass(frozen=True)
 class TokenizedExample:
     """`tokens` int32 [length]; `loss_mask` bool [length], True on tokens that the model is to learn to say."""

@@ -1,7 +1,9 @@
 """Chat rendering and the loss mask, with a tiny tokenizer and with Qwen's own."""
 
+import copy
 import importlib.util
 import itertools
+import json
 import unicodedata
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import save_tokenizer
 
 from psyche_jax.config import PromptSection
-from psyche_jax.data.chat import prompt_tokens, render_prompt, tokenize_example
+from psyche_jax.data.chat import opened_text, prompt_tokens, render_prompt, tokenize_example
 from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, read_records
 from psyche_jax.data.tokenizer import chat_template
 from psyche_jax.errors import UserError
@@ -70,6 +72,14 @@ def test_a_system_turn_of_the_record_stays_alone():
     messages = render_prompt(ASKED, PROMPT)
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[0]["content"] == "你是猫。"
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n", "<think>\n\n</think>\n\n"])
+def test_what_the_template_has_opened_of_the_response(tiny, opened):
+    tokenizer = copy.deepcopy(tiny)
+    start = "<|im_start|>assistant\n"
+    tokenizer.chat_template = chat_template().replace(start, f"{{{{ {json.dumps(start + opened)} }}}}")
+    assert opened_text(tokenizer) == opened
 
 
 def test_no_system_and_no_instruction():
