@@ -5,6 +5,7 @@ tokenized here are those that the template wrote. Training, packing, evaluation,
 """
 
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +20,7 @@ from psyche_jax.rewards.reference import CLOSE, OPEN
 
 # Qwen2.5 calls `<|fim_prefix|>` no special token, R1-Distill not even `<｜User｜>`, which its template writes.
 _BARRED = re.compile(r"<[|｜].*[|｜]>")
+_ENCODING = threading.Lock()  # whether special tokens are split is a state of the tokenizer, which threads share
 
 
 def render_prompt(turns: Sequence[Message], prompt: PromptSection) -> list[dict[str, str]]:
@@ -86,11 +88,10 @@ class TokenizedExample:
 def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSection) -> TokenizedExample:
     """Tokenize a conversation with a loss mask on every assistant turn: its content and its end-of-turn token.
 
-    What is trained is what generation meets: before each learned turn stands what `prompt_tokens` gives for the turns
-    before it, tokenized apart, so that its tokens never merge with the response's. A thought that the generation prompt
-    has opened belongs to the prompt, and the learned part goes on from it. Where the template rewrites earlier turns
-    (QwQ, R1-Distill and Qwen3 drop their thoughts), these are only history: the turns from the last rewriting on are
-    learned.
+    The template is cut where the assistant begins and ends, and the pieces are tokenized apart, so that what is
+    trained is what generation meets: the prompt's tokens never merge with the response's. A thought that the prompt has
+    opened belongs to it, and the learned part goes on from there. Where the template rewrites earlier turns (QwQ's,
+    R1-Distill's and Qwen3's drop their thoughts), these are only history: the turns after the last rewriting are learned.
 
     Raises:
       UserError: the template would write something else than what the assistant says (it trims, say); the last turn
@@ -146,7 +147,7 @@ def _continued(content: str, opened: str) -> str | None:
     return content.removeprefix(OPEN) if CLOSE in content else None
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _frame(tokenizer: Any, template: str) -> tuple[str, str]:
     """`opened_text` and the end-of-turn token of a tokenizer with that chat template."""
     return opened_text(tokenizer), _end_of_turn(tokenizer)
@@ -224,15 +225,16 @@ def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool)
 
 def _encode(tokenizer: Any, rendered: str, mark: str) -> list[int]:
     """Token ids of rendered text. Control tokens are those that hold no mark; what only spells one is read as text."""
-    if mark not in rendered:
-        return tokenizer.encode(rendered, add_special_tokens=False)
-    spellings = _spellings(tokenizer)
-    ids: list[int] = []
-    for place, piece in enumerate(spellings.token.split(rendered)):  # text and tokens by turns
-        if place % 2:
-            ids.append(tokenizer.convert_tokens_to_ids(piece))
-            continue
-        text = spellings.unsplit.sub(lambda found: found[0][0] + mark + found[0][1:], piece.replace(mark, ""))
-        for part in text.split(mark):
-            ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
-    return ids
+    with _ENCODING:
+        if mark not in rendered:
+            return tokenizer.encode(rendered, add_special_tokens=False)
+        spellings = _spellings(tokenizer)
+        ids: list[int] = []
+        for place, piece in enumerate(spellings.token.split(rendered)):  # text and tokens by turns
+            if place % 2:
+                ids.append(tokenizer.convert_tokens_to_ids(piece))
+                continue
+            text = spellings.unsplit.sub(lambda found: found[0][0] + mark + found[0][1:], piece.replace(mark, ""))
+            for part in text.split(mark):
+                ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
+        return ids
