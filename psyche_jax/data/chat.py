@@ -91,7 +91,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
     The template is cut where the assistant begins and ends, and the pieces are tokenized apart, so that what is
     trained is what generation meets: the prompt's tokens never merge with the response's. A thought that the prompt has
     opened belongs to it, and the learned part goes on from there. Where the template rewrites earlier turns (QwQ's,
-    R1-Distill's and Qwen3's drop their thoughts), these are only history: the turns after the last rewriting are learned.
+    R1-Distill's and Qwen3's drop their thoughts), these are only history: what follows the last rewriting is learned.
 
     Raises:
       UserError: the template would write something else than what the assistant says (it trims, say); the last turn
