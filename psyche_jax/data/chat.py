@@ -210,7 +210,7 @@ def _marked(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[list[di
     known = "".join([str(tokenizer.chat_template), *(message["content"] for message in messages)])
     mark = next(chr(code) for code in range(0xF0000, 0x110000) if chr(code) not in known)  # for private use
     start = _spellings(tokenizer).start
-    return [{**m, "content": start.sub(lambda found: found[0] + mark, m["content"])} for m in messages], mark
+    return [{**m, "content": start.sub(rf"\g<0>{mark}", m["content"])} for m in messages], mark
 
 
 def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool) -> str:
