@@ -2,13 +2,18 @@
 
 import json
 import threading
+from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
+from starlette.testclient import TestClient
 
+from psyche_jax.errors import UserError
 from psyche_jax.llm import gate_warnings
+from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate
+from psyche_jax.serve.server import create_app
 
 ASK = [{"role": "user", "content": "心理学是什么？"}]
 
@@ -228,3 +233,14 @@ def test_a_client_that_leaves_frees_its_place(server):
     body = {"model": "tiny", "messages": ASK, "max_tokens": 1}
     answer = httpx.post(f"{server.address}/v1/chat/completions", json=body, timeout=60)
     assert answer.status_code == 200, "32 responses of 400 tokens would have filled the server"
+
+
+def test_turns_that_the_chat_template_refuses():
+    def refuses(_):
+        raise UserError("the tokenizer's chat template is broken: no system turn; use Qwen2.5's")
+
+    app = create_app(SimpleNamespace(name="tiny", gate=None, answer=refuses), ServeConfig("tiny"))
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        response = client.post("/v1/chat/completions", json={"model": "tiny", "messages": ASK})
+    assert response.status_code == 400
+    assert "no system turn" in response.json()["error"]["message"]
