@@ -30,8 +30,8 @@ class ModelSection(Section):
     """Which model, and how it computes."""
 
     path: str  # a Hugging Face folder, an imported checkpoint or a run
-    dtype: Dtype = "float32"  # of parameters and optimizer state
-    compute_dtype: Dtype = "float32"  # of activations and matrix products
+    dtype: Dtype = "float32"  # of parameters and optimizer state; training takes float32 alone
+    compute_dtype: Dtype = "float32"  # of activations and matrix products: those of float32 are float32 everywhere
     remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
     attention: Literal["auto", "xla", "blocked", "splash", "cudnn"] = "auto"  # the kernel; auto: by device and shape
     architecture: str | None = None  # for example Qwen2.5-7B: what `path` must be; `psyche plan` needs no more
@@ -184,6 +184,7 @@ class SftConfig(Section):
     logging: LoggingSection = field(default_factory=LoggingSection)
 
     def __post_init__(self) -> None:
+        _keeps_small_updates(self.model)
         _at_least_one(self, "batch_size", "evaluate_every_steps")
         _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         _divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
@@ -277,6 +278,7 @@ class GrpoConfig(Section):
     logging: LoggingSection = field(default_factory=LoggingSection)
 
     def __post_init__(self) -> None:
+        _keeps_small_updates(self.model)
         _at_least_one(self, "prompts_per_step", "passes_per_step", "max_new_tokens", "evaluate_every_steps")
         _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         _require(
@@ -330,6 +332,16 @@ class GrpoConfig(Section):
 def _require(condition: bool, name: str, value: Any, message: str) -> None:
     if not condition:
         raise ValueError(f"{name} {message}, not {value!r}")
+
+
+def _keeps_small_updates(model: ModelSection) -> None:
+    _require(
+        model.dtype == "float32",
+        "model.dtype",
+        model.dtype,
+        "must be float32 to train: a bfloat16 parameter loses an update below 1/512 of it, and AdamW's second moment "
+        "cannot decay (0.999 rounds to 1); for speed and memory set model.compute_dtype",
+    )
 
 
 def _at_least_one(config: Any, *names: str) -> None:

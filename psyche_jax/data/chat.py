@@ -1,15 +1,26 @@
-"""From bare turns to tokens: the system prompt, the instruction, the chat template and the loss mask."""
+"""From bare turns to tokens: the system prompt, the instruction, the chat template and the loss mask; and back.
 
-from collections.abc import Sequence
+Text that spells a control token (`<|im_end|>` in a question on chat templates) stays text: the control ids of what is
+tokenized here are those that the template wrote. Training, packing, evaluation, chat and serving all come here for it.
+"""
+
+import re
+import threading
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
+from psyche_jax.rewards.reference import CLOSE, OPEN
+
+# Qwen2.5 calls `<|fim_prefix|>` no special token, R1-Distill not even `<｜User｜>`, which its template writes.
+_BARRED = re.compile(r"<[|｜].*[|｜]>")
+_ENCODING = threading.Lock()  # whether special tokens are split is a state of the tokenizer, which threads share
 
 
 def render_prompt(turns: Sequence[Message], prompt: PromptSection) -> list[dict[str, str]]:
@@ -27,8 +38,13 @@ def render_prompt(turns: Sequence[Message], prompt: PromptSection) -> list[dict[
 
 
 def prompt_tokens(tokenizer: Any, turns: Sequence[Message], prompt: PromptSection) -> list[int]:
-    """Token ids of a conversation up to where the assistant begins to speak."""
-    return _encode(tokenizer, _template(tokenizer, render_prompt(turns, prompt), opening=True))
+    """Token ids of a conversation up to where the assistant begins to speak.
+
+    Raises:
+      UserError: the chat template is missing or broken, or refuses these turns.
+    """
+    messages, mark = _marked(tokenizer, render_prompt(turns, prompt))
+    return _encode(tokenizer, _template(tokenizer, messages, opening=True), mark)
 
 
 def opened_text(tokenizer: Any) -> str:
@@ -39,8 +55,26 @@ def opened_text(tokenizer: Any) -> str:
     """
     turns = [{"role": "user", "content": "-"}]
     prompt = _template(tokenizer, turns, opening=True)
-    _, tag, rest = prompt.removeprefix(_template(tokenizer, turns, opening=False)).partition("<think>")
+    _, tag, rest = prompt.removeprefix(_template(tokenizer, turns, opening=False)).partition(OPEN)
     return tag + rest
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The id of the control token that the template writes right after what the assistant says: SFT teaches it.
+
+    Raises:
+      UserError: the template writes none there.
+    """
+    return int(tokenizer.convert_tokens_to_ids(_end_of_turn(tokenizer)))
+
+
+def decoded_text(tokenizer: Any, ids: Sequence[int] | np.ndarray) -> str:
+    """The text of token ids, as all that read responses see it: every token's own, the special ones' too.
+
+    A tokenizer may call `<think>` special; left out of the text, a thought would look like an answer. The caller leaves
+    out the stop token, and puts `opened_text` before a response.
+    """
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 @dataclass(frozen=True)
@@ -52,44 +86,155 @@ class TokenizedExample:
 
 
 def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSection) -> TokenizedExample:
-    """Tokenize a conversation with a loss mask on every assistant turn: its content and its `<|im_end|>`.
+    """Tokenize a conversation with a loss mask on every assistant turn: its content and its end-of-turn token.
 
     The template is cut where the assistant begins and ends, and the pieces are tokenized apart, so that what is
-    trained is what generation meets: the prompt's tokens never merge with the response's.
+    trained is what generation meets: the prompt's tokens never merge with the response's. A thought that the prompt has
+    opened belongs to it, and the learned part goes on from there. Where the template rewrites earlier turns (QwQ's,
+    R1-Distill's and Qwen3's drop their thoughts), these are only history: what follows the last rewriting is learned.
 
     Raises:
-      UserError: the template rewrites earlier turns, or the mask comes out all ones or all zeros.
+      UserError: the template would write something else than what the assistant says (it trims, say); the last turn
+        does not go on from the thought that is opened; the mask comes out all ones or all zeros.
     """
-    messages = render_prompt(turns, prompt)
+    messages, mark = _marked(tokenizer, render_prompt(turns, prompt))
+    opened, end = _frame(tokenizer, str(tokenizer.chat_template))
+    spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     tokens: list[int] = []
     mask: list[bool] = []
     done = ""
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        opened = _template(tokenizer, messages[:index], opening=True)
+    for index in spoken:
+        content = messages[index]["content"]
+        before = _template(tokenizer, messages[:index], opening=True)
         closed = _template(tokenizer, messages[: index + 1], opening=False)
-        end = f"{message['content']}<|im_end|>"
-        if not opened.startswith(done) or not closed.startswith(opened + end):
-            raise UserError("the chat template changes what was said; it must be ChatML as Qwen2.5's is")
-        for text, learned in ((opened.removeprefix(done), False), (end, True)):
-            piece = _encode(tokenizer, text)
+        _check_written(content, closed, before.removesuffix(opened), end)
+        said = _continued(content, opened)
+        if said is None:
+            if index == spoken[-1]:
+                raise UserError(f"the last turn does not go on from {opened!r}, with which the chat template begins it")
+            continue
+        if not before.startswith(done):
+            tokens, mask, done = [], [], ""
+        for text, learned in ((before.removeprefix(done), False), (said + end, True)):
+            piece = _encode(tokenizer, text, mark)
             tokens += piece
             mask += [learned] * len(piece)
-        done = opened + end
+        done = before + said + end
     if all(mask) or not any(mask):
         raise UserError(f"the loss mask of a conversation is all {'ones' if any(mask) else 'zeros'}")
     return TokenizedExample(np.asarray(tokens, np.int32), np.asarray(mask, bool))
 
 
-def _template(tokenizer: Any, messages: list[dict[str, str]], opening: bool) -> str:
+def _check_written(content: str, closed: str, head: str, end: str) -> None:
+    """Whether the template writes `content` and `end` after `head`; it may drop a thought, or space it otherwise."""
+    written, ended, _ = closed.removeprefix(head).partition(end)
+    if closed.startswith(head) and ended:
+        if written == content:
+            return
+        (thought, thinks, answer), (kept, _, shown) = content.rpartition(CLOSE), written.rpartition(CLOSE)
+        same_thought = kept.removeprefix(OPEN).strip() in ("", thought.removeprefix(OPEN).strip())
+        if thinks and not content[0].isspace() and same_thought and shown.lstrip() == answer.lstrip():
+            return
+    raise UserError("the chat template changes what was said (white space at its ends, say)")
+
+
+def _continued(content: str, opened: str) -> str | None:
+    """What is left to say of `content` after `opened`; None if it does not begin so."""
+    if not opened or content.startswith(opened):
+        return content.removeprefix(opened)
+    if CLOSE in opened:  # the thought is over: an answer is due
+        return None if CLOSE in content else content
+    return content.removeprefix(OPEN) if CLOSE in content else None
+
+
+@lru_cache(maxsize=4)
+def _frame(tokenizer: Any, template: str) -> tuple[str, str]:
+    """`opened_text` and the end-of-turn token of a tokenizer with that chat template."""
+    return opened_text(tokenizer), _end_of_turn(tokenizer)
+
+
+def _end_of_turn(tokenizer: Any) -> str:
+    said = "psyche"
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": said}]
+    after = _template(tokenizer, turns, opening=False).rpartition(said)[2]
+    found = _spellings(tokenizer).control.match(after)
+    if found is None:
+        raise UserError("the chat template writes no special token right after what the assistant says; use Qwen2.5's")
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Spellings:
+    """What a tokenizer's added tokens look like in text, as patterns.
+
+    `control`: tokens that steer; `token`: these and the tags of a thought, which are text even where they are special;
+    `unsplit`: tokens that steer and are not special, so that a tokenizer cannot be told to read them as text; `start`:
+    a character at which a control token might begin.
+    """
+
+    control: re.Pattern[str]
+    token: re.Pattern[str]
+    unsplit: re.Pattern[str]
+    start: re.Pattern[str]
+
+
+def _spellings(tokenizer: Any) -> _Spellings:
+    return _compiled(tuple((token.content, token.special) for token in tokenizer.added_tokens_decoder.values()))
+
+
+@lru_cache(maxsize=8)
+def _compiled(added: tuple[tuple[str, bool], ...]) -> _Spellings:
+    tags = [content for content, _ in added if content in (OPEN, CLOSE)]
+    control = {c: special for c, special in added if c not in tags and (special or _BARRED.fullmatch(c))}
+    texts = {OPEN, CLOSE, *(content for content, _ in added if content not in control)}
+    starts = {content[0] for content in control}
+    return _Spellings(
+        _any_of(control),
+        re.compile(f"({_any_of([*control, *tags]).pattern})"),
+        _any_of(content for content, special in control.items() if not special),
+        re.compile(f"(?!{_any_of(texts).pattern})(?:{_any_of(starts).pattern})"),
+    )
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """Matches the longest of `texts`, and nothing if there is none."""
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _marked(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
+    """Messages in which no text spells a control token, alone or together with another, and the mark that sees to it.
+
+    The mark stands behind each character that may begin such a token. It is a character that is in none of the texts,
+    and `_encode` takes it out again. White space and the tags of a thought, which templates look for, stay as they are.
+    """
+    known = "".join([str(tokenizer.chat_template), *(message["content"] for message in messages)])
+    mark = next(chr(code) for code in range(0xF0000, 0x110000) if chr(code) not in known)  # for private use
+    start = _spellings(tokenizer).start
+    return [{**m, "content": start.sub(rf"\g<0>{mark}", m["content"])} for m in messages], mark
+
+
+def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; put Qwen2.5's chat_template.jinja into its folder")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-    except (jinja2.TemplateError, ValueError) as error:
-        raise UserError(f"the tokenizer's chat template is broken: {error}; use Qwen2.5's") from None
+    except Exception as error:  # a template is a program of others: it may raise whatever Python does
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"the tokenizer's chat template is broken: {reason}; use Qwen2.5's") from None
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+def _encode(tokenizer: Any, rendered: str, mark: str) -> list[int]:
+    """Token ids of rendered text. Control tokens are those that hold no mark; what only spells one is read as text."""
+    with _ENCODING:
+        if mark not in rendered:
+            return tokenizer.encode(rendered, add_special_tokens=False)
+        spellings = _spellings(tokenizer)
+        ids: list[int] = []
+        for place, piece in enumerate(spellings.token.split(rendered)):  # text and tokens by turns
+            if place % 2:
+                ids.append(tokenizer.convert_tokens_to_ids(piece))
+                continue
+            text = spellings.unsplit.sub(lambda found: found[0][0] + mark + found[0][1:], piece.replace(mark, ""))
+            for part in text.split(mark):
+                ids += tokenizer.encode(part, add_special_tokens=False, split_special_tokens=True)
+        return ids

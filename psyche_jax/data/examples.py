@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from psyche_jax.config import PromptSection
-from psyche_jax.data.chat import TokenizedExample, tokenize_example
+from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, tokenize_example
 from psyche_jax.data.dataset import Dataset, is_dataset, load_records, open_dataset
 from psyche_jax.data.packing import PACKED, check_packing, unpacked_rows
 from psyche_jax.data.records import SftExample
@@ -60,15 +60,23 @@ def open_examples(
 def tokenized(
     where: str, tokenizer: Any, prompt: PromptSection, max_length: int
 ) -> tuple[list[TokenizedExample], list[str]]:
-    """All examples of a JSONL file or data set that are short enough, and a line for each record set aside.
+    """All examples of a JSONL file or data set that the chat template can render and that are short enough.
+
+    Beside them a line for each record that is set aside.
 
     Raises:
       UserError: no example is.
     """
     records = load_records(SftExample, where)
-    examples, faults = [], list(records.set_aside)
+    examples, faults, unfit = [], list(records.set_aside), ""
+    end_of_turn_id(tokenizer)  # a template that is broken for all is one error
     for record in records.good:
-        example = tokenize_example(tokenizer, record.messages, prompt)
+        try:
+            example = tokenize_example(tokenizer, record.messages, prompt)
+        except UserError as error:
+            faults.append(f"{where}: record {record.id}: {error}")
+            unfit = unfit or faults[-1]
+            continue
         if len(example.tokens) > max_length:
             faults.append(
                 f"{where}: record {record.id}: {len(example.tokens)} tokens, over data.max_length {max_length}"
@@ -76,7 +84,7 @@ def tokenized(
         else:
             examples.append(example)
     if not examples:
-        raise UserError(f"{where}: no example has at most data.max_length {max_length} tokens")
+        raise UserError(unfit or f"{where}: no example has at most data.max_length {max_length} tokens")
     return examples, faults
 
 

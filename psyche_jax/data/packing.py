@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from psyche_jax.config import PromptSection, Section
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import TokenizedExample, tokenize_example
+from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, tokenize_example
 from psyche_jax.data.dataset import Manifest, Packing, load_records, write_contents
 from psyche_jax.data.records import SftExample
 from psyche_jax.data.streams import Batch
@@ -59,9 +59,15 @@ def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
     records = load_records(SftExample, config.input)
     set_aside = list(records.set_aside)
     examples: list[TokenizedExample] = []
-    cut = 0
+    cut, unfit = 0, ""
+    end_of_turn_id(tokenizer)  # a template that is broken for all is one error
     for record in tqdm(records.good, desc="pack", unit="example", disable=None):
-        example = tokenize_example(tokenizer, record.messages, config.prompt)
+        try:
+            example = tokenize_example(tokenizer, record.messages, config.prompt)
+        except UserError as error:
+            set_aside.append(f"{config.input}: record {record.id}: {error}")
+            unfit = unfit or set_aside[-1]
+            continue
         if (length := len(example.tokens)) > config.max_length:
             shorter = TokenizedExample(example.tokens[: config.max_length], example.loss_mask[: config.max_length])
             where = f"{config.input}: record {record.id}: {length} tokens, over max_length {config.max_length}"
@@ -75,7 +81,7 @@ def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
             example = shorter
         examples.append(example)
     if not examples:
-        raise UserError(f"{config.input}: no example has at most max_length {config.max_length} tokens")
+        raise UserError(unfit or f"{config.input}: no example has at most max_length {config.max_length} tokens")
     rows = best_fit([len(example.tokens) for example in examples], config.max_length)
     tokens = sum(len(example.tokens) for example in examples)
     packing = Packing(

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 
+from psyche_jax.data.chat import decoded_text
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.evaluate.answers import Completion
 from psyche_jax.model.config import ModelConfig
@@ -25,13 +26,14 @@ def complete(
     seed: int = 0,
     keep: Callable[[int, Completion], object] = lambda index, completion: None,
     skip: Collection[int] = (),
+    opened: str = "",
 ) -> dict[int, Completion]:
     """One completion for each prompt, by its place.
 
     Prompts are sorted by length, so that batches waste little and few shapes are compiled. `keep(place, completion)`
     is called as they come. Prompts at the places `skip` have theirs already; the others get what they would have got
     without it, since batches are always cut alike. `batch_size` is rounded up to a multiple of what the mesh's batch
-    axes need.
+    axes need. `opened` is what the chat template has written of each response; their texts begin with it.
     """
     places = _batch_places(execution)
     rows = -(-min(batch_size, len(prompts)) // places) * places
@@ -54,7 +56,7 @@ def complete(
                 continue
             tokens = rollout.tokens[row][rollout.mask[row]].tolist()
             finished = bool(tokens) and tokens[-1] in config.stop_token_ids
-            text = tokenizer.decode(tokens[:-1] if finished else tokens)
+            text = opened + decoded_text(tokenizer, tokens[:-1] if finished else tokens)
             completions[index] = Completion(text, len(tokens), finished)
             keep(index, completions[index])
     return completions

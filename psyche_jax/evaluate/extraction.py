@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from psyche_jax.rewards import extract_letters
+from psyche_jax.rewards.reference import split_thought
 
 # Why there are no letters by the strict rule.
 EMPTY, REASONING_ONLY, CUT, NO_LETTERS = "empty", "reasoning only", "cut at the limit", "no letters after the marker"
@@ -64,10 +65,7 @@ def read_letters(text: str, options: str, finished: bool = True) -> Reading:
 
 def answer_part(text: str) -> str:
     """What stands after the last `</think>`; all of it if there is no reasoning, nothing if that never ends."""
-    before, end, after = text.rpartition("</think>")
-    if end:
-        return after.strip()
-    return "" if "<think>" in after else (before + after).strip()
+    return split_thought(text)[1]
 
 
 def lenient_letters(answer: str, options: str) -> str | None:

@@ -5,8 +5,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from psyche_jax.rewards.reference import split_thought
+
 LONGEST_TEXT = 8000  # characters of a response that the page shows
-_ENDINGS = ("<|im_end|>", "<|endoftext|>")
+_STOP_TOKEN = re.compile(r"\s*<[|｜][^<>]*[|｜]>\s*$")  # `<|im_end|>`, R1-Distill's `<｜end▁of▁sentence｜>`
 
 
 def number(value: float) -> str:
@@ -67,11 +69,5 @@ def clip(text: str) -> str:
 
 
 def spoken(response: str) -> tuple[str | None, str]:
-    """Reasoning and answer of a response; None if it has no reasoning. What never ends is all reasoning."""
-    for ending in _ENDINGS:
-        response = response.strip().removesuffix(ending)
-    before, end, after = response.partition("</think>")
-    if end:
-        return before.strip().removeprefix("<think>").strip(), after.strip()
-    start = response.find("<think>")
-    return (None, response.strip()) if start < 0 else (response[start + 7 :].strip(), response[:start].strip())
+    """Reasoning and answer of a response, without the stop token that samples of a run show."""
+    return split_thought(_STOP_TOKEN.sub("", response))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from psyche_jax.config import Dtype, MeshSection, PromptSection
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.chat import opened_text, prompt_tokens
+from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Completion, Key
 from psyche_jax.evaluate.completions import complete
 from psyche_jax.evaluate.tasks import Task
@@ -97,13 +98,18 @@ class LocalModel:
         """Answer all tasks but those `known`. Returns why there is none, for those that do not fit the model.
 
         Raises:
-          UserError: the weights cannot be read.
+          UserError: the weights cannot be read, or the chat template is missing or broken.
         """
+        opened = opened_text(self._tokenizer)
         room = self._stored.config.max_position_embeddings - self._sampling.max_new_tokens
         prompts: dict[Key, list[int]] = {}
         failed: dict[Key, str] = {}
         for key, task in tasks.items():
-            tokens = prompt_tokens(self._tokenizer, task.turns, self._prompt)
+            try:
+                tokens = prompt_tokens(self._tokenizer, task.turns, self._prompt)
+            except UserError as error:
+                failed[key] = str(error)
+                continue
             if len(tokens) <= room:
                 prompts[key] = tokens
             else:
@@ -125,5 +131,6 @@ class LocalModel:
             self._seed,
             lambda place, completion: keep(keys[place], completion),
             {place for place, key in enumerate(keys) if key in known},
+            opened,
         )
         return failed

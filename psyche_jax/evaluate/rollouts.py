@@ -8,7 +8,8 @@ from typing import Any
 from psyche_jax.evaluate.formats import number
 from psyche_jax.evaluate.run_records import RunRecord, real
 
-_TURN = re.compile(r"<\|im_start\|>user\n(.*?)<\|im_end\|>", re.DOTALL)
+# As ChatML and as R1-Distill's template write what the user says.
+_TURN = re.compile(r"(?:<\|im_start\|>user\n|<｜User｜>)(.*?)(?:<\|im_end\|>|<｜Assistant｜>)", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from psyche_jax.model.products import product
+
 # Finite, so that a row without any allowed key (padding) gives a finite, unused result instead of NaN.
 _MASKED = -1e30
 
@@ -58,7 +60,7 @@ def _scores(query: jax.Array, source: Source) -> jax.Array:
     batch, kv_heads, shared, queries, head_dim = query.shape
     rows, keys = source.key.shape[0], source.key.shape[2]
     by_row = _join_groups(query, rows).reshape(rows, kv_heads, -1, head_dim)
-    score = jnp.einsum("bkmh,bkth->bkmt", by_row, source.key, preferred_element_type=jnp.float32)
+    score = product("bkmh,bkth->bkmt", by_row, source.key, jnp.float32)
     score = _split_groups(score, (batch, kv_heads, shared, queries, keys))
     allowed = source.allowed
     if batch // allowed.shape[0] > 1:
@@ -71,7 +73,7 @@ def _weighted(weights: jax.Array, source: Source) -> jax.Array:
     batch, kv_heads, shared, queries, keys = weights.shape
     rows, head_dim = source.key.shape[0], source.key.shape[3]
     by_row = _join_groups(weights, rows).reshape(rows, kv_heads, -1, keys)
-    output = jnp.einsum("bkmt,bkth->bkmh", by_row, source.value, preferred_element_type=jnp.float32)
+    output = product("bkmt,bkth->bkmh", by_row, source.value, jnp.float32)
     return _split_groups(output, (batch, kv_heads, shared, queries, head_dim))
 
 

@@ -54,8 +54,8 @@ def self_attention(
       query: [batch, sequence, heads, head_dim]; key, value: [batch, sequence, kv_heads, head_dim].
       segments: int32 [batch, sequence]; 0 is padding, whose results are finite and mean nothing.
       kernel: `xla` holds all scores at once; `blocked` leaves out keys that no query of a block may see, and for long
-        rows computes scores again in backward; `splash` is Pallas' kernel for TPUs; `cudnn` that for GPUs, in 16
-        bits; `auto` chooses by device and shape.
+        rows computes scores again in backward; `splash` is Pallas' kernel for TPUs, `cudnn` that for GPUs, both for
+        bfloat16; `auto` chooses by device, dtype and shape.
       sharding: splash runs on each device's part, batch over the batch axes and heads over `tensor`.
       shared: rows are a prompt with its responses, which do not see each other.
       interpret: run splash without a TPU, slowly, for tests.
@@ -64,7 +64,7 @@ def self_attention(
       [batch, sequence, heads, head_dim] in the dtype of `query`.
 
     Raises:
-      UsageError: splash cannot work on these shapes.
+      UsageError: splash cannot work on these shapes, or in float32.
     """
     if kernel == "auto":
         kernel = _choose(query, sharding, shared)
@@ -73,6 +73,11 @@ def self_attention(
             raise UsageError(
                 f"model.attention: splash needs lengths and head_dim in multiples of {_LANES}, "
                 f"not {query.shape[1]} and {query.shape[3]}; use auto"
+            )
+        if query.dtype == jnp.float32 and not interpret:
+            raise UsageError(
+                "model.attention: splash multiplies float32 in one bfloat16 pass; use auto, or "
+                "model.compute_dtype=bfloat16"
             )
         return _splash(query, key, value, segments, sharding, shared, interpret)
     if shared is not None:
@@ -86,10 +91,11 @@ def self_attention(
 
 def _choose(query: jax.Array, sharding: Sharding, shared: SharedPrompt | None) -> AttentionKernel:
     platform = sharding.mesh.devices.flat[0].platform
-    if platform == "tpu" and _fits_splash(query):
-        return "splash"
-    if platform == "gpu" and query.dtype in (jnp.bfloat16, jnp.float16) and shared is None:
-        return "cudnn"
+    if query.dtype == jnp.bfloat16:  # these do not multiply float32 as float32
+        if platform == "tpu" and _fits_splash(query):
+            return "splash"
+        if platform == "gpu" and shared is None:
+            return "cudnn"
     longest = query.shape[1] if shared is None else max(shared.prompt_length, shared.response_length)
     return "blocked" if longest >= 2 * _QUERY_BLOCK else "xla"
 

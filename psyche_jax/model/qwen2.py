@@ -15,7 +15,7 @@ from flax import nnx
 from psyche_jax.model.attention import Source, attention, by_head
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
-from psyche_jax.model.products import weighted
+from psyche_jax.model.products import product, weighted
 from psyche_jax.model.sharding import Sharding
 
 Parameters: TypeAlias = dict[str, Any]
@@ -77,11 +77,11 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones(shape, dtype), logical_axes=axes)
         self.epsilon = epsilon
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalizes the last axis of `x`."""
-        x32 = x.astype(jnp.float32)
-        normal = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return normal.astype(x.dtype) * self.scale[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Normalize the last axis of `x`, and round once, to `dtype`."""
+        x = x.astype(jnp.float32)
+        normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.epsilon)
+        return (normal * self.scale[...].astype(jnp.float32)).astype(dtype)
 
 
 class DecoderLayer(nnx.Module):
@@ -112,9 +112,12 @@ class DecoderLayer(nnx.Module):
         attend: Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Extra]],
         sharding: Sharding,
     ) -> tuple[jax.Array, Extra]:
-        """One layer on `x` [batch, sequence, width]; `attend(query, key, value)` gives its result and an extra."""
+        """What one layer adds to `x` [batch, sequence, width], float32; it computes in the dtype of `x`.
+
+        `attend(query, key, value)` gives its result and an extra.
+        """
         batch, length, _ = x.shape
-        normal = self.input_norm(x)
+        normal = self.input_norm(x, x.dtype)
         query = rotate(self.q_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
         key = rotate(self.k_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
         value = self.v_proj(normal).reshape(batch, length, -1, self.head_dim)
@@ -122,12 +125,12 @@ class DecoderLayer(nnx.Module):
         key = sharding.constrain(key, "batch", "sequence", "kv_heads", None)
         value = sharding.constrain(value, "batch", "sequence", "kv_heads", None)
         mixed, extra = attend(query, key, value)
-        x = x + self.o_proj(mixed.reshape(batch, length, -1))
-        x = sharding.constrain(x, "batch", "sequence", "activation_embed")
-        normal = self.post_attention_norm(x)
+        attended = self.o_proj(mixed.reshape(batch, length, -1))
+        attended = sharding.constrain(attended, "batch", "sequence", "activation_embed").astype(jnp.float32)
+        normal = self.post_attention_norm(x + attended, x.dtype)
         inner = jax.nn.silu(self.gate_proj(normal)) * self.up_proj(normal)
-        x = x + self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp"))
-        return sharding.constrain(x, "batch", "sequence", "activation_embed"), extra
+        transformed = self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp"))
+        return attended + sharding.constrain(transformed, "batch", "sequence", "activation_embed"), extra
 
 
 class Qwen2(nnx.Module):
@@ -226,8 +229,8 @@ class Qwen2(nnx.Module):
                 )
                 return attention(query, (prompt, own)), (new_keys, new_values)
 
-            x, (keys, values) = layer(x, rotary, attend, sharding)
-            return (x, keys, values), None
+            change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, attend, sharding)
+            return (x + change, keys, values), None
 
         layer_inputs = (
             stacked,
@@ -237,12 +240,11 @@ class Qwen2(nnx.Module):
         )
         with jax.named_scope("layer_loop"):
             (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), layer_inputs)
-        return self.final_norm(x)[:, 0], cache._replace(key=keys, value=values)
+        return self.final_norm(x, execution.compute_dtype)[:, 0], cache._replace(key=keys, value=values)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., vocab] of `hidden` [..., width]: for a few positions only, never a whole batch."""
-        head = self.output_embedding.astype(hidden.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, head, preferred_element_type=jnp.float32)
+        return product("...d,vd->...v", hidden, self.output_embedding.astype(hidden.dtype), jnp.float32)
 
     def _embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
         # Looked up where the table lies: rows of tokens travel, the table and its gradient never do. A table that
@@ -251,7 +253,7 @@ class Qwen2(nnx.Module):
         rows = "batch" if sharding.rules["embed"] is None else None
         x = self.embedding[...][sharding.constrain(tokens, rows, None)].astype(execution.compute_dtype)
         x = sharding.constrain(x, rows, None, "embed")
-        return sharding.constrain(x, "batch", "sequence", "activation_embed")
+        return sharding.constrain(x, "batch", "sequence", "activation_embed").astype(jnp.float32)
 
     def _whole(
         self,
@@ -269,13 +271,21 @@ class Qwen2(nnx.Module):
             mixed = self_attention(query, key, value, segments, execution.attention, execution.sharding, shared)
             return mixed, (by_head(key), by_head(value)) if keep_cache else None
 
-        def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
+        def change(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
             return nnx.merge(graph, parameters)(x, rotary, attend, execution.sharding)
+
+        # What layers add to is float32, so that its rounding does not pile up; each reads it, and backward keeps it,
+        # in the dtype that it computes in.
+        change = rematerialize(change, execution.remat)
+
+        def body(x: jax.Array, parameters: Any) -> tuple[jax.Array, Any]:
+            added, cache = change(x.astype(execution.compute_dtype), parameters)
+            return x + added, cache
 
         x = self._embed(tokens, execution)
         with jax.named_scope("layer_loop"):
-            x, cache = jax.lax.scan(rematerialize(body, execution.remat), x, stacked, unroll=self._unroll(execution))
-        return self.final_norm(x), cache
+            x, cache = jax.lax.scan(body, x, stacked, unroll=self._unroll(execution))
+        return self.final_norm(x, execution.compute_dtype), cache
 
     def _unroll(self, execution: Execution) -> int:
         """How many layers a turn of the loop holds: all those of a shallow model on one CPU, else one.

@@ -24,6 +24,19 @@ from psyche_jax.rewards.config import (
 OPEN, CLOSE = "<think>", "</think>"
 
 
+def split_thought(text: str) -> tuple[str | None, str]:
+    """Thought and answer of a response, without outer white space; None if there is no thought.
+
+    The last `</think>` ends the thought, whether or not the response says where it began; one that never ends leaves
+    no answer. All that show or score responses read them so; `think_format` is stricter.
+    """
+    before, closed, answer = text.rpartition(CLOSE)
+    if not closed and OPEN not in answer:
+        return None, text.strip()
+    thought, answer = (before, answer) if closed else (answer, "")
+    return thought.strip().removeprefix(OPEN).strip(), answer.strip()
+
+
 def decode(ids: Sequence[int], token_bytes: Sequence[bytes | None]) -> str | None:
     """The text of token ids without a stop token, or None if they have none."""
     pieces = [token_bytes[i] if 0 <= i < len(token_bytes) else None for i in ids]

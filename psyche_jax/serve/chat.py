@@ -20,12 +20,12 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.files import write_json
 from psyche_jax.llm import FAULTS, SCHEMES, BrokenAnswerError, Server
+from psyche_jax.rewards.reference import CLOSE, OPEN, split_thought
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, language_of
 from psyche_jax.serve.crisis.outputs import OutputFilter
 from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate
 
-OPEN, CLOSE = "<think>", "</think>"
 _SECONDS = 300.0  # without a byte, after which an endpoint has failed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = """\
@@ -272,8 +272,8 @@ class Chat:
         self._screen.show_reasoning = not self._screen.show_reasoning
         if not self._screen.show_reasoning:
             return "reasoning is folded"
-        thought = split_reasoning(self.turns[-1].content)[0] if self.turns else ""
-        return f"reasoning is shown\n{thought}".rstrip()
+        thought = split_thought(self.turns[-1].content)[0] if self.turns else None
+        return f"reasoning is shown\n{thought or ''}".rstrip()
 
     def _anew(self, system: str) -> str:
         self._system, self.turns = system, []
@@ -299,19 +299,10 @@ def harmless(text: str) -> str:
     return _CONTROL.sub("", text)
 
 
-def split_reasoning(text: str) -> tuple[str, str]:
-    """Reasoning and answer; without any reasoning, or where it has no end, what there is of each."""
-    begun = text.lstrip()
-    if not begun.startswith(OPEN):
-        return "", text
-    thought, _, answer = begun.removeprefix(OPEN).partition(CLOSE)
-    return thought.strip(), answer.lstrip()
-
-
 def without_reasoning(turn: Message) -> Message:
     """The turn as the model sees it later."""
-    answer = split_reasoning(turn.content)[1]
-    return replace(turn, content=answer) if turn.role == "assistant" and answer.strip() else turn
+    answer = split_thought(turn.content)[1]
+    return replace(turn, content=answer) if turn.role == "assistant" and answer else turn
 
 
 def typed_lines(prompt: str) -> Iterable[str]:

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 import psyche_jax
 from psyche_jax.data.records import Message
-from psyche_jax.errors import UsageError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.listening import listen
 from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
@@ -142,6 +142,8 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
             raise RefusalError(400, str(error), "context_length_exceeded") from None
         except BusyError:
             raise RefusalError(429, "the server is busy; try again", "server_busy", {"retry-after": "1"}) from None
+        except UserError as error:
+            raise RefusalError(400, str(error), "invalid_request") from None
         except ClosingError:
             raise RefusalError(503, "the server is shutting down", "closing") from None
         about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}

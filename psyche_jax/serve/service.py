@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from psyche_jax.config import PromptSection
-from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.chat import opened_text, prompt_tokens
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
@@ -91,9 +91,8 @@ class Service:
         self._limits = config.limits
         self._prompt = config.prompt or stored.prompt or PromptSection()
         self._places = stored.config.max_position_embeddings
-        self._special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._bytes = token_bytes_from_tokenizer(self.tokenizer, stored.config.vocab_size)
-        prompt_tokens(self.tokenizer, [Message("user", "?")], self._prompt)  # a broken template is an error now
+        self._opened = opened_text(self.tokenizer)  # a broken template is an error now
         engine = load_engine(stored, config.compute_dtype, config.mesh)
         self._batcher = Batcher(engine, config.limits.rows, config.limits.waiting)
 
@@ -114,11 +113,11 @@ class Service:
         Raises:
           TooLongError: the conversation does not fit the context.
           BusyError, ClosingError: the request is refused.
+          UserError: the chat template refuses these turns.
         """
-        turns = [Message(turn.role, self._harmless(turn.content)) for turn in wanted.turns]
-        own = [turn.content for turn in turns if turn.role == "user"]
-        reply = self.gate.reply(_last_said(turns)) if self.gate else None
-        prompt = prompt_tokens(self.tokenizer, turns, self._prompt)
+        own = [turn.content for turn in wanted.turns if turn.role == "user"]
+        reply = self.gate.reply(_last_said(wanted.turns)) if self.gate else None
+        prompt = prompt_tokens(self.tokenizer, wanted.turns, self._prompt)
         if reply is not None:
             return Answer(len(prompt), reply, _fixed(reply.text, wanted.choices))
         if (room := self._places - len(prompt)) < 1:
@@ -146,17 +145,12 @@ class Service:
                 wanted.stop,
                 OutputFilter(self.gate, language) if self.gate else None,
                 wanted.alternatives is not None,
+                self._opened,
             )
             for _ in settings
         ]
         self._batcher.submit(job)
         return Answer(len(prompt), None, _speak(job, speeches, pieces))
-
-    def _harmless(self, text: str) -> str:
-        """Text in which the tokens that steer a conversation (`<|im_end|>`) are only text."""
-        for token in self._special:
-            text = text.replace(token, token[0] + " " + token[1:])
-        return text
 
 
 def _last_said(turns: Sequence[Message]) -> list[str]:

@@ -1,9 +1,10 @@
 """From tokens to text as they come: whole characters, stop strings, log-probs, the output filter."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from psyche_jax.data.chat import decoded_text
 from psyche_jax.serve.batcher import Piece
 from psyche_jax.serve.crisis.outputs import OutputFilter
 
@@ -30,10 +31,18 @@ class Delta:
 
 
 class Speech:
-    """One response. `finish` is None until it has ended; `tokens` counts those that were drawn."""
+    """One response. `finish` is None until it has ended; `tokens` counts those that were drawn.
+
+    `opened` is what the chat template has written of it. It is shown first, and holds no stop string.
+    """
 
     def __init__(
-        self, tokenizer: Any, stop: Sequence[str], output: OutputFilter | None, keep_log_probs: bool = False
+        self,
+        tokenizer: Any,
+        stop: Sequence[str],
+        output: OutputFilter | None,
+        keep_log_probs: bool = False,
+        opened: str = "",
     ) -> None:
         self.finish: Finish | None = None
         self.tokens = 0
@@ -41,6 +50,7 @@ class Speech:
         self._stop = tuple(stop)
         self._output = output
         self._keep = keep_log_probs
+        self._opened = opened
         self._ids: list[int] = []
         self._text = ""  # all of it, as far as it is whole characters and no stop string
         self._given = 0  # characters of it that the filter was given
@@ -66,7 +76,8 @@ class Speech:
             text = text.rstrip(_BROKEN)  # more bytes may follow
         self._text = text
         end, self.finish = self._end(piece.finish)
-        return self._shown(end)
+        shown, opened, self._opened = self._shown(end), self._opened, ""
+        return replace(shown, text=opened + shown.text)
 
     def _end(self, finish: Finish | None) -> tuple[int, Finish | None]:
         """How much of the text is certain, and whether it ends there."""
@@ -107,4 +118,4 @@ class Speech:
         return released
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+        return decoded_text(self._tokenizer, ids)

@@ -13,12 +13,11 @@ from typing import Annotated
 from pydantic import Field
 
 from psyche_jax.data.records import Question, question_text
-from psyche_jax.rewards.reference import extract_letters
+from psyche_jax.rewards.reference import CLOSE, OPEN, extract_letters, split_thought
 from psyche_jax.synth.asking import Asker, FaultyReplyError, SetAsideError, read_json
 from psyche_jax.synth.config import RationalesSection
 from psyche_jax.synth.stages import Outcome
 
-_THOUGHT = re.compile(r"\s*<think>(.+?)</think>(.*)", re.DOTALL)
 _GIVES_AWAY = re.compile(r"答案|正确(?:选项|的?是)|选项?\s*[A-H]|[A-H]\s*(?:项|选项|正确)|\b[A-H]\b", re.ASCII)
 _SHORTEST = 15  # characters of a rationale
 
@@ -95,12 +94,14 @@ async def _answered(asker: Asker, llm: str, question: str, instruction: str) -> 
 
 
 def read_answered(text: str) -> Answered:
-    """The thought and the letters of a reply in the response format."""
-    match = _THOUGHT.fullmatch(text)
-    if match is None:
+    """The thought and the letters of a reply in the response format.
+
+    A server whose chat template opens the thought may send what follows `<think>` alone.
+    """
+    rationale, _ = split_thought(text)
+    if rationale is None or CLOSE not in text:
         raise FaultyReplyError("没有按格式先写<think>……</think>再写答案")
-    rationale = match[1].strip()
-    if "<think>" in rationale or "</think>" in match[2]:
+    if OPEN in rationale or CLOSE in rationale:
         raise FaultyReplyError("<think></think>只能出现一次")
     if len(rationale) < _SHORTEST:
         raise FaultyReplyError(f"推理太短，不足 {_SHORTEST} 字")

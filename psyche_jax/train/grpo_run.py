@@ -14,7 +14,7 @@ import numpy as np
 from psyche_jax import hosts
 from psyche_jax.config import GrpoConfig
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.chat import decoded_text, opened_text, prompt_tokens
 from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
@@ -203,8 +203,9 @@ def _judged(
     error = None
     if hosts.is_first():
         asked = [prompts[number] for number in np.repeat(numbers, generations)]
-        texts = [setup.tokenizer.decode(prompt.tokens) for prompt in asked]
-        completions = [_without_stop(setup, row[row_mask]) for row, row_mask in zip(tokens, mask, strict=True)]
+        texts = [decoded_text(setup.tokenizer, prompt.tokens) for prompt in asked]
+        opened = opened_text(setup.tokenizer)
+        completions = [opened + _without_stop(setup, row[row_mask]) for row, row_mask in zip(tokens, mask, strict=True)]
         try:
             found = call_functions(functions, texts, completions, [dataclasses.asdict(p.record) for p in asked])
         except UserError as stop:
@@ -224,7 +225,7 @@ def _judged(
 
 def _without_stop(setup: Setup, tokens: np.ndarray) -> str:
     stops = setup.model.config.stop_token_ids
-    return setup.tokenizer.decode(tokens[:-1] if len(tokens) and tokens[-1] in stops else tokens)
+    return decoded_text(setup.tokenizer, tokens[:-1] if len(tokens) and tokens[-1] in stops else tokens)
 
 
 def held_out_reward(
@@ -304,7 +305,11 @@ class _EqualRewards:
 def decoded_samples(
     tokenizer: Any, samples: dict[str, Any], generations: int, prompts: int = 2
 ) -> Iterator[dict[str, Any]]:
-    """Text, rewards and advantages of all responses to the first few prompts of a step."""
+    """Text, rewards and advantages of all responses to the first few prompts of a step.
+
+    A completion begins with what the chat template has opened of it, and ends with its stop token if it has one.
+    """
+    opened = opened_text(tokenizer)
     rows = jax.device_get(samples)
 
     def number(value: np.floating) -> float | None:
@@ -313,8 +318,8 @@ def decoded_samples(
     for row in range(min(prompts * generations, len(rows["tokens"]))):
         prompt = row // generations
         yield {
-            "prompt": tokenizer.decode(rows["prompts"][prompt][rows["prompt_mask"][prompt]]),
-            "completion": tokenizer.decode(rows["tokens"][row][rows["mask"][row]]),
+            "prompt": decoded_text(tokenizer, rows["prompts"][prompt][rows["prompt_mask"][prompt]]),
+            "completion": opened + decoded_text(tokenizer, rows["tokens"][row][rows["mask"][row]]),
             "tokens": int(rows["mask"][row].sum()),
             "token_ids": rows["tokens"][row][rows["mask"][row]].tolist(),
             "reward": float(rows["rewards"][row]),
@@ -328,14 +333,21 @@ def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prom
     records = load_records(RlPrompt, path)
     prompts: list[Prompt] = []
     faults = list(records.set_aside)
+    unfit = ""
+    opened_text(tokenizer)  # a template that is broken for all is one error
     for record in records.good:
-        tokens = prompt_tokens(tokenizer, record.messages, config.prompt)
+        try:
+            tokens = prompt_tokens(tokenizer, record.messages, config.prompt)
+        except UserError as error:
+            faults.append(f"{path}: record {record.id}: {error}")
+            unfit = unfit or faults[-1]
+            continue
         if len(tokens) > largest:
             faults.append(f"{path}: record {record.id}: {len(tokens)} tokens, over data.max_prompt_length {largest}")
         else:
             prompts.append(Prompt(tokens, record, len(prompts)))
     if not prompts:
-        raise UserError(f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
+        raise UserError(unfit or f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
     return prompts, faults
 
 

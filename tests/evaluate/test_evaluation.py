@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -252,3 +253,26 @@ def test_a_part_of_a_benchmark_never_takes_the_place_of_the_whole(benchmark, tmp
     assert [benchmark.only(*part).name for part in parts] == names
     for bench, name in (("data/held out.jsonl", "held out"), ("data/held out.jsonl-first-4", "held out-first-4")):
         assert evaluation.evaluation_file(tmp_path, bench, "a/b") == tmp_path / "evaluations" / f"{name}-a-b.json"
+
+
+def test_a_thought_that_the_template_has_opened_is_part_of_the_response(model, benchmark, tmp_path):
+    """A random model never ends it, so that it gives no answer, whatever letters it says."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n{{ '' }}"))
+    found = evaluate(folder, benchmark)
+    assert all(item["response"].startswith("<think>\n") for item in found["items"])
+    assert {item["failure"] for item in found["items"]} <= {"reasoning only", "cut at the limit"}
+
+
+def test_a_question_that_the_template_refuses_is_set_aside(model, benchmark, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    refuses = "{% if messages[-1].content == 'no' %}{{ messages.no.such }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(refuses + template)
+    some = dataclasses.replace(benchmark, tasks=benchmark.tasks[:2])
+    bad = dataclasses.replace(some.tasks[0], id="bad", turns=(Message("user", "no"),))
+    bare = PromptSection("", "")
+    found = evaluate(folder, dataclasses.replace(some, tasks=(bad, *some.tasks)), prompt=bare)
+    (line,) = found["set_aside"]
+    assert line.startswith("bad: no answer: the tokenizer's chat template is broken")

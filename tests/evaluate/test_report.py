@@ -285,7 +285,8 @@ def test_wilson_interval_and_sign_test(tmp_path: Path) -> None:
         ("<think>因为</think>\n答案：B<|im_end|>", ("因为", "答案：B")),
         ("因为</think>答案：B", ("因为", "答案：B")),
         ("答案：B", (None, "答案：B")),
-        ("好。<think>还在想", ("还在想", "好。")),
+        ("思考</think>答案：B<｜end▁of▁sentence｜>", ("思考", "答案：B")),
+        ("好。<think>还在想", ("好。<think>还在想", "")),
         ("", (None, "")),
     ],
 )

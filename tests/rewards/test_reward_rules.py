@@ -219,3 +219,20 @@ def test_what_the_tokenizer_cannot_spell_is_refused(rule: Any, missing: str) -> 
     compile_rules([rule], [*tokens, None], [256], cache_dir=None)
     with pytest.raises(UserError, match=f"reward rule `{rule.name}`: every response would get 0"):
         compile_rules([rule], [None if t[0] in lacks else t for t in tokens] + [None], [256], cache_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>想</think>\n答案：B", ("想", "答案：B")),
+        ("想</think>答案：B", ("想", "答案：B")),
+        ("<think>\n想</think>一</think>二", ("想</think>一", "二")),
+        (" <think>想", ("想", "")),
+        ("好。<think>想", ("好。<think>想", "")),
+        ("<think></think>答", ("", "答")),
+        (" 答 ", (None, "答")),
+        ("", (None, "")),
+    ],
+)
+def test_thought_and_answer(text: str, expected: tuple[str | None, str]) -> None:
+    assert reference.split_thought(text) == expected

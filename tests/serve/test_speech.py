@@ -1,11 +1,16 @@
 """From tokens to text: whole characters, stop strings, log-probs, and that the cut into chunks changes nothing."""
 
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import save_tokenizer
+from tokenizers import AddedToken
 
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.rewards.reference import decode
+from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.serve.batcher import Piece
 from psyche_jax.serve.crisis.gate import Gate
 from psyche_jax.serve.crisis.outputs import OutputFilter
@@ -74,3 +79,24 @@ def test_bytes_that_are_no_character_end_as_a_mark(tokenizer):
     first = tokenizer.encode("心", add_special_tokens=False)[:1]
     assert speech.feed(Piece(0, first, [0.0], [[]], None)).text == ""
     assert speech.feed(Piece(0, [], [], [], "length")).text == "\ufffd"
+
+
+def test_what_the_template_has_opened_comes_first_and_holds_no_stop_string(tokenizer):
+    speech = Speech(tokenizer, ("\n", "<think>"), OutputFilter(Gate()), True, "<think>\n")
+    ids = tokenizer.encode("想</think>好\n", add_special_tokens=False)
+    first = speech.feed(Piece(0, [], [], [], None))
+    assert (first.text, first.finish) == ("<think>\n", None)
+    last = speech.feed(Piece(0, ids, [-1.0] * len(ids), [[] for _ in ids], "length"))
+    assert (last.text, last.finish) == ("想</think>好", "stop")
+    assert tokenizer.decode([entry.token for entry in last.log_probs]) == "想</think>好"
+
+
+def test_special_tags_of_a_thought_are_said(tokenizer):
+    """As the rewards count them; and no other token is swallowed either."""
+    tagged = copy.deepcopy(tokenizer)
+    tagged.add_tokens([AddedToken(tag, special=True) for tag in ("<think>", "</think>")])
+    text = "<think>想</think>好<|im_start|>"
+    assert say(tagged, text, [2])[0] == text
+    bytes_ = token_bytes_from_tokenizer(tagged)
+    ids = tagged.encode("<think>想</think>好", add_special_tokens=False)
+    assert decode(ids, bytes_) == say(tagged, "<think>想</think>好", [1])[0]

@@ -24,7 +24,8 @@ from psyche_jax import cli
 from psyche_jax.cli import start
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
-from psyche_jax.serve.chat import Chat, Screen, split_reasoning
+from psyche_jax.serve.chat import Chat, LocalModel, Screen
+from psyche_jax.serve.config import LimitsSection, ServeConfig
 
 
 class Parrot:
@@ -110,10 +111,11 @@ def test_a_model_cannot_steer_the_terminal():
     assert not [character for character in out if not character.isprintable() and character != "\n"]
 
 
-def test_split():
-    assert split_reasoning("<think>a</think>b") == ("a", "b")
-    assert split_reasoning("b") == ("", "b")
-    assert split_reasoning(" <think>a") == ("a", "")
+def test_a_thought_whose_beginning_a_server_keeps_is_not_sent_again():
+    """Behind a template that opens the thought, a server may send what follows `<think>` alone."""
+    model = Parrot("想一想</think>\n\n好的。", "不客气。")
+    talk(model, "你好", "谢谢")
+    assert model.seen[1] == [("user", "你好"), ("assistant", "好的。"), ("user", "谢谢")]
 
 
 def piped(model, lines, *arguments, **environment):
@@ -125,6 +127,20 @@ def piped(model, lines, *arguments, **environment):
         env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment},
         timeout=300,
     )
+
+
+def test_a_template_that_opens_the_thought(tmp_path):
+    """A random model never ends it, so that all it says is reasoning."""
+    folder = save_model(tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n{{ '' }}"))
+    model = LocalModel(ServeConfig(str(folder), limits=LimitsSection(new_tokens=8)))
+    try:
+        out, chat = talk(model, "你好")
+    finally:
+        model.close()
+    assert out.startswith("[reasoning folded: ")
+    assert chat.turns[1].content.startswith("<think>\n") and chat.turns[1].content != "<think>\n"
 
 
 def test_with_a_local_model_from_a_pipe(tiny_model, tmp_path):

@@ -8,7 +8,7 @@ from faulty_server import FaultyServer, _send, answering
 
 from psyche_jax.data.records import Dialogue, Message, Passage, Question
 from psyche_jax.errors import UsageError
-from psyche_jax.synth.asking import SetAsideError
+from psyche_jax.synth.asking import FaultyReplyError, SetAsideError
 from psyche_jax.synth.config import (
     ControlSection,
     DialoguesSection,
@@ -20,7 +20,7 @@ from psyche_jax.synth.control import control, with_twins
 from psyche_jax.synth.dialogues import rewrite
 from psyche_jax.synth.prompts import Prompts, fenced
 from psyche_jax.synth.questions import write_questions
-from psyche_jax.synth.rationales import write_rationale
+from psyche_jax.synth.rationales import read_answered, write_rationale
 from psyche_jax.synth.selection import agreed_answer, select
 
 PASSAGE = Passage("经典条件反射由巴甫洛夫发现，说明中性刺激怎样获得意义。", "教材", "CC0", {"subject": "基础"})
@@ -267,6 +267,15 @@ def test_a_judge_can_keep_the_old_one_and_that_is_counted(ask, better, taken):
     outcome = ask(server, lambda asker: write_rationale(QUESTION, asker, section))
     assert kept(outcome, "questions")[0].meta["rounds_taken"] == taken
     assert outcome.counts["judge/asked"] == 1 and outcome.counts["judge/kept the old one"] == 1 - len(taken)
+
+
+def test_a_rationale_whose_beginning_a_server_keeps():
+    """Behind a template that opens the thought, a server may send what follows `<think>` alone."""
+    thought = "先看题干问的是哪一种记忆，再逐项比较。"
+    assert read_answered(f"{thought}</think>\n\n答案：B") == read_answered(f"<think>{thought}</think>答案：B")
+    for reply in (f"{thought}\n答案：B", f"<think>{thought}\n答案：B", f"<think>{thought}</think></think>答案：B"):
+        with pytest.raises(FaultyReplyError):
+            read_answered(reply)
 
 
 @pytest.mark.parametrize(

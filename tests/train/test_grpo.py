@@ -1,9 +1,11 @@
 """GRPO iterations against a plain implementation on whole logits, plain-Python rewards."""
 
+import copy
 import dataclasses
 import functools
 import math
 import re
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +17,13 @@ from iterations import FAST, RATE, Bench, Outcome, bench, outcome
 from test_objectives import plain_advantages
 from training_fixtures import RULES, execution, grpo_config, largest_difference
 
-from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
+from psyche_jax.config import DynamicSamplingSection, ObjectiveSection, PromptSection
+from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.records import Message, RlPrompt
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import bind
 from psyche_jax.rewards import AnswerSetRule, FunctionReward, LengthRule, PatternRule, ThinkFormatRule
+from psyche_jax.rewards.functions import LoadedFunction
 from psyche_jax.rewards.reference import score_response
 from psyche_jax.train import grpo_run
 from psyche_jax.train.grpo_run import decoded_samples
@@ -378,3 +383,29 @@ def test_configs_that_cannot_be_split_are_refused(tiny_root):
     for changes in ({"minibatch_prompts": 3}, {"minibatch_prompts": 4, "micro_batch_prompts": 3}):
         with pytest.raises(ValueError, match="must divide"):
             dataclasses.replace(grpo_config(tiny_root), **changes)
+
+
+def test_who_reads_a_response_sees_what_the_template_has_opened(tiny_root):
+    """Functions on the host, and samples."""
+    this = bench(tiny_root)
+    tokenizer = copy.deepcopy(this.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n{{ '' }}")
+    setup = SimpleNamespace(tokenizer=tokenizer, model=SimpleNamespace(config=this.model))
+    record = RlPrompt((Message("user", "问"),), "B", "single")
+    prompt = grpo_run.Prompt(prompt_tokens(tokenizer, record.messages, PromptSection("", "")), record, 0)
+    seen = []
+
+    def judge(prompts, completions, records):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [1.0] * len(prompts)
+
+    ids = tokenizer.encode("想</think>答", add_special_tokens=False)
+    tokens = np.asarray([[*ids, this.model.stop_token_ids[0]]], np.int32)
+    function = LoadedFunction(FunctionReward(function="a:judge"), judge)
+    grpo_run._judged([function], setup, [prompt], np.asarray([0]), tokens, np.ones_like(tokens, bool))
+    asked = "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert seen == [(asked, "<think>\n想</think>答")]
+    rows = {key: value[:1] for key, value in outcome(tiny_root).samples[0].items() if key != "rewards_by_rule"}
+    rows |= {"tokens": tokens, "mask": np.ones_like(tokens, bool), "rewards_by_rule": {}}
+    (sample,) = decoded_samples(tokenizer, rows, 1)
+    assert sample["completion"] == "<think>\n想</think>答" + tokenizer.decode(tokens[0, -1:])
