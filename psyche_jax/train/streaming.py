@@ -80,7 +80,8 @@ class _StreamHandler(type_handlers.TypeHandler):
                 dtype=value.dtype,
                 process_index=0,
             )
-            store = ts.open(spec, create=True, open=True, context=info.ts_context).result()
+            # Named again: Orbax before 0.12.5 leaves the dtype out of the description.
+            store = ts.open(spec, dtype=value.dtype, create=True, open=True, context=info.ts_context).result()
             writing = None
             try:
                 for index, part in value.parts():

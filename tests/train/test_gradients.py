@@ -53,15 +53,12 @@ def largest_errors(tied: bool, dtype: str, compute_dtype: str, mesh: tuple[int, 
     }
 
 
-@pytest.mark.parametrize(
-    ("dtype", "compute_dtype"), [("float32", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")]
-)
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)], ids=["one device", "fsdp 2, tensor 2"])
-def test_micro_batches_change_no_gradient(mesh, tied, dtype, compute_dtype, figure):
-    errors = largest_errors(tied, dtype, compute_dtype, mesh)
-    print(errors)
-    assert len(errors) == 15 - tied
+def test_micro_batches_change_no_gradient(mesh, tied, compute_dtype, figure):
+    errors = largest_errors(tied, "float32", compute_dtype, mesh)
+    assert len(errors) == 16 - tied
     figure(f"gradients in micro-batches, {compute_dtype}", max(errors.values()), LIMITS[compute_dtype])
 
 
