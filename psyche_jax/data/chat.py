@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.records import Message
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 
 
 def render_prompt(turns: Sequence[Message], prompt: PromptSection) -> list[dict[str, str]]:
@@ -41,6 +40,22 @@ def opened_text(tokenizer: Any) -> str:
     prompt = _template(tokenizer, turns, opening=True)
     _, tag, rest = prompt.removeprefix(_template(tokenizer, turns, opening=False)).partition("<think>")
     return tag + rest
+
+
+def end_of_turn_id(tokenizer: Any) -> int:
+    """The token that the chat template writes after what the assistant says: what SFT teaches as the end of a turn.
+
+    Raises:
+      UserError: it writes none.
+    """
+    said = "心"
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": said}]
+    rest = _template(tokenizer, turns, opening=False).rpartition(said)[2]
+    added = tokenizer.added_tokens_decoder
+    token = next((token for token in _encode(tokenizer, rest) if token in added), None)
+    if token is None:
+        raise UserError("the chat template writes no special token after what the assistant says; use Qwen2.5's")
+    return token
 
 
 @dataclass(frozen=True)
@@ -87,8 +102,8 @@ def _template(tokenizer: Any, messages: list[dict[str, str]], opening: bool) -> 
         raise UserError("the tokenizer has no chat template; put Qwen2.5's chat_template.jinja into its folder")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-    except (jinja2.TemplateError, ValueError) as error:
-        raise UserError(f"the tokenizer's chat template is broken: {error}; use Qwen2.5's") from None
+    except Exception as error:  # whatever a program can raise
+        raise UserError(f"the tokenizer's chat template is broken: {first_reason(error)}; use Qwen2.5's") from None
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
