@@ -81,11 +81,6 @@ def tensor_names(path: str, layers: int) -> list[str]:
 class WeightFiles:
     """The tensors of a model folder's safetensors, single or sharded with an index, read slice by slice."""
 
-    @staticmethod
-    def are_in(folder: Path) -> bool:
-        """Whether there are any."""
-        return any((folder / name).is_file() for name in ("model.safetensors", _INDEX))
-
     def __init__(self, folder: Path) -> None:
         index = folder / _INDEX
         if index.is_file():
@@ -182,9 +177,8 @@ class WeightFiles:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first twelve of `names`, and how many more there are."""
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more
+    """All of `names` if they are few, else the first of them and how many more there are."""
+    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:4])} and {len(names) - 4} more"
 
 
 def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype: jnp.dtype) -> Parameters:

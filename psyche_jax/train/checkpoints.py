@@ -76,6 +76,15 @@ class StoredModel:
             raise UserError(f"{self.weights}: {names[0]} holds values that are not finite; take an earlier checkpoint")
         return parameters
 
+    def check_shapes(self) -> None:
+        """Whether a Hugging Face folder holds the tensors that its config tells of, before work is done for them.
+
+        Raises:
+          UserError: it does not.
+        """
+        if (self.weights / "config.json").is_file():
+            WeightFiles(self.weights).check(self.config)
+
     def check(self) -> None:
         """Whether the weights of a checkpoint are as they were written; a Hugging Face folder holds no checksums.
 
@@ -333,10 +342,7 @@ def _open_model(folder: Path) -> StoredModel:
         prompt = None
         if (folder / PROMPT_FILE).is_file():
             prompt = parse_config(PromptSection, read_json(folder / PROMPT_FILE), str(folder / PROMPT_FILE))
-        config = read_hf_config(folder)
-        if WeightFiles.are_in(folder):  # else it is a folder for `psyche plan`
-            WeightFiles(folder).check(config)
-        return StoredModel(with_stop_tokens(config, folder), folder, prompt, folder)
+        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, prompt, folder)
     step_folder = find_checkpoint(folder)
     metadata = read_checkpoint_metadata(step_folder)
     try:

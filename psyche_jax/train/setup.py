@@ -62,6 +62,7 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
     if run is not None:
         stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
+    stored.check_shapes()
     check_mesh_fits(sharding.mesh, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     if longest > (limit := stored.config.max_position_embeddings):

@@ -116,3 +116,56 @@ def test_unknown_key():
     values = dataclasses.asdict(ModelConfig(61, 24, 40, 3, 6, 3, 8)) | {"qk_norm": True}
     with pytest.raises(UserError, match=r"unknown keys .'qk_norm'.; it was written by another version"):
         model_config_from_dict(values)
+
+
+PLACES = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_scaling": None, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+    {"rope_scaling": {"type": "default", "rope_theta": 1e6}},
+    {"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_theta": 1e6}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_theta": 1e6}},
+    {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "default"}},
+    {"rope_parameters": {}, "rope_theta": 5e5},
+    {"rope_parameters": None, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_theta": 1e6}, "rope_parameters": {"rope_theta": 2e6}, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 2e6}},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 2e6}, "rope_theta": 5e5},
+    {"rope_scaling": None, "rope_parameters": {"rope_theta": 2e6}, "rope_theta": 5e5},
+    {"rope_scaling": {}, "rope_parameters": {"rope_theta": 2e6}},
+    {"rope_scaling": {"rope_type": "default", "type": "yarn"}, "rope_theta": 5e5},
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_rope_base_wherever_it_stands(place):
+    """As transformers reads the same file."""
+    from transformers import Qwen2Config
+
+    values = hf_config(ModelConfig(61, 24, 40, 3, 6, 3, 8), "float32")
+    del values["rope_theta"]
+    values |= place
+    theirs = Qwen2Config.from_dict(json.loads(json.dumps(values))).rope_parameters["rope_theta"]
+    assert model_config_from_hf(values).rope_theta == theirs
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        (2, [2, 1], (2, 1)),
+        ([1], 2, (2, 1)),
+        (1, None, (1,)),
+        (1, [], (1,)),
+        (None, [3, 1, 3], (3, 1)),
+        ([], None, ()),
+    ],
+)
+def test_stop_tokens_are_those_of_both_files(ours, theirs, expected):
+    values = {**hf_config(ModelConfig(61, 24, 40, 3, 6, 3, 8), "float32"), "eos_token_id": ours}
+    assert model_config_from_hf(values, {"eos_token_id": theirs}).stop_token_ids == expected
+    if theirs is None:
+        assert model_config_from_hf(values, {}).stop_token_ids == model_config_from_hf(values).stop_token_ids
