@@ -216,6 +216,7 @@ def test_index_names_tensors_that_are_nowhere(shards):
         '{"weight_map": {}}',
         '{"weight_map": {"lm_head.weight": 3}}',
         '{"weight_map": {"lm_head.weight": {"a": [1]}}}',
+        '{"weight_map": {"lm_head.weight": "' + "x" * 9999 + '"}}',
         '{"weight_map":' * 100_000,
         '{"weight_map": {' + ", ".join(f'"t{i}": "f{i}"' for i in range(9999)) + "}}",
     ],
