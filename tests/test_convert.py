@@ -284,7 +284,7 @@ def test_an_older_transformers_reads_it(tmp_path):
     assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & set(written)
     assert (written["eos_token"], written["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
     config = json.loads(Path("model/config.json").read_text())
-    assert {"torch_dtype", "rope_theta"} <= set(config)
+    assert {"torch_dtype", "rope_theta", "transformers_version"} <= set(config)
     assert not {"dtype", "rope_parameters", "rope_scaling", "layer_types"} & set(config)
     again = transformers.AutoTokenizer.from_pretrained("model")
     text = "<|im_start|>user\n心?<|im_end|>\n"

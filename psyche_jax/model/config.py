@@ -212,6 +212,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
+        "transformers_version": "4.43.1",  # whose form this is; 4.57 warns of wrong tokens where none is named
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": config.vocab_size,
