@@ -83,17 +83,13 @@ def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any
         raise UserError(f"config.json: layer_types has {_short(kinds)}; only full attention is supported")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act {_short(config['hidden_act'])} is not supported; Qwen2 uses 'silu'")
-    generation = generation or {}
     hidden_size, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
-
-    stops: list[int] = []
-    for values in (generation, config):
-        found = values.get("eos_token_id")
-        each = (
-            _token({"eos_token_id": one}, "eos_token_id") for one in (found if isinstance(found, list) else [found])
-        )
-        stops += [stop for stop in each if stop is not None]
-    padding = _token(generation, "pad_token_id")
+    files = {"generation_config.json": generation or {}, "config.json": config}
+    ends = [(file, values.get("eos_token_id")) for file, values in files.items()]
+    stops = [
+        _token(file, "eos_token_id", one) for file, end in ends for one in (end if isinstance(end, list) else [end])
+    ]
+    padding = [_token(file, "pad_token_id", values.get("pad_token_id")) for file, values in files.items()]
     return ModelConfig(
         vocab_size=_whole(config, "vocab_size"),
         hidden_size=hidden_size,
@@ -106,9 +102,9 @@ def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any
         rope_theta=_rope_theta(config),
         tie_word_embeddings=_boolean(config, "tie_word_embeddings"),
         max_position_embeddings=_whole(config, "max_position_embeddings", 32768),
-        bos_token_id=_token(config, "bos_token_id"),
-        pad_token_id=_token(config, "pad_token_id") if padding is None else padding,
-        stop_token_ids=tuple(dict.fromkeys(stops)),
+        bos_token_id=_token("config.json", "bos_token_id", config.get("bos_token_id")),
+        pad_token_id=next((token for token in padding if token is not None), None),
+        stop_token_ids=tuple(dict.fromkeys(token for token in stops if token is not None)),
     )
 
 
@@ -138,10 +134,9 @@ def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def _token(values: Mapping[str, Any], key: str) -> int | None:
-    value = None if values.get(key) is None else _whole(values, key)
-    if value is not None and value < 0:
-        raise UserError(f"config.json: {key} is {value}, which is no token")
+def _token(file: str, key: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise UserError(f"{file}: a value has the wrong type ({key} is {_short(value)}, not a token's number)")
     return value
 
 

@@ -166,7 +166,7 @@ def test_config_that_is_not_supported(values, expected, model):
 @pytest.mark.parametrize("stop", ["<|im_end|>", ["<|im_end|>"], {"id": 1}, [[1, 2]]])
 def test_stop_ids_that_are_no_numbers(stop, model):
     edit(model, "generation_config.json", eos_token_id=stop)
-    failure(model, "wrong type")
+    failure(model, "generation_config.json: a value has the wrong type")
 
 
 def test_no_weights(model):
