@@ -101,9 +101,12 @@ class WeightFiles:
         for path in paths:
             try:
                 handle = safe_open(path, framework="np")
-                self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                found = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: is broken or cut short ({error}); copy it again") from None
+            if twice := sorted(found.keys() & self._slices.keys()):
+                raise UserError(f"{path}: holds tensors that another of the folder's files holds too: {_some(twice)}")
+            self._slices |= found
         if missing := sorted(set(files) - set(self._slices)):
             raise UserError(f"{index}: names tensors that are in no file: {_some(missing)}")
         self.folder = folder

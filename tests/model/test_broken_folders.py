@@ -227,8 +227,17 @@ def test_broken_index(text, shards):
     failure(shards, "model.safetensors.index.json")
 
 
-def rewrite(folder, change):
-    path = folder / "model.safetensors"
+def test_a_tensor_in_two_files(shards):
+    """Which of them counts is not for this package to guess."""
+    first, second = sorted(shards.glob("*.safetensors"))[:2]
+    with safe_open(first, framework="np") as file:
+        name = next(iter(file.keys()))
+    rewrite(shards, lambda arrays: arrays.update({name: np.ones(3, np.float32)}), second.name)
+    failure(shards, f"{second.name}: holds tensors that another of the folder's files holds too: {name}")
+
+
+def rewrite(folder, change, file="model.safetensors"):
+    path = folder / file
     with safe_open(path, framework="np") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(arrays)
