@@ -362,10 +362,11 @@ def with_stop_tokens_of(model: StoredModel, checkpoints: Path) -> StoredModel:
     with bucket_errors(checkpoints):
         if not checkpoints.is_dir() or not any(_is_step(child) for child in checkpoints.iterdir()):
             return model
-        known = read_checkpoint_metadata(find_checkpoint(checkpoints)).get("model")
-    if not isinstance(known, dict) or "stop_token_ids" not in known:
-        return model  # which restoring says
-    return replace(model, config=replace(model.config, stop_token_ids=tuple(known["stop_token_ids"])))
+        try:
+            known = read_checkpoint_metadata(find_checkpoint(checkpoints))["model"]["stop_token_ids"]
+            return replace(model, config=replace(model.config, stop_token_ids=tuple(known)))
+        except (UserError, LookupError, TypeError):  # a broken checkpoint: restoring it says so, and what to do
+            return model
 
 
 def find_checkpoint(folder: Path) -> Path:
