@@ -9,7 +9,7 @@ import dataclasses
 import datetime
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,17 @@ from orbax.checkpoint import checkpoint_managers
 
 from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict, parse_config
+from psyche_jax.data.stop_tokens import with_stop_tokens
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import absolute, as_path, bucket_errors, files_under, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
-from psyche_jax.model.huggingface import copy_tokenizer, is_tokenizer, read_parameters
+from psyche_jax.model.huggingface import (
+    WeightFiles,
+    copy_tokenizer,
+    is_tokenizer,
+    read_parameters,
+    unsound_tensors,
+)
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.train.checksums import FILE as CHECKSUMS
@@ -60,11 +67,23 @@ class StoredModel:
         abstract = abstract_parameters(self.config, sharding, dtype)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(absolute(self.weights / "parameters"), abstract)
+                parameters = checkpointer.restore(absolute(self.weights / "parameters"), abstract)
         except jax.errors.JaxRuntimeError:
             raise  # of the device, not of the files
         except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(f"{self.weights}: the checkpoint is broken: {first_reason(error)}") from None
+        if names := unsound_tensors(parameters, sharding):
+            raise UserError(f"{self.weights}: {names[0]} holds values that are not finite; take an earlier checkpoint")
+        return parameters
+
+    def check_shapes(self) -> None:
+        """Whether a Hugging Face folder holds the tensors that its config tells of, before work is done for them.
+
+        Raises:
+          UserError: it does not.
+        """
+        if (self.weights / "config.json").is_file():
+            WeightFiles(self.weights).check(self.config)
 
     def check(self) -> None:
         """Whether the weights of a checkpoint are as they were written; a Hugging Face folder holds no checksums.
@@ -323,7 +342,7 @@ def _open_model(folder: Path) -> StoredModel:
         prompt = None
         if (folder / PROMPT_FILE).is_file():
             prompt = parse_config(PromptSection, read_json(folder / PROMPT_FILE), str(folder / PROMPT_FILE))
-        return StoredModel(read_hf_config(folder), folder, prompt, folder)
+        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, prompt, folder)
     step_folder = find_checkpoint(folder)
     metadata = read_checkpoint_metadata(step_folder)
     try:
@@ -335,7 +354,19 @@ def _open_model(folder: Path) -> StoredModel:
     tokenizer = step_folder.parent / "tokenizer"
     if holds_tokenizer(tokenizer):
         check_files(tokenizer)
-    return StoredModel(config, tokenizer, prompt, step_folder)
+    return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder)
+
+
+def with_stop_tokens_of(model: StoredModel, checkpoints: Path) -> StoredModel:
+    """`model` with the stop tokens that a run's checkpoints, if there are any, were trained with."""
+    with bucket_errors(checkpoints):
+        if not checkpoints.is_dir() or not any(_is_step(child) for child in checkpoints.iterdir()):
+            return model
+        try:
+            known = read_checkpoint_metadata(find_checkpoint(checkpoints))["model"]["stop_token_ids"]
+            return replace(model, config=replace(model.config, stop_token_ids=tuple(known)))
+        except (UserError, LookupError, TypeError):  # a broken checkpoint: restoring it says so, and what to do
+            return model
 
 
 def find_checkpoint(folder: Path) -> Path:

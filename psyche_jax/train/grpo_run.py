@@ -60,6 +60,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
         config.mesh,
         config.data.max_prompt_length + config.max_new_tokens,
         "data.max_prompt_length + max_new_tokens",
+        as_path(config.run.dir),
     )
     execution = setup.execution
     model = setup.model.config
@@ -71,8 +72,6 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
         "micro_batch_prompts × generations_per_prompt",
         execution.sharding,
     )
-    if not model.stop_token_ids:
-        raise UserError(f"{config.model.path}: names no stop token (eos_token_id); a response could never end")
     rules = compile_rules(
         config.rules, token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size), model.stop_token_ids
     )

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from flax import nnx
 
 from psyche_jax.config import MeshSection, ModelSection
-from psyche_jax.errors import UsageError, UserError
+from psyche_jax.errors import UsageError
 from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
@@ -19,7 +20,14 @@ from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
-from psyche_jax.train.checkpoints import StoredModel, abstract_like, holds_tokenizer, open_model, write_tokenizer
+from psyche_jax.train.checkpoints import (
+    StoredModel,
+    abstract_like,
+    holds_tokenizer,
+    open_model,
+    with_stop_tokens_of,
+    write_tokenizer,
+)
 from psyche_jax.train.state import TrainState, state_shardings
 
 
@@ -37,28 +45,29 @@ class Setup:
         return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
 
 
-def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str) -> Setup:
+def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str, run: Path | None = None) -> Setup:
     """Build the mesh and open the model, whose weights are read later.
 
     Args:
       model, mesh: sections of the config.
       longest: how many tokens the longest sequence may have.
       longest_name: the keys of the config that say so.
+      run: the run's folder; one that goes on keeps the stop tokens that it began with.
 
     Raises:
-      UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length; or
-        the tokenizer is not the model's.
+      UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
     stored = open_model(model.path)
+    if run is not None:
+        stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
+    stored.check_shapes()
     check_mesh_fits(sharding.mesh, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     if longest > (limit := stored.config.max_position_embeddings):
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
     tokenizer = load_tokenizer(stored.tokenizer_folder)
-    if len(tokenizer) > (size := stored.config.vocab_size):
-        raise UserError(f"{stored.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
 
 

@@ -89,7 +89,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
     Raises:
       UserError: the model, the data or the run folder cannot be used.
     """
-    setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length")
+    setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length", as_path(config.run.dir))
     execution = setup.execution
     micro_batch = config.micro_batch_size or config.batch_size
     check_rows(micro_batch, "micro_batch_size", execution.sharding)

@@ -1,6 +1,7 @@
 """What `train_grpo` gives each step: a key, prompts and the reference. The steps themselves are left out."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -14,8 +15,8 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
 from psyche_jax.runs import read_lines
-from psyche_jax.train import grpo_run, loop
-from psyche_jax.train.checkpoints import identity, open_model
+from psyche_jax.train import checkpoints, grpo_run, loop
+from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
 NAMES = ("tokens", "mask", "answers")
@@ -86,6 +87,37 @@ def test_another_reference_policy_is_refused(train, root):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert len(train("run")) == STEPS - 2
+
+
+@pytest.fixture
+def base(root):
+    """Its files name only the end of a text as the end of a response, as those of many bases do."""
+    ids = {token: index for token, index in load_tokenizer(root / "model").get_vocab().items() if "<|" in token}
+    for file, key, value in (
+        ("config.json", "eos_token_id", ids["<|endoftext|>"]),
+        ("generation_config.json", "eos_token_id", None),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        path = root / "model" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    return ids["<|endoftext|>"], ids["<|im_end|>"]
+
+
+def test_a_run_knows_how_sft_ends_turns(base, train, root):
+    train("run", epochs=1.0)
+    assert read_checkpoint_metadata(root / "run/checkpoints/2")["model"]["stop_token_ids"] == [*base]
+
+
+def test_a_run_of_an_older_version_keeps_its_stop_tokens(base, train, root, monkeypatch):
+    """It knew only those of the config; a change would make it another run, of another reference."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "with_stop_tokens", lambda config, _: config)
+        train("run", fail_at=4)
+    stored = [root / "run/checkpoints" / step / "metadata/metadata" for step in ("2", "8")]
+    assert json.loads(stored[0].read_text())["model"]["stop_token_ids"] == [base[0]]
+    assert len(train("run")) == STEPS - 2
+    assert json.loads(stored[1].read_text())["model"]["stop_token_ids"] == [base[0]]
+    assert open_model(str(root / "run")).config.stop_token_ids == base, "what reads it now has all"
 
 
 def test_an_identity_is_that_of_the_weights(root, tmp_path):
