@@ -73,7 +73,7 @@ def test_a_template_that_ends_turns_with_another_token(model):
     assert end_of_turn_id(load_tokenizer(model)) == TEXT
     assert stops(model) == (TEXT,)
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="no special token after what the assistant says"):
+    with pytest.raises(UserError, match="no special token right after what the assistant says"):
         end_of_turn_id(load_tokenizer(model))
     assert stops(model) == (TEXT,)
 
