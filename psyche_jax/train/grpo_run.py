@@ -1,9 +1,11 @@
 """A run of GRPO: what `train/grpo.py` is given from a config and its files, and what becomes of its outputs."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from psyche_jax.config import GrpoConfig
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.dataset import load_records
-from psyche_jax.data.records import RlPrompt, answer_mask
+from psyche_jax.data.records import RlPrompt, answer_mask, record_to_json
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path
@@ -27,12 +29,20 @@ from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_fu
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import Run, open_run
-from psyche_jax.train.checkpoints import check_reference, checkpoint_metadata, identity
+from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import Evaluation, Program, StepFunction, run_training
 from psyche_jax.train.objectives import total_rewards
 from psyche_jax.train.preemption import listening
-from psyche_jax.train.setup import Setup, abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
+from psyche_jax.train.setup import (
+    Setup,
+    abstract_state,
+    check_rows,
+    keep_tokenizer,
+    prepare,
+    report_set_aside,
+    trained_on,
+)
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
 Judge = Callable[[Sequence[int], Any, Any], tuple[dict[str, np.ndarray], dict[str, float]]]
@@ -49,8 +59,13 @@ class Prompt:
     number: int  # its place in the data
 
 
-def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
+def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
     """Run GRPO as `config` says, or go on with it; see `psyche grpo --help`.
+
+    Args:
+      config: the run.
+      profile_steps: how many to trace.
+      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data, a rule or the run folder cannot be used.
@@ -116,10 +131,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
                 run.log_sample(index, {"policy_step": index - 1, **sample})
 
     values = config_to_dict(config)
-    with open_run(as_path(config.run.dir), "grpo", values, config.logging) as run, listening() as stop:
+    contents = trained_on(setup, config.prompt, _content(prompts), _content(held_out) if held_out else None)
+    folder = as_path(config.run.dir)
+    with open_run(folder, "grpo", values, config.logging, contents, accepted) as run, listening() as stop:
         keep_tokenizer(run, setup)
-        reference_identity = identity(setup.model)
-        check_reference(run.checkpoints, reference_identity)
         report_set_aside(run, faults)
         run_training(
             Program(
@@ -143,7 +158,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
                 config=values,
                 seed=config.run.seed,
                 reference=config.model.path,
-                reference_identity=reference_identity,
+                contents=contents,
             ),
             config.checkpoints,
             profile_steps,
@@ -337,6 +352,14 @@ def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prom
     if not prompts:
         raise UserError(f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
     return prompts, faults
+
+
+def _content(prompts: Sequence[Prompt]) -> str:
+    """A hash of the records of prompts, in order: reward functions see all of a record."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(json.dumps(record_to_json(prompt.record), ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _without(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:

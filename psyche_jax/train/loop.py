@@ -25,6 +25,7 @@ from psyche_jax.train.compilations import count_compilations
 from psyche_jax.train.pace import Pace
 from psyche_jax.train.preemption import Stop, StoppedError
 from psyche_jax.train.state import TrainState
+from psyche_jax.train.step_folders import set_aside_look_alikes
 
 StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
 
@@ -90,6 +91,7 @@ def run_training(
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
     """
     with contextlib.ExitStack() as stack:
+        set_aside_look_alikes(run.checkpoints, run.saved)
         checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
         stack.enter_context(contextlib.closing(checkpoints))
         compilations = stack.enter_context(count_compilations())
@@ -98,15 +100,18 @@ def run_training(
         evaluations = _Evaluations(program.evaluation, program.total_steps, run, first, stop)
         checkpoints.best = evaluations.best_step
         if first >= program.total_steps and not evaluations.missed:
+            checkpoints.check(metadata, run.accepted)
             _say(f"{program.name}: all {first} steps are done already")
-            run.write_state("done", first)
+            run.write_state("done", first, **evaluations.best_so_far())
             return
         if first == 0:
             state = initial()
         else:
             places = jax.tree.map(lambda x: x.sharding, abstract)
-            state = checkpoints.restore(abstract_like(abstract, places), metadata)
+            state = checkpoints.restore(abstract_like(abstract, places), metadata, run.accepted)
             _say(f"{program.name}: going on after step {first}")
+        if run.saved != first:  # its state was lost, or its latest checkpoint was
+            run.write_state("running", first, **evaluations.best_so_far())
         if evaluations.missed:
             try:
                 run.add_metrics(first, evaluations.measure(first, state))

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from psyche_jax.config import MeshSection, ModelSection
+from psyche_jax.config import MeshSection, ModelSection, PromptSection
+from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
@@ -19,7 +20,14 @@ from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
-from psyche_jax.train.checkpoints import StoredModel, abstract_like, holds_tokenizer, open_model, write_tokenizer
+from psyche_jax.train.checkpoints import (
+    StoredModel,
+    abstract_like,
+    holds_tokenizer,
+    identity,
+    open_model,
+    write_tokenizer,
+)
 from psyche_jax.train.state import TrainState, state_shardings
 
 
@@ -60,6 +68,23 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
     if len(tokenizer) > (size := stored.config.vocab_size):
         raise UserError(f"{stored.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
+
+
+def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:
+    """Hashes of all that a run learns from, by kind: see `run_changes.py`. The model's weights are read whole.
+
+    Args:
+      setup: the model.
+      prompt: what is added to bare turns.
+      data, evaluation: hashes of the records that are used.
+    """
+    contents = {
+        "data": data,
+        "tokenizer": tokenizer_hash(setup.tokenizer)[:16],
+        "template": template_hash(setup.tokenizer, prompt)[:16],
+        "base": identity(setup.model),
+    }
+    return contents if evaluation is None else {**contents, "evaluation": evaluation}
 
 
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:

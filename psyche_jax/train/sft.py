@@ -1,7 +1,8 @@
 """Supervised fine-tuning on chat records: next-token loss on what the assistant says."""
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Evaluation, Program, run_training
 from psyche_jax.train.preemption import listening
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
+from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside, trained_on
 from psyche_jax.train.state import TrainState, apply_gradients, initial_state, make_optimizer, make_schedule
 
 
@@ -83,8 +84,13 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
     return 3 * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
 
 
-def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
+def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
     """Run SFT as `config` says, or go on with it; see `psyche sft --help`.
+
+    Args:
+      config: the run.
+      profile_steps: how many to trace.
+      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data or the run folder cannot be used.
@@ -96,9 +102,14 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
     train = open_examples(config.data.train, setup.tokenizer, config.prompt, config.data.max_length)
     faults = list(train.set_aside)
     evaluation: list[TokenizedExample] = []
+    evaluation_content: str | None = None
     if config.data.evaluation is not None:
-        evaluation, more = tokenized(config.data.evaluation, setup.tokenizer, config.prompt, config.data.max_length)
+        digest = hashlib.sha256()
+        evaluation, more = tokenized(
+            config.data.evaluation, setup.tokenizer, config.prompt, config.data.max_length, digest
+        )
         faults += more
+        evaluation_content = digest.hexdigest()[:16]
     total_steps = math.ceil(config.epochs * len(train.items) / config.batch_size)
     schedule = make_schedule(config.optimizer, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -143,7 +154,9 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         return {"evaluation_loss": total / tokens}
 
     values = config_to_dict(config)
-    with open_run(as_path(config.run.dir), "sft", values, config.logging) as run, listening() as stop:
+    contents = trained_on(setup, config.prompt, train.content, evaluation_content)
+    folder = as_path(config.run.dir)
+    with open_run(folder, "sft", values, config.logging, contents, accepted) as run, listening() as stop:
         keep_tokenizer(run, setup)
         report_set_aside(run, faults)
         program = Program(
@@ -165,7 +178,12 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
             lambda: initial_state(optimizer, setup.read_parameters(), shardings),
             abstract,
             checkpoint_metadata(
-                setup.model.config, config.prompt, config=values, seed=config.run.seed, started_from=config.model.path
+                setup.model.config,
+                config.prompt,
+                config=values,
+                seed=config.run.seed,
+                started_from=config.model.path,
+                contents=contents,
             ),
             config.checkpoints,
             profile_steps,
