@@ -122,10 +122,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
         measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
-    warn = _EqualRewards()
+    warn = _Warnings()
 
-    def after_step(run: Run, index: int, metrics: dict[str, float], outputs: dict[str, Any]) -> None:
-        warn.look_at(metrics)
+    def after_step(run: Run, index: int, metrics: dict[str, Any], outputs: dict[str, Any]) -> None:
+        warn.look_at(index, metrics)
         if index == 1 or index == total_steps or index % config.logging.samples_every_steps == 0:
             for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
                 run.log_sample(index, {"policy_step": index - 1, **sample})
@@ -251,7 +251,7 @@ def held_out_reward(
     judge: Judge,
     state: TrainState,
     check_stop: Callable[[], None],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Rewards of one greedy response to each held-out prompt: the mean of the totals, and of each reward.
 
     `program` is `Iteration.evaluate`, jitted; `check_stop` is called before each batch, and raises to end this.
@@ -272,16 +272,16 @@ def held_out_reward(
         lengths += rollout.mask[rows].sum(axis=1).tolist()
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     total, counted = jax.device_get(total_rewards(joined, {reward.name: reward.weight for reward in config.rewards}))
-    metrics = {"evaluation_reward": _mean(total[counted])}
+    metrics: dict[str, float | None] = {"evaluation_reward": _mean(total[counted])}
     metrics |= {f"evaluation_rewards/{name}/mean": _mean(v[~np.isnan(v)]) for name, v in joined.items()}
     return {**metrics, "evaluation_completions/mean_length": _mean(lengths)}
 
 
-def _mean(values: Any) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
-def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, float]) -> float:
+def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, Any]) -> float:
     """FLOPs of the model in one iteration: sampling, log-probs, forward and backward; padding and remat aside.
 
     A prompt counts once for all of its responses. Attention is counted at the mean lengths: a little too little where
@@ -297,14 +297,25 @@ def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, float]
     return forward * (1 + fixed + trained * config.passes_per_step)
 
 
-class _EqualRewards:
-    """Warns, once, of many steps in a row in which all rewards of each group were equal."""
+class _Warnings:
+    """Warns, once, of many steps in a row in which all rewards of each group were equal; and of steps without a
+    response to learn from: of the first, the tenth, the hundredth and so on."""
 
     def __init__(self) -> None:
         self._steps = 0
+        self._empty = 0
 
-    def look_at(self, metrics: dict[str, float]) -> None:
+    def look_at(self, index: int, metrics: dict[str, Any]) -> None:
         """At the metrics of one more step."""
+        if metrics["reward"] is None or metrics["loss"] is None:
+            self._empty += 1
+            if self._empty == 10 ** (len(str(self._empty)) - 1) and hosts.is_first():
+                print(
+                    f"grpo: step {index} had no response to learn from, so it changed nothing "
+                    f"({self._empty} such steps since the start; see empty_updates in metrics.jsonl)",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self._steps = self._steps + 1 if metrics["frac_reward_zero_std"] == 1 else min(self._steps, 0)
         if self._steps == _EQUAL_STEPS and hosts.is_first():
             self._steps = -sys.maxsize

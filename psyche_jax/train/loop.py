@@ -39,7 +39,7 @@ class Evaluation:
     """
 
     every_steps: int
-    measure: Callable[[TrainState, Callable[[], None]], dict[str, float]]
+    measure: Callable[[TrainState, Callable[[], None]], dict[str, float | None]]
     best: str
     higher_is_better: bool
 
@@ -49,7 +49,8 @@ class Program:
     """What a kind of training brings to the loop.
 
     `batches(first)` iterates over device batches from step `first` on. `step(state, batch, index)` gives the new
-    state and a dict with `metrics` (float32 scalars on the device) and what else `after_step` wants.
+    state and a dict with `metrics` (float32 scalars on the device), perhaps `absent` (by name, whether a metric is of
+    nothing in that step: it is logged as null) and what else `after_step` wants.
     `after_step(run, index, metrics, outputs)` writes samples, or warns.
     """
 
@@ -59,8 +60,8 @@ class Program:
     step: StepFunction
     headline: tuple[str, ...]  # the metrics that progress shows
     max_skipped_steps: int  # how many steps in a row may be skipped for a gradient that is not finite
-    flops: Callable[[dict[str, float]], float]  # of the model in a step with these metrics
-    after_step: Callable[[Run, int, dict[str, float], dict[str, Any]], None] = lambda *_: None
+    flops: Callable[[dict[str, Any]], float]  # of the model in a step with these metrics
+    after_step: Callable[[Run, int, dict[str, Any], dict[str, Any]], None] = lambda *_: None
     evaluation: Evaluation | None = None
 
 
@@ -129,7 +130,9 @@ def run_training(
         for index, batch in enumerate(program.batches(first), start=first + 1):
             profile.before(index)
             state, outputs = program.step(state, batch, index - 1)
-            metrics = {name: float(value) for name, value in jax.device_get(outputs["metrics"]).items()}
+            found, absent = jax.device_get((outputs["metrics"], outputs.get("absent", {})))
+            present = {name: float(value) for name, value in found.items() if not absent.get(name, False)}
+            metrics: dict[str, Any] = {name: present.get(name) for name in found}
             metrics["compilations"] = float(len(compilations))
             compilations.clear()
             profile.after(index)
@@ -199,7 +202,7 @@ class _Evaluations:
             return False
         return step % self._evaluation.every_steps == 0 or step == self._last
 
-    def measure(self, step: int, state: TrainState) -> dict[str, float]:
+    def measure(self, step: int, state: TrainState) -> dict[str, float | None]:
         """What is measured after `step`.
 
         Raises:
@@ -243,9 +246,10 @@ class Progress:
         )
         self._every = max(1, program.total_steps // 10)
 
-    def update(self, step: int, metrics: dict[str, float]) -> None:
+    def update(self, step: int, metrics: dict[str, float | None]) -> None:
         """Show a finished step."""
-        shown = {name: f"{metrics[name]:.4g}" for name in self._program.headline if name in metrics}
+        values = {name: metrics.get(name) for name in self._program.headline}
+        shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()

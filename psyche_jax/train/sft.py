@@ -144,7 +144,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         state, metrics = step(state, batch)
         return state, {"metrics": metrics}
 
-    def evaluation_loss(state: TrainState, check_stop: Callable[[], None]) -> dict[str, float]:
+    def evaluation_loss(state: TrainState, check_stop: Callable[[], None]) -> dict[str, float | None]:
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             check_stop()

@@ -79,19 +79,25 @@ def initial_state(optimizer: optax.GradientTransformation, parameters: Parameter
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, loss: jax.Array, gradients: Parameters
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    loss: jax.Array,
+    gradients: Parameters,
+    learns: jax.Array | bool = True,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """One update of the optimizer, which changes nothing if the loss or the gradient is not finite.
+    """One update of the optimizer, which changes nothing if the loss or the gradient is not finite, or not `learns`.
+
+    Where nothing changes, the optimizer counts no update, so its learning rate stays too.
 
     Returns:
-      The state (of the same step), the gradient's norm before clipping, and whether there was an update (bool).
+      The state (of the same step), the gradient's norm before clipping, and whether all was finite (bool).
     """
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     changes, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
     new = optax.apply_updates(state.parameters, changes), optimizer_state
     parameters, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), new, (state.parameters, state.optimizer_state)
+        lambda new, old: jnp.where(finite & learns, new, old), new, (state.parameters, state.optimizer_state)
     )
     return TrainState(state.step, parameters, optimizer_state), norm, finite
 
