@@ -115,6 +115,14 @@ class Run:
         old = _known_state(self.folder)
         write_json(self.folder / STATE, {"run_id": self._run_id, **old, **new, **extra})
 
+    def write_last_words(self) -> None:
+        """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
+        step = _known_state(self.folder).get("step", 0)
+        reason = f"quit by Ctrl-C; what was done after step {step} is not saved"
+        print(f"{self.folder}: {reason}; start the same command again to go on", file=sys.stderr, flush=True)
+        with suppress(UserError, OSError):
+            self.write_state("preempted", step, reason)
+
     def flush(self) -> None:
         """Put what was logged where a crash cannot reach it."""
         if not self.writes:

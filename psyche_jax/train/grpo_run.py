@@ -133,7 +133,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, _content(prompts), _content(held_out) if held_out else None)
     folder = as_path(config.run.dir)
-    with open_run(folder, "grpo", values, config.logging, contents, accepted) as run, listening() as stop:
+    with (
+        open_run(folder, "grpo", values, config.logging, contents, accepted) as run,
+        listening(run.write_last_words) as stop,
+    ):
         keep_tokenizer(run, setup)
         report_set_aside(run, faults)
         run_training(

@@ -156,7 +156,10 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, train.content, evaluation_content)
     folder = as_path(config.run.dir)
-    with open_run(folder, "sft", values, config.logging, contents, accepted) as run, listening() as stop:
+    with (
+        open_run(folder, "sft", values, config.logging, contents, accepted) as run,
+        listening(run.write_last_words) as stop,
+    ):
         keep_tokenizer(run, setup)
         report_set_aside(run, faults)
         program = Program(
