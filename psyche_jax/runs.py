@@ -195,7 +195,7 @@ def open_run(
         extra: dict[str, Any] = {"environment": environment()}
         if contents:
             extra["contents"] = dict(contents)
-            if old and "contents" not in old and run.writes:
+            if "status" in old and "contents" not in old:
                 _say(f"{folder}: this run has no record of what it was trained on; from now on it has")
         if found:
             lines = [line for lines in found.values() for line in lines]

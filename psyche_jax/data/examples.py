@@ -31,6 +31,13 @@ class Examples:
     length: int | None
     content: str
 
+    @property
+    def longest(self) -> Any:
+        """An item that has the most tokens; rows that are packed all have as many."""
+        if isinstance(self.items, ReadsSeveral):
+            return self.items.read([0])[0]
+        return max(self.items, key=lambda example: len(example.tokens))
+
 
 def open_examples(
     source: str | Mapping[str, float], tokenizer: Any, prompt: PromptSection, max_length: int

@@ -47,6 +47,8 @@ from psyche_jax.train.state import TrainState, initial_state, make_optimizer, ma
 
 Judge = Callable[[Sequence[int], Any, Any], tuple[dict[str, np.ndarray], dict[str, float]]]
 
+Lower = Callable[[TrainState, dict[str, jax.Array]], Iterator[Any]]
+
 _EQUAL_STEPS = 10  # so many steps whose rewards teach nothing are worth a warning
 
 
@@ -113,9 +115,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         return (hosts.place(batch, place) for batch in stream)
 
     if functions:
-        step = _two_programs(iteration, reference, rules, key, partial(_judged, functions, setup, prompts))
+        judge = partial(_judged, functions, setup, prompts)
+        step, lower = _two_programs(iteration, reference, rules, key, judge)
     else:
-        step = _one_program(iteration, reference, rules, key)
+        step, lower = _one_program(iteration, reference, rules, key)
     evaluation = None
     if held_out:
         judge = partial(_judged, functions, setup, held_out)
@@ -123,6 +126,12 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
     warn = _Warnings()
+
+    def lower_largest(state: TrainState) -> Iterator[Any]:
+        yield from lower(state, hosts.place(collate([_longest(prompts)] * config.candidates_per_step), place))
+        if held_out:
+            batch = hosts.place(collate([_longest(held_out)] * config.prompts_per_step), place)
+            yield program.lower(state.parameters, rules, batch)
 
     def after_step(run: Run, index: int, metrics: dict[str, Any], outputs: dict[str, Any]) -> None:
         warn.look_at(index, metrics)
@@ -150,6 +159,9 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
                 partial(step_flops, model, config),
                 after_step,
                 evaluation,
+                lower_largest,
+                "set model.remat=full, a smaller micro_batch_prompts, more rollout_waves or more devices (all of which "
+                "a run that goes on may change), or a smaller max_new_tokens or data.max_prompt_length",
             ),
             run,
             stop,
@@ -168,19 +180,26 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         )
 
 
-def _one_program(iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array) -> StepFunction:
+def _one_program(
+    iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array
+) -> tuple[StepFunction, Lower]:
+    """A step, and what lowers its program for a batch of some shape."""
     program = iteration.program()
 
     def step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
         return program(state, reference, rules, batch, jax.random.fold_in(key, index))
 
-    return step
+    def lower(state: TrainState, batch: dict[str, jax.Array]) -> Iterator[Any]:
+        if isinstance(program, jax.stages.Wrapped):
+            yield program.lower(state, reference, rules, batch, jax.random.fold_in(key, 0))
+
+    return step, lower
 
 
 def _two_programs(
     iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array, judge: Judge
-) -> StepFunction:
-    """The same step with functions between sampling and learning."""
+) -> tuple[StepFunction, Lower]:
+    """The same with functions between sampling and learning."""
     sample, learn = iteration.programs()
     everywhere = iteration.execution.sharding.named()
 
@@ -193,7 +212,18 @@ def _two_programs(
         state, outputs = learn(state, reference, sampled, hosts.place(values, everywhere))
         return state, {**outputs, "metrics": {**outputs["metrics"], **failures}}
 
-    return step
+    def lower(state: TrainState, batch: dict[str, jax.Array]) -> Iterator[Any]:
+        arguments = (state.parameters, rules, batch, jax.random.fold_in(key, 0))
+        yield sample.lower(*arguments)
+        sampled = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            jax.eval_shape(sample, *arguments),
+        )
+        shape = (iteration.config.prompts_per_step, iteration.config.generations_per_prompt)
+        values = {function.name: np.zeros(shape, np.float32) for function in iteration.config.functions}
+        yield learn.lower(state, reference, sampled, hosts.place(values, everywhere))
+
+    return step, lower
 
 
 def _judged(
@@ -366,6 +396,10 @@ def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prom
     if not prompts:
         raise UserError(f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
     return prompts, faults
+
+
+def _longest(prompts: Sequence[Prompt]) -> Prompt:
+    return max(prompts, key=lambda prompt: len(prompt.tokens))
 
 
 def _content(prompts: Sequence[Prompt]) -> str:

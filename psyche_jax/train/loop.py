@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.compilations import count_compilations
+from psyche_jax.train.memory import check_memory, out_of_memory
 from psyche_jax.train.pace import Pace
 from psyche_jax.train.preemption import Stop, StoppedError
 from psyche_jax.train.state import TrainState
@@ -63,6 +64,8 @@ class Program:
     flops: Callable[[dict[str, Any]], float]  # of the model in a step with these metrics
     after_step: Callable[[Run, int, dict[str, Any], dict[str, Any]], None] = lambda *_: None
     evaluation: Evaluation | None = None
+    lower_largest: Callable[[TrainState], Iterable[Any]] = lambda _: ()  # the programs for the largest shapes, lowered
+    memory_settings: str = ""  # what to set otherwise where memory does not suffice
 
 
 def run_training(
@@ -90,8 +93,10 @@ def run_training(
     Raises:
       PreemptedError: SIGTERM or SIGINT came; what was done is saved.
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
+        Or memory does not suffice, if that can be known before the first step.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(out_of_memory(program.memory_settings))
         set_aside_look_alikes(run.checkpoints, run.saved)
         checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
         stack.enter_context(contextlib.closing(checkpoints))
@@ -113,6 +118,8 @@ def run_training(
             _say(f"{program.name}: going on after step {first}")
         if run.saved != first:  # its state was lost, or its latest checkpoint was
             run.write_state("running", first, **evaluations.best_so_far())
+        for lowered in program.lower_largest(state):
+            check_memory(lowered.compile(), program.memory_settings)
         if evaluations.missed:
             try:
                 run.add_metrics(first, evaluations.measure(first, state))

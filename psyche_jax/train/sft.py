@@ -148,10 +148,18 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             check_stop()
-            weights = batch["loss_mask"].astype("float32")
-            total += float(evaluate(state.parameters, hosts.place({**batch, "weights": weights}, place)))
-            tokens += float(weights[:, 1:].sum())
+            batch = _counted(batch)
+            total += float(evaluate(state.parameters, hosts.place(batch, place)))
+            tokens += float(batch["weights"][:, 1:].sum())
         return {"evaluation_loss": total / tokens}
+
+    def lower_largest(state: TrainState) -> Iterator[Any]:
+        longest = train.collate([train.longest] * config.batch_size)
+        yield step.lower(state, hosts.place(longest, place))
+        if evaluation:
+            longest_there = max(evaluation, key=lambda example: len(example.tokens))
+            batch = next(_evaluation_batches([longest_there], micro_batch, config.data.max_length))
+            yield evaluate.lower(state.parameters, hosts.place(_counted(batch), place))
 
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, train.content, evaluation_content)
@@ -173,6 +181,9 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             evaluation=Evaluation(config.evaluate_every_steps, evaluation_loss, "evaluation_loss", False)
             if evaluation
             else None,
+            lower_largest=lower_largest,
+            memory_settings="set model.remat=full, a smaller micro_batch_size or more devices (all of which a run that "
+            "goes on may change), or a smaller data.max_length",
         )
         run_training(
             program,
@@ -198,6 +209,11 @@ def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     mask = batch["loss_mask"].astype(jnp.float32)
     arrays = {name: batch[name] for name in ("tokens", "segments", "positions")}
     return {**arrays, "weights": mask / jnp.maximum(mask[:, 1:].sum(), 1.0)}
+
+
+def _counted(batch: Batch) -> Batch:
+    """With weights that make the sum of the losses that over all learned tokens."""
+    return {**batch, "weights": batch["loss_mask"].astype("float32")}
 
 
 def _evaluation_batches(examples: Sequence[TokenizedExample], rows: int, max_length: int) -> Iterator[Batch]:
