@@ -40,10 +40,10 @@ from psyche_jax.train.setup import (
     check_rows,
     keep_tokenizer,
     prepare,
-    report_set_aside,
+    report,
     trained_on,
 )
-from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
+from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule, schedule_warning
 
 Judge = Callable[[Sequence[int], Any, Any], tuple[dict[str, np.ndarray], dict[str, float]]]
 
@@ -147,7 +147,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         listening(run.write_last_words) as stop,
     ):
         keep_tokenizer(run, setup)
-        report_set_aside(run, faults)
+        report(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
         run_training(
             Program(
                 "grpo",

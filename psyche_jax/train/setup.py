@@ -130,9 +130,14 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
                 write_tokenizer(setup.model.tokenizer_folder, partial)
 
 
-def report_set_aside(run: Run, lines: Sequence[str]) -> None:
-    """Name each record that was set aside: the first ones on stderr, all of them in the run's folder."""
-    if not lines or not run.writes:
+def report(run: Run, warning: str, lines: Sequence[str]) -> None:
+    """Give a warning, if there is one, and name each record that was set aside: the first ones on stderr, all of them
+    in the run's folder."""
+    if not run.writes:
+        return
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if not lines:
         return
     write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:

@@ -26,8 +26,15 @@ from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Evaluation, Program, run_training
 from psyche_jax.train.preemption import listening
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside, trained_on
-from psyche_jax.train.state import TrainState, apply_gradients, initial_state, make_optimizer, make_schedule
+from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
+from psyche_jax.train.state import (
+    TrainState,
+    apply_gradients,
+    initial_state,
+    make_optimizer,
+    make_schedule,
+    schedule_warning,
+)
 
 
 def next_token_loss(
@@ -169,7 +176,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         listening(run.write_last_words) as stop,
     ):
         keep_tokenizer(run, setup)
-        report_set_aside(run, faults)
+        report(run, schedule_warning(config.optimizer, total_steps), faults)
         program = Program(
             "sft",
             total_steps,
