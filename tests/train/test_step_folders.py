@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 from training_fixtures import metrics_of, restored, sft_config, state_of
 
+from psyche_jax import cli
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
 from psyche_jax.runs import PreemptedError
@@ -169,3 +170,38 @@ def test_other_damaged_files_are_one_line(name, content, said, root):
         train_sft(config(root))
     assert "\n" not in str(error.value)
     assert str(root / "run" / name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("state.json", content) for content in ("null", "[]", "{}", "{", "\x00", '{"status": 1, "step": 2}')),
+        *(("metrics.jsonl", content) for content in ("null\nnull\n", '{"loss": 2}\n', "[" * 100_000 + "\n{}\n")),
+        *(("config.yaml", content) for content in ("", "[]", "- a")),
+        ("samples.jsonl", '"a"\n'),
+    ],
+)
+def test_the_report_of_damaged_files_is_one_line(name, content, root, capsys):
+    (root / "run" / name).write_text(content)
+    assert cli.main(["report", str(root / "run"), "--out", str(root / "report.html")]) == 1 + (name == "config.yaml")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("psyche report: ")
+    assert name in line
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", "{", '{"system": 1}', '{"sytem": "a"}', "[" * 100_000])
+def test_a_damaged_prompt_beside_a_model_is_one_line(content, root):
+    (root / "model" / "psyche_prompt.json").write_text(content)
+    with pytest.raises(UserError, match=r"psyche_prompt\.json") as error:
+        open_model(str(root / "model"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"format": "2"}', "[" * 100_000])
+def test_damaged_metadata_of_a_checkpoint_are_one_line(content, root):
+    """Of the latest one, which has all of its files: it is not passed over, but named."""
+    (root / "run" / "checkpoints" / "4" / "metadata" / "metadata").write_text(content)
+    for use in (lambda: open_model(str(root / "run")), lambda: train_sft(config(root))):
+        with pytest.raises(UserError, match="4") as error:
+            use()
+        assert "\n" not in str(error.value)
