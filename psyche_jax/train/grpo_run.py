@@ -18,7 +18,7 @@ from psyche_jax.config import GrpoConfig
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.dataset import load_records
-from psyche_jax.data.records import RlPrompt, answer_mask, record_to_json
+from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path
@@ -405,8 +405,10 @@ def _longest(prompts: Sequence[Prompt]) -> Prompt:
 def _content(prompts: Sequence[Prompt]) -> str:
     """A hash of the records of prompts, in order: reward functions see all of a record."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(json.dumps(record_to_json(prompt.record), ensure_ascii=False).encode() + b"\n")
+    for record in (prompt.record for prompt in prompts):
+        turns = [(message.role, message.content) for message in record.messages]
+        content = (turns, record.answer, record.kind, record.source, record.meta)
+        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()[:16]
 
 

@@ -20,7 +20,7 @@ def metadata_differences(
     """A line for each field of the model's and of the run's config that is not the same in a checkpoint's metadata, and
     for each thing it was trained on that is another, but for what is `accepted` (of `run_changes.CHANGES`)."""
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the checkpoint
-    lines = differences(stored.get(_MODEL), wanted.get(_MODEL), _MODEL)
+    lines = [] if "base" in accepted else differences(stored.get(_MODEL), wanted.get(_MODEL), _MODEL)
     pairs = [values.get("config", {}) for values in (stored, wanted)]
     contents = [values.get("contents") for values in (stored, wanted)]
     return lines + refused(changes(*pairs, *contents), accepted)

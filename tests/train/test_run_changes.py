@@ -150,6 +150,16 @@ def test_what_a_run_was_trained_on_is_remembered(what, root, verb, capsys):
 
 
 @pytest.mark.parametrize("verb", ["sft"], indirect=True)
+def test_the_config_of_the_base_is_remembered_too(root, verb):
+    path = root / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.25}))
+    with pytest.raises(UserError, match="the checkpoint is not of this run") as error:
+        train_sft(configs(root, verb))
+    assert "rms_norm_eps" in error.value.details[0]
+    restored(train_sft, configs(root, verb), accepted={"base"})
+
+
+@pytest.mark.parametrize("verb", ["sft"], indirect=True)
 def test_checkpoints_remember_too(root, verb):
     """Where the run's own files were lost or changed."""
     reordered(root, verb)
