@@ -97,7 +97,8 @@ def run_training(
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(out_of_memory(program.memory_settings))
-        set_aside_look_alikes(run.checkpoints, run.saved)
+        done = max((line["step"] for line in run.metrics()), default=None)  # where the state cannot tell
+        set_aside_look_alikes(run.checkpoints, done if run.saved is None else run.saved)
         checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
         stack.enter_context(contextlib.closing(checkpoints))
         compilations = stack.enter_context(count_compilations())

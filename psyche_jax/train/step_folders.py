@@ -88,20 +88,19 @@ def set_aside_look_alikes(root: Path, saved: int | None) -> None:
 
     Args:
       root: the run's checkpoints.
-      saved: how many steps the run has saved; None: it is not known.
+      saved: how many steps the run has saved, or done; None: it is not known.
 
     Raises:
-      UserError: it has saved some, and there is no whole checkpoint. Nothing is changed then.
+      UserError: there are some, and there is no whole checkpoint. Nothing is changed then.
     """
     with bucket_errors(root):
         whole, others = step_folders(root, ("parameters", "optimizer")) if root.is_dir() else ([], {})
         if not whole and (saved or (saved is None and others)):
-            what = f"{saved} steps are saved" if saved else "steps were saved"
+            what = f"the run came to step {saved}" if saved else "the run was saved before"
             reasons = [f"{path.name}: {missing}" for path, missing in others.items()] or ["no step is there"]
             raise UserError(
-                f"{root}: {what}, by the run's state.json, and none of them is whole {_listed(reasons)}; copy the "
-                "checkpoints again with all their files; to start anew on purpose remove the run's folder, or choose "
-                "another run.dir"
+                f"{root}: {what}, and no checkpoint is whole {_listed(reasons)}; copy the checkpoints again with all "
+                "their files; to start anew on purpose remove the run's folder, or choose another run.dir"
             )
         hosts.wait_for_all("looked for checkpoints")
         for path, missing in others.items() if hosts.is_first() else ():

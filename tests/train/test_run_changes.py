@@ -8,7 +8,16 @@ from unittest import mock
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from training_fixtures import PROMPT, grpo_config, metrics_of, restored, sft_config, state_of, write_config
+from training_fixtures import (
+    PROMPT,
+    grpo_config,
+    metrics_of,
+    restored,
+    sft_config,
+    state_of,
+    stopped_when_restored,
+    write_config,
+)
 
 from psyche_jax import cli
 from psyche_jax.cli import start
@@ -285,7 +294,7 @@ def test_the_flag_of_the_command(root, verb, capsys, monkeypatch):
     said = capsys.readouterr().err
     assert "--accept-changed data,template" in said
     assert "its prompt.system is '专家。', not '另一位专家。'" in said
-    with mock.patch("psyche_jax.train.loop.Progress", side_effect=PreemptedError("far enough")):
+    with stopped_when_restored():
         assert cli.main([*command, "--accept-changed", "data", "--accept-changed", "base,template"]) == 1
     assert state_of(root / f"{verb}-run")["reason"] == "far enough"
     with pytest.raises(SystemExit):

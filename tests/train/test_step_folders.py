@@ -59,7 +59,7 @@ def test_a_run_without_a_usable_checkpoint_is_refused(damage, said, root):
     """It said that 4 steps are saved: it does not begin again, its metrics stay, what to do is said."""
     damage(root / "run" / "checkpoints")
     before = metrics_of(root / "run")
-    with pytest.raises(UserError, match="4 steps are saved") as error:
+    with pytest.raises(UserError, match="the run came to step 4, and no checkpoint is whole") as error:
         train_sft(config(root))
     assert said in str(error.value)
     assert "to start anew on purpose remove the run's folder, or choose another run.dir" in str(error.value)
@@ -144,12 +144,16 @@ def test_a_damaged_state_is_made_anew(content, root, capsys):
     assert state["contents"].keys() == {"data", "tokenizer", "template", "base"}
 
 
-def test_neither_a_state_nor_a_checkpoint(root):
+@pytest.mark.parametrize("damage", [remove_from("24", "checksums.json"), shutil.rmtree], ids=["in part", "at all"])
+@pytest.mark.parametrize("state", [None, "null"])
+def test_neither_a_state_nor_a_checkpoint(state, damage, root):
     """That steps were saved cannot be known; that some were done can."""
-    (root / "run" / "state.json").write_text("null")
-    remove_from("24", "checksums.json")(root / "run" / "checkpoints")
-    with pytest.raises(UserError, match="none of them is whole"):
+    path = root / "run" / "state.json"
+    path.unlink() if state is None else path.write_text(state)
+    damage(root / "run" / "checkpoints")
+    with pytest.raises(UserError, match="the run came to step 4, and no checkpoint is whole"):
         train_sft(config(root))
+    assert len(metrics_of(root / "run")) == 4
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,6 +33,7 @@ from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import LengthRule, PatternRule, RepetitionRule
 from psyche_jax.runs import PreemptedError, read_lines
+from psyche_jax.train.checkpoints import Checkpoints
 
 PROMPT = PromptSection(system="专家。", instruction="想：")
 QUESTIONS = (
@@ -168,10 +169,22 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in line.items() if k not in clock} for line in read_lines(run / "metrics.jsonl")]
 
 
+@contextlib.contextmanager
+def stopped_when_restored() -> Iterator[None]:
+    """Within the block a run that goes on stops as soon as its checkpoint is read: nothing is compiled."""
+    restore = Checkpoints.restore
+
+    def once(*arguments: Any) -> None:
+        restore(*arguments)
+        raise PreemptedError("far enough")
+
+    with mock.patch.object(Checkpoints, "restore", once):
+        yield
+
+
 def restored(train: Callable[..., None], config: Any, **more: Any) -> None:
-    """Start a run that has a checkpoint, and stop it where that is restored and nothing was computed yet."""
-    stop = mock.patch("psyche_jax.train.loop.Progress", side_effect=PreemptedError("far enough"))
-    with stop, contextlib.suppress(PreemptedError):
+    """Start a run that has a checkpoint, and stop it where that is restored."""
+    with stopped_when_restored(), contextlib.suppress(PreemptedError):
         train(config, **more)
     assert state_of(Path(config.run.dir))["reason"] == "far enough"
 
