@@ -24,6 +24,7 @@ from psyche_jax.files import as_path, in_bucket, new_folder, read_json, write_js
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
 from psyche_jax.pieces import Index, all_finite
+from psyche_jax.runs import read_state
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
 
@@ -201,7 +202,7 @@ def _stages(weights: Path) -> list[dict[str, Any]]:
     while (run / "config.yaml").is_file() and (run / "state.json").is_file() and len(stages) < 10:
         config = parse_yaml_mapping(run / "config.yaml")
         evaluations = [read_json(path) for path in sorted((run / "evaluations").glob("*.json"))]
-        state = read_json(run / "state.json")
+        state = read_state(run)
         stage = {"run": run.name, "state": state, "config": config, "evaluations": evaluations}
         stages.append({**stage, "yaml": dump_yaml(config)})
         run = _run_of(as_path(config["model"]["path"]))

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from psyche_jax.config import MeshSection, ModelSection
+from psyche_jax.config import MeshSection, ModelSection, PromptSection
+from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError
 from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
@@ -24,6 +25,7 @@ from psyche_jax.train.checkpoints import (
     StoredModel,
     abstract_like,
     holds_tokenizer,
+    identity,
     open_model,
     with_stop_tokens_of,
     write_tokenizer,
@@ -71,6 +73,23 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
     return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
 
 
+def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:
+    """Hashes of all that a run learns from, by kind: see `run_changes.py`. The model's weights are read whole.
+
+    Args:
+      setup: the model.
+      prompt: what is added to bare turns.
+      data, evaluation: hashes of the records that are used.
+    """
+    contents = {
+        "data": data,
+        "tokenizer": tokenizer_hash(setup.tokenizer)[:16],
+        "template": template_hash(setup.tokenizer, prompt)[:16],
+        "base": identity(setup.model),
+    }
+    return contents if evaluation is None else {**contents, "evaluation": evaluation}
+
+
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:
     """Whether `rows` can be spread over the batch axes of the mesh.
 
@@ -114,9 +133,14 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
                 write_tokenizer(setup.model.tokenizer_folder, partial)
 
 
-def report_set_aside(run: Run, lines: Sequence[str]) -> None:
-    """Name each record that was set aside: the first ones on stderr, all of them in the run's folder."""
-    if not lines or not run.writes:
+def report(run: Run, warning: str, lines: Sequence[str]) -> None:
+    """Give a warning, if there is one, and name each record that was set aside: the first ones on stderr, all of them
+    in the run's folder."""
+    if not run.writes:
+        return
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if not lines:
         return
     write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:

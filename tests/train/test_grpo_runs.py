@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import pytest
 from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
-from psyche_jax.config import ObjectiveSection
+from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
 from psyche_jax.data.records import Message, RlPrompt, read_records, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
+from psyche_jax.rewards import PatternRule
 from psyche_jax.runs import read_lines
 from psyche_jax.train import checkpoints, grpo_run, loop
 from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
@@ -138,6 +139,22 @@ def test_rewards_that_are_always_equal_are_warned_of_once(train, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "the same reward" in line]
     assert len(said) == 1
     assert said[0].startswith("grpo: in 10 steps in a row all responses to each prompt had the same reward")
+
+
+def test_a_run_whose_groups_all_fall_out(root, capsys):
+    """Absent metrics are null, the steps are counted and warned of, and the policy stays what it was."""
+    never = PatternRule(pattern="never said by anyone", name="never")
+    config = grpo_config(root, rewards=(never,), dynamic_sampling=DynamicSamplingSection(8, "never"), epochs=1.0)
+    grpo_run.train_grpo(config)
+    for line in read_lines(root / "run" / "metrics.jsonl"):
+        assert line["reward"] is line["frac_reward_zero_std"] is line["rewards/never/mean"] is line["loss"] is None
+        assert line["empty_updates"] == 1
+    assert "grpo: step 1 had no response to learn from, so it changed nothing" in capsys.readouterr().err
+    start, end = (
+        open_model(str(path)).read_parameters(execution(8).sharding, jnp.dtype("float32"))
+        for path in (root / "model", root / "run")
+    )
+    assert largest_difference(start, end) == 0
 
 
 def test_what_is_held_out_is_not_trained_on(root):
