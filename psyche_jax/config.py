@@ -329,6 +329,30 @@ class GrpoConfig(Section):
         return self.passes_per_step * self.prompts_per_step // (self.minibatch_prompts or self.prompts_per_step)
 
 
+# What a run that goes on may have otherwise than before, by dotted keys (a section stands for all in it): where things
+# lie, how often something is saved, shown or measured, and how numbers are computed, not which ones: they stay the
+# same but for rounding.
+EXECUTION_SETTINGS = (
+    "run.dir",
+    "model.architecture",
+    "model.remat",
+    "model.attention",
+    "mesh",
+    "distributed",
+    "checkpoints",
+    "logging",
+    "evaluate_every_steps",
+    "optimizer.max_skipped_steps",
+    "data.prefetch_batches",
+    "micro_batch_size",
+    "micro_batch_prompts",  # but for `objective.name: bnpo`, whose loss is by micro-batch
+    "share_prompt",
+    "rollout_waves",
+)
+# Settings that only say where to find what a run remembers by its content (`run_changes.py`), or what of it to take.
+FOUND_BY_CONTENT = ("model.path", "data", "prompt")
+
+
 def _require(condition: bool, name: str, value: Any, message: str) -> None:
     if not condition:
         raise ValueError(f"{name} {message}, not {value!r}")

@@ -22,8 +22,9 @@ from psyche_jax.config_files import config_to_dict, dump_yaml, parse_yaml_mappin
 from psyche_jax.errors import UserError
 from psyche_jax.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, stream_weights
-from psyche_jax.pieces import Index
+from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
+from psyche_jax.pieces import Index, all_finite
+from psyche_jax.runs import read_state
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
 
@@ -98,6 +99,7 @@ def export_model(source: str, folder: Path, dtype: Dtype, push: str | None = Non
         if push is not None:
             hub.create(push)  # a missing permission shows before the work, not after it
         copy_tokenizer(stored.tokenizer_folder, partial)
+        make_portable(partial)
         if stored.prompt is not None:
             write_json(partial / PROMPT_FILE, config_to_dict(stored.prompt))
         write_text(partial / "README.md", model_card(stored, folder.name))
@@ -117,7 +119,10 @@ def _export_weights(stored: StoredModel, folder: Path, kind: np.dtype, progress:
     arrays = StoredArrays(stored.weights, stored.config)
 
     def read(path: str, index: Index) -> np.ndarray:
-        return progress.add(arrays.read(path, index).astype(kind, copy=False))
+        values = arrays.read(path, index).astype(kind, copy=False)
+        if not all_finite(values):
+            raise UserError(f"{stored.weights}: {path} holds values that are not finite in {kind}; take another one")
+        return progress.add(values)
 
     stream_weights(folder, stored.config, kind, read, arrays.chunk)
 
@@ -197,7 +202,7 @@ def _stages(weights: Path) -> list[dict[str, Any]]:
     while (run / "config.yaml").is_file() and (run / "state.json").is_file() and len(stages) < 10:
         config = parse_yaml_mapping(run / "config.yaml")
         evaluations = [read_json(path) for path in sorted((run / "evaluations").glob("*.json"))]
-        state = read_json(run / "state.json")
+        state = read_state(run)
         stage = {"run": run.name, "state": state, "config": config, "evaluations": evaluations}
         stages.append({**stage, "yaml": dump_yaml(config)})
         run = _run_of(as_path(config["model"]["path"]))

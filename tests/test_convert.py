@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from tiny import save_model
 
 from psyche_jax import cli, convert
@@ -263,6 +264,52 @@ def test_transformers_says_the_same(exported, monkeypatch):
         said = tokens[0, inputs["input_ids"].shape[1] :].tolist()
         assert len(said) == completion.tokens
         assert reader.decode(said[:-1] if completion.finished else said) == completion.text
+
+
+def test_an_older_transformers_reads_it(tmp_path):
+    """4.57 knows neither the class nor the fields that 5 saves tokenizers with, nor `dtype` and `rope_parameters`."""
+    transformers = pytest.importorskip("transformers")
+    base = save_model(tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(base)
+    as_saved = json.loads((base / "tokenizer_config.json").read_text())
+    assert as_saved["tokenizer_class"] == "TokenizersBackend"
+    assert as_saved["extra_special_tokens"] == ["<|im_start|>"]
+    psyche("import", "base", "checkpoint")
+    psyche("export", "checkpoint", "model")
+    written = json.loads(Path("model/tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<|im_start|>"]
+    assert not {"backend", "is_local", "local_files_only", "extra_special_tokens"} & set(written)
+    assert (written["eos_token"], written["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+    config = json.loads(Path("model/config.json").read_text())
+    assert {"torch_dtype", "rope_theta", "transformers_version"} <= set(config)
+    assert not {"dtype", "rope_parameters", "rope_scaling", "layer_types"} & set(config)
+    again = transformers.AutoTokenizer.from_pretrained("model")
+    text = "<|im_start|>user\n心?<|im_end|>\n"
+    assert again(text).input_ids == tokenizer(text).input_ids
+    assert set(again.all_special_tokens) == set(tokenizer.all_special_tokens)
+    # What this package makes itself is as portable.
+    made = save_model(tmp_path / "made")
+    assert json.loads((made / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def test_weights_that_are_no_numbers(tmp_path, capsys):
+    """Named, and nothing is written."""
+    save_model(tmp_path / "base")
+    name = "model.layers.1.self_attn.k_proj.bias"
+    with safe_open("base/model.safetensors", framework="np") as file:
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    arrays[name][3] = np.nan
+    save_file(arrays, "base/model.safetensors")
+    assert cli.main(["import", "base", "checkpoint"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{name} holds values that are not finite in float32" in line
+    assert not Path("checkpoint").exists()
+    assert cli.main(["export", "base", "copy"]) == 1
+    assert name in capsys.readouterr().err
+    assert not Path("copy").exists()
 
 
 @pytest.mark.parametrize("place", ["stream_weights", "copy_tokenizer", "write_json", "write_text", "StoredArrays"])

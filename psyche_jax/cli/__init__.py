@@ -24,7 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _failed(parsed.verb, f"out of memory; use smaller batches or more devices ({error})")
+        reason = str(error).splitlines()[0][:200]
+        return _failed(parsed.verb, f"out of memory; use smaller batches or more devices ({reason})")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from psyche_jax.cli import start
 from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least, check_seed
 from psyche_jax.errors import UserError
+from psyche_jax.run_changes import CHANGES
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -35,6 +36,14 @@ def add_verbs(add: AddVerb) -> None:
         add_set(verb)
         verb.add_argument(
             "--profile", type=int, default=0, metavar="STEPS", help="trace that many steps into the run's `profile`"
+        )
+        verb.add_argument(
+            "--accept-changed",
+            type=_changes,
+            default=[],
+            action="extend",
+            metavar="WHAT[,WHAT]",
+            help=f"go on with a run though this is otherwise than before: {', '.join(CHANGES)}; the run records it",
         )
 
     verb = add(
@@ -126,6 +135,14 @@ def _add_dtype(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _changes(text: str) -> list[str]:
+    """Some of `CHANGES`, from a list with commas."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in CHANGES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")
+    return names
+
+
 def _import(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # no device is needed, and one in use would be waited for
     start.quiet_orbax()
@@ -144,7 +161,7 @@ def _sft(arguments: argparse.Namespace) -> None:
     start.start_jax(config.distributed)
     from psyche_jax.train.sft import train_sft
 
-    train_sft(config, arguments.profile)
+    train_sft(config, arguments.profile, arguments.accept_changed)
 
 
 def _grpo(arguments: argparse.Namespace) -> None:
@@ -156,7 +173,7 @@ def _grpo(arguments: argparse.Namespace) -> None:
     start.start_jax(config.distributed)
     from psyche_jax.train.grpo_run import train_grpo
 
-    train_grpo(config, arguments.profile)
+    train_grpo(config, arguments.profile, arguments.accept_changed)
 
 
 def _export(arguments: argparse.Namespace) -> None:

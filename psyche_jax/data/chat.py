@@ -15,7 +15,7 @@ import numpy as np
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.records import Message
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 from psyche_jax.rewards.reference import CLOSE, OPEN
 
 # Qwen2.5 calls `<|fim_prefix|>` no special token, R1-Distill not even `<｜User｜>`, which its template writes.
@@ -218,9 +218,8 @@ def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool)
         raise UserError("the tokenizer has no chat template; put Qwen2.5's chat_template.jinja into its folder")
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
-    except Exception as error:  # a template is a program of others: it may raise whatever Python does
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"the tokenizer's chat template is broken: {reason}; use Qwen2.5's") from None
+    except Exception as error:  # whatever a program can raise
+        raise UserError(f"the tokenizer's chat template is broken: {first_reason(error)}; use Qwen2.5's") from None
 
 
 def _encode(tokenizer: Any, rendered: str, mark: str) -> list[int]:

@@ -1,5 +1,7 @@
 """What SFT trains on: chat records that are tokenized at the start, packed data sets, or mixtures of either."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +21,7 @@ class Examples:
     """`items` for `streams.batches`, with what `collate` makes of them.
 
     `parts` are those of a mixture; `set_aside` names what is not used; `length` is that of packed rows, None if the
-    items are single examples.
+    items are single examples; `content` is a hash of what is used, in its order, wherever it lies.
     """
 
     items: Sequence[TokenizedExample] | ReadsSeveral[bytes]
@@ -27,6 +29,14 @@ class Examples:
     parts: tuple[Part, ...]
     set_aside: tuple[str, ...]
     length: int | None
+    content: str
+
+    @property
+    def longest(self) -> Any:
+        """An item that has the most tokens; rows that are packed all have as many."""
+        if isinstance(self.items, ReadsSeveral):
+            return self.items.read([0])[0]
+        return max(self.items, key=lambda example: len(example.tokens))
 
 
 def open_examples(
@@ -48,21 +58,26 @@ def open_examples(
         return _packed({where: datasets[where] for where in weights}, weights, tokenizer, prompt, max_length)
     examples: list[TokenizedExample] = []
     set_aside: list[str] = []
-    parts = []
+    parts, hashes = [], []
     for where, weight in weights.items():
-        good, faults = tokenized(where, tokenizer, prompt, max_length)
+        digest = hashlib.sha256()
+        good, faults = tokenized(where, tokenizer, prompt, max_length, digest)
+        hashes.append(digest.hexdigest())
         examples += good
         set_aside += faults
         parts.append((len(good), weight))
-    return Examples(examples, partial(pad_examples, largest=max_length), tuple(parts), tuple(set_aside), None)
+    content = _content(hashes, list(weights.values()))
+    return Examples(examples, partial(pad_examples, largest=max_length), tuple(parts), tuple(set_aside), None, content)
 
 
 def tokenized(
-    where: str, tokenizer: Any, prompt: PromptSection, max_length: int
+    where: str, tokenizer: Any, prompt: PromptSection, max_length: int, digest: Any = None
 ) -> tuple[list[TokenizedExample], list[str]]:
     """All examples of a JSONL file or data set that the chat template can render and that are short enough.
 
     Beside them a line for each record that is set aside.
+
+    To `digest`, a hash of hashlib's, the turns of those examples are added.
 
     Raises:
       UserError: no example is.
@@ -83,6 +98,9 @@ def tokenized(
             )
         else:
             examples.append(example)
+            if digest is not None:
+                turns = [(message.role, message.content) for message in record.messages]
+                digest.update(json.dumps(turns, ensure_ascii=False).encode() + b"\n")
     if not examples:
         raise UserError(unfit or f"{where}: no example has at most data.max_length {max_length} tokens")
     return examples, faults
@@ -101,7 +119,18 @@ def _packed(
     }
     length = max(lengths.values())
     parts = tuple((len(dataset), weights[where]) for where, dataset in datasets.items())
-    return Examples(_Joined(list(datasets.values())), partial(unpacked_rows, length=length), parts, (), length)
+    hashes = [
+        hashlib.sha256(repr([(s.records, s.bytes, s.crc32c) for s in dataset.manifest.shards]).encode()).hexdigest()
+        for dataset in datasets.values()
+    ]
+    content = _content(hashes, [weights[where] for where in datasets])
+    return Examples(_Joined(list(datasets.values())), partial(unpacked_rows, length=length), parts, (), length, content)
+
+
+def _content(hashes: Sequence[str], weights: Sequence[float]) -> str:
+    """Of a mixture: of what its parts hold, and their shares."""
+    shares = [weight / sum(weights) for weight in weights]
+    return hashlib.sha256(repr(list(zip(hashes, shares, strict=True))).encode()).hexdigest()[:16]
 
 
 class _Joined:

@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from psyche_jax.model.huggingface import make_portable
+
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Qwen2's split, from its published tokenizer.json.
 _SPLIT = (
@@ -44,6 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> dict
         chat_template=chat_template(),
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)
+    make_portable(folder)
     text, turn = tokenizer.token_to_id(end_of_text), tokenizer.token_to_id(end_of_turn)
     return {"bos_token_id": text, "pad_token_id": text, "stop_token_ids": (turn, text)}
 

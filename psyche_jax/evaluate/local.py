@@ -51,6 +51,7 @@ class LocalModel:
         """
         self.name = path
         self._stored = open_model(path)
+        self._stored.check_shapes()
         mesh = mesh or MeshSection()
         self._sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
         check_mesh_fits(self._sharding.mesh, self._stored.config)

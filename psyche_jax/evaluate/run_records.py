@@ -13,7 +13,7 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation
 from psyche_jax.evaluate.formats import duration, number, percent
 from psyche_jax.files import bucket_errors, in_bucket, read_json
-from psyche_jax.runs import read_lines
+from psyche_jax.runs import read_state, read_steps
 
 KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _LIMITS = (  # metric, what it should not be above at the last step, what to say
@@ -162,13 +162,8 @@ def _read_run(folder: Path, name: str) -> RunRecord:
             raise UserError(
                 f"{folder}: is not a run (it has no {needed}); give a folder made by `psyche sft` or `psyche grpo`"
             )
-    state = read_json(folder / "state.json")
-    if not isinstance(state, dict):
-        raise UserError(f"{folder / 'state.json'}: must hold an object; the file was changed by hand")
-    lines = {name: read_lines(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
-    for file, objects in lines.items():
-        if not all(isinstance(line, dict) and isinstance(line.get("step"), int) for line in objects):
-            raise UserError(f"{folder / file}: every line must be an object with a step; the file was changed by hand")
+    state = read_state(folder)
+    lines = {name: read_steps(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
     evaluations = [Evaluation.read(path, name) for path in sorted((folder / "evaluations").glob("*.json"))]
     evaluations.sort(key=lambda evaluation: evaluation.step)
     config = parse_yaml_mapping(folder / "config.yaml")

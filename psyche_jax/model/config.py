@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UserError
+
+_LARGEST_SIZE = 2**31 - 1
+_LARGEST_NUMBER = 1e38  # of float32
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,12 @@ class ModelConfig:
             "num_hidden_layers",
             "num_attention_heads",
             "head_dim",
+            "max_position_embeddings",
         )
         for field in sizes:
-            if getattr(self, field) < 1:
-                raise UserError(f"model config: {field} is {getattr(self, field)}; it must be at least 1")
+            if not 1 <= getattr(self, field) <= _LARGEST_SIZE:
+                value = reprlib.repr(getattr(self, field))
+                raise UserError(f"model config: {field} is {value}; it must be from 1 to {_LARGEST_SIZE}")
         if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"model config: num_attention_heads {self.num_attention_heads} is not a multiple of "
@@ -62,54 +68,103 @@ class ModelConfig:
 def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read a `config.json` (and `generation_config.json`) of a `Qwen2ForCausalLM`.
 
-    RoPE's base is found both at the top level (as published) and under `rope_parameters` (as transformers 5
-    writes it). Stop tokens are those of the generation config, since Qwen names its second one only there.
+    Values stand where transformers reads them. Stop tokens are those that either file names; what the tokenizer adds
+    to them, see `psyche_jax.data.stop_tokens`.
 
     Raises:
-      UserError: another architecture, or a feature this port does not have (named).
+      UserError: another architecture, a feature this port does not have, or a value that cannot be (named).
     """
     if config.get("model_type") != "qwen2":
-        raise UserError(f"config.json: model_type is {config.get('model_type')!r}; only 'qwen2' is supported")
-    rope: Mapping[str, Any] = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        rope = config.get(key) or {}
-        if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-            raise UserError(
-                f"config.json: {key} is not one set of values for all layers, which is all that is supported"
-            )
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        if rope_type != "default":
-            raise UserError(f"config.json: RoPE scaling {rope_type!r} is not supported; remove it to use plain RoPE")
+        raise UserError(f"config.json: model_type is {_short(config.get('model_type'))}; only 'qwen2' is supported")
     if config.get("use_sliding_window"):
         raise UserError("config.json: use_sliding_window is on; only full attention is supported")
-    if other := sorted({str(kind) for kind in config.get("layer_types") or ()} - {"full_attention"}):
-        raise UserError(f"config.json: layer_types has {', '.join(other)}; only full attention is supported")
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"config.json: layer_types has {_short(kinds)}; only full attention is supported")
     if config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; Qwen2 uses 'silu'")
-    try:
-        heads = int(config["num_attention_heads"])
-        stop = (generation or {}).get("eos_token_id", config.get("eos_token_id"))
-        stops = stop if isinstance(stop, list) else [] if stop is None else [stop]
-        return ModelConfig(
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=int(config["hidden_size"]),
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or config["hidden_size"] // max(heads, 1)),
-            rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            rope_theta=float(rope.get("rope_theta") or config.get("rope_theta", 10_000.0)),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(config.get("max_position_embeddings", 32768)),
-            bos_token_id=config.get("bos_token_id"),
-            pad_token_id=(generation or {}).get("pad_token_id", config.get("pad_token_id")),
-            stop_token_ids=tuple(int(token) for token in stops),
-        )
-    except KeyError as error:
-        raise UserError(f"config.json: the key {error.args[0]!r} is missing") from None
-    except (TypeError, ValueError) as error:
-        raise UserError(f"config.json: a value has the wrong type ({error})") from None
+        raise UserError(f"config.json: hidden_act {_short(config['hidden_act'])} is not supported; Qwen2 uses 'silu'")
+    hidden_size, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
+    files = {"generation_config.json": generation or {}, "config.json": config}
+    ends = [(file, values.get("eos_token_id")) for file, values in files.items()]
+    stops = [
+        _token(file, "eos_token_id", one) for file, end in ends for one in (end if isinstance(end, list) else [end])
+    ]
+    padding = [_token(file, "pad_token_id", values.get("pad_token_id")) for file, values in files.items()]
+    return ModelConfig(
+        vocab_size=_whole(config, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=_whole(config, "intermediate_size"),
+        num_hidden_layers=_whole(config, "num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=_whole(config, "num_key_value_heads", heads),
+        head_dim=_whole(config, "head_dim", hidden_size // max(heads, 1)),
+        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
+        rope_theta=_rope_theta(config),
+        tie_word_embeddings=_boolean(config, "tie_word_embeddings"),
+        max_position_embeddings=_whole(config, "max_position_embeddings", 32768),
+        bos_token_id=_token("config.json", "bos_token_id", config.get("bos_token_id")),
+        pad_token_id=next((token for token in padding if token is not None), None),
+        stop_token_ids=tuple(dict.fromkeys(token for token in stops if token is not None)),
+    )
+
+
+def _rope_theta(config: Mapping[str, Any]) -> float:
+    """RoPE's base as transformers finds it: what `rope_scaling` says, else `rope_parameters`, else the top level."""
+    key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    rope = config.get(key) or {}
+    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+        raise UserError(f"config.json: {key} is not one set of values for all layers, which is all that is supported")
+    rope_type = rope.get("rope_type") or rope.get("type") or "default"
+    if rope_type != "default":
+        raise UserError(f"config.json: RoPE scaling {_short(rope_type)} is not supported; remove it to use plain RoPE")
+    values = rope if rope.get("rope_theta") is not None else config
+    if values.get("rope_theta") is None and "rope_theta" in {**rope, **config}:
+        raise _wrong_type("rope_theta", None, "a number")
+    return _number(values, "rope_theta", 10_000.0)
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = values.get(key)
+    if value is None and default is not None:
+        return default
+    if key not in values:
+        raise UserError(f"config.json: the key {key!r} is missing")
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong_type(key, value, "a whole number")
+    return value
+
+
+def _token(file: str, key: str, value: Any) -> int | None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+        raise UserError(f"{file}: a value has the wrong type ({key} is {_short(value)}, not a token's number)")
+    return value
+
+
+def _number(values: Mapping[str, Any], key: str, default: float) -> float:
+    value = values.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise _wrong_type(key, value, "a number")
+    if not 0 < value < _LARGEST_NUMBER:
+        raise UserError(f"config.json: {key} is {_short(value)}; it must be positive and finite")
+    return float(value)
+
+
+def _boolean(values: Mapping[str, Any], key: str) -> bool:
+    value = values.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong_type(key, value, "true or false")
+    return bool(value)
+
+
+def _wrong_type(key: str, value: Any, expected: str) -> UserError:
+    return UserError(f"config.json: a value has the wrong type ({key} is {_short(value)}, not {expected})")
+
+
+def _short(value: Any) -> str:
+    """`value` for a message, however large it is."""
+    return reprlib.repr(value)
 
 
 def read_hf_config(folder: Path) -> ModelConfig:
@@ -136,7 +191,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.stop_token_ids[0] if config.stop_token_ids else None,
+        "eos_token_id": _one_or_all(config.stop_token_ids),
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "hidden_size": config.hidden_size,
@@ -152,6 +207,7 @@ def hf_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
         "rope_theta": config.rope_theta,
         "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": dtype,
+        "transformers_version": "4.43.1",  # whose form this is; 4.57 warns of wrong tokens where none is named
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": config.vocab_size,
@@ -170,6 +226,10 @@ def hf_generation_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _one_or_all(tokens: tuple[int, ...]) -> int | list[int] | None:
+    return list(tokens) if len(tokens) > 1 else tokens[0] if tokens else None
+
+
 def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     """The inverse of `dataclasses.asdict`, after a trip through JSON."""
     names = {field.name for field in dataclasses.fields(ModelConfig)}
@@ -181,7 +241,7 @@ def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # numbers of 5,000 digits, objects within objects
         raise UserError(f"{path.name} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path.name} does not hold a JSON object")

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,12 @@ import numpy as np
 from flax import nnx, traverse_util
 from safetensors import SafetensorError, safe_open
 
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import in_bucket, read_json, write_json
 from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
-from psyche_jax.pieces import Index, blocks, read_ahead
+from psyche_jax.pieces import Index, all_finite, blocks, read_ahead
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -28,11 +31,13 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    "chat_template.json",
     "chat_template.jinja",
 )
+_INDEX = "model.safetensors.index.json"
 MODEL_FILES = (
     "*.safetensors",
-    "model.safetensors.index.json",
+    _INDEX,
     "config.json",
     "generation_config.json",
     *TOKENIZER_FILES,
@@ -59,6 +64,10 @@ _TOP_NAMES = {
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _SHARD_BYTES = 4 * 2**30
+_PROCESSOR_TEMPLATE = "chat_template.json"  # where processors kept it
+_TEMPLATE_SECONDS = 5
+_TEMPLATE_CHARACTERS = 100_000
+_OF_A_SESSION = ("backend", "is_local", "local_files_only")  # transformers 5 saves how it was loaded
 
 
 def tensor_names(path: str, layers: int) -> list[str]:
@@ -73,15 +82,16 @@ class WeightFiles:
     """The tensors of a model folder's safetensors, single or sharded with an index, read slice by slice."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / "model.safetensors.index.json"
+        index = folder / _INDEX
         if index.is_file():
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
             if not isinstance(weight_map, dict) or not weight_map:
                 raise UserError(f"{index}: has no weight_map, which says in which file each tensor is")
             files = {name: folder / str(file) for name, file in weight_map.items()}
-            if absent := sorted({path.name for path in files.values() if not path.is_file()}):
-                raise UserError(f"{index}: names files that are absent: {', '.join(absent)}")
+            # Path.is_file raises where a name is too long to be one.
+            if absent := sorted({path.name[:99] for path in files.values() if not os.path.isfile(path)}):  # noqa: PTH113
+                raise UserError(f"{index}: names files that are absent: {_some(absent)}")
         elif (folder / "model.safetensors").is_file():
             files = {}
         else:
@@ -91,37 +101,68 @@ class WeightFiles:
         for path in paths:
             try:
                 handle = safe_open(path, framework="np")
-                self._slices |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
+                found = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: is broken or cut short ({error}); copy it again") from None
+            if twice := sorted(found.keys() & self._slices.keys()):
+                raise UserError(f"{path}: holds tensors that another of the folder's files holds too: {_some(twice)}")
+            self._slices |= found
         if missing := sorted(set(files) - set(self._slices)):
-            raise UserError(f"{index}: names tensors that are in no file: {', '.join(missing)}")
+            raise UserError(f"{index}: names tensors that are in no file: {_some(missing)}")
         self.folder = folder
 
     def check(self, config: ModelConfig) -> None:
         """Compare names, shapes and dtypes with what `config` needs.
 
         Raises:
-          UserError: naming the missing, extra, mis-shaped and quantized tensors.
+          UserError: naming the missing, extra, mis-shaped and quantized tensors, or a tied head of its own values.
         """
+        if config.num_hidden_layers > len(self._slices):  # whose names would be many
+            raise UserError(
+                f"{self.folder}: weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}, "
+                f"and the files hold {len(self._slices)} tensors"
+            )
         expected = dict(_expected_shapes(config))
-        # A tied model may carry its head a second time; old exports carry a buffer of RoPE frequencies.
-        found = {n for n in self._slices if not n.endswith("rotary_emb.inv_freq")}
-        if config.tie_word_embeddings:
-            found.discard("lm_head.weight")
+        found = {n for n in self._slices if not n.endswith("rotary_emb.inv_freq")}  # a buffer in old exports
+        head, embedding = _TOP_NAMES["head"], _TOP_NAMES["embedding"]
+        repeated = config.tie_word_embeddings and head in found
+        if repeated:
+            expected[head] = expected[embedding]
         faults = []
         if missing := sorted(set(expected) - found):
-            faults.append(f"missing {', '.join(missing)}")
+            faults.append(f"missing {_some(missing)}")
         if extra := sorted(found - set(expected)):
-            faults.append(f"extra {', '.join(extra)}")
+            faults.append(f"extra {_some(extra)}")
         shapes = {name: tuple(self._slices[name].get_shape()) for name in found & set(expected)}
         if wrong := sorted(f"{n} {shapes[n]}, not {expected[n]}" for n in shapes if shapes[n] != expected[n]):
-            faults.append(f"mis-shaped {', '.join(wrong)}")
+            faults.append(f"mis-shaped {_some(wrong)}")
         dtypes = {name: self._slices[name].get_dtype() for name in shapes}
         if quantized := sorted(f"{n} {dtypes[n]}" for n in dtypes if dtypes[n] not in _FLOATS):
-            faults.append(f"not in floating point {', '.join(quantized)}")
+            faults.append(f"not in floating point {_some(quantized)}")
         if faults:
             raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(faults)}")
+        if repeated and not self._equal(head, embedding):
+            raise UserError(
+                f"{self.folder}: {head} differs from {embedding}, which config.json's tie_word_embeddings would use "
+                "in its place; set that to false if the head is one of its own"
+            )
+
+    def _equal(self, one: str, other: str) -> bool:
+        shape, kind = self._slices[one].get_shape(), np.dtype(np.float32)
+        return all(
+            np.array_equal(self._part(one, index, kind), self._part(other, index, kind))
+            for index in blocks(shape, (1, *shape[1:]))
+        )
+
+    def _part(self, name: str, index: Index, dtype: np.dtype) -> np.ndarray:
+        try:
+            with np.errstate(over="ignore"):  # what overflows is infinite, and is refused
+                values = self._slices[name][index].astype(dtype, copy=False)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.folder}: {name} cannot be read ({error}); copy the files again") from None
+        if not all_finite(values):
+            raise UserError(f"{self.folder}: {name} holds values that are not finite in {dtype}; get sound weights")
+        return values
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:
         """The part `index` of the parameter at `path` ("layers/q_proj/kernel"), whose layers are tensors of their own.
@@ -129,17 +170,19 @@ class WeightFiles:
         Every slice of `index` has a start and a stop.
 
         Raises:
-          UserError: the file cannot be read there.
+          UserError: the file cannot be read there, or holds NaN or infinity.
         """
-        try:
-            if path in _TOP_NAMES:
-                return self._slices[_TOP_NAMES[path]][index].astype(dtype, copy=False)
-            name = f"model.layers.{{}}.{_LAYER_NAMES[path.removeprefix('layers/')]}"
-            layers = range(index[0].start, index[0].stop)
-            parts = [self._slices[name.format(layer)][index[1:]].astype(dtype, copy=False) for layer in layers]
-            return np.stack(parts) if len(parts) > 1 else parts[0][None]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.folder}: {path} cannot be read ({error}); copy the files again") from None
+        if path in _TOP_NAMES:
+            return self._part(_TOP_NAMES[path], index, dtype)
+        name = f"model.layers.{{}}.{_LAYER_NAMES[path.removeprefix('layers/')]}"
+        layers = range(index[0].start, index[0].stop)
+        parts = [self._part(name.format(layer), index[1:], dtype) for layer in layers]
+        return np.stack(parts) if len(parts) > 1 else parts[0][None]
+
+
+def _some(names: Sequence[str]) -> str:
+    """All of `names` if they are few, else the first of them and how many more there are."""
+    return ", ".join(names) if len(names) <= 12 else f"{', '.join(names[:4])} and {len(names) - 4} more"
 
 
 def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
@@ -165,6 +208,23 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
         return jax.make_array_from_callback(shape, flat_shardings[path], part)
 
     return traverse_util.unflatten_dict({path: place(path) for path in flat_shapes}, sep="/")
+
+
+def unsound_tensors(parameters: Parameters, sharding: Sharding) -> list[str]:
+    """Names of the tensors, as in Hugging Face's files, that hold NaN or infinity; looked for where they lie."""
+    flat = traverse_util.flatten_dict(parameters, sep="/")
+
+    @partial(jax.jit, out_shardings=sharding.named())
+    def sound(flat: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        layered = {path: 1 if path.startswith("layers/") else 0 for path in flat}
+        return {path: jnp.isfinite(x).all(range(layered[path], x.ndim)) for path, x in flat.items()}
+
+    return [
+        name
+        for path, flags in jax.device_get(sound(flat)).items()
+        for name, flag in zip(tensor_names(path, flags.size), flags.ravel(), strict=True)
+        if not flag
+    ]
 
 
 def write_weights(folder: Path, config: ModelConfig, parameters: Parameters) -> None:
@@ -216,7 +276,7 @@ def stream_weights(
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         weight_map = {name: file for file, names in shards.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / _INDEX, index)
     write_json(folder / "config.json", hf_config(config, str(dtype)))
     write_json(folder / "generation_config.json", hf_generation_config(config))
 
@@ -271,8 +331,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def load_tokenizer(folder: Path) -> Any:
     """The `transformers` tokenizer of a folder; no code in the folder is run, nothing comes from the Hugging Face hub.
 
+    Of several chat templates it has the one called `default`.
+
     Raises:
-      UserError: the folder's tokenizer is missing or broken.
+      UserError: the folder's tokenizer is missing or broken, or its chat template is, or has no bounds.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -283,10 +345,68 @@ def load_tokenizer(folder: Path) -> Any:
             copy_tokenizer(folder, Path(local))
             return load_tokenizer(Path(local))
     try:
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise bare Exceptions on broken files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{folder}: the tokenizer cannot be read: {reason}") from None
+        raise UserError(f"{folder}: the tokenizer cannot be read: {first_reason(error)}") from None
+    tokenizer.chat_template = _default_template(folder, tokenizer.chat_template)
+    if tokenizer.chat_template is not None:
+        _try_template(folder, tokenizer)
+    return tokenizer
+
+
+def _default_template(folder: Path, found: Any) -> str | None:
+    if found is None and (folder / _PROCESSOR_TEMPLATE).is_file():
+        content = read_json(folder / _PROCESSOR_TEMPLATE)
+        found = content.get("chat_template") if isinstance(content, dict) else content
+    if isinstance(found, dict):
+        if "default" not in found:
+            names = ", ".join(map(str, found))
+            raise UserError(f"{folder}: none of its chat templates ({names}) is called default; rename one")
+        found = found["default"]
+    if found is not None and not isinstance(found, str):
+        raise UserError(f"{folder}: the tokenizer's chat template is broken: it is no text; use Qwen2.5's")
+    return found
+
+
+def _try_template(folder: Path, tokenizer: Any) -> None:
+    """Render a short conversation, in bounds: a template is a program, and may run or write for ever.
+
+    Raises:
+      UserError: it fails, takes seconds or writes a book.
+    """
+    deadline = time.monotonic() + _TEMPLATE_SECONDS
+
+    def look(*_: Any) -> Any:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it runs for more than {_TEMPLATE_SECONDS} seconds")
+        return look
+
+    turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+    former = sys.gettrace()
+    sys.settrace(look)  # called at each line, also of templates; in this thread only
+    try:
+        for length in (1, 2):
+            text = tokenizer.apply_chat_template(turns[:length], tokenize=False, add_generation_prompt=length == 1)
+            if len(text) > _TEMPLATE_CHARACTERS:
+                raise ValueError(f"it writes {len(text):,} characters around {length} of one")
+    except Exception as error:  # whatever a program can raise
+        reason = first_reason(error)
+        raise UserError(f"{folder}: the tokenizer's chat template is broken: {reason}; use Qwen2.5's") from None
+    finally:
+        sys.settrace(former)
+
+
+def make_portable(folder: Path) -> None:
+    """Rewrite a tokenizer's config so that transformers 4 reads it too: 5 has names of its own for some things."""
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return
+    values = read_json(path)
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    write_json(path, {name: value for name, value in values.items() if name not in _OF_A_SESSION})
 
 
 def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:

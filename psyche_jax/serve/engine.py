@@ -15,7 +15,6 @@ import numpy as np
 
 from psyche_jax.config import Dtype, MeshSection
 from psyche_jax.data.streams import pad_prompts
-from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind
 from psyche_jax.model.sampling import keep_from
@@ -154,8 +153,6 @@ def load_engine(stored: StoredModel, compute_dtype: Dtype, mesh: MeshSection) ->
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), DECODE_RULES)
     check_mesh_fits(sharding.mesh, stored.config)
-    if not stored.config.stop_token_ids:
-        raise UserError(f"{stored.weights}: the model names no stop token (eos_token_id in generation_config.json)")
     dtype = jnp.dtype(compute_dtype)
     return Engine(stored.config, stored.read_parameters(sharding, dtype), Execution(sharding, dtype))
 

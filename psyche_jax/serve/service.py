@@ -86,6 +86,7 @@ class Service:
             raise UserError(f"{config.model}: is served already; serve a Hugging Face folder, a checkpoint or a run")
         self.gate = open_gate(config.crisis)
         stored = open_model(config.model)
+        stored.check_shapes()
         self.name = config.name or Path(config.model).absolute().name
         self.tokenizer = load_tokenizer(stored.tokenizer_folder)
         self._limits = config.limits

@@ -8,8 +8,8 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,33 @@ from orbax.checkpoint import checkpoint_managers
 
 from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict, parse_config
+from psyche_jax.data.stop_tokens import with_stop_tokens
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.files import absolute, as_path, bucket_errors, files_under, in_bucket, new_folder, read_json
+from psyche_jax.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
-from psyche_jax.model.huggingface import copy_tokenizer, is_tokenizer, read_parameters
+from psyche_jax.model.huggingface import (
+    WeightFiles,
+    copy_tokenizer,
+    is_tokenizer,
+    read_parameters,
+    unsound_tensors,
+)
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.train.checksums import FILE as CHECKSUMS
-from psyche_jax.train.checksums import check_files, write_checksums
+from psyche_jax.train.checksums import check_files, checksums_of, write_checksums
 from psyche_jax.train.mismatches import array_differences, metadata_differences
 from psyche_jax.train.state import TrainState
+from psyche_jax.train.step_folders import (
+    FORMAT,
+    find_checkpoint,
+    read_checkpoint_metadata,
+    read_step_metadata,
+    step_folders,
+)
 from psyche_jax.train.streaming import save_args, stream_handler
 
-FORMAT = 2  # 1 had no checksums
 SAVE_SECONDS = 1200  # how long writing one in the background may take, with all that is tried again
-_GLANCE = 1 << 16
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
@@ -60,11 +72,23 @@ class StoredModel:
         abstract = abstract_parameters(self.config, sharding, dtype)
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(absolute(self.weights / "parameters"), abstract)
+                parameters = checkpointer.restore(absolute(self.weights / "parameters"), abstract)
         except jax.errors.JaxRuntimeError:
             raise  # of the device, not of the files
         except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(f"{self.weights}: the checkpoint is broken: {first_reason(error)}") from None
+        if names := unsound_tensors(parameters, sharding):
+            raise UserError(f"{self.weights}: {names[0]} holds values that are not finite; take an earlier checkpoint")
+        return parameters
+
+    def check_shapes(self) -> None:
+        """Whether a Hugging Face folder holds the tensors that its config tells of, before work is done for them.
+
+        Raises:
+          UserError: it does not.
+        """
+        if (self.weights / "config.json").is_file():
+            WeightFiles(self.weights).check(self.config)
 
     def check(self) -> None:
         """Whether the weights of a checkpoint are as they were written; a Hugging Face folder holds no checksums.
@@ -77,41 +101,15 @@ class StoredModel:
 
 
 def identity(model: StoredModel) -> str:
-    """A hash of what a model's weights are, from a few bytes of each file: cheap for large models.
+    """A hash of what a model's weights are: the name, size and CRC32C of each of their files, which are read whole.
 
-    It is that of the config and of each file's name, size, first and last 64 KiB; the same for a copy of the folder.
+    The same for a copy of the folder; of objects in a bucket the CRC32C is the bucket's.
     """
-    root = model.weights if (model.weights / "config.json").is_file() else model.weights / "parameters"
-    digest = hashlib.sha256(repr(dataclasses.astuple(model.config)).encode())
-    with bucket_errors(root):
-        for path in files_under(root):
-            name = path.relative_to(root).as_posix()
-            if root == model.weights and not name.endswith(".safetensors"):
-                continue  # of a Hugging Face folder the weights, whatever else lies beside
-            status: Any = path.stat()
-            size = status.length if in_bucket(path) else status.st_size
-            digest.update(f"{name} {size} ".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_GLANCE))
-                file.seek(max(0, size - _GLANCE))
-                digest.update(file.read(_GLANCE))
-    return digest.hexdigest()[:16]
-
-
-def check_reference(checkpoints: Path, reference: str) -> None:
-    """Whether the checkpoints, if there are any yet, are of a run with this reference policy (see `identity`).
-
-    Raises:
-      UserError: of one with another.
-    """
-    if not checkpoints.is_dir() or not any(_is_step(child) for child in checkpoints.iterdir()):
-        return
-    known = read_checkpoint_metadata(find_checkpoint(checkpoints)).get("reference_identity", reference)
-    if known != reference:
-        raise UserError(
-            f"model.path: the model there has changed since this run began (its weights are {reference}, those of the "
-            f"reference policy were {known}); put the former one there, or start a new run"
-        )
+    of_hugging_face = (model.weights / "config.json").is_file()
+    root = model.weights if of_hugging_face else model.weights / "parameters"
+    files = checksums_of(root, ".safetensors" if of_hugging_face else "")
+    parts = sorted((name, entry["bytes"], entry["crc32c"]) for name, entry in files.items())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 class Checkpoints:
@@ -167,8 +165,21 @@ class Checkpoints:
         with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, abstract: TrainState, metadata: Mapping[str, Any]) -> TrainState:
+    def check(self, metadata: Mapping[str, Any], accepted: Collection[str] = ()) -> None:
+        """See that the latest one has all its files and is of the run that `metadata` describes, reading no arrays.
+
+        Raises:
+          UserError: it has not, or is not.
+        """
+        folder = self._folder / str(self.latest)
+        stored = read_step_metadata(folder, ("parameters", "optimizer"), content=False)
+        if found := metadata_differences(stored, metadata, accepted):
+            raise _of_another_run(folder, found)
+
+    def restore(self, abstract: TrainState, metadata: Mapping[str, Any], accepted: Collection[str] = ()) -> TrainState:
         """The latest state, placed as `abstract` (of ShapeDtypeStructs with shardings) says.
+
+        `accepted` names what may be another than `metadata` say, of `run_changes.CHANGES`.
 
         Raises:
           UserError: it is broken, or of another run than `metadata` and `abstract` describe: each difference is named.
@@ -179,11 +190,11 @@ class Checkpoints:
         items = {name: ocp.args.StandardRestore(tree) for name, tree in wanted.items()}
         try:
             stored = read_step_metadata(folder, tuple(wanted))
-            found = metadata_differences(stored, metadata)
+            found = metadata_differences(stored, metadata, accepted)
             for name, tree in wanted.items():
                 found += array_differences(folder / name, tree, name)
             if found:
-                raise UserError(f"{folder}: the checkpoint is not of this run; {len(found)} differences:", found)
+                raise _of_another_run(folder, found)
             restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         except jax.errors.JaxRuntimeError:
             raise  # of the device, not of the files
@@ -225,6 +236,10 @@ class Checkpoints:
             raise UserError(
                 f"{self._folder / str(self._saving)}: the checkpoint cannot be written: {first_reason(error)}"
             ) from None
+
+
+def _of_another_run(folder: Path, found: Sequence[str]) -> UserError:
+    return UserError(f"{folder}: the checkpoint is not of this run; {len(found)} differences:", found)
 
 
 @dataclass(frozen=True)
@@ -323,7 +338,7 @@ def _open_model(folder: Path) -> StoredModel:
         prompt = None
         if (folder / PROMPT_FILE).is_file():
             prompt = parse_config(PromptSection, read_json(folder / PROMPT_FILE), str(folder / PROMPT_FILE))
-        return StoredModel(read_hf_config(folder), folder, prompt, folder)
+        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, prompt, folder)
     step_folder = find_checkpoint(folder)
     metadata = read_checkpoint_metadata(step_folder)
     try:
@@ -335,62 +350,19 @@ def _open_model(folder: Path) -> StoredModel:
     tokenizer = step_folder.parent / "tokenizer"
     if holds_tokenizer(tokenizer):
         check_files(tokenizer)
-    return StoredModel(config, tokenizer, prompt, step_folder)
+    return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder)
 
 
-def find_checkpoint(folder: Path) -> Path:
-    """The step folder that a run (its latest), RUN/best, a checkpoint folder or a step folder stands for.
-
-    Raises:
-      UserError: there is none.
-    """
-    if folder.name == "best" and (folder.parent / "state.json").is_file():
-        best = read_json(folder.parent / "state.json").get("best")
-        if best is None:
-            raise UserError(f"{folder}: there is none; the run has no data.evaluation to choose on, or is too young")
-        return folder.parent / "checkpoints" / str(best["step"])
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such model: neither a Hugging Face folder nor a checkpoint nor a run")
-    if _is_step(folder):
-        return folder
-    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    steps = [child for child in root.iterdir() if _is_step(child)]
-    if not steps:
-        raise UserError(f"{folder}: holds neither a config.json nor a checkpoint")
-    return max(steps, key=lambda child: int(child.name))
-
-
-def _is_step(folder: Path) -> bool:
-    """Whether it is one step, saved whole: in a bucket Orbax cannot rename, and marks a step as whole instead."""
-    if not folder.name.isdecimal() or not (folder / "parameters").is_dir():
-        return False
-    return not in_bucket(folder) or ocp.utils.is_checkpoint_finalized(folder)
-
-
-def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:
-    """The metadata of one checkpoint.
-
-    Raises:
-      UserError: it is missing, or was written by a newer version.
-    """
-    metadata = read_json(step_folder / "metadata" / "metadata")
-    if not isinstance(metadata, dict):
-        raise UserError(f"{step_folder}: the checkpoint's metadata are broken: not a JSON object")
-    if metadata.get("format", 0) > FORMAT:
-        raise UserError(f"{step_folder}: was written by a newer version of psyche_jax; upgrade it")
-    return metadata
-
-
-def read_step_metadata(step_folder: Path, items: Sequence[str]) -> dict[str, Any]:
-    """The metadata of one checkpoint, whose `items` and metadata are as they were written.
-
-    Raises:
-      UserError: they are not, something is missing, or it was written by a newer version.
-    """
-    metadata = read_checkpoint_metadata(step_folder)
-    if metadata.get("format", 0) > 1 or (step_folder / CHECKSUMS).is_file():
-        check_files(step_folder, (*items, "metadata"))
-    return metadata
+def with_stop_tokens_of(model: StoredModel, checkpoints: Path) -> StoredModel:
+    """`model` with the stop tokens that a run's checkpoints, if there are any, were trained with."""
+    with bucket_errors(checkpoints):
+        if not checkpoints.is_dir() or not step_folders(checkpoints)[0]:
+            return model
+        try:
+            known = read_checkpoint_metadata(find_checkpoint(checkpoints))["model"]["stop_token_ids"]
+            return replace(model, config=replace(model.config, stop_token_ids=tuple(known)))
+        except (UserError, LookupError, TypeError):  # a broken checkpoint: restoring it says so, and what to do
+            return model
 
 
 def abstract_parameters(config: ModelConfig, sharding: Sharding, dtype: jnp.dtype) -> Parameters:

@@ -35,6 +35,17 @@ from psyche_jax.train.objectives import (
 )
 from psyche_jax.train.state import TrainState, apply_gradients
 
+# Metrics that say nothing of a step that learned from no token.
+_OF_TOKENS = {
+    "loss",
+    "grad_norm",
+    "kl",
+    "entropy",
+    *(f"clip_ratio/{what}_mean" for what in ("low", "high", "region", "delta")),
+    *(f"sampling/logp_difference/{what}" for what in ("mean", "max")),
+    *(f"sampling/importance_sampling_ratio/{what}" for what in ("mean", "min", "max")),
+}
+
 
 class Sampled(NamedTuple):
     """What the policy of a step answered, scored by the rules; responses to one prompt are consecutive.
@@ -73,9 +84,11 @@ class Experience(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one optimizer update reports: whether it was `applied`, `loss`, `grad_norm`, and by token the rest."""
+    """What one optimizer update reports: whether it was `finite` and not `empty` (without a token to learn from; only
+    then it changed anything), `loss`, `grad_norm`, and by token the rest."""
 
-    applied: jax.Array
+    finite: jax.Array
+    empty: jax.Array
     loss: jax.Array
     grad_norm: jax.Array
     scores: TokenScores
@@ -196,7 +209,9 @@ class Iteration:
         state, history = self._updates(state, experience)
         state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
         metrics = self._metrics(state, experience, rollout, finished, history)
-        metrics |= reward_metrics(values, rewards, counted) | sampled.statistics
+        about_rewards, absent = reward_metrics(values, rewards, counted)
+        metrics |= about_rewards | sampled.statistics
+        absent |= dict.fromkeys(_OF_TOKENS & metrics.keys(), ~learned.any())
         samples = {
             "prompts": sampled.prompts["tokens"],
             "prompt_mask": sampled.prompts["mask"],
@@ -206,7 +221,7 @@ class Iteration:
             "rewards_by_rule": {name: value.reshape(-1) for name, value in values.items()},
             "advantages": advantages.reshape(-1),
         }
-        return state, {"metrics": metrics, "samples": samples}
+        return state, {"metrics": metrics, "absent": absent, "samples": samples}
 
     def evaluate(
         self, parameters: Parameters, rules: CompiledRules, prompts: dict[str, jax.Array]
@@ -364,8 +379,9 @@ class Iteration:
             self.execution.sharding,
             self.shardings.parameters,
         )
-        state, norm, applied = apply_gradients(self.optimizer, state, value, gradients)
-        return state, Update(applied, value, norm, *extras)
+        empty = ~experience.mask.any()  # AdamW's moments and weight decay would move the parameters even so
+        state, norm, finite = apply_gradients(self.optimizer, state, value, gradients, ~empty)
+        return state, Update(finite, empty, value, norm, *extras)
 
     def _metrics(
         self, state: TrainState, experience: Experience, rollout: Rollout, finished: jax.Array, history: Update
@@ -388,7 +404,7 @@ class Iteration:
         metrics = {
             "loss": history.loss.mean(),
             "grad_norm": history.grad_norm.mean(),
-            "skipped_updates": jnp.sum(~history.applied),
+            "skipped_updates": jnp.sum(~history.finite),
             "learning_rate": self.schedule(state.step * config.updates_per_step - 1),
             "kl": mean(terms.kl),
             "entropy": mean(scores.entropy),
@@ -403,6 +419,8 @@ class Iteration:
             "sampling/logp_difference/mean": difference.sum() / tokens,
             "sampling/logp_difference/max": difference.max(),
         }
+        if config.functions or config.objective.mask_truncated or config.dynamic_sampling.candidate_prompts is not None:
+            metrics["empty_updates"] = jnp.sum(history.empty)  # else there always is something to learn from
         if config.objective.clip_delta is not None:
             metrics["clip_ratio/delta_mean"] = mean(terms.clipped_delta)
         if correction is not None:
@@ -412,21 +430,32 @@ class Iteration:
         return metrics
 
 
-def reward_metrics(values: dict[str, jax.Array], rewards: jax.Array, counted: jax.Array) -> dict[str, jax.Array]:
+def reward_metrics(
+    values: dict[str, jax.Array], rewards: jax.Array, counted: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """By the names that users of TRL know, of the responses that count; arrays are [prompts, generations].
 
-    `values` are those of each reward, NaN where absent; `rewards` the totals.
+    Args:
+      values: those of each reward, NaN where absent.
+      rewards: the totals.
+      counted: which responses count.
+
+    Returns:
+      The metrics, and by name which of them are of nothing: no response counts, or none has that reward.
     """
     metrics: dict[str, jax.Array] = {}
+    absent: dict[str, jax.Array] = {}
     for name, value in values.items():
         present = ~jnp.isnan(value) & counted
         mean = jnp.sum(value, where=present) / jnp.maximum(present.sum(), 1)
         squares = jnp.sum((value - mean) ** 2, where=present) / jnp.maximum(present.sum(), 1)
         metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": jnp.sqrt(squares)}
+        absent |= dict.fromkeys((f"rewards/{name}/mean", f"rewards/{name}/std"), ~present.any())
     groups = counted.any(axis=1)
     zero = zero_std_groups(rewards, counted) & groups
-    return metrics | {
+    totals = {
         "reward": jnp.sum(rewards, where=counted) / jnp.maximum(counted.sum(), 1),
         "reward_std": jnp.sum(masked_std(rewards, counted, axis=1)[:, 0], where=groups) / jnp.maximum(groups.sum(), 1),
         "frac_reward_zero_std": zero.sum() / jnp.maximum(groups.sum(), 1),
     }
+    return metrics | totals, absent | dict.fromkeys(totals, ~groups.any())

@@ -1,9 +1,11 @@
 """A run of GRPO: what `train/grpo.py` is given from a config and its files, and what becomes of its outputs."""
 
 import dataclasses
+import hashlib
+import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,15 +29,25 @@ from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_fu
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import Run, open_run
-from psyche_jax.train.checkpoints import check_reference, checkpoint_metadata, identity
+from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import Evaluation, Program, StepFunction, run_training
 from psyche_jax.train.objectives import total_rewards
 from psyche_jax.train.preemption import listening
-from psyche_jax.train.setup import Setup, abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
-from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
+from psyche_jax.train.setup import (
+    Setup,
+    abstract_state,
+    check_rows,
+    keep_tokenizer,
+    prepare,
+    report,
+    trained_on,
+)
+from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule, schedule_warning
 
 Judge = Callable[[Sequence[int], Any, Any], tuple[dict[str, np.ndarray], dict[str, float]]]
+
+Lower = Callable[[TrainState, dict[str, jax.Array]], Iterator[Any]]
 
 _EQUAL_STEPS = 10  # so many steps whose rewards teach nothing are worth a warning
 
@@ -49,8 +61,13 @@ class Prompt:
     number: int  # its place in the data
 
 
-def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
+def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
     """Run GRPO as `config` says, or go on with it; see `psyche grpo --help`.
+
+    Args:
+      config: the run.
+      profile_steps: how many to trace.
+      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data, a rule or the run folder cannot be used.
@@ -60,6 +77,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
         config.mesh,
         config.data.max_prompt_length + config.max_new_tokens,
         "data.max_prompt_length + max_new_tokens",
+        as_path(config.run.dir),
     )
     execution = setup.execution
     model = setup.model.config
@@ -71,8 +89,6 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
         "micro_batch_prompts × generations_per_prompt",
         execution.sharding,
     )
-    if not model.stop_token_ids:
-        raise UserError(f"{config.model.path}: names no stop token (eos_token_id); a response could never end")
     rules = compile_rules(
         config.rules, token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size), model.stop_token_ids
     )
@@ -98,29 +114,39 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
         return (hosts.place(batch, place) for batch in stream)
 
     if functions:
-        step = _two_programs(iteration, reference, rules, key, partial(_judged, functions, setup, prompts))
+        judge = partial(_judged, functions, setup, prompts)
+        step, lower = _two_programs(iteration, reference, rules, key, judge)
     else:
-        step = _one_program(iteration, reference, rules, key)
+        step, lower = _one_program(iteration, reference, rules, key)
     evaluation = None
     if held_out:
         judge = partial(_judged, functions, setup, held_out)
         program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
         measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
-    warn = _EqualRewards()
+    warn = _Warnings()
 
-    def after_step(run: Run, index: int, metrics: dict[str, float], outputs: dict[str, Any]) -> None:
-        warn.look_at(metrics)
+    def lower_largest(state: TrainState) -> Iterator[Any]:
+        yield from lower(state, hosts.place(collate([_longest(prompts)] * config.candidates_per_step), place))
+        if held_out:
+            batch = hosts.place(collate([_longest(held_out)] * config.prompts_per_step), place)
+            yield program.lower(state.parameters, rules, batch)
+
+    def after_step(run: Run, index: int, metrics: dict[str, Any], outputs: dict[str, Any]) -> None:
+        warn.look_at(index, metrics)
         if index == 1 or index == total_steps or index % config.logging.samples_every_steps == 0:
             for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
                 run.log_sample(index, {"policy_step": index - 1, **sample})
 
     values = config_to_dict(config)
-    with open_run(as_path(config.run.dir), "grpo", values, config.logging) as run, listening() as stop:
+    contents = trained_on(setup, config.prompt, _content(prompts), _content(held_out) if held_out else None)
+    folder = as_path(config.run.dir)
+    with (
+        open_run(folder, "grpo", values, config.logging, contents, accepted) as run,
+        listening(run.write_last_words) as stop,
+    ):
         keep_tokenizer(run, setup)
-        reference_identity = identity(setup.model)
-        check_reference(run.checkpoints, reference_identity)
-        report_set_aside(run, faults)
+        report(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
         run_training(
             Program(
                 "grpo",
@@ -132,6 +158,9 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
                 partial(step_flops, model, config),
                 after_step,
                 evaluation,
+                lower_largest,
+                "set model.remat=full, a smaller micro_batch_prompts, more rollout_waves or more devices (all of which "
+                "a run that goes on may change), or a smaller max_new_tokens or data.max_prompt_length",
             ),
             run,
             stop,
@@ -143,26 +172,33 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
                 config=values,
                 seed=config.run.seed,
                 reference=config.model.path,
-                reference_identity=reference_identity,
+                contents=contents,
             ),
             config.checkpoints,
             profile_steps,
         )
 
 
-def _one_program(iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array) -> StepFunction:
+def _one_program(
+    iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array
+) -> tuple[StepFunction, Lower]:
+    """A step, and what lowers its program for a batch of some shape."""
     program = iteration.program()
 
     def step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
         return program(state, reference, rules, batch, jax.random.fold_in(key, index))
 
-    return step
+    def lower(state: TrainState, batch: dict[str, jax.Array]) -> Iterator[Any]:
+        if isinstance(program, jax.stages.Wrapped):
+            yield program.lower(state, reference, rules, batch, jax.random.fold_in(key, 0))
+
+    return step, lower
 
 
 def _two_programs(
     iteration: Iteration, reference: Any, rules: CompiledRules, key: jax.Array, judge: Judge
-) -> StepFunction:
-    """The same step with functions between sampling and learning."""
+) -> tuple[StepFunction, Lower]:
+    """The same with functions between sampling and learning."""
     sample, learn = iteration.programs()
     everywhere = iteration.execution.sharding.named()
 
@@ -175,7 +211,18 @@ def _two_programs(
         state, outputs = learn(state, reference, sampled, hosts.place(values, everywhere))
         return state, {**outputs, "metrics": {**outputs["metrics"], **failures}}
 
-    return step
+    def lower(state: TrainState, batch: dict[str, jax.Array]) -> Iterator[Any]:
+        arguments = (state.parameters, rules, batch, jax.random.fold_in(key, 0))
+        yield sample.lower(*arguments)
+        sampled = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            jax.eval_shape(sample, *arguments),
+        )
+        shape = (iteration.config.prompts_per_step, iteration.config.generations_per_prompt)
+        values = {function.name: np.zeros(shape, np.float32) for function in iteration.config.functions}
+        yield learn.lower(state, reference, sampled, hosts.place(values, everywhere))
+
+    return step, lower
 
 
 def _judged(
@@ -237,7 +284,7 @@ def held_out_reward(
     judge: Judge,
     state: TrainState,
     check_stop: Callable[[], None],
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Rewards of one greedy response to each held-out prompt: the mean of the totals, and of each reward.
 
     `program` is `Iteration.evaluate`, jitted; `check_stop` is called before each batch, and raises to end this.
@@ -258,16 +305,16 @@ def held_out_reward(
         lengths += rollout.mask[rows].sum(axis=1).tolist()
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     total, counted = jax.device_get(total_rewards(joined, {reward.name: reward.weight for reward in config.rewards}))
-    metrics = {"evaluation_reward": _mean(total[counted])}
+    metrics: dict[str, float | None] = {"evaluation_reward": _mean(total[counted])}
     metrics |= {f"evaluation_rewards/{name}/mean": _mean(v[~np.isnan(v)]) for name, v in joined.items()}
     return {**metrics, "evaluation_completions/mean_length": _mean(lengths)}
 
 
-def _mean(values: Any) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+def _mean(values: Any) -> float | None:
+    return float(np.mean(values)) if len(values) else None
 
 
-def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, float]) -> float:
+def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, Any]) -> float:
     """FLOPs of the model in one iteration: sampling, log-probs, forward and backward; padding and remat aside.
 
     A prompt counts once for all of its responses. Attention is counted at the mean lengths: a little too little where
@@ -283,14 +330,25 @@ def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, float]
     return forward * (1 + fixed + trained * config.passes_per_step)
 
 
-class _EqualRewards:
-    """Warns, once, of many steps in a row in which all rewards of each group were equal."""
+class _Warnings:
+    """Warns, once, of many steps in a row in which all rewards of each group were equal; and of steps without a
+    response to learn from: of the first, the tenth, the hundredth and so on."""
 
     def __init__(self) -> None:
         self._steps = 0
+        self._empty = 0
 
-    def look_at(self, metrics: dict[str, float]) -> None:
+    def look_at(self, index: int, metrics: dict[str, Any]) -> None:
         """At the metrics of one more step."""
+        if metrics["reward"] is None or metrics["loss"] is None:
+            self._empty += 1
+            if self._empty == 10 ** (len(str(self._empty)) - 1) and hosts.is_first():
+                print(
+                    f"grpo: step {index} had no response to learn from, so it changed nothing "
+                    f"({self._empty} such steps since the start; see empty_updates in metrics.jsonl)",
+                    file=sys.stderr,
+                    flush=True,
+                )
         self._steps = self._steps + 1 if metrics["frac_reward_zero_std"] == 1 else min(self._steps, 0)
         if self._steps == _EQUAL_STEPS and hosts.is_first():
             self._steps = -sys.maxsize
@@ -349,6 +407,20 @@ def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prom
     if not prompts:
         raise UserError(unfit or f"{path}: no prompt has at most data.max_prompt_length {largest} tokens")
     return prompts, faults
+
+
+def _longest(prompts: Sequence[Prompt]) -> Prompt:
+    return max(prompts, key=lambda prompt: len(prompt.tokens))
+
+
+def _content(prompts: Sequence[Prompt]) -> str:
+    """A hash of the records of prompts, in order: reward functions see all of a record."""
+    digest = hashlib.sha256()
+    for record in (prompt.record for prompt in prompts):
+        turns = [(message.role, message.content) for message in record.messages]
+        content = (turns, record.answer, record.kind, record.source, record.meta)
+        digest.update(json.dumps(content, ensure_ascii=False, sort_keys=True).encode() + b"\n")
+    return digest.hexdigest()[:16]
 
 
 def _without(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:

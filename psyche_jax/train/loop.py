@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.compilations import count_compilations
+from psyche_jax.train.memory import check_memory, out_of_memory
 from psyche_jax.train.pace import Pace
 from psyche_jax.train.preemption import Stop, StoppedError
 from psyche_jax.train.state import TrainState
+from psyche_jax.train.step_folders import set_aside_look_alikes
 
 StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
 
@@ -38,7 +40,7 @@ class Evaluation:
     """
 
     every_steps: int
-    measure: Callable[[TrainState, Callable[[], None]], dict[str, float]]
+    measure: Callable[[TrainState, Callable[[], None]], dict[str, float | None]]
     best: str
     higher_is_better: bool
 
@@ -48,7 +50,8 @@ class Program:
     """What a kind of training brings to the loop.
 
     `batches(first)` iterates over device batches from step `first` on. `step(state, batch, index)` gives the new
-    state and a dict with `metrics` (float32 scalars on the device) and what else `after_step` wants.
+    state and a dict with `metrics` (float32 scalars on the device), perhaps `absent` (by name, whether a metric is of
+    nothing in that step: it is logged as null) and what else `after_step` wants.
     `after_step(run, index, metrics, outputs)` writes samples, or warns.
     """
 
@@ -58,9 +61,11 @@ class Program:
     step: StepFunction
     headline: tuple[str, ...]  # the metrics that progress shows
     max_skipped_steps: int  # how many steps in a row may be skipped for a gradient that is not finite
-    flops: Callable[[dict[str, float]], float]  # of the model in a step with these metrics
-    after_step: Callable[[Run, int, dict[str, float], dict[str, Any]], None] = lambda *_: None
+    flops: Callable[[dict[str, Any]], float]  # of the model in a step with these metrics
+    after_step: Callable[[Run, int, dict[str, Any], dict[str, Any]], None] = lambda *_: None
     evaluation: Evaluation | None = None
+    lower_largest: Callable[[TrainState], Iterable[Any]] = lambda _: ()  # the programs for the largest shapes, lowered
+    memory_settings: str = ""  # what to set otherwise where memory does not suffice
 
 
 def run_training(
@@ -88,8 +93,12 @@ def run_training(
     Raises:
       PreemptedError: SIGTERM or SIGINT came; what was done is saved.
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
+        Or memory does not suffice, if that can be known before the first step.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(out_of_memory(program.memory_settings))
+        done = max((line["step"] for line in run.metrics()), default=None)  # where the state cannot tell
+        set_aside_look_alikes(run.checkpoints, done if run.saved is None else run.saved)
         checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
         stack.enter_context(contextlib.closing(checkpoints))
         compilations = stack.enter_context(count_compilations())
@@ -98,15 +107,20 @@ def run_training(
         evaluations = _Evaluations(program.evaluation, program.total_steps, run, first, stop)
         checkpoints.best = evaluations.best_step
         if first >= program.total_steps and not evaluations.missed:
+            checkpoints.check(metadata, run.accepted)
             _say(f"{program.name}: all {first} steps are done already")
-            run.write_state("done", first)
+            run.write_state("done", first, **evaluations.best_so_far())
             return
         if first == 0:
             state = initial()
         else:
             places = jax.tree.map(lambda x: x.sharding, abstract)
-            state = checkpoints.restore(abstract_like(abstract, places), metadata)
+            state = checkpoints.restore(abstract_like(abstract, places), metadata, run.accepted)
             _say(f"{program.name}: going on after step {first}")
+        if run.saved != first:  # its state was lost, or its latest checkpoint was
+            run.write_state("running", first, **evaluations.best_so_far())
+        for lowered in program.lower_largest(state):
+            check_memory(lowered.compile(), program.memory_settings)
         if evaluations.missed:
             try:
                 run.add_metrics(first, evaluations.measure(first, state))
@@ -124,7 +138,9 @@ def run_training(
         for index, batch in enumerate(program.batches(first), start=first + 1):
             profile.before(index)
             state, outputs = program.step(state, batch, index - 1)
-            metrics = {name: float(value) for name, value in jax.device_get(outputs["metrics"]).items()}
+            found, absent = jax.device_get((outputs["metrics"], outputs.get("absent", {})))
+            present = {name: float(value) for name, value in found.items() if not absent.get(name, False)}
+            metrics: dict[str, Any] = {name: present.get(name) for name in found}
             metrics["compilations"] = float(len(compilations))
             compilations.clear()
             profile.after(index)
@@ -194,7 +210,7 @@ class _Evaluations:
             return False
         return step % self._evaluation.every_steps == 0 or step == self._last
 
-    def measure(self, step: int, state: TrainState) -> dict[str, float]:
+    def measure(self, step: int, state: TrainState) -> dict[str, float | None]:
         """What is measured after `step`.
 
         Raises:
@@ -238,9 +254,10 @@ class Progress:
         )
         self._every = max(1, program.total_steps // 10)
 
-    def update(self, step: int, metrics: dict[str, float]) -> None:
+    def update(self, step: int, metrics: dict[str, float | None]) -> None:
         """Show a finished step."""
-        shown = {name: f"{metrics[name]:.4g}" for name in self._program.headline if name in metrics}
+        values = {name: metrics.get(name) for name in self._program.headline}
+        shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()

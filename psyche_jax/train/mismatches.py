@@ -1,7 +1,7 @@
 """What a checkpoint holds that a run does not want, or lacks: every difference by name."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from psyche_jax.files import absolute
-from psyche_jax.runs import differences, lasting
+from psyche_jax.run_changes import changes, differences, refused
 
 _MODEL = "model"
 
 
-def metadata_differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """A line for each field of the model's and of the run's config that is not the same in a checkpoint's metadata."""
+def metadata_differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], accepted: Collection[str] = ()
+) -> list[str]:
+    """A line for each field of the model's and of the run's config that is not the same in a checkpoint's metadata, and
+    for each thing it was trained on that is another, but for what is `accepted` (of `run_changes.CHANGES`)."""
     wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the checkpoint
-    lines = differences(stored.get(_MODEL), wanted.get(_MODEL), _MODEL)
-    return lines + differences(lasting(stored.get("config", {})), lasting(wanted.get("config", {})))
+    lines = [] if "base" in accepted else differences(stored.get(_MODEL), wanted.get(_MODEL), _MODEL)
+    pairs = [values.get("config", {}) for values in (stored, wanted)]
+    contents = [values.get("contents") for values in (stored, wanted)]
+    return lines + refused(changes(*pairs, *contents), accepted)
 
 
 def array_differences(folder: Path, wanted: Any, name: str) -> list[str]:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from psyche_jax.config import MeshSection, ModelSection
-from psyche_jax.errors import UsageError, UserError
+from psyche_jax.config import MeshSection, ModelSection, PromptSection
+from psyche_jax.data.packing import template_hash, tokenizer_hash
+from psyche_jax.errors import UsageError
 from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
@@ -19,7 +21,15 @@ from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
-from psyche_jax.train.checkpoints import StoredModel, abstract_like, holds_tokenizer, open_model, write_tokenizer
+from psyche_jax.train.checkpoints import (
+    StoredModel,
+    abstract_like,
+    holds_tokenizer,
+    identity,
+    open_model,
+    with_stop_tokens_of,
+    write_tokenizer,
+)
 from psyche_jax.train.state import TrainState, state_shardings
 
 
@@ -37,29 +47,47 @@ class Setup:
         return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
 
 
-def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str) -> Setup:
+def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str, run: Path | None = None) -> Setup:
     """Build the mesh and open the model, whose weights are read later.
 
     Args:
       model, mesh: sections of the config.
       longest: how many tokens the longest sequence may have.
       longest_name: the keys of the config that say so.
+      run: the run's folder; one that goes on keeps the stop tokens that it began with.
 
     Raises:
-      UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length; or
-        the tokenizer is not the model's.
+      UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
     stored = open_model(model.path)
+    if run is not None:
+        stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
+    stored.check_shapes()
     check_mesh_fits(sharding.mesh, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     if longest > (limit := stored.config.max_position_embeddings):
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
     tokenizer = load_tokenizer(stored.tokenizer_folder)
-    if len(tokenizer) > (size := stored.config.vocab_size):
-        raise UserError(f"{stored.tokenizer_folder}: the tokenizer has {len(tokenizer)} tokens, the model only {size}")
     return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
+
+
+def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:
+    """Hashes of all that a run learns from, by kind: see `run_changes.py`. The model's weights are read whole.
+
+    Args:
+      setup: the model.
+      prompt: what is added to bare turns.
+      data, evaluation: hashes of the records that are used.
+    """
+    contents = {
+        "data": data,
+        "tokenizer": tokenizer_hash(setup.tokenizer)[:16],
+        "template": template_hash(setup.tokenizer, prompt)[:16],
+        "base": identity(setup.model),
+    }
+    return contents if evaluation is None else {**contents, "evaluation": evaluation}
 
 
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:
@@ -105,9 +133,14 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
                 write_tokenizer(setup.model.tokenizer_folder, partial)
 
 
-def report_set_aside(run: Run, lines: Sequence[str]) -> None:
-    """Name each record that was set aside: the first ones on stderr, all of them in the run's folder."""
-    if not lines or not run.writes:
+def report(run: Run, warning: str, lines: Sequence[str]) -> None:
+    """Give a warning, if there is one, and name each record that was set aside: the first ones on stderr, all of them
+    in the run's folder."""
+    if not run.writes:
+        return
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    if not lines:
         return
     write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:

@@ -1,7 +1,8 @@
 """Supervised fine-tuning on chat records: next-token loss on what the assistant says."""
 
+import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,8 +26,15 @@ from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.loop import Evaluation, Program, run_training
 from psyche_jax.train.preemption import listening
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_set_aside
-from psyche_jax.train.state import TrainState, apply_gradients, initial_state, make_optimizer, make_schedule
+from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
+from psyche_jax.train.state import (
+    TrainState,
+    apply_gradients,
+    initial_state,
+    make_optimizer,
+    make_schedule,
+    schedule_warning,
+)
 
 
 def next_token_loss(
@@ -83,22 +91,32 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
     return 3 * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
 
 
-def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
+def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
     """Run SFT as `config` says, or go on with it; see `psyche sft --help`.
+
+    Args:
+      config: the run.
+      profile_steps: how many to trace.
+      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data or the run folder cannot be used.
     """
-    setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length")
+    setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length", as_path(config.run.dir))
     execution = setup.execution
     micro_batch = config.micro_batch_size or config.batch_size
     check_rows(micro_batch, "micro_batch_size", execution.sharding)
     train = open_examples(config.data.train, setup.tokenizer, config.prompt, config.data.max_length)
     faults = list(train.set_aside)
     evaluation: list[TokenizedExample] = []
+    evaluation_content: str | None = None
     if config.data.evaluation is not None:
-        evaluation, more = tokenized(config.data.evaluation, setup.tokenizer, config.prompt, config.data.max_length)
+        digest = hashlib.sha256()
+        evaluation, more = tokenized(
+            config.data.evaluation, setup.tokenizer, config.prompt, config.data.max_length, digest
+        )
         faults += more
+        evaluation_content = digest.hexdigest()[:16]
     total_steps = math.ceil(config.epochs * len(train.items) / config.batch_size)
     schedule = make_schedule(config.optimizer, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -133,19 +151,32 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
         state, metrics = step(state, batch)
         return state, {"metrics": metrics}
 
-    def evaluation_loss(state: TrainState, check_stop: Callable[[], None]) -> dict[str, float]:
+    def evaluation_loss(state: TrainState, check_stop: Callable[[], None]) -> dict[str, float | None]:
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             check_stop()
-            weights = batch["loss_mask"].astype("float32")
-            total += float(evaluate(state.parameters, hosts.place({**batch, "weights": weights}, place)))
-            tokens += float(weights[:, 1:].sum())
+            batch = _counted(batch)
+            total += float(evaluate(state.parameters, hosts.place(batch, place)))
+            tokens += float(batch["weights"][:, 1:].sum())
         return {"evaluation_loss": total / tokens}
 
+    def lower_largest(state: TrainState) -> Iterator[Any]:
+        longest = train.collate([train.longest] * config.batch_size)
+        yield step.lower(state, hosts.place(longest, place))
+        if evaluation:
+            longest_there = max(evaluation, key=lambda example: len(example.tokens))
+            batch = next(_evaluation_batches([longest_there], micro_batch, config.data.max_length))
+            yield evaluate.lower(state.parameters, hosts.place(_counted(batch), place))
+
     values = config_to_dict(config)
-    with open_run(as_path(config.run.dir), "sft", values, config.logging) as run, listening() as stop:
+    contents = trained_on(setup, config.prompt, train.content, evaluation_content)
+    folder = as_path(config.run.dir)
+    with (
+        open_run(folder, "sft", values, config.logging, contents, accepted) as run,
+        listening(run.write_last_words) as stop,
+    ):
         keep_tokenizer(run, setup)
-        report_set_aside(run, faults)
+        report(run, schedule_warning(config.optimizer, total_steps), faults)
         program = Program(
             "sft",
             total_steps,
@@ -157,6 +188,9 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
             evaluation=Evaluation(config.evaluate_every_steps, evaluation_loss, "evaluation_loss", False)
             if evaluation
             else None,
+            lower_largest=lower_largest,
+            memory_settings="set model.remat=full, a smaller micro_batch_size or more devices (all of which a run that "
+            "goes on may change), or a smaller data.max_length",
         )
         run_training(
             program,
@@ -165,7 +199,12 @@ def train_sft(config: SftConfig, profile_steps: int = 0) -> None:
             lambda: initial_state(optimizer, setup.read_parameters(), shardings),
             abstract,
             checkpoint_metadata(
-                setup.model.config, config.prompt, config=values, seed=config.run.seed, started_from=config.model.path
+                setup.model.config,
+                config.prompt,
+                config=values,
+                seed=config.run.seed,
+                started_from=config.model.path,
+                contents=contents,
             ),
             config.checkpoints,
             profile_steps,
@@ -177,6 +216,11 @@ def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     mask = batch["loss_mask"].astype(jnp.float32)
     arrays = {name: batch[name] for name in ("tokens", "segments", "positions")}
     return {**arrays, "weights": mask / jnp.maximum(mask[:, 1:].sum(), 1.0)}
+
+
+def _counted(batch: Batch) -> Batch:
+    """With weights that make the sum of the losses that over all learned tokens."""
+    return {**batch, "weights": batch["loss_mask"].astype("float32")}
 
 
 def _evaluation_batches(examples: Sequence[TokenizedExample], rows: int, max_length: int) -> Iterator[Batch]:

@@ -32,12 +32,28 @@ jax.tree_util.register_dataclass(TrainState, ["step", "parameters", "optimizer_s
 def make_schedule(section: OptimizerSection, steps: int, updates_per_step: int = 1) -> optax.Schedule:
     """Learning rate by update of the optimizer: linear warm-up from 0, then cosine to 0, or constant."""
     total = steps * updates_per_step
-    warmup = round(section.warmup * (total if section.warmup < 1 else updates_per_step))
+    warmup = _warmup(section, total, updates_per_step)
     if section.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, section.learning_rate, warmup, max(total, warmup + 1))
     if warmup == 0:
         return optax.constant_schedule(section.learning_rate)
     return optax.linear_schedule(0.0, section.learning_rate, warmup)
+
+
+def schedule_warning(section: OptimizerSection, steps: int, updates_per_step: int = 1) -> str:
+    """What to say of a schedule whose rate never comes to `learning_rate` in a run of so many steps; mostly nothing."""
+    total = steps * updates_per_step
+    if _warmup(section, total, updates_per_step) < total:
+        return ""
+    last = float(make_schedule(section, steps, updates_per_step)(total - 1))
+    return (
+        f"optimizer.warmup {section.warmup:g}: the warm-up does not end within the run's {steps} steps; the learning "
+        f"rate comes to {last:.2g} of optimizer.learning_rate {section.learning_rate:.2g}"
+    )
+
+
+def _warmup(section: OptimizerSection, total: int, updates_per_step: int) -> int:
+    return round(section.warmup * (total if section.warmup < 1 else updates_per_step))
 
 
 def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax.GradientTransformation:
@@ -79,19 +95,25 @@ def initial_state(optimizer: optax.GradientTransformation, parameters: Parameter
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, loss: jax.Array, gradients: Parameters
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    loss: jax.Array,
+    gradients: Parameters,
+    learns: jax.Array | bool = True,
 ) -> tuple[TrainState, jax.Array, jax.Array]:
-    """One update of the optimizer, which changes nothing if the loss or the gradient is not finite.
+    """One update of the optimizer, which changes nothing if the loss or the gradient is not finite, or not `learns`.
+
+    Where nothing changes, the optimizer counts no update, so its learning rate stays too.
 
     Returns:
-      The state (of the same step), the gradient's norm before clipping, and whether there was an update (bool).
+      The state (of the same step), the gradient's norm before clipping, and whether all was finite (bool).
     """
     norm = optax.global_norm(gradients)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     changes, optimizer_state = optimizer.update(gradients, state.optimizer_state, state.parameters)
     new = optax.apply_updates(state.parameters, changes), optimizer_state
     parameters, optimizer_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old), new, (state.parameters, state.optimizer_state)
+        lambda new, old: jnp.where(finite & learns, new, old), new, (state.parameters, state.optimizer_state)
     )
     return TrainState(state.step, parameters, optimizer_state), norm, finite
 

@@ -1,6 +1,7 @@
 """Every broken model folder gives one line that names what is wrong with it."""
 
 import json
+import math
 import shutil
 
 import jax.numpy as jnp
@@ -83,6 +84,9 @@ def test_no_folder(tmp_path):
         (b"\xff\xfe\x00", "config.json cannot be read"),
         ("[]", "config.json does not hold a JSON object"),
         ("{}", "model_type is None"),
+        ('{"a":' * 100_000, "config.json cannot be read"),
+        ("[" * 100_000 + "]" * 100_000, "config.json cannot be read"),
+        ('{"hidden_size": 1' + "0" * 9999 + "}", "config.json cannot be read"),
     ],
 )
 def test_unreadable_config(text, expected, model):
@@ -93,8 +97,9 @@ def test_unreadable_config(text, expected, model):
     failure(model, expected)
 
 
-def test_unreadable_generation_config(model):
-    (model / "generation_config.json").write_text("{")
+@pytest.mark.parametrize("text", ["{", '{"a":' * 100_000])
+def test_unreadable_generation_config(text, model):
+    (model / "generation_config.json").write_text(text)
     failure(model, "generation_config.json cannot be read")
 
 
@@ -122,6 +127,34 @@ def test_unreadable_generation_config(model):
         ({"vocab_size": None}, ["wrong type"]),
         ({"vocab_size": "many"}, ["wrong type", "many"]),
         ({"intermediate_size": [1]}, ["wrong type"]),
+        ({"hidden_size": "1e400"}, ["wrong type", "hidden_size", "1e400"]),
+        ({"hidden_size": True}, ["wrong type", "hidden_size", "True"]),
+        ({"hidden_size": 64.5}, ["wrong type", "hidden_size", "64.5"]),
+        ({"hidden_size": math.inf}, ["wrong type", "hidden_size", "inf"]),
+        ({"hidden_size": 10**30}, ["hidden_size", "it must be from 1 to"]),
+        ({"vocab_size": -101}, ["vocab_size is -101"]),
+        ({"num_attention_heads": [6]}, ["wrong type", "num_attention_heads"]),
+        ({"head_dim": {"a": 8}}, ["wrong type", "head_dim"]),
+        ({"max_position_embeddings": "x" * 10**6}, ["wrong type", "max_position_embeddings"]),
+        ({"max_position_embeddings": 0}, ["max_position_embeddings is 0"]),
+        ({"rms_norm_eps": "1e-6"}, ["wrong type", "rms_norm_eps"]),
+        ({"rms_norm_eps": -1.0}, ["rms_norm_eps is -1.0"]),
+        ({"rms_norm_eps": math.nan}, ["rms_norm_eps is nan"]),
+        ({"rope_parameters": {"rope_theta": math.inf}}, ["rope_theta is inf"]),
+        ({"rope_parameters": {"rope_theta": 10**400}}, ["rope_theta is 1000"]),
+        ({"rope_parameters": {"rope_theta": True}}, ["wrong type", "rope_theta"]),
+        ({"rope_parameters": {"rope_theta": None}}, ["wrong type", "rope_theta"]),
+        ({"rope_parameters": [1]}, ["rope_parameters"]),
+        ({"tie_word_embeddings": "false"}, ["wrong type", "tie_word_embeddings"]),
+        ({"layer_types": 3}, ["layer_types has 3"]),
+        ({"layer_types": [[["full_attention"]]]}, ["layer_types"]),
+        ({"model_type": ["qwen2"] * 9999}, ["model_type"]),
+        ({"bos_token_id": "1"}, ["wrong type", "bos_token_id"]),
+        ({"bos_token_id": -1}, ["bos_token_id is -1"]),
+        ({"num_hidden_layers": 1_000_000}, ["num_hidden_layers is 1000000", "the files hold 39 tensors"]),
+        ({"num_hidden_layers": 2**31 - 1}, ["num_hidden_layers is 2147483647"]),
+        ({"vocab_size": 2**31 - 1}, ["mis-shaped", "model.embed_tokens.weight (101, 40), not (2147483647, 40)"]),
+        ({"intermediate_size": 2**31 - 1, "hidden_size": 2**31 - 1}, ["mis-shaped", " more"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
 )
@@ -133,7 +166,7 @@ def test_config_that_is_not_supported(values, expected, model):
 @pytest.mark.parametrize("stop", ["<|im_end|>", ["<|im_end|>"], {"id": 1}, [[1, 2]]])
 def test_stop_ids_that_are_no_numbers(stop, model):
     edit(model, "generation_config.json", eos_token_id=stop)
-    failure(model, "wrong type")
+    failure(model, "generation_config.json: a value has the wrong type")
 
 
 def test_no_weights(model):
@@ -174,15 +207,37 @@ def test_index_names_tensors_that_are_nowhere(shards):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"lm_head.weight": 3}}']
+    "text",
+    [
+        "{",
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {}}',
+        '{"weight_map": {"lm_head.weight": 3}}',
+        '{"weight_map": {"lm_head.weight": {"a": [1]}}}',
+        '{"weight_map": {"lm_head.weight": "' + "x" * 9999 + '"}}',
+        '{"weight_map":' * 100_000,
+        '{"weight_map": {' + ", ".join(f'"t{i}": "f{i}"' for i in range(9999)) + "}}",
+    ],
+    ids=lambda text: text[:40],
 )
 def test_broken_index(text, shards):
     (shards / "model.safetensors.index.json").write_text(text)
     failure(shards, "model.safetensors.index.json")
 
 
-def rewrite(folder, change):
-    path = folder / "model.safetensors"
+def test_a_tensor_in_two_files(shards):
+    """Which of them counts is not for this package to guess."""
+    first, second = sorted(shards.glob("*.safetensors"))[:2]
+    with safe_open(first, framework="np") as file:
+        name = next(iter(file.keys()))
+    rewrite(shards, lambda arrays: arrays.update({name: np.ones(3, np.float32)}), second.name)
+    failure(shards, f"{second.name}: holds tensors that another of the folder's files holds too: {name}")
+
+
+def rewrite(folder, change, file="model.safetensors"):
+    path = folder / file
     with safe_open(path, framework="np") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(arrays)
@@ -223,7 +278,40 @@ def test_quantized_weights(dtype, model):
     failure(model, name)
 
 
-@pytest.mark.parametrize("text", [None, "", "{", "{}", '{"model": {"type": "BPE"}}'])
+def test_a_tied_head_of_its_own_values(model):
+    """Only one that equals the embedding is left out."""
+    rewrite(model, lambda arrays: arrays.update({"lm_head.weight": arrays["model.embed_tokens.weight"].copy()}))
+    edit(model, tie_word_embeddings=True)
+    config = read_hf_config(model)
+    assert "head" not in read_parameters(model, config, one_device().sharding, jnp.float32)
+    rewrite(model, lambda arrays: arrays.update({"lm_head.weight": arrays["lm_head.weight"].astype(np.float64)}))
+    read_parameters(model, config, one_device().sharding, jnp.float32)
+
+    def change(arrays):
+        arrays["lm_head.weight"][-1, -1] += 1
+
+    rewrite(model, change)
+    failure(model, "lm_head.weight differs from model.embed_tokens.weight", "tie_word_embeddings")
+    rewrite(model, lambda arrays: arrays.update({"lm_head.weight": arrays["lm_head.weight"][:-1]}))
+    failure(model, "mis-shaped lm_head.weight (100, 40), not (101, 40)")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_weights_that_are_no_numbers(value, dtype, model):
+    """1e300 is none in float32."""
+    name = "model.layers.2.mlp.up_proj.weight"
+
+    def change(arrays):
+        arrays[name] = arrays[name].astype(dtype)
+        arrays[name][3, 5] = value
+
+    with np.errstate(over="ignore"):
+        rewrite(model, change)
+    failure(model, f"{name} holds values that are not finite in float32")
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "{}", '{"model": {"type": "BPE"}}', '{"model":' * 100_000])
 def test_tokenizer(text, model, tmp_path):
     if text is not None:
         (model / "tokenizer.json").write_text(text)

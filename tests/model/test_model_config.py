@@ -39,7 +39,7 @@ def configs(draw):
         max_position_embeddings=draw(sizes),
         bos_token_id=draw(st.none() | ids),
         pad_token_id=draw(st.none() | ids),
-        stop_token_ids=tuple(draw(st.lists(ids, max_size=4))),
+        stop_token_ids=tuple(draw(st.lists(ids, max_size=4, unique=True))),
     )
 
 
@@ -53,9 +53,7 @@ def test_hugging_face_round_trip(config, dtype, nested):
     if nested:  # as transformers 5 writes it
         values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
     assert model_config_from_hf(values, through_json(hf_generation_config(config))) == config
-    # Without a generation config only the first stop id is known.
-    alone = dataclasses.replace(config, stop_token_ids=config.stop_token_ids[:1])
-    assert model_config_from_hf(values) == alone
+    assert model_config_from_hf(values) == config, "also without a generation config"
 
 
 @given(configs())
@@ -79,7 +77,7 @@ def test_transformers_reads_the_same():
         if field.name not in ("rope_theta", "stop_token_ids"):
             assert getattr(theirs, field.name) == getattr(config, field.name)
     assert theirs.rope_parameters["rope_theta"] == 5e5
-    assert theirs.eos_token_id == 3
+    assert theirs.eos_token_id == [3, 4]
     assert str(theirs.dtype).removeprefix("torch.") == "bfloat16"
     assert model_config_from_hf(theirs.to_dict(), {"eos_token_id": [3, 4]}) == config
 
@@ -118,3 +116,56 @@ def test_unknown_key():
     values = dataclasses.asdict(ModelConfig(61, 24, 40, 3, 6, 3, 8)) | {"qk_norm": True}
     with pytest.raises(UserError, match=r"unknown keys .'qk_norm'.; it was written by another version"):
         model_config_from_dict(values)
+
+
+PLACES = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_scaling": None, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}},
+    {"rope_scaling": {"type": "default", "rope_theta": 1e6}},
+    {"rope_scaling": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_theta": 1e6}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_theta": 1e6}},
+    {"rope_parameters": {"rope_theta": 1000000, "rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5},
+    {"rope_parameters": {"rope_type": "default"}},
+    {"rope_parameters": {}, "rope_theta": 5e5},
+    {"rope_parameters": None, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_theta": 1e6}, "rope_parameters": {"rope_theta": 2e6}, "rope_theta": 5e5},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 2e6}},
+    {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 2e6}, "rope_theta": 5e5},
+    {"rope_scaling": None, "rope_parameters": {"rope_theta": 2e6}, "rope_theta": 5e5},
+    {"rope_scaling": {}, "rope_parameters": {"rope_theta": 2e6}},
+    {"rope_scaling": {"rope_type": "default", "type": "yarn"}, "rope_theta": 5e5},
+]
+
+
+@pytest.mark.parametrize("place", PLACES, ids=str)
+def test_rope_base_wherever_it_stands(place):
+    """As transformers reads the same file."""
+    from transformers import Qwen2Config
+
+    values = hf_config(ModelConfig(61, 24, 40, 3, 6, 3, 8), "float32")
+    del values["rope_theta"]
+    values |= place
+    theirs = Qwen2Config.from_dict(json.loads(json.dumps(values))).rope_parameters["rope_theta"]
+    assert model_config_from_hf(values).rope_theta == theirs
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "expected"),
+    [
+        (2, [2, 1], (2, 1)),
+        ([1], 2, (2, 1)),
+        (1, None, (1,)),
+        (1, [], (1,)),
+        (None, [3, 1, 3], (3, 1)),
+        ([], None, ()),
+    ],
+)
+def test_stop_tokens_are_those_of_both_files(ours, theirs, expected):
+    values = {**hf_config(ModelConfig(61, 24, 40, 3, 6, 3, 8), "float32"), "eos_token_id": ours}
+    assert model_config_from_hf(values, {"eos_token_id": theirs}).stop_token_ids == expected
+    if theirs is None:
+        assert model_config_from_hf(values, {}).stop_token_ids == model_config_from_hf(values).stop_token_ids

@@ -178,7 +178,6 @@ def edit_metadata(folder, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: remove(folder / "4" / "metadata"), "cannot be read as JSON"),
         (lambda folder: (folder / "4" / "metadata" / "metadata").write_text("{"), "cannot be read as JSON"),
         (lambda folder: edit_metadata(folder, format=3), "newer version of psyche_jax"),
         (lambda folder: edit_metadata(folder, model={"vocab_size": 3}), "4"),
@@ -186,7 +185,7 @@ def edit_metadata(folder, **changes):
         (lambda folder: edit_metadata(folder, prompt="remove"), "4"),
         (lambda folder: [remove(folder / step) for step in ("2", "4")], "neither a config.json nor a checkpoint"),
     ],
-    ids=["no metadata", "no JSON", "newer", "not all of the model", "no model", "no prompt", "no steps"],
+    ids=["no JSON", "newer", "not all of the model", "no model", "no prompt", "no steps"],
 )
 def test_broken_metadata_is_one_line(damage, message, broken):
     damage(broken)

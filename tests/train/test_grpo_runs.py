@@ -1,6 +1,7 @@
 """What `train_grpo` gives each step: a key, prompts and the reference. The steps themselves are left out."""
 
 import dataclasses
+import json
 import shutil
 
 import jax
@@ -8,14 +9,15 @@ import jax.numpy as jnp
 import pytest
 from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
-from psyche_jax.config import ObjectiveSection
+from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
 from psyche_jax.data.records import Message, RlPrompt, read_records, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
+from psyche_jax.rewards import PatternRule
 from psyche_jax.runs import read_lines
-from psyche_jax.train import grpo_run, loop
-from psyche_jax.train.checkpoints import identity, open_model
+from psyche_jax.train import checkpoints, grpo_run, loop
+from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
 NAMES = ("tokens", "mask", "answers")
@@ -88,6 +90,37 @@ def test_another_reference_policy_is_refused(train, root):
     assert len(train("run")) == STEPS - 2
 
 
+@pytest.fixture
+def base(root):
+    """Its files name only the end of a text as the end of a response, as those of many bases do."""
+    ids = {token: index for token, index in load_tokenizer(root / "model").get_vocab().items() if "<|" in token}
+    for file, key, value in (
+        ("config.json", "eos_token_id", ids["<|endoftext|>"]),
+        ("generation_config.json", "eos_token_id", None),
+        ("tokenizer_config.json", "eos_token", "<|endoftext|>"),
+    ):
+        path = root / "model" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    return ids["<|endoftext|>"], ids["<|im_end|>"]
+
+
+def test_a_run_knows_how_sft_ends_turns(base, train, root):
+    train("run", epochs=1.0)
+    assert read_checkpoint_metadata(root / "run/checkpoints/2")["model"]["stop_token_ids"] == [*base]
+
+
+def test_a_run_of_an_older_version_keeps_its_stop_tokens(base, train, root, monkeypatch):
+    """It knew only those of the config; a change would make it another run, of another reference."""
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "with_stop_tokens", lambda config, _: config)
+        train("run", fail_at=4)
+    stored = [root / "run/checkpoints" / step / "metadata/metadata" for step in ("2", "8")]
+    assert json.loads(stored[0].read_text())["model"]["stop_token_ids"] == [base[0]]
+    assert len(train("run")) == STEPS - 2
+    assert json.loads(stored[1].read_text())["model"]["stop_token_ids"] == [base[0]]
+    assert open_model(str(root / "run")).config.stop_token_ids == base, "what reads it now has all"
+
+
 def test_an_identity_is_that_of_the_weights(root, tmp_path):
     """The same for a copy, with whatever else beside it; another for other weights."""
     shutil.copytree(root / "model", tmp_path / "copy")
@@ -106,6 +139,22 @@ def test_rewards_that_are_always_equal_are_warned_of_once(train, capsys):
     said = [line for line in capsys.readouterr().err.splitlines() if "the same reward" in line]
     assert len(said) == 1
     assert said[0].startswith("grpo: in 10 steps in a row all responses to each prompt had the same reward")
+
+
+def test_a_run_whose_groups_all_fall_out(root, capsys):
+    """Absent metrics are null, the steps are counted and warned of, and the policy stays what it was."""
+    never = PatternRule(pattern="never said by anyone", name="never")
+    config = grpo_config(root, rewards=(never,), dynamic_sampling=DynamicSamplingSection(8, "never"), epochs=1.0)
+    grpo_run.train_grpo(config)
+    for line in read_lines(root / "run" / "metrics.jsonl"):
+        assert line["reward"] is line["frac_reward_zero_std"] is line["rewards/never/mean"] is line["loss"] is None
+        assert line["empty_updates"] == 1
+    assert "grpo: step 1 had no response to learn from, so it changed nothing" in capsys.readouterr().err
+    start, end = (
+        open_model(str(path)).read_parameters(execution(8).sharding, jnp.dtype("float32"))
+        for path in (root / "model", root / "run")
+    )
+    assert largest_difference(start, end) == 0
 
 
 def test_what_is_held_out_is_not_trained_on(root):

@@ -4,6 +4,10 @@ import contextlib
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 from unittest import mock
 
 import jax
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 from training_fixtures import grpo_config, metrics_of, sft_config, state_of, write_sft_data
 
+import psyche_jax
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
@@ -163,6 +168,61 @@ def test_sigterm_within_the_held_out_reward_of_grpo(tiny_root, tmp_path):
     train_grpo(config("stopped"))
     assert metrics_of(tmp_path / "stopped") == metrics_of(tmp_path / "whole")
     assert ["evaluation_reward" in line for line in metrics_of(tmp_path / "whole")] == [True] * 3
+
+
+# A process that holds the interpreter's main thread in one call, as a compilation does, and is interrupted.
+BUSY = """
+import hashlib, sys
+from pathlib import Path
+from psyche_jax.config import LoggingSection
+from psyche_jax.runs import open_run
+from psyche_jax.train.preemption import listening
+
+with open_run(Path(sys.argv[1]), "toy", {"a": 1}, LoggingSection()) as run, listening(run.write_last_words) as stop:
+    run.write_state("running", 3)
+    print("busy", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))
+    print("told" if stop.requested() else "not told", flush=True)
+"""
+
+
+def read_until(stream, words):
+    """The lines up to the one that holds `words`, which must come within a minute."""
+    lines = []
+    for line in stream:
+        lines.append(line)
+        if words in line:
+            return lines
+    raise AssertionError(f"{words!r} is not in {lines}")
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_is_answered_while_the_main_thread_is_busy(presses, tmp_path):
+    """At once; a second one ends the process, its state says so, and the folder is free and whole."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(psyche_jax.__file__).parents[1])}
+    command = [sys.executable, "-c", BUSY, str(tmp_path / "run"), str(10**9 if presses == 2 else 10**7)]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        read_until(process.stdout, "busy")
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        read_until(process.stderr, "stopping after this step, saving; Ctrl-C again to quit now")
+        if presses == 1:
+            assert "told" in process.communicate(timeout=60)[0]
+            assert process.returncode == 0
+            return
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=50)[1]
+        assert time.monotonic() - started < 50
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to go on" in said
+    assert "Traceback" not in said
+    assert (state_of(tmp_path / "run")["status"], state_of(tmp_path / "run")["step"]) == ("preempted", 3)
+    assert not list((tmp_path / "run").glob("*.partial"))
+    with open_run(tmp_path / "run", "toy", {"a": 1}, LoggingSection()) as run:
+        assert run.saved == 3
 
 
 def test_handlers_are_put_back():

@@ -160,6 +160,30 @@ def test_grpo_killed_and_stopped_goes_on(work):
     assert compiled[0] > 0 and not any(compiled[8:]), "once every length of prompts was seen, nothing is compiled"
 
 
+@pytest.mark.slow
+def test_ctrl_c_twice_while_compiling(work):
+    """Answered at once, and it ends at once: nothing is half-written, and the same command starts it again."""
+    command = Command("sft", sft_config(work, "quit"), work)
+    command.environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    command.environment["XLA_FLAGS"] = "--xla_cpu_parallel_codegen_split_count=1"
+    process = command.start()
+    try:
+        deadline = time.monotonic() + 120
+        while not (command.run / "checkpoints" / "tokenizer").is_dir():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.01)
+        for line in ("stopping after this step, saving", "quit by Ctrl-C"):
+            process.send_signal(signal.SIGINT)
+            assert any(line in said for said in process.stderr)
+        assert process.wait(timeout=30) == 130
+    finally:
+        process.kill()
+        process.stderr.close()
+    assert state_of(command.run)["status"] == "preempted"
+    assert state_of(command.run)["step"] == 0
+    command.finish()
+
+
 JUDGE = """
 import asyncio
 

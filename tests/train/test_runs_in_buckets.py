@@ -22,6 +22,7 @@ from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.preemption import Stop
 from psyche_jax.train.setup import keep_tokenizer
 from psyche_jax.train.sft import train_sft
+from psyche_jax.train.step_folders import find_checkpoint, set_aside_look_alikes
 
 
 def config(root, folder, **changes):
@@ -148,3 +149,27 @@ def test_a_second_run_is_refused(tiny_root, bucket, monkeypatch):
     with locked(place), pytest.raises(UserError, match="another run is writing there"):
         train_sft(config(tiny_root, place))
     assert not (place / "config.yaml").exists()
+
+
+def test_checkpoints_copied_without_their_marks(bucket, capsys):
+    """By a tool that leaves them out: refused while none is whole, and left as they are; else passed over."""
+    root = as_path(f"{bucket}/copied/checkpoints")
+
+    def copy(step, names):
+        for name in names:
+            (root / str(step) / name).write_text(json.dumps({"step": 4}))
+
+    copy(4, ["parameters/a", "optimizer/a", "metadata/metadata"])
+    before = files_under(root)
+    with pytest.raises(UserError, match=r"4: commit_success\.txt is missing.*to start anew on purpose"):
+        set_aside_look_alikes(root, 4)
+    assert files_under(root) == before
+    with pytest.raises(UserError, match=r"4: commit_success\.txt is missing"):
+        find_checkpoint(root)
+    copy(4, ["commit_success.txt"])
+    copy(99, ["commit_success.txt", "optimizer/a"])
+    assert find_checkpoint(root).name == "4"
+    assert "99: not a whole checkpoint (parameters is missing)" in capsys.readouterr().err
+    set_aside_look_alikes(root, 4)
+    assert not (root / "99" / "commit_success.txt").exists()
+    assert find_checkpoint(root).name == "4"

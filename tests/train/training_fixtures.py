@@ -1,9 +1,12 @@
 """A tiny Qwen2 with its tokenizer, records for it, and configs: what the tests of training share."""
 
+import contextlib
 import dataclasses
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +32,8 @@ from psyche_jax.model.huggingface import load_tokenizer, write_weights
 from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import LengthRule, PatternRule, RepetitionRule
-from psyche_jax.runs import read_lines
+from psyche_jax.runs import PreemptedError, read_lines
+from psyche_jax.train.checkpoints import Checkpoints
 
 PROMPT = PromptSection(system="专家。", instruction="想：")
 QUESTIONS = (
@@ -163,6 +167,26 @@ def metrics_of(run: Path) -> list[dict[str, float]]:
     """The run's metrics without what depends on the clock."""
     clock = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "mfu", "compilations")
     return [{k: v for k, v in line.items() if k not in clock} for line in read_lines(run / "metrics.jsonl")]
+
+
+@contextlib.contextmanager
+def stopped_when_restored() -> Iterator[None]:
+    """Within the block a run that goes on stops as soon as its checkpoint is read: nothing is compiled."""
+    restore = Checkpoints.restore
+
+    def once(*arguments: Any) -> None:
+        restore(*arguments)
+        raise PreemptedError("far enough")
+
+    with mock.patch.object(Checkpoints, "restore", once):
+        yield
+
+
+def restored(train: Callable[..., None], config: Any, **more: Any) -> None:
+    """Start a run that has a checkpoint, and stop it where that is restored."""
+    with stopped_when_restored(), contextlib.suppress(PreemptedError):
+        train(config, **more)
+    assert state_of(Path(config.run.dir))["reason"] == "far enough"
 
 
 def largest_difference(left: Any, right: Any) -> float:

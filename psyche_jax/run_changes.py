@@ -1,0 +1,101 @@
+"""What may not be otherwise when a run goes on: settings that change its numbers, and what it is trained on."""
+
+import os
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, TypeAlias, get_args
+
+from psyche_jax.config import EXECUTION_SETTINGS, FOUND_BY_CONTENT
+from psyche_jax.files import in_bucket
+
+Change: TypeAlias = Literal["config", "data", "evaluation", "tokenizer", "template", "base"]
+CHANGES: tuple[Change, ...] = get_args(Change)
+Contents: TypeAlias = Mapping[str, str]
+"""By what a run is trained on (all of `CHANGES` but the config): a hash of its content."""
+
+_CHANGED = {
+    "data": "data.train: the training data have changed since this run began",
+    "evaluation": "data.evaluation: the evaluation data have changed since this run began",
+    "tokenizer": "the tokenizer at model.path has changed since this run began",
+    "template": "the chat template at model.path, or the prompt section, has changed since this run began",
+    "base": "model.path: the model there has changed since this run began",
+}
+
+
+def changes(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    old_contents: Contents | None = None,
+    new_contents: Contents | None = None,
+) -> dict[Change, list[str]]:
+    """What is otherwise, by kind, a line for each.
+
+    Args:
+      old, new: configs, the old one as the run wrote it.
+      old_contents, new_contents: what the run was, and would be, trained on. Where either is not known, the settings
+        that say where it lies are compared instead.
+    """
+    known = bool(old_contents) and bool(new_contents)
+    found: dict[Change, list[str]] = {}
+    if config := differences(_lasting(old, known), _lasting(new, known)):
+        found["config"] = config
+    if old_contents and new_contents:
+        for kind in CHANGES[1:]:
+            if old_contents.get(kind) != new_contents.get(kind):
+                found[kind] = [_CHANGED[kind]]
+                if kind == "template":
+                    found[kind] += differences(old.get("prompt"), new.get("prompt"), "prompt")
+    return found
+
+
+def refused(found: Mapping[Change, list[str]], accepted: Collection[str]) -> list[str]:
+    """The lines of the changes that were not accepted."""
+    return [line for kind, lines in found.items() if kind not in accepted for line in lines]
+
+
+def how_to_accept(found: Mapping[Change, list[str]], accepted: Collection[str]) -> str:
+    """The flag that goes on with changes knowingly."""
+    return f"--accept-changed {','.join(kind for kind in CHANGES if kind in found or kind in accepted)}"
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """A line for each value in `old` that `new` has otherwise.
+
+    A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default.
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in old
+            for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
+        ]
+    return [] if old == new else [f"its {name} is {old!r}, not {new!r}"]
+
+
+def _lasting(config: Mapping[str, Any], known: bool) -> dict[str, Any]:
+    """A config without what may be otherwise; places are spelled in one way."""
+    left_out = {*EXECUTION_SETTINGS, *(FOUND_BY_CONTENT if known else ())}
+    objective = config.get("objective")
+    if isinstance(objective, dict) and objective.get("name") == "bnpo":
+        left_out.remove("micro_batch_prompts")
+    kept = _without(config, left_out)
+    for section, key in (("model", "path"), ("data", "train"), ("data", "evaluation")):
+        if isinstance(values := kept.get(section), dict) and key in values:
+            kept[section] = {**values, key: _one_spelling(values[key])}
+    return kept
+
+
+def _without(values: Mapping[str, Any], left_out: Collection[str], prefix: str = "") -> dict[str, Any]:
+    return {
+        key: _without(value, left_out, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+        if f"{prefix}{key}" not in left_out
+    }
+
+
+def _one_spelling(place: Any) -> Any:
+    """Of a path, or the paths that a mapping has as keys."""
+    if isinstance(place, dict):
+        return {_one_spelling(path): weight for path, weight in place.items()}
+    if not isinstance(place, str):
+        return place
+    return place.rstrip("/") if in_bucket(place) else os.path.realpath(place)

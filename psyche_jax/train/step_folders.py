@@ -1,0 +1,145 @@
+"""Which folders are steps of a checkpoint that were saved whole, and what is to be found in them."""
+
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from psyche_jax import hosts
+from psyche_jax.errors import UserError
+from psyche_jax.files import bucket_errors, in_bucket, read_json
+from psyche_jax.runs import read_state
+from psyche_jax.train.checksums import FILE as CHECKSUMS
+from psyche_jax.train.checksums import check_files
+
+FORMAT = 2  # 1 had no checksums
+_MARK = "commit_success.txt"  # of Orbax, where nothing can be renamed: written last
+
+
+def find_checkpoint(folder: Path) -> Path:
+    """The step folder that a run (its latest), RUN/best, a checkpoint folder or a step folder stands for.
+
+    Folders that are named as steps and were not saved whole are passed over, each with a line on stderr.
+
+    Raises:
+      UserError: there is none.
+    """
+    if folder.name == "best" and (folder.parent / "state.json").is_file():
+        best = read_state(folder.parent).get("best")
+        if best is None:
+            raise UserError(f"{folder}: there is none; the run has no data.evaluation to choose on, or is too young")
+        step_folder = folder.parent / "checkpoints" / str(best["step"])
+        if missing := what_is_missing(step_folder):
+            raise UserError(f"{step_folder}: the best checkpoint is not whole: {missing}; copy it again")
+        return step_folder
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model: neither a Hugging Face folder nor a checkpoint nor a run")
+    if folder.name.isdecimal() and not what_is_missing(folder):
+        return folder
+    root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    whole, others = step_folders(root)
+    if not whole:
+        itself = {folder: what_is_missing(folder)} if folder.name.isdecimal() else {}
+        reasons = [f"{path.name}: {missing}" for path, missing in (others or itself).items()]
+        raise UserError(f"{folder}: holds neither a config.json nor a checkpoint {_listed(reasons)}".rstrip())
+    for path, missing in others.items():
+        print(f"{path}: not a whole checkpoint ({missing}), so it is passed over", file=sys.stderr)
+    return whole[-1]
+
+
+def step_folders(root: Path, items: Sequence[str] = ("parameters",)) -> tuple[list[Path], dict[Path, str]]:
+    """The whole steps in a checkpoint folder, in order; and what else is named as one, with what is missing in it."""
+    named = sorted((child for child in root.iterdir() if child.name.isdecimal()), key=lambda child: int(child.name))
+    missing = {child: what_is_missing(child, items) for child in named}
+    return [child for child in named if not missing[child]], {path: why for path, why in missing.items() if why}
+
+
+def what_is_missing(folder: Path, items: Sequence[str] = ("parameters",)) -> str:
+    """Why a folder that is named as a step was not saved whole as that step; empty if it was.
+
+    A checkpoint that is whole and was damaged later is no matter of this: what reads it says so.
+    """
+    for item in items:
+        if not (folder / item).is_dir():
+            return f"{item} is missing"
+    if in_bucket(folder) and not ocp.utils.is_checkpoint_finalized(folder):
+        return f"{_MARK} is missing"
+    if not (folder / "metadata" / "metadata").is_file():
+        return "metadata is missing"
+    try:
+        metadata = read_json(folder / "metadata" / "metadata")
+    except UserError:
+        return ""
+    if not isinstance(metadata, dict):
+        return ""
+    if metadata.get("format") != 1 and "format" in metadata and not (folder / CHECKSUMS).is_file():
+        return f"{CHECKSUMS} is missing"
+    step = metadata.get("step", int(folder.name))
+    return "" if step == int(folder.name) else f"it is a copy of step {step}"
+
+
+def set_aside_look_alikes(root: Path, saved: int | None) -> None:
+    """Leave no folder in a run's checkpoints that Orbax takes for a step and that is none; every process must ask.
+
+    On a disk such a folder gets another name, in a bucket it loses the mark of a whole one.
+
+    Args:
+      root: the run's checkpoints.
+      saved: how many steps the run has saved, or done; None: it is not known.
+
+    Raises:
+      UserError: there are some, and there is no whole checkpoint. Nothing is changed then.
+    """
+    with bucket_errors(root):
+        whole, others = step_folders(root, ("parameters", "optimizer")) if root.is_dir() else ([], {})
+        if not whole and (saved or (saved is None and others)):
+            what = f"the run came to step {saved}" if saved else "the run was saved before"
+            reasons = [f"{path.name}: {missing}" for path, missing in others.items()] or ["no step is there"]
+            raise UserError(
+                f"{root}: {what}, and no checkpoint is whole {_listed(reasons)}; copy the checkpoints again with all "
+                "their files; to start anew on purpose remove the run's folder, or choose another run.dir"
+            )
+        hosts.wait_for_all("looked for checkpoints")
+        for path, missing in others.items() if hosts.is_first() else ():
+            if not in_bucket(path):
+                target = path.with_name(f"{path.name}.incomplete-{uuid.uuid4().hex[:8]}")
+                path.rename(target)
+                print(f"{path}: not a whole checkpoint ({missing}); it is now {target.name}", file=sys.stderr)
+            elif (path / _MARK).is_file():
+                (path / _MARK).unlink()
+                print(f"{path}: not a whole checkpoint ({missing}); its {_MARK} is removed", file=sys.stderr)
+        hosts.wait_for_all("set aside what is no checkpoint")
+
+
+def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:
+    """The metadata of one checkpoint.
+
+    Raises:
+      UserError: it is missing, or was written by a newer version.
+    """
+    metadata = read_json(step_folder / "metadata" / "metadata")
+    if not isinstance(metadata, dict) or not isinstance(metadata.get("format", 0), int):
+        raise UserError(f"{step_folder}: the checkpoint's metadata are broken: not a JSON object with its format")
+    if metadata.get("format", 0) > FORMAT:
+        raise UserError(f"{step_folder}: was written by a newer version of psyche_jax; upgrade it")
+    return metadata
+
+
+def read_step_metadata(step_folder: Path, items: Sequence[str], content: bool = True) -> dict[str, Any]:
+    """The metadata of one checkpoint, whose `items` and metadata are as they were written.
+
+    Raises:
+      UserError: they are not (without `content`: by their files' names and sizes), something is missing, or it was
+        written by a newer version.
+    """
+    metadata = read_checkpoint_metadata(step_folder)
+    if metadata.get("format", 0) > 1 or (step_folder / CHECKSUMS).is_file():
+        check_files(step_folder, (*items, "metadata"), content)
+    return metadata
+
+
+def _listed(reasons: Sequence[str]) -> str:
+    return f"({'; '.join(reasons[-3:])})" if reasons else ""

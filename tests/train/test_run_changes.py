@@ -1,0 +1,314 @@
+"""What may be otherwise when a run goes on, and what is refused, named, and accepted with a flag."""
+
+import dataclasses
+import json
+import os
+import shutil
+from unittest import mock
+
+import pytest
+from safetensors.numpy import load_file, save_file
+from training_fixtures import (
+    PROMPT,
+    grpo_config,
+    metrics_of,
+    restored,
+    sft_config,
+    state_of,
+    stopped_when_restored,
+    write_config,
+)
+
+from psyche_jax import cli
+from psyche_jax.cli import start
+from psyche_jax.config import (
+    CheckpointSection,
+    DistributedSection,
+    LoggingSection,
+    MeshSection,
+    ObjectiveSection,
+    OptimizerSection,
+)
+from psyche_jax.config_files import config_to_dict
+from psyche_jax.errors import UserError
+from psyche_jax.run_changes import changes
+from psyche_jax.runs import PreemptedError
+from psyche_jax.train.checkpoints import find_checkpoint, identity, open_model, read_checkpoint_metadata
+from psyche_jax.train.grpo_run import train_grpo
+from psyche_jax.train.preemption import Stop
+from psyche_jax.train.sft import train_sft
+
+
+def configs(root, verb, **changes):
+    made = {"sft": sft_config, "grpo": grpo_config}[verb](root, f"{verb}-run", **changes)
+    held_out = str(root / "held_out.jsonl")
+    return dataclasses.replace(made, data=dataclasses.replace(made.data, evaluation=held_out), **changes)
+
+
+TRAIN = {"sft": train_sft, "grpo": train_grpo}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny_root, tmp_path_factory):
+    """A run of SFT and one of GRPO, both stopped after a step."""
+    root = shutil.copytree(tiny_root, tmp_path_factory.mktemp("stopped") / "work")
+    for verb, source in (("sft", "sft.jsonl"), ("grpo", "rl.jsonl")):
+        lines = (root / source).read_text(encoding="utf-8").splitlines(keepends=True)
+        (root / f"{verb}.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
+        (root / "held_out.jsonl").write_text("".join(lines[-2:]), encoding="utf-8")
+        if verb == "grpo":
+            (root / "rl.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
+        with mock.patch.object(Stop, "requested", lambda _, step=None: step == 1), pytest.raises(PreemptedError):
+            TRAIN[verb](configs(root, verb))
+        (root / "held_out.jsonl").rename(root / f"held_out-{verb}.jsonl")
+    return root
+
+
+@pytest.fixture(params=["sft", "grpo"])
+def verb(request):
+    return request.param
+
+
+@pytest.fixture
+def root(stopped, tmp_path, verb):
+    """A copy, elsewhere: the folder of the run, its model and its data have moved."""
+    root = shutil.copytree(stopped, tmp_path / "work")
+    (root / f"held_out-{verb}.jsonl").rename(root / "held_out.jsonl")
+    return root
+
+
+def data_of(root, verb):
+    return root / ("sft.jsonl" if verb == "sft" else "rl.jsonl")
+
+
+def reordered(root, verb):
+    path = data_of(root, verb)
+    path.write_text("".join(reversed(path.read_text(encoding="utf-8").splitlines(keepends=True))), encoding="utf-8")
+
+
+def one_answer_changed(root, verb):
+    path = data_of(root, verb)
+    first, *rest = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    value = json.loads(first)
+    if verb == "sft":
+        value["messages"][-1]["content"] += "！"
+    else:
+        value["answer"] = "D"
+    path.write_text("".join([json.dumps(value, ensure_ascii=False) + "\n", *rest]), encoding="utf-8")
+
+
+def other_evaluation(root, verb):
+    shutil.copy(data_of(root, verb), root / "held_out.jsonl")
+    lines = (root / "held_out.jsonl").read_text(encoding="utf-8").replace("什么是记忆？", "什么是遗忘？")
+    (root / "held_out.jsonl").write_text(lines, encoding="utf-8")
+
+
+def other_template(root, verb):
+    path = root / "model" / "chat_template.jinja"
+    path.write_text(path.read_text(encoding="utf-8") + " ", encoding="utf-8")
+
+
+def permuted_ids(root, verb):
+    path = root / "model" / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = values["model"]["vocab"]
+    one, other = list(vocabulary)[10:12]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def base_times_three(root, verb):
+    path = root / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[len(tensors) // 2]
+    save_file({**tensors, name: 3 * tensors[name]}, path)
+
+
+OTHERWISE = {
+    "data": (reordered, "data.train: the training data have changed since this run began"),
+    "data ": (one_answer_changed, "data.train: the training data have changed since this run began"),
+    "evaluation": (other_evaluation, "data.evaluation: the evaluation data have changed"),
+    "template": (other_template, "the chat template at model.path, or the prompt section, has changed"),
+    "tokenizer": (permuted_ids, "the tokenizer at model.path has changed since this run began"),
+    "base": (base_times_three, "model.path: the model there has changed since this run began"),
+}
+
+
+@pytest.mark.parametrize("what", OTHERWISE)
+def test_what_a_run_was_trained_on_is_remembered(what, root, verb, capsys):
+    """Another content is refused and named, and nothing is changed; accepted, it goes on and is written down."""
+    change, said = OTHERWISE[what]
+    run = root / f"{verb}-run"
+    kind = what.strip()
+    change(root, verb)
+    state = state_of(run)
+    with pytest.raises(UserError, match="holds another run") as error:
+        TRAIN[verb](configs(root, verb))
+    assert said in str(error.value)
+    assert str(error.value).endswith(f"--accept-changed {kind}")
+    assert state_of(run) == state
+    with pytest.raises(UserError, match="holds another run"):
+        TRAIN[verb](configs(root, verb), accepted={"config"})
+    restored(TRAIN[verb], configs(root, verb), accepted={kind})
+    (entry,) = state_of(run)["accepted"]
+    assert (entry["step"], entry["kinds"]) == (1, [kind])
+    assert said in entry["changes"][0]
+    assert said in capsys.readouterr().err
+    assert state_of(run)["contents"][kind] != state["contents"][kind]
+    restored(TRAIN[verb], configs(root, verb))  # and it stays accepted, though no new checkpoint was written yet
+
+
+@pytest.mark.parametrize("verb", ["sft"], indirect=True)
+def test_the_config_of_the_base_is_remembered_too(root, verb):
+    path = root / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.25}))
+    with pytest.raises(UserError, match="the checkpoint is not of this run") as error:
+        train_sft(configs(root, verb))
+    assert "rms_norm_eps" in error.value.details[0]
+    restored(train_sft, configs(root, verb), accepted={"base"})
+
+
+@pytest.mark.parametrize("verb", ["sft"], indirect=True)
+def test_checkpoints_remember_too(root, verb):
+    """Where the run's own files were lost or changed."""
+    reordered(root, verb)
+    (root / "sft-run" / "state.json").unlink()
+    with pytest.raises(UserError, match="the checkpoint is not of this run") as error:
+        train_sft(configs(root, verb))
+    assert error.value.details == ("data.train: the training data have changed since this run began",)
+
+
+@pytest.mark.parametrize("verb", ["sft"], indirect=True)
+def test_an_old_run_goes_on_and_remembers_from_now_on(root, verb, stopped, capsys):
+    """Its checkpoints and its state hold no hashes: places are compared, spelled as they may be."""
+    run = root / "sft-run"
+    old = state_of(run)
+    (run / "state.json").write_text(json.dumps({name: value for name, value in old.items() if name != "contents"}))
+    step = find_checkpoint(run)
+    metadata = read_checkpoint_metadata(step)
+    del metadata["contents"]
+    (step / "metadata" / "metadata").write_text(json.dumps({**metadata, "format": 1}))
+    (step / "checksums.json").unlink()
+    with pytest.raises(UserError, match=r"holds another run \(its model.path is"):
+        train_sft(configs(root, verb))
+    config = (run / "config.yaml").read_text(encoding="utf-8").replace(str(stopped), f"{root}/../{root.name}")
+    (run / "config.yaml").write_text(config, encoding="utf-8")
+    metadata["config"] = json.loads(json.dumps(metadata["config"]).replace(str(stopped), f"{root}/../{root.name}"))
+    (step / "metadata" / "metadata").write_text(json.dumps({**metadata, "format": 1}))
+    restored(train_sft, configs(root, verb))
+    assert "no record of what it was trained on; from now on it has" in capsys.readouterr().err
+    assert state_of(run)["contents"] == old["contents"]
+
+
+def relative(root, verb):
+    os.chdir(root)
+    return f"./{verb}-run/"
+
+
+def through_a_link(root, verb):
+    (root / "link").symlink_to(root)
+    return str(root / "link" / f"{verb}-run")
+
+
+@pytest.mark.parametrize("spell", [relative, through_a_link])
+@pytest.mark.parametrize("verb", ["sft"], indirect=True)
+def test_the_same_place_spelled_otherwise(spell, root, verb, monkeypatch):
+    """Also the model's and the data's."""
+    monkeypatch.chdir(root)
+    place = spell(root, verb)
+    base = "." if spell is relative else str(root / "link")
+    config = configs(root, verb)
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=place),
+        model=dataclasses.replace(config.model, path=f"{base}/model/"),
+        data=dataclasses.replace(config.data, train=f"{base}/sft.jsonl"),
+    )
+    restored(train_sft, config)
+
+
+EXECUTION = {
+    "remat": lambda c: {"model": dataclasses.replace(c.model, remat="full")},
+    "attention": lambda c: {"model": dataclasses.replace(c.model, attention="blocked")},
+    "mesh": lambda c: {"mesh": MeshSection(fsdp=4, tensor=2)},
+    "checkpoints": lambda c: {"checkpoints": CheckpointSection(every_steps=7)},
+    "logging": lambda c: {"logging": LoggingSection(tensorboard=True)},
+    "distributed": lambda c: {"distributed": DistributedSection("never")},
+    "micro-batches": lambda c: (
+        {"micro_batch_size": 8} if hasattr(c, "micro_batch_size") else {"micro_batch_prompts": 4, "share_prompt": False}
+    ),
+    "waves": lambda c: {} if hasattr(c, "batch_size") else {"rollout_waves": 4, "mesh": MeshSection(fsdp=2, tensor=4)},
+    "evaluations": lambda c: {"evaluate_every_steps": 3},
+}
+NUMBERS = {
+    "model.compute_dtype": lambda c: {"model": dataclasses.replace(c.model, compute_dtype="bfloat16")},
+    "model.dtype": lambda c: {"model": dataclasses.replace(c.model, dtype="bfloat16")},
+    "optimizer.learning_rate": lambda c: {"optimizer": OptimizerSection(learning_rate=2e-2)},
+    "run.seed": lambda c: {"run": dataclasses.replace(c.run, seed=4)},
+    "epochs": lambda c: {"epochs": 3.0},
+}
+
+
+@pytest.mark.parametrize("what", EXECUTION)
+def test_how_to_compute_may_change(what, tiny_root, verb):
+    old = configs(tiny_root, verb)
+    new = dataclasses.replace(old, **EXECUTION[what](old))
+    assert changes(config_to_dict(old), config_to_dict(new)) == {}
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_what_changes_the_numbers_may_not(what, tiny_root, verb):
+    old = configs(tiny_root, verb)
+    new = dataclasses.replace(old, **NUMBERS[what](old))
+    found = changes(config_to_dict(old), config_to_dict(new))["config"]
+    assert found[0].startswith(f"its {what} is ")
+
+
+def test_micro_batches_are_part_of_the_loss_of_bnpo(tiny_root):
+    old = grpo_config(tiny_root, objective=ObjectiveSection("bnpo"), micro_batch_prompts=4)
+    new = dataclasses.replace(old, micro_batch_prompts=2)
+    assert "config" in changes(config_to_dict(old), config_to_dict(new))
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_in_smaller_parts(root, verb):
+    """To its end, with all that saves memory: the steps that were done stay, and the numbers but for rounding."""
+    smaller = {"model": dataclasses.replace(configs(root, verb).model, remat="full"), "mesh": MeshSection(2, 2, 2)}
+    smaller |= {"micro_batch_size": 4} if verb == "sft" else {"micro_batch_prompts": 4}
+    whole = configs(root, verb)
+    whole = dataclasses.replace(whole, run=dataclasses.replace(whole.run, dir=str(root / "whole")))
+    TRAIN[verb](whole)
+    TRAIN[verb](configs(root, verb, **smaller))
+    lines, expected = metrics_of(root / f"{verb}-run"), metrics_of(root / "whole")
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    assert lines[:2] == expected[:2]
+    assert lines[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-3, abs=1e-5)
+
+
+def test_the_flag_of_the_command(root, verb, capsys, monkeypatch):
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
+    config = dataclasses.replace(configs(root, verb), prompt=dataclasses.replace(PROMPT, system="另一位专家。"))
+    reordered(root, verb)
+    path = write_config(config, root / "config.yaml")
+    command = [verb, "--config", str(path)]
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "--accept-changed data,template" in said
+    assert "its prompt.system is '专家。', not '另一位专家。'" in said
+    with stopped_when_restored():
+        assert cli.main([*command, "--accept-changed", "data", "--accept-changed", "base,template"]) == 1
+    assert state_of(root / f"{verb}-run")["reason"] == "far enough"
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--accept-changed", "weather"])
+    assert "'weather' is none of config, data" in capsys.readouterr().err
+
+
+def test_every_byte_of_a_model_counts(tiny_root, tmp_path):
+    shutil.copytree(tiny_root / "model", tmp_path / "model")
+    before = identity(open_model(str(tmp_path / "model")))
+    path = tmp_path / "model" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    for place in (len(content) // 3, len(content) // 2, len(content) - 1):
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert identity(open_model(str(tmp_path / "model"))) != before
+        content[place] ^= 1
