@@ -17,7 +17,7 @@ from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
 # Only the reference needs it; who imports this module is skipped without it.
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is absent: what transformers computes cannot be compared with")
 
 transformers.utils.logging.disable_progress_bar()
 # Models this small gain nothing from more, and threads that wait for a busy core lose much.

@@ -17,7 +17,7 @@ from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.sft import next_token_loss
 
 ROWS, LENGTH, VOCABULARY = 8, 12, 96
-LIMITS = {"float32": 1e-5, "bfloat16": 0.02}  # bfloat16 has 8 bits, and a sum of four is rounded four times
+LIMITS = {"float32": 1e-5, "bfloat16": 0.03}  # bfloat16 has 8 bits, and a sum of four is rounded four times
 
 
 def largest_errors(tied: bool, dtype: str, compute_dtype: str, mesh: tuple[int, int, int]) -> dict[str, float]:

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
 from psyche_jax.config import OptimizerSection
 from psyche_jax.train.state import TrainState, apply_gradients, make_optimizer, make_schedule, schedule_warning
+
+torch = pytest.importorskip("torch", reason="torch is absent: there is no AdamW to compare with")
 
 
 def torch_rates(kind, warmup, total, peak):
