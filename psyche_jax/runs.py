@@ -18,6 +18,7 @@ from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.files import GrowingFile, bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.model.products import FLOAT32_PRECISION
 from psyche_jax.run_changes import Change, Contents, changes, how_to_accept, refused
 from psyche_jax.run_lock import FILE as LOCK_FILE
 from psyche_jax.run_lock import Lock, LostLockError, locked
@@ -279,14 +280,20 @@ def _alone(folder: Path) -> Iterator[Lock | None]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions of what computed a run, and where."""
+    """Versions of what computed a run, how precise products of float32 were, and where."""
     versions = {"psyche_jax": psyche_jax.__version__, "python": platform.python_version()}
     for name in _VERSIONS_OF:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = "absent"
-    return {"versions": versions, "machine": platform.machine(), "cpus": os.cpu_count()}
+    precision = FLOAT32_PRECISION.name.lower()
+    return {
+        "versions": versions,
+        "float32_products": precision,
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
 
 
 def read_state(folder: Path) -> dict[str, Any]:
