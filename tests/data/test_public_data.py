@@ -191,9 +191,9 @@ def test_the_command(tmp_path, capsys):
     assert "import needs either --format or --config" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         load_cpsyexam(tmp_path / "none")
-    with pytest.raises(UserError, match="none: the data cannot be read .No such file"):
+    with pytest.raises(UserError, match=r"none: the data cannot be read \(No such file"):
         load_pceb(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: holds no files that end with .json or .jsonl"):
+    with pytest.raises(UserError, match=r"empty: holds no files that end with \.json or \.jsonl"):
         load_pceb(tmp_path / "empty")
     assert load_pceb(tmp_path / "out").faults == {"not of this format": 1}  # a manifest is JSON, too
