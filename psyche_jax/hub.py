@@ -10,6 +10,13 @@ from typing import Any
 from psyche_jax.errors import UserError, first_reason
 
 PREFIX = "hub:"
+# Of files in Xet stores. By default a store that refuses or is silent is asked for minutes, without a word.
+_XET_PATIENCE = {
+    "HF_XET_CLIENT_CONNECT_TIMEOUT": "15s",
+    "HF_XET_CLIENT_READ_TIMEOUT": "30s",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "3",
+    "HF_XET_CLIENT_RETRY_MAX_DURATION": "60s",
+}
 
 
 def download(source: str, patterns: Sequence[str]) -> Path:
@@ -104,12 +111,18 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
     """Raises what the hub, the network or a wrong name brings about as a UserError."""
     from huggingface_hub import errors
 
+    for name_of_setting, value in _XET_PATIENCE.items():
+        os.environ.setdefault(name_of_setting, value)
     try:
         yield
-    except (errors.HFValidationError, errors.HTTPError, errors.XetDownloadError, OSError) as error:
+    except (RuntimeError, errors.XetDownloadError) as error:  # what hf_xet raises
+        raise UserError(f"{PREFIX}{name}: {_WITHOUT_XET.format(first_reason(error))}") from None
+    except (errors.HFValidationError, errors.HTTPError, OSError) as error:
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) else error
         status = cause.response.status_code if isinstance(cause, errors.HfHubHTTPError) else None
-        if isinstance(cause, errors.GatedRepoError):
+        if isinstance(cause, errors.HfHubHTTPError) and "/xet-" in str(cause.response.url):  # of the tokens for a store
+            why = _WITHOUT_XET.format(f"{_site()} gives no token for it, status {status}")
+        elif isinstance(cause, errors.GatedRepoError):
             why = f"is gated: accept its terms on {_site()} and set HF_TOKEN"
         elif isinstance(cause, errors.RevisionNotFoundError):
             why = f"has no revision {revision!r}"
@@ -124,6 +137,9 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
         else:
             why = first_reason(error)
         raise UserError(f"{PREFIX}{name}: {why}") from None
+
+
+_WITHOUT_XET = "its files cannot be had from their Xet store ({}); set HF_HUB_DISABLE_XET=1 to go without it"
 
 
 def _site() -> str:

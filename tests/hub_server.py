@@ -11,10 +11,12 @@ from urllib.parse import urlparse
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 WRITER, READER = "hf_writer", "hf_reader"  # tokens
+NO_TOKENS = "no tokens"  # as the address of a Xet store: the hub gives none for it
 
 
 class Hub(ThreadingHTTPServer):
     """`repos`: files by repository (`datasets/NAME` those of a data set); `gated` are those that want terms accepted;
+    `xet`: the address of the Xet store that is named for weights ('' for none; ours, `/cas`, knows no file);
     `asked`: every request, in order."""
 
     def __init__(self) -> None:
@@ -23,6 +25,7 @@ class Hub(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.asked: list[str] = []
         self.created: list[dict] = []
+        self.xet = ""
 
     @property
     def url(self) -> str:
@@ -73,7 +76,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlparse(self.path).path
         self.server.asked.append(f"{self.command} {path}")
+        if path.startswith(("/cas", "/v1/", "/v2/")):
+            return self.answer(404, {"error": "not found"})
         name, what = repository(path)
+        if what[:1] == ["xet-read-token"]:
+            if self.server.xet == NO_TOKENS:
+                return self.refuse(404, "EntryNotFound")
+            token = {"X_Xet_Access_Token": "x", "X_Xet_Token_Expiration": "9999999999"}
+            return self.answer(200, {}, X_Xet_Cas_Url=self.server.xet, **token)
         if name not in self.server.repos:
             return self.refuse(401 if not self.headers.get("Authorization") else 404, "RepoNotFound")
         if name in self.server.gated:
@@ -89,6 +99,9 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.refuse(404, "EntryNotFound")
         named = {"X_Repo_Commit": SHA, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept_Ranges": "bytes"}
+        if self.server.xet and what[-1].endswith(".safetensors"):
+            named["X_Xet_Hash"] = hashlib.sha256(content).hexdigest()
+            named["X_Xet_Refresh_Route"] = f"{self.server.url}/api/models/{name}/xet-read-token/{SHA}"
         if (wanted := self.headers.get("Range")) is None:
             return self.answer(200, content, **named)
         first, _, last = wanted.removeprefix("bytes=").partition("-")

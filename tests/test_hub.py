@@ -2,11 +2,12 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
 import pytest
-from hub_server import READER, SHA, WRITER, running_hub
+from hub_server import NO_TOKENS, READER, SHA, WRITER, running_hub
 from tiny import save_model
 
 RUN_ALL = """
@@ -104,3 +105,29 @@ def test_no_network(hub, tmp_path):
         assert f"{unreachable} cannot be reached" in line
     (offline,) = failures(hub, "import hub:org/model new", HF_HUB_OFFLINE="1")
     assert "cannot be reached" in offline
+
+
+def test_a_mirror_whose_xet_store_does_not_work(hub):
+    """One that knows no file, one that refuses, one that is silent, one without tokens: one line each, in short."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        patience = {"HF_XET_CLIENT_READ_TIMEOUT": "1s", "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1"}
+        addresses = (f"{hub.url}/cas", "http://127.0.0.1:9", f"http://127.0.0.1:{silent.getsockname()[1]}", NO_TOKENS)
+        for hub.xet in addresses:
+            (line,) = failures(hub, "import hub:org/model new", **patience, HF_HOME=f"home{addresses.index(hub.xet)}")
+            assert line.startswith("psyche import: hub:org/model: its files cannot be had from their Xet store (")
+            assert line.endswith("set HF_HUB_DISABLE_XET=1 to go without it")
+    ((code, _, err),) = commands(hub, "import hub:org/model new", HF_HUB_DISABLE_XET="1")
+    assert code == 0, err
+
+
+def test_a_xet_store_is_not_waited_for_without_end():
+    """What hf_xet is told, unless the user says otherwise."""
+    program = (
+        "import os; from psyche_jax import hub\nwith hub._one_line('x'): print(os.environ[{0!r}], os.environ[{1!r}])"
+    )
+    names = ("HF_XET_CLIENT_RETRY_MAX_DURATION", "HF_XET_CLIENT_READ_TIMEOUT")
+    environment = {**os.environ, "HF_XET_CLIENT_READ_TIMEOUT": "7s"}
+    done = subprocess.run(
+        [sys.executable, "-c", program.format(*names)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["60s", "7s"]

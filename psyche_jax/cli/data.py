@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least
@@ -36,7 +37,11 @@ def add_verbs(add: AddVerb) -> None:
         "or (--config) hub:NAME[@REVISION]",
     )
     verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` and `import` write")
-    verb.add_argument("--format", choices=("cpsyexam", "pceb", "smile"), help="of what `import` reads, as published")
+    verb.add_argument(
+        "--format",
+        choices=("cpsyexam", "pceb", "smile"),
+        help="of what `import` reads, as published: a JSON or JSONL file, a folder or a zip of them",
+    )
     verb.add_argument(
         "--config",
         type=Path,
@@ -109,31 +114,37 @@ def _data(arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     uri, to, deadline = arguments.uri, arguments.to, arguments.deadline
-    if arguments.format is not None:
-        from psyche_jax.data.dataset import write_dataset
-        from psyche_jax.data.public import LOADERS
+    from psyche_jax.data.mapping import ImportConfig, Imported, NoRecordsError, import_rows
 
-        loaded = LOADERS[arguments.format](Path(uri))
-        manifest = write_dataset(to, loaded.good, {"source": uri}, deadline=deadline)
-        set_aside, faults, of_which = loaded.set_aside, loaded.faults, "; faults seen, mended ones among them:"
-    else:
-        from psyche_jax.config_files import load_config
-        from psyche_jax.data.mapping import ImportConfig, import_rows
+    def report(found: Imported | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
+        if arguments.report is not None:
+            from psyche_jax.files import write_json
 
-        imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides), deadline)
-        manifest, set_aside, faults = imported.manifest, imported.set_aside, imported.faults
-        of_which = ":" if faults else ""
-    print(f"{to}: {manifest}")
-    for line in set_aside:
+            counts = {"source": uri, "records": records, "faults": dict(found.faults), "remarks": remarks}
+            write_json(arguments.report, {**counts, "set_aside": found.set_aside})
+
+    try:
+        if arguments.format is not None:
+            from psyche_jax.data.public import import_public
+
+            imported = import_public(arguments.format, Path(uri), to, deadline)
+        else:
+            from psyche_jax.config_files import load_config
+
+            imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides), deadline)
+    except NoRecordsError as error:
+        report(error, 0)
+        raise
+    print(f"{to}: {imported.manifest}")
+    for line in imported.set_aside:
         print(f"set aside: {line}", file=sys.stderr)
-    print(f"{len(set_aside)} set aside{of_which}")
-    for fault, count in faults.most_common():
+    mended = "; faults seen, mended ones among them" if arguments.format is not None else ""
+    print(f"{len(imported.set_aside)} set aside{mended}{':' if imported.faults else ''}")
+    for fault, count in imported.faults.most_common():
         print(f"{count:8} {fault}")
-    if arguments.report is not None:
-        from psyche_jax.files import write_json
-
-        report = {"source": uri, "records": manifest.records, "faults": dict(faults), "set_aside": set_aside}
-        write_json(arguments.report, report)
+    for remark in imported.remarks:
+        print(f"look here: {remark}")
+    report(imported, imported.manifest.records, imported.remarks)
 
 
 def _pack(arguments: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from psyche_jax.data.records import (
     record_from_json,
     record_to_json,
 )
-from psyche_jax.data.store import Store, open_store
+from psyche_jax.data.store import Store, crc32c_of, open_store
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.files import in_bucket
 
@@ -352,8 +352,7 @@ def _write_shards(store: Store, contents: Iterable[bytes], shard_bytes: int) -> 
 
         def finish(writer: Any, records: int) -> None:
             writer.close()
-            checksum = google_crc32c.Checksum(path.read_bytes())
-            number = int.from_bytes(checksum.digest(), "big")
+            number = crc32c_of(path)
             stored = store.upload(path, f"{len(shards):05}-{number:08x}.array_record")
             shards.append(Shard(stored.name, records, stored.bytes, number))
 

@@ -3,10 +3,14 @@
 Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`text.comparable`).
 """
 
+import re
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from psyche_jax.data.dataset import is_dataset, load_records, open_dataset, write_dataset
 from psyche_jax.data.records import BaseRecord, Dialogue, Question, RlPrompt, SftExample
@@ -15,8 +19,12 @@ from psyche_jax.errors import UserError
 
 NEAR = 0.3  # of the shingles of both; docs/data.md says what was seen above and below
 SHARED_CASE = 0.5  # of a case's shingles
+HELD = 0.8  # of the shingles of one, where the other one is longer
+_LEAST = 12  # shingles: "the main symptom is" with two options is asked about every case, and is no question by itself
+_OPTION = re.compile(r"(?<![A-Za-z])([A-Z])\s*[.、:)]\s*")
 
 Reason = Literal["exact", "near", "case"]
+_REASONS: tuple[Reason, ...] = ("exact", "case", "near")
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,21 @@ class Leak:
 
 @dataclass(frozen=True)
 class Decontaminated:
-    """`clean` are the records that share nothing; `leaks` name one reason for each of the others."""
+    """`clean` are the records that share nothing; `leaks` name one reason for each of the others.
+
+    `leaked`: all benchmark records that some training record shares something with, by id, with the reason.
+    """
 
     clean: tuple[BaseRecord, ...]
     leaks: tuple[Leak, ...]
+    leaked: dict[str, Reason]
 
     def summary(self) -> dict[str, Any]:
         """Counts by reason, how many of the benchmark's records leak, and the first examples of each reason."""
         reasons = Counter(leak.reason for leak in self.leaks)
         examples = {reason: [asdict(leak) for leak in self.leaks if leak.reason == reason][:5] for reason in reasons}
-        leaked = len({leak.evaluation_id for leak in self.leaks})
-        return {"clean": len(self.clean), "leaks": dict(reasons), "evaluation_records": leaked, "examples": examples}
+        counts = {"clean": len(self.clean), "leaks": dict(reasons), "evaluation_records": len(self.leaked)}
+        return {**counts, "examples": examples}
 
 
 def decontaminate(
@@ -51,19 +63,25 @@ def decontaminate(
 ) -> Decontaminated:
     """Take out of `train` what `evaluation` asks.
 
-    A record leaks if its text is a question's stem and options, in whatever order; if the Jaccard similarity of their
-    five-character shingles is at least `near`; or if it holds at least `shared_case` of the shingles of a case that a
-    question of the benchmark is about (`meta["case"]`).
+    Each record is compared with each question. It leaks if its text is the question's stem and options, in whatever
+    order ("exact"); if the Jaccard similarity of their five-character shingles is at least `near`, or one of them holds
+    at least `HELD` of the other's, which may be a question with its case ("near"); or if it holds at least
+    `shared_case` of the shingles of a case that the question is about (`meta["case"]`). A question on a case is also
+    compared without it, unless it is too short to be one.
     """
     index = _Index(evaluation)
     clean, leaks = [], []
+    leaked: dict[str, Reason] = {}
     for record in train:
-        found = index.leak(record, near, shared_case)
-        if found is None:
-            clean.append(record)
+        found = index.leaks(record, near, shared_case)
+        for leak in found:
+            known = leaked.get(leak.evaluation_id, leak.reason)
+            leaked[leak.evaluation_id] = min(known, leak.reason, key=_REASONS.index)
+        if found:
+            leaks.append(found[0])
         else:
-            leaks.append(found)
-    return Decontaminated(tuple(clean), tuple(leaks))
+            clean.append(record)
+    return Decontaminated(tuple(clean), tuple(leaks), leaked)
 
 
 def decontaminate_places(train: str, evaluation: str, out: str, near: float = NEAR) -> Decontaminated:
@@ -86,52 +104,62 @@ class _Index:
 
     def __init__(self, questions: Sequence[Question]) -> None:
         self._questions = questions
-        self._exact: dict[Any, int] = {}
-        self._sizes: list[int] = []
-        self._of_shingle: defaultdict[str, list[int]] = defaultdict(list)
-        self._cases: dict[str, int] = {}
-        self._case_sizes: list[int] = []
-        self._case_question: list[int] = []
-        self._case_of_shingle: defaultdict[str, list[int]] = defaultdict(list)
+        self._exact: defaultdict[Any, list[int]] = defaultdict(list)
+        # Of each shingle the places where it counts: questions, the same again for what their cases do not hold, cases.
+        self._places: defaultdict[str, list[int]] = defaultdict(list)
+        cases: dict[str, int] = {"": 0}
+        case_shingles: list[frozenset[str]] = [frozenset()]
+        case_of = []
+        sizes = []
         for number, question in enumerate(questions):
             stem = str(question.meta.get("question", question.stem))
             case = comparable(str(question.meta.get("case", "")))
-            # A question on a case says little by itself ("the main symptom is"): it leaks with its case or not at all.
-            if not case:
-                self._exact.setdefault(_key(stem, question.options.values()), number)
-            found = shingles(_joined(stem, question.options.values()))
-            self._sizes.append(len(found))
-            if not case:
-                for shingle in found:
-                    self._of_shingle[shingle].append(number)
-            elif case not in self._cases:
-                self._cases[case] = len(self._cases)
-                found = shingles(case)
-                self._case_sizes.append(len(found))
-                self._case_question.append(number)
-                for shingle in found:
-                    self._case_of_shingle[shingle].append(self._cases[case])
+            if case not in cases:
+                cases[case] = len(cases)
+                case_shingles.append(shingles(case))
+            case_of.append(cases[case])
+            own = shingles(_joined(stem, question.options.values()))
+            sizes.append(len(own) if not case or len(own) >= _LEAST else 0)
+            if sizes[-1]:
+                self._exact[_key(stem, question.options.values())].append(number)
+            for shingle in own:
+                self._places[shingle].append(number)
+            for shingle in own - case_shingles[cases[case]]:
+                self._places[shingle].append(len(questions) + number)
+        for number, found in enumerate(case_shingles):
+            for shingle in found:
+                self._places[shingle].append(2 * len(questions) + number)
+        self._sizes, self._case_of = np.array(sizes, int), np.array(case_of, int)
+        self._case_sizes = np.array([len(found) for found in case_shingles])
 
-    def leak(self, record: BaseRecord, near: float, shared_case: float) -> Leak | None:
+    def leaks(self, record: BaseRecord, near: float, shared_case: float) -> list[Leak]:
+        """What is found of each question in a record, exact twins first, then shared cases, the nearest first."""
         text, options = _text(record)
-        number = self._exact.get(_key(text, options))
-        if number is not None:
-            return self._leak("exact", 1.0, record, text, number)
-        found = shingles(_joined(text, options))
-        cases = Counter(
-            case for shingle in shingles(comparable(text)) for case in self._case_of_shingle.get(shingle, ())
-        )
-        if cases:
-            case, common = cases.most_common(1)[0]
-            if (share := common / self._case_sizes[case]) >= shared_case:
-                return self._leak("case", share, record, text, self._case_question[case])
-        shared = Counter(number for shingle in found for number in self._of_shingle.get(shingle, ()))
-        best, similarity = max(
-            ((number, common / (len(found) + self._sizes[number] - common)) for number, common in shared.items()),
-            key=lambda pair: pair[1],
-            default=(0, 0.0),
-        )
-        return self._leak("near", similarity, record, text, best) if similarity >= near else None
+        exact = self._exact.get(_key(text, options), [])
+        found: dict[int, tuple[Reason, float]] = dict.fromkeys(exact, ("exact", 1.0))
+        parts = shingles(_joined(text, options))
+        # A case is looked for in the text alone, where options do not stand between.
+        whole = shingles(comparable(text))
+        count = len(self._questions)
+        shared = self._counts(parts)
+        own, beyond_case, in_case = shared[:count], shared[count : 2 * count], shared[2 * count :]
+        case_share = (self._counts(whole)[2 * count :] / np.maximum(self._case_sizes, 1))[self._case_of]
+        for number in np.flatnonzero(case_share >= shared_case):
+            found.setdefault(int(number), ("case", float(case_share[number])))
+        similarity = own / np.maximum(len(parts) + self._sizes - own, 1)
+        held = np.where(self._sizes >= _LEAST, own / np.maximum(self._sizes, 1), 0)
+        if len(parts) >= _LEAST:
+            held = np.maximum(held, (in_case[self._case_of] + beyond_case) / len(parts))
+        for number in np.flatnonzero((self._sizes > 0) & (similarity >= near) | (held >= HELD)):
+            score = similarity[number] if similarity[number] >= near else held[number]
+            found.setdefault(int(number), ("near", float(score)))
+        ranked = sorted(found.items(), key=lambda pair: (_REASONS.index(pair[1][0]), -pair[1][1]))
+        return [self._leak(reason, score, record, text, number) for number, (reason, score) in ranked]
+
+    def _counts(self, found: frozenset[str]) -> np.ndarray:
+        """int [places]: how many of the shingles each of them holds."""
+        places = [place for shingle in found if shingle in self._places for place in self._places[shingle]]
+        return np.bincount(np.array(places, int), minlength=2 * len(self._questions) + len(self._case_sizes))
 
     def _leak(self, reason: Reason, similarity: float, record: BaseRecord, text: str, number: int) -> Leak:
         question = self._questions[number]
@@ -147,14 +175,22 @@ def _joined(stem: str, options: Iterable[str]) -> str:
 
 
 def _text(record: BaseRecord) -> tuple[str, tuple[str, ...]]:
-    """What a record asks or says, and its options; of conversations the user's turns, their options found by lines."""
+    """What a record asks or says, and its options; of conversations the user's turns, options found by letters."""
     if isinstance(record, Question):
         return record.stem, tuple(record.options.values())
     turns = record.turns if isinstance(record, Dialogue) else record.messages  # type: ignore[attr-defined]
-    lines = [line for turn in turns if turn.role == "user" for line in turn.content.split("\n")]
-    options = tuple(line[2:] for line in lines if line[:1].isascii() and line[:1].isupper() and line[1:2] in ".．、")
-    stem = "\n".join(line for line in lines if line[2:] not in options)
-    return stem, options
+    text = unicodedata.normalize("NFKC", "\n".join(turn.content for turn in turns if turn.role == "user"))
+    markers: list[re.Match[str]] = []
+    for marker in _OPTION.finditer(text):  # those that go A, B, C, … to the last one
+        if ord(marker[1]) == ord("A") + len(markers):
+            markers.append(marker)
+    if len(markers) < 2:
+        return text, ()
+    ends = [marker.start() for marker in markers[1:]]
+    last = text.find("\n", markers[-1].end())
+    ends.append(last if last >= 0 else len(text))
+    options = tuple(text[marker.end() : end].strip() for marker, end in zip(markers, ends, strict=True))
+    return f"{text[: markers[0].start()]}\n{text[ends[-1] :]}", options
 
 
 def _kind_at(train: str) -> type[BaseRecord]:

@@ -26,6 +26,7 @@ from psyche_jax.data.records import (
     question_to_rl,
     question_to_sft,
 )
+from psyche_jax.data.remarks import DialogueRemarks
 from psyche_jax.data.sources import ReadingSection, Row, RowError, read_rows
 from psyche_jax.errors import UsageError, UserError
 
@@ -33,6 +34,7 @@ Form: TypeAlias = Literal["question", "user", "messages"]
 
 _HEAD = 1000  # rows in which a column must appear
 _LETTERS = string.ascii_uppercase
+_NO_TEXT = (bool, list, Mapping)
 
 
 @dataclass(frozen=True)
@@ -130,11 +132,23 @@ def _uses(record: str, form: Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of it: the data set's manifest, a line for each row set aside, and how many for each reason."""
+    """What came of it: the data set's manifest, a line for each row set aside, and how many for each reason.
+
+    `remarks` say what is odd about the dialogues among them.
+    """
 
     manifest: Manifest
     set_aside: tuple[str, ...]
     faults: Counter[str]
+    remarks: tuple[str, ...] = ()
+
+
+class NoRecordsError(UserError):
+    """A source gives no record; why not is told as of any other import."""
+
+    def __init__(self, message: str, set_aside: tuple[str, ...], faults: Counter[str]) -> None:
+        super().__init__(message)
+        self.set_aside, self.faults = set_aside, faults
 
 
 def import_rows(source: str, target: str, config: ImportConfig, deadline: float = DEADLINE_SECONDS) -> Imported:
@@ -149,11 +163,13 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
       deadline: seconds that one file of a bucket may take to be read or written.
 
     Raises:
-      UserError: the source cannot be read or has no usable row, or the target cannot be written.
+      NoRecordsError: the source has no usable row.
+      UserError: it cannot be read, or the target cannot be written.
       UsageError: the config names a column that is in none of the first 1,000 rows.
     """
     set_aside: list[str] = []
     faults: Counter[str] = Counter()
+    remarks = DialogueRemarks()
 
     def records() -> Iterator[BaseRecord]:
         seen: dict[str, tuple[str, Any]] = {}
@@ -172,14 +188,15 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
                 faults[fault.reason] += 1
                 set_aside.append(f"{where}: {fault}")
                 continue
+            remarks.see(record)
             yield record
         if not seen:
             first = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ": it holds no rows"
-            raise UserError(f"{source}: no row gives a {config.record}{first}")
+            raise NoRecordsError(f"{source}: no row gives a {config.record}{first}", tuple(set_aside), faults)
 
     origin = {"source": source, "import": config_to_dict(config)}
     manifest = write_dataset(target, records(), origin, deadline=deadline)
-    return Imported(manifest, tuple(set_aside), faults)
+    return Imported(manifest, tuple(set_aside), faults, remarks.lines())
 
 
 def _checked(source: str, config: ImportConfig, deadline: float) -> Iterator[Row]:
@@ -223,8 +240,7 @@ def _question(row: Mapping[str, Any], config: ImportConfig, meta: dict[str, Any]
         raise RowError("the answer names no option", f"{beyond[0]}, options {''.join(options)}")
     rationale = None
     if (column := config.columns.rationale) is not None:
-        must = config.record == "SftExample"
-        rationale = _text(row, column) if must or _is_filled(row.get(column)) else None
+        rationale = _text(row, column) if config.record == "SftExample" else _optional_text(row, column)
     stem = _text(row, config.columns.question)
     return Question(stem, options, answer, _kind(row, config, answer), rationale, meta=meta)
 
@@ -236,7 +252,9 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
     if isinstance(value, str):
         value = _json(value, columns)
     if isinstance(value, Mapping):
-        letters = sorted(name for name, text in value.items() if _is_filled(text))
+        letters = sorted(
+            name for name, text in value.items() if _is_filled(text) or isinstance(text, bool | list | dict)
+        )
         if letters != list(_LETTERS[: len(letters)]):
             raise RowError("options are not lettered A, B, …", ", ".join(map(str, letters)))
         value = [value[letter] for letter in letters]
@@ -247,6 +265,8 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
         texts.pop()
     if not 2 <= len(texts) <= len(_LETTERS):
         raise RowError("fewer than two options, or more than 26", str(len(texts)))
+    if any(isinstance(text, _NO_TEXT) for text in texts):
+        raise RowError("an option is neither text nor a number")
     if not all(map(_is_filled, texts)):
         raise RowError("an option is empty")
     return {letter: str(text).strip() for letter, text in zip(_LETTERS, texts, strict=False)}
@@ -261,13 +281,15 @@ def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, 
     parts: list[Any] = value if isinstance(value, list) else [value]
     letters: set[str] = set()
     for part in parts:
+        if not _is_filled(part):
+            raise RowError("a part of the answer is empty, or neither text nor a number", repr(part)[:80])
         if config.answer_is == "text":
             named = [letter for letter, text in options.items() if text == str(part).strip()]
             if len(named) != 1:
                 raise RowError("the answer is not the text of one option", repr(part)[:80])
             letters |= {*named}
         elif config.answer_is == "index":
-            if isinstance(part, bool) or not re.fullmatch("[0-9]{1,2}", str(part)) or int(part) >= len(_LETTERS):
+            if not re.fullmatch("[0-9]{1,2}", str(part)) or int(part) >= len(_LETTERS):
                 raise RowError("the answer is no index of an option", repr(part)[:80])
             letters.add(_LETTERS[int(part)])
         else:
@@ -296,8 +318,9 @@ def _kind(row: Mapping[str, Any], config: ImportConfig, answer: str) -> Kind:
 def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
     columns, turns = config.columns, config.turns
     if config.form == "user":
-        system = [Message("system", _text(row, columns.system))] if _is_filled(row.get(columns.system or "")) else []
-        asked = [*system, Message("user", _text(row, columns.user))]
+        system = _optional_text(row, columns.system)
+        first = [] if system is None else [Message("system", system)]
+        asked = [*first, Message("user", _text(row, columns.user))]
         if columns.assistant is None:
             return tuple(asked)
         reply = _text(row, columns.assistant)
@@ -326,8 +349,17 @@ def _text(row: Mapping[str, Any], column: str | None) -> str:
     return value.strip()
 
 
+def _optional_text(row: Mapping[str, Any], column: str | None) -> str | None:
+    """None where the cell is empty; what is there must be text."""
+    value = row.get(column or "")
+    empty = value is None or value != value or (isinstance(value, str) and not value.strip())
+    return None if empty else _text(row, column)
+
+
 def _is_filled(value: Any) -> bool:
     """Whether a cell holds something: text, or a number that is one (tables leave NaN where nothing is)."""
+    if isinstance(value, bool):
+        return False
     return value == value if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
 
 
@@ -340,5 +372,5 @@ def _json(text: str, column: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a value; dates become text."""
-    return json.loads(json.dumps(value, ensure_ascii=False, default=str))
+    """What JSON can hold of a value; dates become text, what is no number nothing."""
+    return json.loads(json.dumps(value, ensure_ascii=False, default=str), parse_constant=lambda _: None)

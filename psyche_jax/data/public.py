@@ -1,27 +1,60 @@
 """Public psychology data: CPsyExam, PCEB and SMILE, as published, read into records.
 
 Each record comes out clean or is set aside, and every fault is counted: these files hold merged options, keys that
-point nowhere, questions about cases that are not there, and duplicates with conflicting keys.
+point nowhere, questions about cases that are not there, and duplicates with conflicting keys. Each is read from a file
+(an array, or a value a line), a folder of files, or a zip of one.
 """
 
-import json
+import itertools
 import re
+import string
+import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question, fault_of
+from psyche_jax.buckets import DEADLINE_SECONDS
+from psyche_jax.data.dataset import write_dataset
+from psyche_jax.data.mapping import Imported, NoRecordsError
+from psyche_jax.data.published_files import NO_TEXT, PublishedValue, published_values
+from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question
+from psyche_jax.data.remarks import DialogueRemarks
+from psyche_jax.data.sources import RowError
 from psyche_jax.data.text import clean_text, comparable, without_prefix
-from psyche_jax.errors import UserError
 
 _REFERS_TO_CASE = re.compile("案例|该求助者|该咨询师|上题|本案")
 _CASE_LENGTH = 150  # characters: a stem as long brings its case with it
-_NEXT_OPTION = re.compile(r"(?<![A-Za-z])([B-H])\s*[.．、]\s*\S")
+# Shorter ones do where someone is introduced, and something is told, before the case is referred to.
+_TELLS_CASE = re.compile(
+    r"(?:某|有一?[位名个]|一[位名个]|\d+\s*岁|[，,、。：:\s][男女](?:性|生|孩)?[，,、。]|小[\u4e00-\u9fff][，,是在最近]).{10,}?"
+    r"(?:这个案例|[本该此]案例|该求助者|该咨询师|本案)"
+)
+_MARKER = re.compile(r"([A-Z])\s*[.．、]\s*(?=\S)")
+_PART_OF_NAME = re.compile(
+    r"(?:[·(（]|(?<![A-Za-z])[A-Za-z][.．]?|[A-Za-z])$"
+)  # before an initial: F．王某, R.E.弗洛姆
 _MARKS = re.compile(r"（\s*[\d.]+\s*分\s*）")
-_ROLES = {"client": "user", "counselor": "assistant"}
+_ROLES: Mapping[str, Literal["user", "assistant"]] = {"client": "user", "counselor": "assistant"}
+_NO_KEY = "empty answer"
+_PARTS_OF_CPSYEXAM = {"CA": "analyse", "KG": "knowledge"}  # as its files' names begin
+_LAST_USUAL_OPTION = "D"
+
+
+@dataclass
+class Notes:
+    """What is said of a source while it is read: a line for each record set aside; how often each fault was seen."""
+
+    set_aside: list[str] = field(default_factory=list)
+    faults: Counter[str] = field(default_factory=Counter)
+
+    def leave_out(self, where: str, fault: str, error: ValueError) -> None:
+        """Set aside what stands there; `fault` is its kind, unless the error says that itself."""
+        fault = error.reason if isinstance(error, RowError) else fault
+        self.faults[fault] += 1
+        self.set_aside.append(f"{where}: {error if isinstance(error, RowError) else f'{fault} ({error})'}")
 
 
 @dataclass(frozen=True)
@@ -54,119 +87,220 @@ class _Item:
     part: str = ""
 
 
-def load_cpsyexam(path: Path) -> Loaded:
-    """CPsyExam, one JSON object a line. `meta["part"]` is what it tests: `knowledge` or `analyse`."""
-    return _questions(((where, partial(_cpsyexam_item, where, row)) for where, row in _lines(path)), "CPsyExam")
+def load_cpsyexam(place: Path) -> Loaded:
+    """CPsyExam. `meta["part"]` is what a question tests: `knowledge` or `analyse`."""
+    return _loaded(cpsyexam_questions, place)
 
 
-def load_pceb(folder: Path) -> Loaded:
+def load_pceb(place: Path) -> Loaded:
     """The choice questions of PCEB: `cases/mix`, `moral` and `theory`, of any exam; a question on a case brings it."""
-    return _questions(_pceb_items(folder), "PCEB")
+    return _loaded(pceb_questions, place)
 
 
-def load_pceb_essays(folder: Path) -> tuple[tuple[Essay, ...], Counter[str]]:
-    """The essay questions of PCEB, and how many references embed marks."""
-    essays, faults = [], Counter[str]()
-    for path in _json_files(folder):
-        if "essay" not in path.parts:
+def load_smile(place: Path) -> Loaded:
+    """All dialogues of SMILE; see `smile_dialogues`."""
+    return _loaded(smile_dialogues, place)
+
+
+def _loaded(read: "Reader", place: Path) -> Loaded:
+    notes = Notes()
+    good = tuple(read(place, notes))
+    return Loaded(good, tuple(notes.set_aside), +notes.faults)
+
+
+def cpsyexam_questions(place: Path, notes: Notes) -> Iterator[Question]:
+    """The questions of CPsyExam, whose files are arrays by subject; what is wrong goes into `notes`."""
+    items = ((found.where, partial(_cpsyexam_item, found)) for found in published_values(place))
+    yield from _questions(items, "CPsyExam", notes)
+
+
+def pceb_questions(place: Path, notes: Notes) -> Iterator[Question]:
+    """The choice questions of PCEB; what is wrong goes into `notes`."""
+    yield from _questions(_pceb_items(place), "PCEB", notes)
+
+
+def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[tuple[Essay, ...], Counter[str]]:
+    """The essay questions of PCEB, and how often each fault was seen; what is no essay is named in `set_aside`."""
+    essays, notes = [], Notes(set_aside=[] if set_aside is None else set_aside)
+    for found in published_values(place):
+        if _folder_of(found.path) != "essay":
             continue
-        for case in _json(path):
-            text = _case(case)
-            for pair in case["questions_and_answers"]:
-                faults["reference embeds marks"] += bool(_MARKS.search(pair["answer"]))
-                reference = _MARKS.sub("", pair["answer"])
-                question = without_prefix(clean_text(_MARKS.sub("", pair["question"])))
-                essays.append(Essay(text, question, clean_text(reference)))
-    return tuple(essays), +faults
+        try:
+            case = _object(found.value)
+            text, pairs = _case(case), _list(case, "questions_and_answers")
+        except ValueError as error:
+            notes.leave_out(found.where, "no essay", error)
+            continue
+        for number, pair in enumerate(pairs, start=1):
+            try:
+                question, answer = _text(_object(pair), "question"), _text(pair, "answer")
+                if not question.strip() or not answer.strip():
+                    raise ValueError("question or answer is empty")
+            except ValueError as error:
+                notes.leave_out(f"{found.where}.{number}", "no essay", error)
+                continue
+            notes.faults["reference embeds marks"] += bool(_MARKS.search(answer))
+            asked = without_prefix(clean_text(_MARKS.sub("", question)))
+            essays.append(Essay(text, asked, clean_text(_MARKS.sub("", answer))))
+    return tuple(essays), +notes.faults
 
 
-def load_smile(path: Path) -> Loaded:
-    """SMILE-style dialogues of `client` and `counselor`, one JSON object a line.
+def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
+    """Dialogues of `client` and `counselor`: each a list of turns (in SMILE a file of its own) or one under `turns`.
 
     Turns of one speaker in a row become one; what stands before the client's first turn, or after the counsellor's
-    last, is left out.
+    last, is left out. The dialogues are streamed, and what is wrong goes into `notes`.
     """
-    good, set_aside, faults = [], [], Counter[str]()
-    for where, row in _lines(path):
+    for where, row in _dialogues(place):
         try:
             turns: list[Message] = []
-            for turn in row["turns"]:
-                role, content = _ROLES[turn["role"]], clean_text(turn["content"])
+            for turn in _list(row, "turns"):
+                role, content = _role(turn), clean_text(_text(turn, "content"))
                 if turns and turns[-1].role == role:
-                    faults["turns in a row"] += 1
+                    notes.faults["turns in a row"] += 1
                     turns[-1] = Message(role, f"{turns[-1].content}\n{content}")
                 else:
-                    turns.append(Message(role, content))  # type: ignore[arg-type]
+                    turns.append(Message(role, content))
             if turns and turns[0].role == "assistant":
-                faults["the counsellor begins"] += 1
+                notes.faults["the counsellor begins"] += 1
                 turns = turns[1:]
             if turns and turns[-1].role == "user":
-                faults["the client ends"] += 1
+                notes.faults["the client ends"] += 1
                 turns = turns[:-1]
-            good.append(Dialogue(tuple(turns), "SMILE", {"id": row.get("id")}))
-        except (KeyError, TypeError, ValueError) as error:
-            faults["no dialogue"] += 1
-            set_aside.append(f"{where}: no dialogue ({_why(error)})")
-    return Loaded(tuple(good), tuple(set_aside), +faults)
+            yield Dialogue(tuple(turns), "SMILE", _named(row))
+        except ValueError as error:
+            notes.leave_out(where, "no dialogue", error)
 
 
-LOADERS: Mapping[str, Callable[[Path], Loaded]] = {
-    "cpsyexam": load_cpsyexam,
-    "pceb": load_pceb,
-    "smile": load_smile,
+Reader = Callable[[Path, Notes], Iterator[BaseRecord]]
+READERS: Mapping[str, Reader] = {
+    "cpsyexam": cpsyexam_questions,
+    "pceb": pceb_questions,
+    "smile": smile_dialogues,
 }
 
 
-def _cpsyexam_item(where: str, row: Mapping[str, Any]) -> _Item:
-    explanation = clean_text(row.get("explanation") or "") or None
-    stem = clean_text(row["question"])
+def import_public(name: str, place: Path, target: str, deadline: float = DEADLINE_SECONDS) -> Imported:
+    """Write the records of public data as a new data set.
+
+    Args:
+      name: one of `READERS`.
+      place: a file, a folder or a zip.
+      target: a new local folder or gs://bucket/prefix.
+      deadline: seconds that one file of a bucket may take to be written.
+
+    Raises:
+      NoRecordsError: nothing usable is there.
+      UserError: the data cannot be read, or the target cannot be written.
+    """
+    notes, remarks = Notes(), DialogueRemarks()
+
+    def records() -> Iterator[BaseRecord]:
+        record = None
+        for record in READERS[name](place, notes):
+            remarks.see(record)
+            yield record
+        if record is None:
+            raise _none_usable(name, place, notes)
+
+    manifest = write_dataset(target, records(), {"source": str(place)}, deadline=deadline)
+    return Imported(manifest, tuple(notes.set_aside), +notes.faults, remarks.lines())
+
+
+def _none_usable(name: str, place: Path, notes: Notes) -> NoRecordsError:
+    without_key = notes.faults[_NO_KEY]
+    if without_key and without_key == len(notes.set_aside):
+        why = f"none of its {without_key} questions has a key (as in CPsyExam's test split): there is nothing to import"
+    elif notes.set_aside:
+        why = f"holds nothing of {name}; the first of {len(notes.set_aside)} faults: {notes.set_aside[0]}"
+    else:
+        why = f"holds nothing of {name}"
+    return NoRecordsError(f"{place}: {why}", tuple(notes.set_aside), +notes.faults)
+
+
+def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
+    """Where, and a row with `turns`: what an array of turns is, and each item of any other one."""
+    for whole, values in itertools.groupby(published_values(place), lambda found: found.whole):
+        head = list(itertools.islice(values, 2))
+        if any(isinstance(found.value, Mapping) and "role" in found.value for found in head):
+            turns = [found.value for found in [*head, *values]]
+            broken = next((turn for turn in turns if isinstance(turn, RowError)), None)
+            yield whole, broken or {"turns": turns}
+            continue
+        for found in itertools.chain(head, values):
+            yield found.where, {"turns": found.value} if isinstance(found.value, list) else found.value
+
+
+def _role(turn: Any) -> Literal["user", "assistant"]:
+    name = _text(_object(turn), "role")
+    if name not in _ROLES:
+        raise ValueError(f"the role {name!r} is neither {' nor '.join(_ROLES)}")
+    return _ROLES[name]
+
+
+def _named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a row's name."""
+    name = row.get("id")
+    if name is None:
+        return {}
+    return {"id": name if isinstance(name, int) and not isinstance(name, bool) else _text(row, "id")}
+
+
+def _cpsyexam_item(found: PublishedValue) -> _Item:
+    row = _object(found.value)
+    options = row.get("options")
+    if "options" not in row:  # as columns, as the hub shows them
+        options = {letter: row[letter] for letter in string.ascii_uppercase if letter in row}
+    kind = _text(row, "question_type") if "question_type" in row else found.path.stem
+    part = _text(row, "kind", optional=True) or _PARTS_OF_CPSYEXAM.get(found.path.name.partition("-")[0], "")
     return _Item(
-        where, stem, row["options"], row["answer"], row["question_type"], explanation, part=row.get("kind") or ""
+        found.where,
+        clean_text(_text(row, "question")),
+        _options(options),
+        _text(row, "answer", optional=True),
+        "multi" if re.search("multi|多", kind) else "single",
+        clean_text(_text(row, "explanation", optional=True)) or None,
+        part=part,
     )
 
 
-def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str) -> Loaded:
-    faults: Counter[str] = Counter()
-    set_aside: list[str] = []
+def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str, notes: Notes) -> Iterator[Question]:
     groups: dict[Any, list[tuple[_Item, Question]]] = {}
     seen: Counter[Any] = Counter()
     for where, make in items:
         try:
             item = make()
             seen[_content(item)] += 1
-        except (KeyError, TypeError, AttributeError) as error:
-            faults["not of this format"] += 1
-            set_aside.append(f"{where}: not of this format ({_why(error)})")
+        except ValueError as error:
+            notes.leave_out(where, "not of this format", error)
             continue
-        letters = re.sub(r"[,，\s]", "", item.answer).upper()
+        letters = re.sub(r"[,，\s]", "", unicodedata.normalize("NFKC", item.answer)).upper()
         found = list(_faults(item, letters))
-        faults.update(found)
+        notes.faults.update(found)
         if fatal := [fault for fault in found if fault not in _MENDED]:
-            set_aside.append(f"{item.where}: {fatal[0]}")
+            notes.set_aside.append(f"{item.where}: {fatal[0]}")
             continue
         kind: Kind = "multi" if item.kind == "multi" or len(letters) > 1 else "single"
-        options = {letter: clean_text(text) for letter, text in item.options.items() if clean_text(text)}
         stem = f"{item.case}\n{item.stem}" if item.case else item.stem
         meta = {"case": item.case, "question": item.stem} if item.case else {}
         meta |= {"part": item.part} if item.part else {}
         try:
-            question = Question(stem, options, "".join(sorted(set(letters))), kind, item.rationale, source, meta)
+            question = Question(
+                stem, dict(item.options), "".join(sorted(set(letters))), kind, item.rationale, source, meta
+            )
         except ValueError as error:
-            faults["other"] += 1
-            set_aside.append(f"{item.where}: {fault_of(error).removeprefix('not JSON ')}")
+            notes.leave_out(item.where, "no question", error)
             continue
         groups.setdefault((_content(item), comparable(item.case)), []).append((item, question))
-    faults["duplicate"] = sum(count - 1 for count in seen.values())
-    good = []
+    notes.faults["duplicate"] += sum(count - 1 for count in seen.values())
     for group in groups.values():
         keys = {frozenset(comparable(question.options[letter]) for letter in question.answer) for _, question in group}
         if len(keys) > 1:
-            faults["duplicates with conflicting keys"] += 1
-            set_aside += [f"{item.where}: duplicates with conflicting keys" for item, _ in group]
+            notes.faults["duplicates with conflicting keys"] += 1
+            notes.set_aside += [f"{item.where}: duplicates with conflicting keys" for item, _ in group]
             continue
-        good.append(group[0][1])
-        set_aside += [f"{item.where}: duplicate of {group[0][0].where}" for item, _ in group[1:]]
-    return Loaded(tuple(good), tuple(set_aside), +faults)
+        notes.set_aside += [f"{item.where}: duplicate of {group[0][0].where}" for item, _ in group[1:]]
+        yield group[0][1]
 
 
 _MENDED = ("separators in the answer", "multiple-answer question with one letter", "kind contradicts the key")
@@ -174,29 +308,37 @@ _MENDED = ("separators in the answer", "multiple-answer question with one letter
 
 def _faults(item: _Item, letters: str) -> Iterator[str]:
     """Everything that is wrong with a question as published; what is in `_MENDED` is no reason to set it aside."""
-    if letters != item.answer:
-        yield "separators in the answer"
     if not item.answer.strip():
-        yield "empty answer"
-    elif not re.fullmatch("[A-Z]+", letters):
-        yield "answer holds more than letters"
+        yield _NO_KEY
     else:
-        if item.kind == "multi" and len(letters) == 1:
-            yield "multiple-answer question with one letter"
-        if item.kind == "single" and len(letters) > 1:
-            yield "kind contradicts the key"
-        if any(not item.options.get(letter, "").strip() for letter in letters):
-            yield "key points to no option"
-    filled = [letter for letter, text in item.options.items() if text.strip()]
-    if len(filled) < 2:
+        if letters != item.answer:
+            yield "separators in the answer"
+        if not re.fullmatch("[A-Z]+", letters):
+            yield "answer holds more than letters"
+        else:
+            if item.kind == "multi" and len(letters) == 1:
+                yield "multiple-answer question with one letter"
+            if item.kind == "single" and len(letters) > 1:
+                yield "kind contradicts the key"
+            if any(letter not in item.options for letter in letters):
+                yield "key points to no option"
+    if len(item.options) < 2:
         yield "options are missing"
-    for letter, text in item.options.items():
-        following = _NEXT_OPTION.search(text)
-        if following and following.group(1) > letter and not item.options.get(following.group(1), "").strip():
-            yield "options are merged"
-            break
-    if not item.case and len(item.stem) < _CASE_LENGTH and _REFERS_TO_CASE.search(item.stem):
+    if any(_holds_next(letter, item.options) for letter in item.options):
+        yield "options are merged"
+    refers = not item.case and len(item.stem) < _CASE_LENGTH and _REFERS_TO_CASE.search(item.stem)
+    if refers and not _TELLS_CASE.search(item.stem):
         yield "its case is missing"
+
+
+def _holds_next(letter: str, options: Mapping[str, str]) -> bool:
+    """Whether an option goes on with the next one, which has no text of its own: `丙 D.丁`."""
+    following = chr(ord(letter) + 1)
+    if following in options:
+        return False
+    markers = (match for match in _MARKER.finditer(options[letter]) if match[1] == following)
+    before = (options[letter][: match.start()].rstrip() for match in markers)
+    return any(text and not _PART_OF_NAME.search(text) for text in before)
 
 
 def _content(item: _Item) -> tuple[str, tuple[str, ...]]:
@@ -204,61 +346,92 @@ def _content(item: _Item) -> tuple[str, tuple[str, ...]]:
     return comparable(item.stem), tuple(sorted(filter(None, map(comparable, item.options.values()))))
 
 
-def _pceb_items(folder: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
-    for path in _json_files(folder):
-        if "essay" in path.parts:
+def _pceb_items(place: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
+    for found in published_values(place):
+        folder = _folder_of(found.path)
+        if folder == "essay":
             continue
-        of_folder = "multi" if "multiple" in path.parts else "single"
-        for number, row in enumerate(_json(path), start=1):
-            where = f"{path}: {number}"
-            if "questions_and_answers" not in row:
-                yield where, partial(_pceb_item, where, row, of_folder)
-                continue
-            for inner, question in enumerate(row["questions_and_answers"], start=1):
-                name = f"{where}.{inner}"
-                yield name, partial(_pceb_item, name, question, None, row)
+        if not isinstance(found.value, Mapping) or "questions_and_answers" not in found.value:
+            yield found.where, partial(_pceb_item, found.where, found.value, folder)
+            continue
+        pairs = found.value["questions_and_answers"]
+        if not isinstance(pairs, list):
+            yield found.where, partial(_refuse, f"'questions_and_answers' is {_kind_of(pairs)}, not a list")
+            continue
+        for inner, question in enumerate(pairs, start=1):
+            name = f"{found.where}.{inner}"
+            yield name, partial(_pceb_item, name, question, "mix", found.value)
 
 
-def _pceb_item(where: str, row: Mapping[str, Any], kind: str | None, around: Mapping[str, Any] | None = None) -> _Item:
+def _folder_of(path: Path) -> str:
+    """Which of PCEB's folders a file stands in: the innermost of these names."""
+    return next((part for part in reversed(path.parts) if part in ("essay", "mix", "single", "multiple")), "")
+
+
+def _pceb_item(where: str, row: Any, folder: str, around: Mapping[str, Any] | None = None) -> _Item:
     """A question of a file of one kind, or one on a case (`around`), whose kind stands before its stem."""
-    case = "" if around is None else _case(around)
-    if kind is None:
-        kind = "multi" if re.match(r"\s*多", row["question"]) else "single"
-    analysis = clean_text(row.get("analysis") or "") or None
-    stem = without_prefix(clean_text(row["question"]))
-    return _Item(where, stem, row["options"], row["answer"], kind, analysis, case)
+    question = _text(_object(row), "question")
+    kind = {"multiple": "multi", "single": "single"}.get(folder)
+    return _Item(
+        where,
+        without_prefix(clean_text(question)),
+        _options(row.get("options")),
+        _text(row, "answer", optional=True),
+        kind or ("multi" if re.match(r"\s*多", question) else "single"),
+        clean_text(_text(row, "analysis", optional=True)) or None,
+        "" if around is None else _case(around),
+    )
 
 
 def _case(row: Mapping[str, Any]) -> str:
-    return clean_text(f"{row['general_info']}\n{row['case_introduction']}")
+    text = clean_text(f"{_text(row, 'general_info')}\n{_text(row, 'case_introduction')}")
+    if not text:
+        raise ValueError("'general_info' and 'case_introduction' are empty")
+    return text
 
 
-def _json_files(folder: Path) -> list[Path]:
-    files = sorted(folder.rglob("*.json"))
-    if not files:
-        raise UserError(f"{folder}: holds no JSON files of PCEB")
-    return files
+def _options(value: Any) -> dict[str, str]:
+    """Clean texts by letter, in the letters' order; without those that have none."""
+    options: dict[str, str] = {}
+    for name, text in _object(value, "options").items():
+        letter = unicodedata.normalize("NFKC", name).strip().upper()
+        if len(letter) != 1 or letter not in string.ascii_uppercase or letter in options:
+            raise ValueError(f"'options' has the letter {name!r}, or has it twice")
+        if text is not None or letter <= _LAST_USUAL_OPTION:
+            options[letter] = clean_text(_text({f"option {letter}": text}, f"option {letter}"))
+    return {letter: options[letter] for letter in sorted(options) if options[letter]}
 
 
-def _json(path: Path) -> list[dict[str, Any]]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({_why(error)})") from None
+def _refuse(why: str) -> _Item:
+    raise ValueError(why)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the data cannot be read ({_why(error)})") from None
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                yield f"{path}:{number}", json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error})") from None
+def _object(value: Any, name: str = "") -> Mapping[str, Any]:
+    if isinstance(value, RowError):
+        raise value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{repr(name) if name else 'it'} is {_kind_of(value)}, not an object")
+    return value
 
 
-def _why(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+def _list(row: Any, key: str) -> Sequence[Any]:
+    value = _object(row).get(key)
+    if not isinstance(value, list):
+        raise ValueError(f"{key!r} is {_kind_of(value)}, not a list")
+    return value
+
+
+def _text(row: Mapping[str, Any], key: str, optional: bool = False) -> str:
+    value = row.get(key)
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        raise ValueError(f"{key!r} is {_kind_of(value)}, not text")
+    if NO_TEXT.search(value):
+        raise ValueError(f"{key!r} is not UTF-8 text")
+    return value
+
+
+def _kind_of(value: Any) -> str:
+    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
+    return kinds.get(type(value), "absent or null")

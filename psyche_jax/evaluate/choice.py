@@ -115,11 +115,13 @@ def _scores(name: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]
         return {"count": 0, "strict": None, "elastic": None, "unanswered": 0}
     answers = [item for task in tasks for item in items[task.id]]
     chances = [chance(task) for task in tasks]
+    strict, elastic = (_mean([getattr(item, key) for item in answers]) for key in ("strict", "elastic"))
     result = {
         "count": len(tasks),
-        **{key: _mean([getattr(item, key) for item in answers]) for key in ("strict", "elastic")},
-        "interval": interval(_resampled(name, "strict", tasks, items)),
-        "interval_elastic": interval(_resampled(name, "elastic", tasks, items)),
+        "strict": strict,
+        "elastic": elastic,
+        "interval": interval(_resampled(name, "strict", tasks, items), strict),
+        "interval_elastic": interval(_resampled(name, "elastic", tasks, items), elastic),
         "chance": _mean([strict for strict, _ in chances]),
         "chance_elastic": _mean([elastic for _, elastic in chances]),
         "unanswered": sum(item.predicted is None for item in answers),
@@ -148,7 +150,7 @@ def _average(tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dict
             means.append(_mean([getattr(item, key) for task in chosen for item in items[task.id]]))
             resampled.append(_resampled(cell, key, chosen, items))
         result[key] = _mean(means)
-        result[name] = interval(np.mean(resampled, axis=0))
+        result[name] = interval(np.mean(resampled, axis=0), result[key])
     return result
 
 

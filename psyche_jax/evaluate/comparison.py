@@ -190,7 +190,7 @@ def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
         return 0.0, 1.0
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
@@ -242,8 +242,8 @@ def _rows(
                 name,
                 evaluation.step,
                 strict,
-                low,
-                high,
+                min(low, strict),  # older evaluations may leave it out
+                max(high, strict),
                 strict - rows[0].strict if comparable else None,
                 part.get("chance"),
                 part.get("elastic"),

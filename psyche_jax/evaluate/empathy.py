@@ -199,11 +199,12 @@ def summarize_empathy(pairs: Sequence[Pair], judged: Mapping[str, Mapping[Key, J
 def _dimension(name: str, marks: Sequence[tuple[str, Marks, Marks]]) -> dict[str, Any]:
     model, other = ([getattr(one[place], name) for one in marks] for place in (1, 2))
     differences = [mine - theirs for mine, theirs in zip(model, other, strict=True)]
+    difference = sum(differences) / len(differences)
     return {
         "model": sum(model) / len(model),
         "other": sum(other) / len(other),
-        "difference": sum(differences) / len(differences),
-        "interval": interval(bootstrap_means(differences, [id_ for id_, _, _ in marks], name)),
+        "difference": difference,
+        "interval": interval(bootstrap_means(differences, [id_ for id_, _, _ in marks], name), difference),
     }
 
 

@@ -61,7 +61,7 @@ def summarize_essays(items: Sequence[EssayItem]) -> dict[str, Any]:
     for name in ("rouge1", "rougeL"):
         values = [getattr(item, name) for item in items]
         result[name] = sum(values) / len(values)
-        result[f"interval_{name}"] = interval(bootstrap_means(values, [item.id for item in items], name))
+        result[f"interval_{name}"] = interval(bootstrap_means(values, [item.id for item in items], name), result[name])
     bleu = BLEU(tokenize="zh")
     said, references = [answer_part(item.response) for item in items], [item.gold for item in items]
     result["bleu4"] = float(bleu.corpus_score(said, [references]).score)

@@ -31,9 +31,13 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
     asked = {group for group, _ in questions}
     essays = {task.group: task for task in benchmark.tasks if task.kind == "essay" and task.group not in asked}
     questions += [(group, _on_case(task)) for group, task in essays.items()]
-    leaks = {leak.evaluation_id: leak for leak in decontaminate(_read(train), [one for _, one in questions]).leaks}
-    groups: dict[str, str] = {group: leaks[one.id].reason for group, one in questions if one.id in leaks}
-    leaked = {task.id: groups[task.group] for task in benchmark.tasks if task.group in groups}
+    found = decontaminate(_read(train), [question for _, question in questions]).leaked
+    on_cases = {group for group, question in questions if found.get(question.id) == "case"}
+    leaked: dict[str, str] = {}
+    for task in benchmark.tasks:
+        reason = found.get(task.question.id) if task.question is not None else None
+        if reason or task.group in on_cases:
+            leaked[task.id] = reason or "case"
     return dataclasses.replace(benchmark, leaked=leaked)
 
 

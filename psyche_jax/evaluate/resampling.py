@@ -36,7 +36,10 @@ def bootstrap_shares(values: Sequence[float], groups: Sequence[str], name: str =
     return random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
 
 
-def interval(means: np.ndarray) -> tuple[float, float]:
-    """The 95 % percentile interval of resampled means."""
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def interval(means: np.ndarray, estimate: float | None = None) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled means, which holds the estimate that it is given for.
+
+    The posterior's percentiles leave out a score of exactly 0 or 1; resamples of few groups may leave out others.
+    """
+    low, high = map(float, np.percentile(means, [2.5, 97.5]))
+    return (low, high) if estimate is None else (min(low, estimate), max(high, estimate))

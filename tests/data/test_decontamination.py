@@ -1,6 +1,7 @@
 """Decontamination: exact twins, near ones and shared cases are found; nothing else is."""
 
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,52 @@ def test_each_kind_of_leak():
     assert reasons([exact, near, case, OTHER, same_words]) == (["exact", "near", "case"], [OTHER, same_words])
 
 
+def test_each_question_is_compared_with_each_record():
+    """Two cases that differ in a number, two questions that differ in a word: one training row leaks both of each."""
+    other_case = CASE.replace("三十岁", "四十岁")
+    again = Question(
+        f"{other_case}\n咨询的目标是",
+        {"A": "睡好", "B": "升职"},
+        "A",
+        "single",
+        meta={"case": other_case, "question": "咨询的目标是"},
+    )
+    nearly = Question("按照内容可以把记忆分为几类", OPTIONS, "ABCD", "multi")
+    talk = Dialogue((Message("user", CASE), Message("assistant", "先说说睡眠。")))
+    result = decontaminate([talk, ASKED, OTHER], [ASKED, nearly, ON_CASE, again])
+    assert result.leaked == {ON_CASE.id: "case", again.id: "case", ASKED.id: "exact", nearly.id: "near"}
+    assert [leak.reason for leak in result.leaks] == ["case", "exact"], "a training record is counted once"
+    assert result.clean == (OTHER,)
+    assert result.summary()["evaluation_records"] == 4
+
+
+TALK = "心理咨询师：您说他应该先问您，这是为什么呢？求助者：因为我是他的领导，凡事都应该由我来决定。"
+TECHNIQUES = {"A": "面质技术", "B": "具体化技术", "C": "内容反应", "D": "自我开放"}
+
+
+@pytest.mark.parametrize("talk_in", ["case", "question", "neither"])
+def test_a_question_on_a_case_is_also_compared_without_its_introduction(talk_in):
+    """The training row has question, options and conversation; the benchmark has that with the case or the question."""
+    question = "心理咨询师在这段谈话中使用的技术是"
+    in_case, in_question = (TALK if talk_in == where else "" for where in ("case", "question"))
+    case, asked = f"{CASE * 3}{in_case}", f"{in_question}{question}"
+    meta = {"case": case, "question": asked}
+    evaluated = Question(f"{case}\n{asked}", TECHNIQUES, "B", "single", meta=meta)
+    swapped = dict(zip("ABCD", reversed(TECHNIQUES.values()), strict=True))
+    row = Question(f"案例二：{'' if talk_in == 'neither' else TALK}{question}（　）。", swapped, "C", "single")
+    for record in (row, question_to_rl(row)):
+        assert decontaminate([record], [evaluated]).leaked.keys() == {evaluated.id}
+    assert not decontaminate([OTHER, ASKED, Dialogue((Message("user", TALK[:12]), Message("assistant", "嗯。")))],
+                             [evaluated]).leaked  # fmt: skip
+
+
+def test_options_of_a_conversation_are_found_however_they_are_written():
+    options = [f"{letter}{mark}{text}" for letter, text in OPTIONS.items() for mark in "．"]
+    for text in (" ".join(options), "\n".join(options), "".join(f"（{o[0]}）{o[2:]}" for o in options)):
+        talk = Dialogue((Message("user", f"请教一题。{ASKED.stem}：{text}"), Message("assistant", "ABCD")))
+        assert decontaminate([talk], [ASKED]).leaked == {ASKED.id: "near"}, text
+
+
 def test_records_of_other_kinds():
     talk = Dialogue((Message("user", f"{CASE}我该怎么办？"), Message("assistant", "先说说睡眠。")))
     found, clean = reasons([question_to_rl(ASKED), question_to_rl(OTHER), talk])
@@ -63,6 +110,23 @@ def test_cpsyexam_and_pceb():
     assert on_case <= found["case"]
     assert not {question.id for question in result.clean} & (exact | on_case)
     assert len(result.clean) + len(result.leaks) == len(train)
+
+    # Every question on a case half of which stands in a training stem, not one question for each stem.
+    def runs(text):
+        return {text[start : start + 5] for start in range(len(text) - 4)}
+
+    stems = [runs(comparable(question.stem)) for question in train if len(question.stem) > 100]
+    standing = {case for case in cases if any(len(runs(case) & stem) >= len(runs(case)) / 2 for stem in stems)}
+    on_standing = {q.id for q in evaluation if q.meta and comparable(q.meta["case"]) in standing}
+    assert len(on_standing) > 300
+    assert on_standing <= {id_ for id_, reason in result.leaked.items() if reason == "case"}
+    # No twin of a question on a case stays: the same options, and its stem in that of the training row.
+    asked_on_cases = {(comparable(q.meta["question"]), key(q)[1]) for q in evaluation if q.meta}
+    by_options = defaultdict(list)
+    for stem, options in asked_on_cases:
+        by_options[options].append(stem)
+    left = [q for q in result.clean for stem in by_options[key(q)[1]] if len(stem) > 10 and stem in comparable(q.stem)]
+    assert not left
 
 
 def test_the_command(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """PCEB, CPsyExam and files of questions: cells, groups, worked examples, leaks; and files of another shape."""
 
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ CASES = [
     "求助者，女，19岁，大学一年级学生。入学三个月来总担心室友在背后议论自己，常常一夜醒来四五次，上课听不进去，主动前来求助。",
     "求助者，男，45岁，工厂技师。两年前母亲病逝后不再与朋友来往，近半年食欲差，觉得生活没有滋味，由妻子陪同前来。",
 ]
+WORDS = "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏闰余成岁律吕调阳云腾致雨露结为霜"
 OPTIONS = {"A": "情绪低落", "B": "睡眠障碍", "C": "幻觉", "D": "强迫行为"}
 
 
@@ -34,6 +36,13 @@ def write(path: Path, value: Any) -> None:
 
 def case(number: int, *questions: dict[str, Any]) -> dict[str, Any]:
     return {"general_info": "", "case_introduction": CASES[number], "questions_and_answers": list(questions)}
+
+
+def asked(part: str, kind: str, number: int) -> tuple[str, dict[str, str]]:
+    """A stem and options that share nothing with those of another number."""
+    words = random.Random(f"{part}{kind}{number}")
+    stem, *options = ("".join(words.sample(WORDS, 10)) for _ in range(5))
+    return f"{stem}的说法是", dict(zip("ABCD", options, strict=True))
 
 
 @pytest.fixture
@@ -59,8 +68,9 @@ def pceb(tmp_path: Path) -> Path:
     for part in ("moral", "theory"):
         for kind, answer in (("single", "A"), ("multiple", "ACD")):
             items = [
-                {"id": n, "question": f"{n}．关于{part}{kind}的第{n}种说法是", "options": OPTIONS, "answer": answer}
+                {"id": n, "question": f"{n}．{stem}", "options": options, "answer": answer}
                 for n in (1, 2)
+                for stem, options in [asked(part, kind, n)]
             ]
             items[1]["answer"] = answer if part == "moral" else ""
             write(folder / part / kind / "third" / "1.json", items)
@@ -134,8 +144,9 @@ def leaked_cells(pceb: Path, train: str) -> dict[str, str]:
 
 def test_what_training_data_hold_is_scored_apart(pceb: Path, tmp_path: Path) -> None:
     """A case that stands in training leaks all that is asked about it, the essay too."""
+    stem, options = asked("moral", "single", 2)
     in_training = [
-        Question("2. 关于moralsingle的第2种说法是（  ）", OPTIONS, "A", "single", "因为"),
+        Question(f"2. {stem}（  ）", options, "A", "single", "因为"),
         Question(f"{CASES[1]}这位求助者首先要排除什么？", {"A": "甲", "B": "乙"}, "A", "single", "因为"),
     ]
     write_records(tmp_path / "questions.jsonl", in_training)
@@ -176,8 +187,7 @@ def test_the_command_with_leaks_and_examples(
     def answer(request: dict[str, Any], again: int) -> str:
         return f"答案：{next(gold for text, gold in keys.items() if request['messages'][-1]['content'].endswith(text))}"
 
-    train = Question("关于moralsingle的第2种说法是", OPTIONS, "A", "single")
-    write_records(tmp_path / "train.jsonl", [train])
+    write_records(tmp_path / "train.jsonl", [Question(*asked("moral", "single", 2), "A", "single")])
     with chat_server(answer) as server:
         arguments = ["eval", server.url, "--bench", f"pceb:{pceb}", "--train", "train.jsonl", "--out", "e.json"]
         assert cli.main([*arguments, "--cells", "moral_smcq,moral_mmcq"]) == 0

@@ -60,6 +60,51 @@ def test_prose(text: str, letters: str | None) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("答案：\nA. 共情\nC. 尊重", "AC"),
+        ("答案：\n- A\n- C", "AC"),
+        ("答案是：\n\n**A、C**", "AC"),
+        ("A. 共情；C. 尊重", "AC"),
+        ("答案：A. 共情；C. 尊重", "AC"),
+        ("答案：A. 共情\nC. 尊重", "AC"),
+        ("答案：A（共情）、C（尊重）", "AC"),
+        ("答案：\n1. A. 共情\n2. C. 尊重", "AC"),
+        ("**答案：**\n\n- **A. 共情**\n- **C. 尊重**", "AC"),
+        ("答案：\n\nA\n\nC", "AC"),
+        ("正确选项如下：\nA. 共情\nC. 尊重", "AC"),
+        ("答案：\nA、共情\nC、尊重", "AC"),
+        ("答案：\nＡ．共情\nＣ．尊重", "AC"),
+        ("答案：\n（A）共情\n（C）尊重", "AC"),
+        ("答案：\nA：共情\nC：尊重", "AC"),
+        ("答案：\nA 共情\nC 尊重", "AC"),
+        ("答案：A) 共情; C) 尊重", "AC"),
+        ("答案：A．共情 C．尊重", "AC"),
+        ("答案：\n①A\n②C", "AC"),
+        ("答案是 A. 共情 和 C. 尊重", "AC"),
+        ("The answers are:\n- A\n- C", "AC"),
+        ("答案：\n* A\n* C\n\n理由：略", "AC"),
+        ("- A. 共情\n- C. 尊重", "AC"),
+        ("答案：\nA. 甲\nB. 乙\nC. 丙\nD. 丁", "ABCD"),
+        ("答案：A. 共情\n\n解析：B是同情", "A"),
+        ("正确答案：\n\nB. 具体化\n\n解析：A. 面质不符", "B"),
+        ("我选A，理由：\nA. 共情\nB. 同情", "A"),
+        ("答案是A\nB同学说得对", "A"),
+        ("A. 甲；B. 乙；C. 丙；D. 丁", None),
+        ("答案：C. 尊重\nA. 共情\nB. 同情", None),
+        ("答案：\nA. 共情 或 C. 尊重", None),
+        ("答案：\nA. 共情（正确）\nB. 同情（错误）", None),
+        ("答案：\nA. 共情\n\nC. 尊重", None),
+        ("选项分析：\nA. 对\nB. 错", None),
+    ],
+)
+def test_lists_of_letters_with_texts_or_in_lines(text: str, letters: str | None) -> None:
+    """All letters of a list or none of them, never the first one alone where it goes on."""
+    assert lenient_letters(text, "ABCD") == letters
+    assert read_letters(f"<think>答案：D</think>{text}", "ABCD").lenient == letters
+
+
+@pytest.mark.parametrize(
     ("text", "finished", "strict", "lenient", "failure"),
     [
         ("<think>选A</think>\n答案：C", True, "C", "C", ""),

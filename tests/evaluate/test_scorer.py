@@ -182,8 +182,22 @@ def test_a_score_that_all_answers_share_is_not_called_certain(score: float, boun
     """Jeffreys' interval of 0, or all, of 24 (Brown, Cai and DasGupta 2001); by groups, of as many groups."""
     low, high = interval(bootstrap_shares([score] * 24, [str(index) for index in range(24)]))
     assert (low, high) == pytest.approx(bounds, abs=0.015)
-    assert low <= score + 1e-3 and score - 1e-3 <= high
+    held = interval(bootstrap_shares([score] * 24, [str(index) for index in range(24)]), score)
+    assert held[0] <= score <= held[1] and max(abs(np.subtract(held, (low, high)))) < 1e-3
     together = interval(bootstrap_shares([score] * 24, [str(index // 4) for index in range(24)]))
     assert together[1] - together[0] > 2 * (high - low)
     some = [0.0, 1.0, 0.5]
     assert (bootstrap_shares(some, list("abc"), "x") == bootstrap_means(some, list("abc"), "x")).all()
+
+
+@settings(max_examples=25)
+@given(
+    st.lists(st.sampled_from(["", "A", "B", "AB", "ABCD", "D"]), min_size=1, max_size=6), st.sampled_from([6, 12, 24])
+)
+def test_an_interval_holds_its_estimate(said: list[str], count: int) -> None:
+    """Of the whole, each kind, each cell and their mean, strict and elastic: also where all answers are wrong."""
+    found = scores(lambda task, _: f"答案：{said[len(task.text) % len(said)]}", six_cells(count))
+    for group in (found, found["average"], *found["by_kind"].values(), *found["cells"].values()):
+        for name, bounds in (("strict", "interval"), ("elastic", "interval_elastic")):
+            low, high = group[bounds]
+            assert 0 <= low <= group[name] <= high <= 1
