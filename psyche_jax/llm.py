@@ -178,7 +178,8 @@ class Server:
     def said(self, error: BaseException) -> str:
         """What went wrong, or what the server said of it, in one line without the key."""
         if isinstance(error, openai.APIStatusError):
-            message = " ".join(error.message.split()).removeprefix(f"Error code: {error.status_code} - ")
+            message = " ".join(error.message.split()).removeprefix(f"Error code: {error.status_code}").lstrip("- ")
+            message = message or " ".join(str(error.body or "").split())  # FastAPI's errors hold no message
             if elsewhere := error.response.headers.get(_ELSEWHERE):
                 message = (
                     f"redirects to {elsewhere}, and what is asked is not sent there; if it may be, name that address"
@@ -246,7 +247,7 @@ async def _content(response: httpx2.Response) -> bytes:
 
 def _refused_parameter(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
     """The parameter that a server would rather not have been sent, None if it was not for one that it refused."""
-    text = error.message[:4000]
+    text = f"{error.message} {error.body}"[:4000]
     candidates = [name for name in sent if name not in ("model", "messages")]
     places = {name: found.start() for name in candidates if (found := re.search(rf"(?<![\w-]){name}(?![\w-])", text))}
     if error.code != "unsupported_parameter" and _LIMITS.search(text):
@@ -261,7 +262,7 @@ def _refused_parameter(error: openai.APIStatusError, sent: Mapping[str, Any]) ->
 def _successor(error: openai.APIStatusError, refused: str) -> str | None:
     """The name that a server has for a parameter which it refuses under another."""
     names = _SUCCESSORS.get(refused, ())
-    return next((name for name in names if name in error.message), names[0] if names else None)
+    return next((name for name in names if name in str(error.body)), names[0] if names else None)
 
 
 def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
