@@ -194,7 +194,7 @@ def _wanted(body: protocol.ChatRequest, service: Service, config: ServeConfig) -
     turns = [
         Message("system" if message.role == "developer" else message.role, message.text)
         for message in body.messages
-        if message.text or message.role == "assistant"  # an empty system message is none
+        if message.text.strip()  # a system prompt or an answer without a word is none
     ]
     return Wanted(
         turns,

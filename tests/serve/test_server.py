@@ -187,19 +187,15 @@ def test_wrong_requests_are_named(server, change, message):
     assert message in error["message"] and error["type"] == "invalid_request_error"
 
 
-NOTHING = {
-    **dict.fromkeys(
-        "temperature top_p n stream stream_options stop max_tokens max_completion_tokens logprobs top_logprobs seed user "
-        "presence_penalty frequency_penalty response_format metadata store tools tool_choice logit_bias functions audio "
-        "function_call parallel_tool_calls modalities prediction reasoning_effort service_tier verbosity".split()
-    )
-}
+OPTIONAL = """temperature top_p n stream stream_options stop max_tokens max_completion_tokens logprobs top_logprobs seed user
+presence_penalty frequency_penalty response_format metadata store tools tool_choice logit_bias functions audio function_call
+parallel_tool_calls modalities prediction reasoning_effort service_tier verbosity web_search_options"""
 
 
 @pytest.mark.parametrize(
     "nothing",
     [
-        {**NOTHING, "max_tokens": 1},
+        {**dict.fromkeys(OPTIONAL.split()), "max_tokens": 1},
         {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "parallel_tool_calls": True},
         {"stop": "", "logit_bias": {}, "metadata": {}, "user": "", "response_format": {}, "stream_options": {}},
         {"stop": [""], "logit_bias": {"5": 0, "6": 0.0}, "presence_penalty": 0.0, "frequency_penalty": -0.0, "n": 1},
