@@ -19,7 +19,8 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.files import write_json
-from psyche_jax.llm import FAULTS, SCHEMES, BrokenAnswerError, Server
+from psyche_jax.llm import FAULTS, SCHEMES, Names, Server
+from psyche_jax.llm_answers import BrokenAnswerError
 from psyche_jax.rewards.reference import CLOSE, OPEN, split_thought
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, language_of
@@ -64,7 +65,7 @@ class LocalModel:
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
         """See `Model`."""
         try:
-            answer = self._service.answer(Wanted(turns, self._config.temperature, self._config.top_p))
+            answer = await self._service.answer(Wanted(turns, self._config.temperature, self._config.top_p))
             async with contextlib.aclosing(answer.parts) as parts:  # type: ignore[type-var]
                 async for said in parts:
                     yield said.delta.text
@@ -88,6 +89,7 @@ class RemoteModel:
         self._config = config
         self._url = endpoint.url
         self._prompt = config.prompt or PromptSection("", "")  # its own server may add one
+        self._names: Names = {}  # of parameters, as the endpoint turns out to want them
 
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
         """See `Model`."""
@@ -97,7 +99,7 @@ class RemoteModel:
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None
         failure = None
-        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2)
+        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2, names=self._names)
         try:
             async for piece in self._stream(server, turns):
                 yield output.feed(piece) if output else piece
@@ -129,9 +131,11 @@ class RemoteModel:
             if piece.reasoning:
                 yield piece.reasoning if thinking else OPEN + piece.reasoning
                 thinking = True
-            if piece.text:
-                yield (CLOSE if thinking else "") + piece.text
+            if text := piece.text or piece.refusal:
+                yield (CLOSE if thinking else "") + text
                 thinking = False
+            if piece.finish is not None and piece.fault:
+                raise BrokenAnswerError(piece.fault)
 
     def close(self) -> None:
         """Nothing to end."""
