@@ -1,9 +1,9 @@
 """What each rule means, in plain Python on the decoded text. The tables must agree with this on every string.
 
-A response is the token ids up to and including its first stop token. Its text is what the bytes of the ids
-before the stop token decode to; it has none (None) if one of these ids has no bytes, or if the bytes are not
-valid UTF-8. A response without text gets 0 from every rule on text. A response without a stop token is
-truncated: all its ids are text.
+A response is the token ids up to and including its first stop token. Its text is what the prompt has already
+written of it (`opened`: a template may end in `<think>`), and then what the bytes of the ids before the stop token
+decode to; it has none (None) if one of these ids has no bytes, or if the bytes are not valid UTF-8. A response
+without text gets 0 from every rule on text. A response without a stop token is truncated: all its ids are text.
 """
 
 from __future__ import annotations
@@ -125,8 +125,12 @@ def score_response(
     token_bytes: Sequence[bytes | None],
     stop_token_ids: Sequence[int],
     gold_mask: int,
+    opened: str = "",
 ) -> float:
-    """What one rule, unweighted, gives to one response; ids after the first stop token do not matter."""
+    """What one rule, unweighted, gives to one response; ids after the first stop token do not matter.
+
+    Length and repetition are those of the ids alone, without `opened`.
+    """
     stop = next((i for i, token in enumerate(ids) if token in stop_token_ids), None)
     before_stop = ids if stop is None else ids[:stop]
     if isinstance(rule, LengthRule):
@@ -137,6 +141,7 @@ def score_response(
     must_stop = isinstance(rule, ThinkFormatRule) or rule.require_stop
     if text is None or (must_stop and stop is None):
         return 0.0
+    text = opened + text
     if isinstance(rule, ThinkFormatRule):
         return float(think_format(text))
     if isinstance(rule, PatternRule):

@@ -28,8 +28,8 @@ TextRule = PatternRule | AnswerSetRule | ThinkFormatRule
 MAX_TABLE_BYTES = 64 << 20
 
 
-def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> TokenAutomaton:
-    """The table of a rule.
+def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None], opened: str = "") -> TokenAutomaton:
+    """The table of a rule, for responses that go on from the text `opened`.
 
     Raises UsageError if its automaton is too large, or nothing that the tokenizer can spell is worth anything.
     """
@@ -46,13 +46,16 @@ def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> To
             characters = think_format()
         else:
             characters = answer_set(rule)
-        table = to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES)
+        table = to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES, opened.encode())
     except TooLarge as error:
         raise UsageError(f"reward rule `{rule.name}`: its automaton has {error}: {advice}") from error
     if not _can_be_met(table):
+        after, other = "", ""
+        if opened:
+            after, other = f" after {opened!r}, which the chat template has already written", " or chat template"
         raise UsageError(
             f"reward rule `{rule.name}`: every response would get 0, since the tokens of this tokenizer cannot spell "
-            "what it asks for; change the rule, or take another tokenizer"
+            f"what it asks for{after}; change the rule, or take another tokenizer{other}"
         )
     return table
 
@@ -60,12 +63,12 @@ def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> To
 def _can_be_met(table: TokenAutomaton) -> bool:
     """Whether some tokens lead to a state that accepts, and, if letters matter, to a letter on the way."""
     reached = np.zeros(len(table.accept), bool)
-    new = np.array([0])
+    new = table.start.reshape(1)
     while len(new):
         reached[new] = True
         targets = np.unique(table.next[new])
         new = targets[~reached[targets]]
-    reads = table.effect is None or bool((table.effect[reached] & (CLEAR - 1)).any())
+    reads = table.effect is None or bool(table.letters or (table.effect[reached] & (CLEAR - 1)).any())
     return bool(table.accept[reached].any()) and reads
 
 

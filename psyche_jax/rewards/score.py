@@ -55,7 +55,7 @@ class RewardState:
     """int32: the letters that each answer rule has read."""
 
 
-jax.tree_util.register_dataclass(TokenAutomaton, ["class_of", "next", "effect", "accept"], [])
+jax.tree_util.register_dataclass(TokenAutomaton, ["class_of", "next", "effect", "accept", "start", "letters"], [])
 jax.tree_util.register_dataclass(CompiledRules, ["tables"], ["rules", "stop_token_ids"])
 jax.tree_util.register_dataclass(RewardState, ["length", "stopped", "node", "letters"], [])
 
@@ -65,9 +65,13 @@ def compile_rules(
     token_bytes: Sequence[bytes | None],
     stop_token_ids: Sequence[int],
     *,
+    opened: str = "",
     cache_dir: str | Path | None = DEFAULT_CACHE_DIR,
 ) -> CompiledRules:
     """Builds the tables of the rules for a vocabulary, or takes them from `cache_dir` (None: no cache).
+
+    `opened` is what the prompt has already written of the response (`data.chat.opened_text`): to rules on text, the
+    text begins with it.
 
     Raises UsageError if two rules have one name, no stop token is given or one is not in the vocabulary, or a
     pattern is refused or too large.
@@ -79,7 +83,7 @@ def compile_rules(
             f"stop_token_ids must hold ids from 0 to {len(token_bytes) - 1}, at least one; got {list(stops)}"
         )
     tables = {
-        rule.name: jax.tree.map(jnp.asarray, load_or_compile(rule, token_bytes, cache_dir))
+        rule.name: jax.tree.map(jnp.asarray, load_or_compile(rule, token_bytes, cache_dir, opened))
         for rule in rules
         if isinstance(rule, PatternRule | AnswerSetRule | ThinkFormatRule)
     }
@@ -102,8 +106,8 @@ def initial_state(compiled: CompiledRules, batch: int) -> RewardState:
     return RewardState(
         length=jnp.zeros(batch, jnp.int32),
         stopped=jnp.zeros(batch, bool),
-        node={name: jnp.zeros(batch, jnp.int32) for name in compiled.tables},
-        letters={name: jnp.zeros(batch, jnp.int32) for name in answers},
+        node={name: jnp.full(batch, table.start) for name, table in compiled.tables.items()},
+        letters={name: jnp.full(batch, compiled.tables[name].letters) for name in answers},
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from psyche_jax import hosts
 from psyche_jax.config import GrpoConfig
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.chat import opened_text, prompt_tokens
 from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
@@ -73,9 +73,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0) -> None:
     )
     if not model.stop_token_ids:
         raise UserError(f"{config.model.path}: names no stop token (eos_token_id); a response could never end")
-    rules = compile_rules(
-        config.rules, token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size), model.stop_token_ids
-    )
+    token_bytes = token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size)
+    rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened_text(setup.tokenizer))
     functions = load_functions(config.functions)
     prompts, faults = _tokenized(setup.tokenizer, config, config.data.train)
     held_out: list[Prompt] = []

@@ -183,9 +183,11 @@ def random_text(rng: random.Random) -> str:
     return text[: rng.randint(0, len(text))] if rng.random() < 0.1 else text
 
 
-def random_response(vocab: Vocabulary, rng: random.Random) -> tuple[list[int], str]:
-    """Token ids (TOKENS of them) and the text they were made from."""
+def random_response(vocab: Vocabulary, rng: random.Random, opened: str = "") -> tuple[list[int], str]:
+    """Token ids (TOKENS of them) and the text they were made from, which mostly goes on from `opened`."""
     text = random_text(rng)
+    if opened and rng.random() < 0.8:
+        text = text.partition("</think>" if "</think>" in opened else "<think>")[2]
     if rng.random() < 0.3:
         ids = vocab.tokenizer.encode(text, add_special_tokens=False).ids
     else:
@@ -231,15 +233,15 @@ class Batch:
     expected: dict[str, np.ndarray]  # float32 [N], by the rule's name
 
 
-def batches(vocab: Vocabulary, count: int, size: int, seed: int) -> Iterator[Batch]:
+def batches(vocab: Vocabulary, count: int, size: int, seed: int, opened: str = "") -> Iterator[Batch]:
     rng = random.Random(seed)
     for _ in range(0, count, size):
-        responses = [random_response(vocab, rng) for _ in range(size)]
-        gold = [random_gold(text, rng) for _, text in responses]
+        responses = [random_response(vocab, rng, opened) for _ in range(size)]
+        gold = [random_gold(opened + text, rng) for _, text in responses]
         expected = {
             rule.name: np.array(
                 [
-                    reference.score_response(rule, ids, vocab.token_bytes, vocab.stops, mask)
+                    reference.score_response(rule, ids, vocab.token_bytes, vocab.stops, mask, opened)
                     for (ids, _), mask in zip(responses, gold, strict=True)
                 ],
                 np.float32,
@@ -256,12 +258,12 @@ class Outcome:
     mismatches: list[str] = field(default_factory=list)
 
 
-def compare(vocab: Vocabulary, count: int, seed: int, size: int = 1000) -> Outcome:
+def compare(vocab: Vocabulary, count: int, seed: int, size: int = 1000, opened: str = "") -> Outcome:
     """Scores `count` responses in the graph and by the reference."""
-    compiled = compile_rules(RULES, vocab.token_bytes, vocab.stops, cache_dir=None)
+    compiled = compile_rules(RULES, vocab.token_bytes, vocab.stops, opened=opened, cache_dir=None)
     run = jax.jit(score)
     outcome = Outcome()
-    for batch in batches(vocab, count, size, seed):
+    for batch in batches(vocab, count, size, seed, opened):
         total, by_rule = jax.device_get(run(compiled, jnp.asarray(batch.tokens), jnp.asarray(batch.gold)))
         weighted = sum(rule.weight * batch.expected[rule.name] for rule in RULES)
         if not np.allclose(total, weighted, atol=1e-5):

@@ -25,6 +25,14 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
         assert outcome.nonzero[rule.name] < 9500, rule.name
 
 
+@pytest.mark.parametrize("opened", ["<think>\u3000", "<think>想</thi", "<think>想</think>答案：A、"])
+def test_graph_agrees_with_reference_on_what_the_prompt_has_opened(opened: str, tiny: Vocabulary) -> None:
+    outcome = compare(tiny, 4000, seed=4, opened=opened)
+    assert outcome.mismatches == []
+    for rule in ("think_format", "answer_set", "elastic"):
+        assert outcome.nonzero[rule] >= 100, rule
+
+
 def test_token_by_token_is_the_same_as_at_once(tiny: Vocabulary) -> None:
     (batch,) = batches(tiny, 500, 500, seed=3)
     compiled = compile_rules(RULES, tiny.token_bytes, tiny.stops, cache_dir=None)
