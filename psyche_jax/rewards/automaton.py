@@ -283,8 +283,8 @@ def to_tokens(
     class_of[with_bytes] = class_of_known[:-1]
     start, letters = 0, 0
     for byte in opened:
-        effect = int(automaton.effect[start, byte])
-        letters = ((0 if effect & CLEAR else letters) | effect) & (CLEAR - 1)
+        change = int(automaton.effect[start, byte])
+        letters = ((0 if change & CLEAR else letters) | change) & (CLEAR - 1)
         start = int(automaton.next[start, byte])
     table = TokenAutomaton(
         class_of=class_of.astype(np.int16 if len(used) <= 2**15 else np.int32),

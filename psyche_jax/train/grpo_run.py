@@ -203,7 +203,8 @@ def _judged(
     if hosts.is_first():
         asked = [prompts[number] for number in np.repeat(numbers, generations)]
         texts = [setup.tokenizer.decode(prompt.tokens) for prompt in asked]
-        completions = [_without_stop(setup, row[row_mask]) for row, row_mask in zip(tokens, mask, strict=True)]
+        opened = opened_text(setup.tokenizer)
+        completions = [opened + _without_stop(setup, row[row_mask]) for row, row_mask in zip(tokens, mask, strict=True)]
         try:
             found = call_functions(functions, texts, completions, [dataclasses.asdict(p.record) for p in asked])
         except UserError as stop:
