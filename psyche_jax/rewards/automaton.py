@@ -48,22 +48,23 @@ class CharacterAutomaton:
 class TokenAutomaton:
     """An automaton over token ids, which is what is scanned in the graph.
 
-    `class_of` [tokens] maps a token to its class; `next` [states, classes]; `effect` int32 [states, classes],
-    or None if it is 0 everywhere; `accept` bool [states]. `dead` is a state that nothing leaves or accepts.
-    Class 0 leads there from everywhere, and is that of tokens without bytes. `start` and `letters` are int32 scalars:
-    the state and the register before the first token.
+    `class_of` [tokens] maps a token to its class; `next` [states, classes]; `effect` [states, classes] says which of
+    `effects` int32 [n] a transition has, both None if none has any; `accept` bool [states]. `dead` is a state that
+    nothing leaves or accepts. Class 0 leads there from everywhere, and is that of tokens without bytes. `start` and
+    `letters` are int32 scalars: the state and the register before the first token.
     """
 
     class_of: NDArray[np.integer]
     next: NDArray[np.integer]
-    effect: Ints | None
+    effect: NDArray[np.integer] | None
+    effects: Ints | None
     accept: NDArray[np.bool_]
     start: Ints
     letters: Ints
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.class_of, self.next, self.effect, self.accept) if a is not None)
+        return sum(a.nbytes for a in (self.class_of, self.next, self.effect, self.effects) if a is not None)
 
 
 def group_rows(rows: NDArray[np.integer]) -> tuple[Wide, Wide]:
@@ -281,6 +282,7 @@ def to_tokens(
     used, class_of_known = np.unique(np.append(function, 0), return_inverse=True)  # function 0 stays class 0
     class_of = np.zeros(len(token_bytes), np.int64)
     class_of[with_bytes] = class_of_known[:-1]
+    kinds, which = np.unique(np.stack([effects[i] for i in used], axis=1), return_inverse=True)
     start, letters = 0, 0
     for byte in opened:
         change = int(automaton.effect[start, byte])
@@ -289,7 +291,8 @@ def to_tokens(
     table = TokenAutomaton(
         class_of=class_of.astype(np.int16 if len(used) <= 2**15 else np.int32),
         next=np.stack([targets[i] for i in used], axis=1).astype(np.int16 if states <= 2**15 else np.int32),
-        effect=np.stack([effects[i] for i in used], axis=1) if has_effects else None,
+        effect=which.reshape(-1, len(used)).astype(np.min_scalar_type(len(kinds))) if has_effects else None,
+        effects=kinds if has_effects else None,
         accept=automaton.accept,
         start=np.asarray(start, np.int32),
         letters=np.asarray(letters, np.int32),

@@ -55,7 +55,9 @@ class RewardState:
     """int32: the letters that each answer rule has read."""
 
 
-jax.tree_util.register_dataclass(TokenAutomaton, ["class_of", "next", "effect", "accept", "start", "letters"], [])
+jax.tree_util.register_dataclass(
+    TokenAutomaton, ["class_of", "next", "effect", "effects", "accept", "start", "letters"], []
+)
 jax.tree_util.register_dataclass(CompiledRules, ["tables"], ["rules", "stop_token_ids"])
 jax.tree_util.register_dataclass(RewardState, ["length", "stopped", "node", "letters"], [])
 
@@ -122,8 +124,8 @@ def advance(compiled: CompiledRules, state: RewardState, token: Array, active: A
         tokens = table.class_of.shape[0]
         known = (token >= 0) & (token < tokens)
         symbol = jnp.where(known, table.class_of[jnp.clip(token, 0, tokens - 1)], 0).astype(jnp.int32)
-        if name in letters:
-            effect = 0 if table.effect is None else table.effect[node[name], symbol]
+        if table.effect is not None and table.effects is not None:
+            effect = table.effects[table.effect[node[name], symbol]]
             kept = jnp.where(effect & CLEAR, 0, letters[name])
             letters[name] = jnp.where(text, kept | (effect & (CLEAR - 1)), letters[name])
         node[name] = jnp.where(text, table.next[node[name], symbol].astype(jnp.int32), node[name])

@@ -26,7 +26,7 @@ from psyche_jax.rewards.automaton import TokenAutomaton
 from psyche_jax.rewards.rules import TextRule, compile_text_rule
 
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "psyche_jax"
-_BUILDERS = ("automaton.py", "config.py", "reference.py", "regex.py", "rules.py", "store.py")
+_BUILDERS = ("automaton.py", "config.py", "forms.py", "reference.py", "regex.py", "rules.py", "store.py")
 _FIELDS = [field.name for field in dataclasses.fields(TokenAutomaton)]
 _NOT_IN_TABLES = {"name", "weight", "credit", "require_stop"}
 
@@ -71,6 +71,10 @@ def _load(path: Path, tokens: int) -> TokenAutomaton | None:
         states, classes = table.next.shape
         whole = table.class_of.shape == (tokens,) and table.accept.shape == (states,)
         whole &= table.effect is None or table.effect.shape == (states, classes)
+        if table.effect is not None and table.effects is not None:
+            whole &= bool((table.effect < len(table.effects)).all())
+        else:
+            whole &= table.effect is None and table.effects is None
         whole &= bool((table.next >= 0).all() and (table.next < states).all())
         whole &= table.start.shape == table.letters.shape == () and 0 <= int(table.start) < states
         whole &= bool((table.class_of >= 0).all() and (table.class_of < classes).all())

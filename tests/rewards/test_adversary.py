@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adversary import RULES, TOKENS, Vocabulary, batches, compare
+from adversary import FORM_RULES, RULES, TOKENS, Vocabulary, batches, compare
 
 from psyche_jax.rewards.score import advance, compile_rules, finish, initial_state, score
 
@@ -23,6 +23,19 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
     for rule in RULES:
         assert outcome.nonzero[rule.name] >= ACCEPTED.get(rule.name, 1000), rule.name
         assert outcome.nonzero[rule.name] < 9500, rule.name
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "seed"), [("tiny", 20_000, 6), pytest.param("qwen", 20_000, 5, marks=pytest.mark.slow)]
+)
+def test_graph_agrees_with_reference_on_forms(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
+    """The natural reading, each form alone, lower-case letters, markers of one's own."""
+    outcome = compare(request.getfixturevalue(name), count, seed, rules=FORM_RULES)
+    assert outcome.checked == count
+    assert outcome.mismatches == []
+    assert outcome.nonzero["natural"] >= count * 0.05
+    for rule in FORM_RULES:
+        assert outcome.nonzero[rule.name] >= 10, rule.name
 
 
 @pytest.mark.parametrize("opened", ["<think>\u3000", "<think>想</thi", "<think>想</think>答案：A、"])
