@@ -103,8 +103,11 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     # Before the first letter.
     literal = [re.escape(m[:-1]) + (f"{_any(emphasis)}*" if emphasis else "") + re.escape(m[-1]) for m in rule.markers]
     markers = either(*literal, on("markers", _MARKERS), on("boxed", _BOXED))
-    link = _any(rule.separators, emphasis, openers, on("brackets", _CLOSERS), on("markers", _LINK), on("boxed", _LATEX))
-    chooses = f"{_CHOOSES}(?:{link.replace('项', '')}{link}*)?"
+    linking = (
+        rule.separators + emphasis + openers + on("brackets", _CLOSERS) + on("markers", _LINK) + on("boxed", _LATEX)
+    )
+    link, below = _any(linking), _any(linking, "\r\n", _BULLETS)
+    chooses = f"{_CHOOSES}(?:{_any(linking.replace('项', ''))}{link}*)?"
     lead = either(f".*{markers}{link}*", on("markers", chooses))
     denied = either(
         f"(?:{_DENIED}){_any(emphasis)}*{markers}",
@@ -114,13 +117,17 @@ def grammar(rule: AnswerSetRule) -> Grammar:
 
     # An option's own text, in which letters of options stand only in words and names.
     others = "".join(c for c in _LATIN if c not in letters)
-    ends = "\r\n。！!？?错吗或×✗✘❌" + on("boxed", "}$\\")
+    ends = "\r\n。！!？?错吗×✗✘❌" + on("boxed", "}$\\")
     word = f"{_any(letters)}*(?:{_any(others)}{_any(_LATIN)}*|{_any(letters)}{_any(_NAMES)})"
-    other = either(_but(_LATIN, ends, "不"), "不" + _but(_LATIN, ends, "不对是正选确"))
+    other = either(
+        _but(_LATIN, ends, "不或"),
+        "不" + _but(_LATIN, ends, "不或对是正选确"),
+        "或" + _but(_LATIN, ends, "不或者项选", rule.separators, emphasis, _OPENERS),
+    )
     begins = either(
-        _but(_LATIN, ends, rule.separators, emphasis, _OPENERS, _CLOSERS, ":：.．、 \t\u3000&+以不"),
-        "不" + _but(_LATIN, ends, "不对是正选确"),
-        "以" + _but(_LATIN, ends, "不及"),
+        _but(_LATIN, ends, rule.separators, emphasis, _OPENERS, _CLOSERS, ":：.．、 \t\u3000&+以不或"),
+        "不" + _but(_LATIN, ends, "不或对是正选确"),
+        "以" + _but(_LATIN, ends, "不或及"),
     )
     more = f"(?:(?:{word})?{other})*(?:{word})?"
     text = either(f"{begins}{more}", f"{word}(?:{other}{more})?")
@@ -167,14 +174,14 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     lines = bool(on("lines", "lines"))
     statements = [(lead, answer(lines=False))]
     if lines:
-        statements.append((f"{lead}{new_line}(?:{link}|{new_line})*", answer(lines)))
+        statements.append((rf"{lead}[\r\n]{below}*", answer(lines)))
     if on("alone", "alone"):
         statements.append((f"{_any(chr(13), chr(10), rule.separators, emphasis, openers, _BULLETS)}*", answer(lines)))
     instead = f"[{_CLAUSE}]但是? ?{_any(letters)}"
     empty = either(*literal, on("markers", rf"(?:答案[是为]?|[Aa]nswer){_any(emphasis)}*[：:]"))
     return Grammar(
         tuple(statements),
-        f".*{denied}{either(link, on('lines', new_line))}*",
+        f".*{denied}{below if lines else link}*",
         f".*{either(_TAKEN_BACK, instead, empty)}.*",
         joined,
         either(delimited, spaced),

@@ -49,6 +49,7 @@ def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None], opene
         elif isinstance(rule, ThinkFormatRule):
             characters = think_format()
         else:
+            advice = "take fewer `letters`, `markers` or `forms`"
             characters = answer_in_forms(rule) if known_forms(rule) else answer_set(rule)
         table = to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES, opened.encode())
     except TooLarge as error:

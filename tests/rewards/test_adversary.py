@@ -25,17 +25,18 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
         assert outcome.nonzero[rule.name] < 9500, rule.name
 
 
-@pytest.mark.parametrize(
-    ("name", "count", "seed"), [("tiny", 20_000, 6), pytest.param("qwen", 20_000, 5, marks=pytest.mark.slow)]
-)
+SLOW = [pytest.param(name, 20_000, seed, marks=pytest.mark.slow) for name, seed in (("tiny", 6), ("qwen", 5))]
+
+
+@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 4000, 9), *SLOW])
 def test_graph_agrees_with_reference_on_forms(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
     """The natural reading, each form alone, lower-case letters, markers of one's own."""
     outcome = compare(request.getfixturevalue(name), count, seed, rules=FORM_RULES)
     assert outcome.checked == count
     assert outcome.mismatches == []
-    assert outcome.nonzero["natural"] >= count * 0.05
+    assert outcome.nonzero["natural"] >= count * 0.03
     for rule in FORM_RULES:
-        assert outcome.nonzero[rule.name] >= 10, rule.name
+        assert outcome.nonzero[rule.name] >= 1, rule.name
 
 
 @pytest.mark.parametrize("opened", ["<think>\u3000", "<think>想</thi", "<think>想</think>答案：A、"])

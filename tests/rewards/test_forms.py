@@ -8,10 +8,10 @@ from typing import Any
 import pydantic
 import pytest
 from adversary import Vocabulary
-from forms import RIGHT, WRONG, letters, table
+from forms import NOTHING, RIGHT, WRONG, letters, table
 
 from psyche_jax.errors import UserError
-from psyche_jax.rewards import AnswerSetRule, RuleConfig, extract_letters
+from psyche_jax.rewards import AnswerSetRule, RuleConfig, extract_letters, rules
 from psyche_jax.rewards.config import FORMS
 from psyche_jax.rewards.regex import Ambiguous, compile_letters
 from psyche_jax.rewards.rules import compile_text_rule
@@ -56,6 +56,11 @@ def test_no_form_reads_what_is_no_answer(rule: AnswerSetRule) -> None:
     assert [text for text, taken in WRONG if letters(text, rule) == taken] == []
 
 
+def test_natural_reads_nothing_where_there_is_no_one_answer() -> None:
+    assert len(NOTHING) > 100
+    assert [text for text in NOTHING if letters(text, NATURAL)] == []
+
+
 @pytest.mark.parametrize(
     ("text", "given"),
     [
@@ -69,6 +74,8 @@ def test_no_form_reads_what_is_no_answer(rule: AnswerSetRule) -> None:
         ("答案：\nA. 共情\nC", ""),
         ("答案：B. 不安全型依恋", "B"),
         ("答案：B. A型人格", "B"),
+        ("答案：B. 生气或愤怒", "B"),
+        ("答案：A. 共情或C", ""),
         ("答案：A. 共情 C", ""),
         ("答案：A（CD）", ""),
         ("答案：A. BC", ""),
@@ -111,6 +118,14 @@ def test_what_could_be_read_in_two_ways_is_no_automaton(tiny: Vocabulary) -> Non
     rule = AnswerSetRule(reading="natural", separators="、，共")
     with pytest.raises(UserError, match="can be read in two ways; leave some of them out"):
         compile_text_rule(rule, tiny.token_bytes)
+
+
+def test_too_large_a_table_says_what_to_take_less_of(tiny: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_TABLE_BYTES", 1 << 19)
+    with pytest.raises(
+        UserError, match=r"`answer_set`: its automaton has .*take fewer `letters`, `markers` or `forms`"
+    ):
+        compile_text_rule(NATURAL, tiny.token_bytes)
 
 
 def test_the_table_of_the_docs_is_current() -> None:
