@@ -187,7 +187,7 @@ def _lower_grpo(
     }
     assumptions = (
         "reward tables are those of a vocabulary of single bytes (the real one's have a column more for each kind "
-        "of token, a few MiB)",
+        "of token, a few MiB; some 40 where answers have forms)",
         "every response is as long as max_new_tokens",
         *(["dynamic sampling finds all of its prompts at the first try"] if prompts > config.prompts_per_step else []),
         *(["reward functions take no time"] if config.functions else []),

@@ -48,19 +48,23 @@ class CharacterAutomaton:
 class TokenAutomaton:
     """An automaton over token ids, which is what is scanned in the graph.
 
-    `class_of` [tokens] maps a token to its class; `next` [states, classes]; `effect` int32 [states, classes],
-    or None if it is 0 everywhere; `accept` bool [states]. `dead` is a state that nothing leaves or accepts.
-    Class 0 leads there from everywhere, and is that of tokens without bytes.
+    `class_of` [tokens] maps a token to its class; `next` [states, classes]; `effect` [states, classes] says which of
+    `effects` int32 [n] a transition has, both None if none has any; `accept` bool [states]. `dead` is a state that
+    nothing leaves or accepts. Class 0 leads there from everywhere, and is that of tokens without bytes. `start` and
+    `letters` are int32 scalars: the state and the register before the first token.
     """
 
     class_of: NDArray[np.integer]
     next: NDArray[np.integer]
-    effect: Ints | None
+    effect: NDArray[np.integer] | None
+    effects: Ints | None
     accept: NDArray[np.bool_]
+    start: Ints
+    letters: Ints
 
     @property
     def nbytes(self) -> int:
-        return sum(a.nbytes for a in (self.class_of, self.next, self.effect, self.accept) if a is not None)
+        return sum(a.nbytes for a in (self.class_of, self.next, self.effect, self.effects) if a is not None)
 
 
 def group_rows(rows: NDArray[np.integer]) -> tuple[Wide, Wide]:
@@ -223,8 +227,11 @@ def _compose_effects(first: Ints, second: Ints) -> Ints:
     return np.where(second & CLEAR, second, first | second)
 
 
-def to_tokens(automaton: Automaton, token_bytes: Sequence[bytes | None], max_bytes: int) -> TokenAutomaton:
-    """Lifts an automaton over bytes to tokens, with tokens that act alike on all states in one class.
+def to_tokens(
+    automaton: Automaton, token_bytes: Sequence[bytes | None], max_bytes: int, opened: bytes = b""
+) -> TokenAutomaton:
+    """Lifts an automaton over bytes to tokens, with tokens that act alike on all states in one class. Its start is
+    where `opened` leads, with the letters read on the way.
 
     What a token does is a function of states. The functions of all prefixes of all tokens are found byte by
     byte; equal ones are kept once, so the work goes with how many differ, not with the vocabulary.
@@ -275,11 +282,20 @@ def to_tokens(automaton: Automaton, token_bytes: Sequence[bytes | None], max_byt
     used, class_of_known = np.unique(np.append(function, 0), return_inverse=True)  # function 0 stays class 0
     class_of = np.zeros(len(token_bytes), np.int64)
     class_of[with_bytes] = class_of_known[:-1]
+    kinds, which = np.unique(np.stack([effects[i] for i in used], axis=1), return_inverse=True)
+    start, letters = 0, 0
+    for byte in opened:
+        change = int(automaton.effect[start, byte])
+        letters = ((0 if change & CLEAR else letters) | change) & (CLEAR - 1)
+        start = int(automaton.next[start, byte])
     table = TokenAutomaton(
         class_of=class_of.astype(np.int16 if len(used) <= 2**15 else np.int32),
         next=np.stack([targets[i] for i in used], axis=1).astype(np.int16 if states <= 2**15 else np.int32),
-        effect=np.stack([effects[i] for i in used], axis=1) if has_effects else None,
+        effect=which.reshape(-1, len(used)).astype(np.min_scalar_type(len(kinds))) if has_effects else None,
+        effects=kinds if has_effects else None,
         accept=automaton.accept,
+        start=np.asarray(start, np.int32),
+        letters=np.asarray(letters, np.int32),
     )
     if table.nbytes > max_bytes:
         raise TooLarge(f"{table.nbytes / 2**20:.0f} MiB of tables, more than {max_bytes >> 20}")

@@ -6,12 +6,13 @@ reported (by default the rule's). What a rule means is in `psyche_jax.rewards.re
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import operator
 import re
 import string
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -24,6 +25,10 @@ LETTERS = string.ascii_uppercase
 FULL_WIDTH = 0xFEE0  # from "A" to "Ａ"
 MAX_NGRAM = 16
 MAX_STATES = 2**15 - 1  # states are int16 in the tables
+
+FORMS = ("markers", "markdown", "brackets", "texts", "lines", "boxed", "alone", "reasons")
+"""Ways to write an answer that a rule may know; docs/rewards.md has an example of each."""
+READINGS = {"strict": (), "natural": FORMS}
 
 PatternFlag = Literal["ASCII", "DOTALL", "IGNORECASE", "MULTILINE"]
 
@@ -80,14 +85,18 @@ class PatternRule(_Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerSetRule(_Rule):
-    """Credit for the option letters on the line after the last marker; see `reference.extract_letters`."""
+    """Credit for the option letters after the last marker; see `reference.extract_letters`."""
 
     rule: Literal["answer_set"] = "answer_set"
+    reading: str = "strict"
+    """Which forms are known: `strict` none, `natural` all."""
+    forms: tuple[str, ...] | None = None
+    """The forms that are known, of FORMS, instead of those of `reading`."""
     markers: tuple[str, ...] = ("答案：", "答案:")
     answer_after: str | None = "</think>"
     """A marker that stands before the last of these is a thought, not an answer. None: anywhere counts."""
-    letters: str = LETTERS
-    """Which letters are options. Any other letter makes the line no list."""
+    letters: str | None = None
+    """Which letters are options; None: A to Z, or A to G where forms are known. Any other makes the line no list."""
     lower_case: bool = False
     """Whether `a` counts as `A`."""
     separators: str = "、,，;；和与及 \t\u3000"
@@ -101,14 +110,19 @@ class AnswerSetRule(_Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._to_tuple("markers")
+        self._check_named("reading", [self.reading], READINGS)
+        if self.forms is not None:
+            self._to_tuple("forms")
+            self._check_named("forms", self.forms, FORMS)
         self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, none empty")
         if self.answer_after is not None:
             self._require(bool(self.answer_after), "answer_after", "must not be empty (use null for none)")
             clash = [m for m in self.markers if self.answer_after in m or m in self.answer_after]
             self._require(not clash, "answer_after", f"must neither hold nor be part of a marker ({clash})")
-        options = set(self.letters)
+        letters = LETTERS if self.letters is None else self.letters
+        options = set(letters)
         self._require(
-            bool(options) and options <= set(LETTERS) and len(options) == len(self.letters),
+            bool(options) and options <= set(LETTERS) and len(options) == len(letters),
             "letters",
             "must be distinct letters from A to Z",
         )
@@ -119,6 +133,12 @@ class AnswerSetRule(_Rule):
         self._require(not taken & set(self.separators), "separators", "must hold no letter and no line end")
         taken |= set(self.separators)
         self._require(not taken & set(self.closers), "closers", "must hold no letter, no separator and no line end")
+
+    def _check_named(self, field: str, names: Iterable[str], known: Iterable[str]) -> None:
+        for name in names:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+            self._require(name in known, field, f"has no {name!r}; {hint}there are {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,9 +1,9 @@
 """What each rule means, in plain Python on the decoded text. The tables must agree with this on every string.
 
-A response is the token ids up to and including its first stop token. Its text is what the bytes of the ids
-before the stop token decode to; it has none (None) if one of these ids has no bytes, or if the bytes are not
-valid UTF-8. A response without text gets 0 from every rule on text. A response without a stop token is
-truncated: all its ids are text.
+A response is the token ids up to and including its first stop token. Its text is what the prompt has already
+written of it (`opened`: a template may end in `<think>`), and then what the bytes of the ids before the stop token
+decode to; it has none (None) if one of these ids has no bytes, or if the bytes are not valid UTF-8. A response
+without text gets 0 from every rule on text. A response without a stop token is truncated: all its ids are text.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 
 from psyche_jax.rewards.config import (
-    FULL_WIDTH,
     AnswerSetRule,
     LengthRule,
     PatternRule,
@@ -20,6 +19,7 @@ from psyche_jax.rewards.config import (
     RuleConfig,
     ThinkFormatRule,
 )
+from psyche_jax.rewards.forms import grammar, known_forms, spellings
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -69,10 +69,10 @@ def think_format(text: str) -> bool:
 def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[str] | None:
     """The option letters that the text gives as its answer, as capitals; None if it gives none.
 
-    The last marker (`答案：`, `答案:`) counts, by where it ends, even if nothing follows it, and only if it
-    stands after the last `</think>`. The answer is the rest of the marker's line. It is a list of letters if
-    it holds nothing but option letters and separators, and after the last letter also closers (a full stop,
-    a closing bracket or quote, `*`). Whatever else it holds makes it no list: then there are no letters,
+    Strictly (a rule without forms): the last marker (`答案：`, `答案:`) counts, by where it ends, even if nothing
+    follows it, and only if it stands after the last `</think>`. The answer is the rest of the marker's line. It is a
+    list of letters if it holds nothing but option letters and separators, and after the last letter also closers (a
+    full stop, a closing bracket or quote, `*`). Whatever else it holds makes it no list: then there are no letters,
     rather than those that came first, so nothing is gained by hedging. Later lines do not matter.
 
         答案：ABC  答案：A、C。  答案： A 和 C  **答案：Ｂ**     read: ABC, AC, AC, B
@@ -81,20 +81,46 @@ def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[s
         答案：B 答案：  答案：A</think>                        no letters (last marker; only a thought)
         答案：选A  答案：A 因为…  答案：A或B  答案：A-D  答案：A.B  答案：Depression      no letters
         答案：a                                                no letters, unless `lower_case`
+
+    With forms: the last statement counts, if it is not denied before nor taken back after; see docs/rewards.md.
     """
     rule = rule or AnswerSetRule()
+    letters = _in_forms(text, rule) if known_forms(rule) else _on_the_line(text, rule)
+    return letters or None
+
+
+def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
+    """What the last statement gives: a letter that stands where `forms.grammar` lets an answer begin, and the rest."""
+    if rule.answer_after is not None:
+        text = text[_end_of_last(text, rule.answer_after) :]
+    known, bits = grammar(rule), spellings(rule)
+
+    def match(pattern: str, part: str) -> re.Match[str] | None:
+        return re.fullmatch(pattern, part, re.DOTALL)
+
+    for place in reversed(range(len(text))):
+        before, rest = text[:place], text[place:]
+        answers = [answer for lead, answer in known.statements if text[place] in bits and match(lead, before)]
+        if answers:
+            found = match(answers[0], rest)
+            if not found or match(known.denied, before) or match(known.withdrawn, rest):
+                return None
+            given = found["bare"] and re.sub(known.unlisted, "", found["bare"])
+            given = given or re.sub(known.texts, "", found["named"])
+            return frozenset(chr(ord("A") + bits[c].bit_length() - 1) for c in given if c in bits)
+    return None
+
+
+def _on_the_line(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
     start = max(_end_of_last(text, marker) for marker in rule.markers)
     if start == 0 or (rule.answer_after is not None and _end_of_last(text, rule.answer_after) > start):
         return None
     line = re.split(r"[\r\n]", text[start:], maxsplit=1)[0]
-    spellings = {}
-    for letter in rule.letters:
-        for spelling in (letter, letter.lower()) if rule.lower_case else (letter,):
-            spellings[spelling] = spellings[chr(ord(spelling) + FULL_WIDTH)] = letter
-    after_letters = line.lstrip("".join(spellings) + rule.separators)
+    bits = spellings(rule)
+    after_letters = line.lstrip("".join(bits) + rule.separators)
     if after_letters.strip(rule.closers + rule.separators):
         return None
-    return frozenset(spellings[c] for c in line if c in spellings) or None
+    return frozenset(chr(ord("A") + bits[c].bit_length() - 1) for c in line if c in bits)
 
 
 def _end_of_last(text: str, part: str) -> int:
@@ -138,8 +164,12 @@ def score_response(
     token_bytes: Sequence[bytes | None],
     stop_token_ids: Sequence[int],
     gold_mask: int,
+    opened: str = "",
 ) -> float:
-    """What one rule, unweighted, gives to one response; ids after the first stop token do not matter."""
+    """What one rule, unweighted, gives to one response; ids after the first stop token do not matter.
+
+    Length and repetition are those of the ids alone, without `opened`.
+    """
     stop = next((i for i, token in enumerate(ids) if token in stop_token_ids), None)
     before_stop = ids if stop is None else ids[:stop]
     if isinstance(rule, LengthRule):
@@ -150,6 +180,7 @@ def score_response(
     must_stop = isinstance(rule, ThinkFormatRule) or rule.require_stop
     if text is None or (must_stop and stop is None):
         return 0.0
+    text = opened + text
     if isinstance(rule, ThinkFormatRule):
         return float(think_format(text))
     if isinstance(rule, PatternRule):

@@ -9,9 +9,11 @@ possessive repetition, word boundaries. Anchors are allowed where a full match m
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NoReturn
@@ -28,14 +30,22 @@ from psyche_jax.rewards.automaton import (
     minimize,
 )
 
+MAX_STATES = 4096  # over characters
+
+
+class Ambiguous(Exception):  # noqa: N818
+    """A text, the argument, that a pattern reads in two ways."""
+
+
 Span = tuple[int, int]  # code points, the end not included
 
 
 @dataclass(frozen=True)
 class Characters:
-    """One character of a set."""
+    """One character of a set; `captured` if it stands in a capturing group."""
 
     spans: tuple[Span, ...]
+    captured: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,7 @@ class _Parser:
         self.pattern = pattern
         self.at = 0
         self.depth = 0
+        self.captures = 0
 
     def choice(self, flags: int) -> Node:
         options = [self.sequence(flags)]
@@ -150,7 +161,7 @@ class _Parser:
             self.at = found.end()
         else:
             self.at += 1
-        return Characters(spans_of(pattern[place : self.at], flags & _CHARACTER_FLAGS))
+        return Characters(spans_of(pattern[place : self.at], flags & _CHARACTER_FLAGS), self.captures > 0)
 
     def group(self, flags: int) -> Node:
         place = self.at
@@ -170,7 +181,9 @@ class _Parser:
         self.depth += 1
         if self.depth > _DEEPEST:
             refuse(self.pattern, place, f"a group within {_DEEPEST} others", "write it with fewer brackets")
+        self.captures += found[0] == "("
         node = self.choice((flags | on) & ~off)
+        self.captures -= found[0] == "("
         self.depth -= 1
         self.at += 1  # the closing bracket
         return node if isinstance(node, Series | Choice) else Series((node,))
@@ -241,19 +254,21 @@ class _Positions:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.sets: list[tuple[Span, ...] | None] = []
+        self.captured: list[bool] = []
         self.follows: list[list[int]] = []
 
-    def add(self, characters: tuple[Span, ...] | None, follows: list[int]) -> int:
+    def add(self, characters: tuple[Span, ...] | None, follows: list[int], captured: bool = False) -> int:
         if len(self.sets) >= self.limit:
             raise TooLarge(f"more than {self.limit} positions")
         self.sets.append(characters)
+        self.captured.append(captured)
         self.follows.append(follows)
         return len(self.sets) - 1
 
     def build(self, node: Node, goal: int) -> int:
         """The position from which exactly what `node` matches leads to `goal`."""
         if isinstance(node, Characters):
-            return self.add(node.spans, [goal])
+            return self.add(node.spans, [goal], node.captured)
         if isinstance(node, Series):
             for item in reversed(node.items):
                 goal = self.build(item, goal)
@@ -299,7 +314,7 @@ def _character_classes(sets: Sequence[tuple[Span, ...]]) -> tuple[np.ndarray, np
     return np.repeat(group, np.diff(cuts)).astype(np.int32), member[first].T.astype(bool)
 
 
-def compile_pattern(pattern: str, flags: int = 0, max_states: int = 4096) -> CharacterAutomaton:
+def compile_pattern(pattern: str, flags: int = 0, max_states: int = MAX_STATES) -> CharacterAutomaton:
     """The smallest automaton that accepts what `re.fullmatch(pattern, text, flags)` matches.
 
     Raises UsageError for patterns that are refused, TooLarge beyond `max_states`.
@@ -330,6 +345,62 @@ def compile_pattern(pattern: str, flags: int = 0, max_states: int = 4096) -> Cha
 
     table = explore(positions.closure(start), successors, lambda state: bool(state & 1), max_states)
     return CharacterAutomaton(class_of, minimize(table))
+
+
+def compile_letters(
+    pattern: str, bits: Mapping[str, int], flags: int = 0, max_states: int = MAX_STATES
+) -> CharacterAutomaton:
+    """The automaton of `compile_pattern` which also reads letters: those of `bits` that stand in a capturing group (not
+    a named one) have their bit or-ed into the register.
+
+    A state is a set of positions, each with the bits that were read on the way there and not on every way here: they
+    are given out as soon as it is certain.
+
+    Raises Ambiguous if some text can be read in two ways, or its letters are certain only at its end.
+    """
+    positions = _Positions(8 * max_states)
+    goal = positions.add(None, [])
+    start = positions.build(parse(pattern, flags), goal)
+    letters = [((ord(letter), ord(letter) + 1),) for letter in bits]
+    sets = sorted({spans for spans in positions.sets if spans is not None}.union(letters))
+    class_of, member = _character_classes(sets)
+    symbols = {spans: np.flatnonzero(row).tolist() for spans, row in zip(sets, member, strict=True)}
+    bit_of = [0] * member.shape[1]
+    for letter, bit in bits.items():
+        bit_of[class_of[ord(letter)]] = bit
+    example = [chr(int(np.argmax(class_of == symbol))) for symbol in range(len(bit_of))]
+    begin = tuple((position, 0) for position in _bits(positions.closure(start)))
+    texts = {begin: ""}  # a state → a text that leads there
+    moves: dict[int, list[int]] = {}
+
+    def successors(state: tuple[tuple[int, int], ...]) -> list[tuple[tuple[tuple[int, int], ...], int]]:
+        reached: list[dict[int, int]] = [{} for _ in bit_of]
+        for position, read in state:
+            spans = positions.sets[position]
+            if spans is None:
+                continue
+            if position not in moves:
+                moves[position] = _bits(positions.closure(positions.follows[position][0]))
+            for symbol in symbols[spans]:
+                bits_now = read | (bit_of[symbol] if positions.captured[position] else 0)
+                for target in moves[position]:
+                    if reached[symbol].setdefault(target, bits_now) != bits_now:
+                        raise Ambiguous(texts[state] + example[symbol])
+        found = []
+        for symbol, targets in enumerate(reached):
+            certain = functools.reduce(operator.and_, targets.values()) if targets else 0
+            target_state = tuple(sorted((at, read & ~certain) for at, read in targets.items()))
+            texts.setdefault(target_state, texts[state] + example[symbol])
+            found.append((target_state, certain))
+        return found
+
+    def accepts(state: tuple[tuple[int, int], ...]) -> bool:
+        read = dict(state).get(goal)
+        if read:
+            raise Ambiguous(texts[state])
+        return read is not None
+
+    return CharacterAutomaton(class_of, minimize(explore(begin, successors, accepts, max_states)))
 
 
 def _bits(number: int) -> list[int]:

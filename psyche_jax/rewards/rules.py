@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,21 +16,24 @@ from psyche_jax.rewards.automaton import (
     TokenAutomaton,
     TooLarge,
     explore,
+    group_rows,
     intersect,
     minimize,
     to_bytes,
     to_tokens,
+    with_dead_state,
 )
-from psyche_jax.rewards.config import FULL_WIDTH, MAX_STATES, AnswerSetRule, PatternRule, ThinkFormatRule
+from psyche_jax.rewards.config import MAX_STATES, AnswerSetRule, PatternRule, ThinkFormatRule
+from psyche_jax.rewards.forms import grammar, known_forms, spellings
 from psyche_jax.rewards.reference import CLOSE, OPEN
-from psyche_jax.rewards.regex import compile_pattern
+from psyche_jax.rewards.regex import Ambiguous, compile_letters, compile_pattern
 
 TextRule = PatternRule | AnswerSetRule | ThinkFormatRule
 MAX_TABLE_BYTES = 64 << 20
 
 
-def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> TokenAutomaton:
-    """The table of a rule.
+def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None], opened: str = "") -> TokenAutomaton:
+    """The table of a rule, for responses that go on from the text `opened`.
 
     Raises UsageError if its automaton is too large, or nothing that the tokenizer can spell is worth anything.
     """
@@ -45,14 +49,23 @@ def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> To
         elif isinstance(rule, ThinkFormatRule):
             characters = think_format()
         else:
-            characters = answer_set(rule)
-        table = to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES)
+            advice = "take fewer `letters`, `markers` or `forms`"
+            characters = answer_in_forms(rule) if known_forms(rule) else answer_set(rule)
+        table = to_tokens(to_bytes(characters, MAX_STATES), token_bytes, MAX_TABLE_BYTES, opened.encode())
     except TooLarge as error:
         raise UsageError(f"reward rule `{rule.name}`: its automaton has {error}: {advice}") from error
+    except Ambiguous as error:
+        raise UsageError(
+            f"reward rule `{rule.name}`: with these markers, separators, closers and forms {str(error)!r} can be read "
+            "in two ways; leave some of them out"
+        ) from error
     if not _can_be_met(table):
+        after, other = "", ""
+        if opened:
+            after, other = f" after {opened!r}, which the chat template has already written", " or chat template"
         raise UsageError(
             f"reward rule `{rule.name}`: every response would get 0, since the tokens of this tokenizer cannot spell "
-            "what it asks for; change the rule, or take another tokenizer"
+            f"what it asks for{after}; change the rule, or take another tokenizer{other}"
         )
     return table
 
@@ -60,12 +73,16 @@ def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None]) -> To
 def _can_be_met(table: TokenAutomaton) -> bool:
     """Whether some tokens lead to a state that accepts, and, if letters matter, to a letter on the way."""
     reached = np.zeros(len(table.accept), bool)
-    new = np.array([0])
+    new = table.start.reshape(1)
     while len(new):
         reached[new] = True
         targets = np.unique(table.next[new])
         new = targets[~reached[targets]]
-    reads = table.effect is None or bool((table.effect[reached] & (CLEAR - 1)).any())
+    reads = (
+        table.effect is None
+        or table.effects is None
+        or bool(table.letters or (table.effects[table.effect[reached]] & (CLEAR - 1)).any())
+    )
     return bool(table.accept[reached].any()) and reads
 
 
@@ -88,13 +105,10 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
 
     A state is (how much of a marker or of `answer_after` was just read, where on the answer's line we are).
     """
-    spellings = {letter: 1 << (ord(letter) - ord("A")) for letter in rule.letters}
-    if rule.lower_case:
-        spellings |= {letter.lower(): bit for letter, bit in spellings.items()}
-    spellings |= {chr(ord(letter) + FULL_WIDTH): bit for letter, bit in spellings.items()}
+    bits = spellings(rule)
     watched = set(rule.markers) | ({rule.answer_after} if rule.answer_after is not None else set())
     parts = {text[:end] for text in watched for end in range(len(text) + 1)}
-    alphabet = sorted(set("\r\n").union(*watched, spellings, rule.separators, rule.closers))
+    alphabet = sorted(set("\r\n").union(*watched, bits, rule.separators, rule.closers))
 
     def read(part: str) -> str:
         """The longest end of what was read that begins something watched."""
@@ -112,8 +126,8 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
             return (part, _LIST), CLEAR
         if where == _OFF or character in "\r\n":
             return (part, _OFF), 0
-        if character in spellings and where == _LIST:
-            return (part, _LIST), spellings[character]
+        if character in bits and where == _LIST:
+            return (part, _LIST), bits[character]
         if character in rule.separators:
             return (part, where), 0
         if character in rule.closers:
@@ -127,3 +141,67 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
     class_of = np.full(CODE_POINTS, len(alphabet), np.int32)
     class_of[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
     return CharacterAutomaton(class_of, minimize(table))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Where a reader in forms is: the states of the automata that it runs side by side.
+
+    `thought`: how much of `answer_after` was just read. `leads`, `denied`: what has been read since then. `statement`:
+    which one we are in, or None; `answer`, `withdrawn`: what has been read since its first letter.
+    """
+
+    thought: int = 0
+    leads: tuple[int, ...] = ()
+    denied: int = 0
+    statement: int | None = None
+    answer: int = 0
+    withdrawn: int = 0
+
+
+def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
+    """Reads the letters of the last statement into the register; accepts where it is one that may be read."""
+    known, bits = grammar(rule), spellings(rule)
+    leads = [compile_pattern(before, re.DOTALL, MAX_STATES) for before, _ in known.statements]
+    distinct = list(dict.fromkeys(answer for _, answer in known.statements))
+    answers = [compile_letters(answer, bits, re.DOTALL, MAX_STATES) for answer in distinct]
+    denied, withdrawn = (compile_pattern(p, re.DOTALL, MAX_STATES) for p in (known.denied, known.withdrawn))
+    thought = compile_pattern(".*" + re.escape(rule.answer_after), re.DOTALL) if rule.answer_after else None
+    parts = [*leads, *answers, denied, withdrawn, *([thought] if thought else [])]
+    member, class_of = group_rows(np.stack([part.class_of for part in parts], axis=1))
+    letter_classes = {int(class_of[ord(letter)]) for letter in bits}
+    tables = {id(part): part.table.next[:, part.class_of[member]].tolist() for part in parts}
+    effects = [part.table.effect[:, part.class_of[member]].tolist() for part in answers]
+    dead = [with_dead_state(part.table)[1] for part in answers]
+    kind = [distinct.index(answer) for _, answer in known.statements]
+    begin = _Reader(leads=(0,) * len(leads))
+
+    def step(reader: _Reader, symbol: int) -> tuple[_Reader, int]:
+        def moved(part: CharacterAutomaton, state: int) -> int:
+            return tables[id(part)][state][symbol]
+
+        passed = moved(thought, reader.thought) if thought else 0
+        if thought and thought.table.accept[passed]:
+            return replace(begin, thought=passed), 0
+        statement, answer, taken, effect = reader.statement, reader.answer, reader.withdrawn, 0
+        begun = [kind[i] for i, lead in enumerate(leads) if lead.table.accept[reader.leads[i]]]
+        if symbol in letter_classes and begun:
+            statement, answer, taken, effect = begun[0], 0, 0, CLEAR
+            if denied.table.accept[reader.denied]:
+                statement = None
+        if statement is not None:
+            effect |= effects[statement][answer][symbol]
+            answer, taken = moved(answers[statement], answer), moved(withdrawn, taken)
+            if answer == dead[statement] or withdrawn.table.accept[taken]:
+                statement = None
+        if statement is None:
+            answer = taken = effect = 0  # what the register holds does not matter then
+        seen = tuple(moved(lead, state) for lead, state in zip(leads, reader.leads, strict=True))
+        return _Reader(passed, seen, moved(denied, reader.denied), statement, answer, taken), effect
+
+    def accepts(reader: _Reader) -> bool:
+        return reader.statement is not None and bool(answers[reader.statement].table.accept[reader.answer])
+
+    symbols = range(len(member))
+    table = explore(begin, lambda reader: [step(reader, s) for s in symbols], accepts, MAX_STATES)
+    return CharacterAutomaton(class_of.astype(np.int32), minimize(table))

@@ -55,7 +55,9 @@ class RewardState:
     """int32: the letters that each answer rule has read."""
 
 
-jax.tree_util.register_dataclass(TokenAutomaton, ["class_of", "next", "effect", "accept"], [])
+jax.tree_util.register_dataclass(
+    TokenAutomaton, ["class_of", "next", "effect", "effects", "accept", "start", "letters"], []
+)
 jax.tree_util.register_dataclass(CompiledRules, ["tables"], ["rules", "stop_token_ids"])
 jax.tree_util.register_dataclass(RewardState, ["length", "stopped", "node", "letters"], [])
 
@@ -65,9 +67,13 @@ def compile_rules(
     token_bytes: Sequence[bytes | None],
     stop_token_ids: Sequence[int],
     *,
+    opened: str = "",
     cache_dir: str | Path | None = DEFAULT_CACHE_DIR,
 ) -> CompiledRules:
     """Builds the tables of the rules for a vocabulary, or takes them from `cache_dir` (None: no cache).
+
+    `opened` is what the prompt has already written of the response (`data.chat.opened_text`): to rules on text, the
+    text begins with it.
 
     Raises UsageError if two rules have one name, no stop token is given or one is not in the vocabulary, or a
     pattern is refused or too large.
@@ -79,7 +85,7 @@ def compile_rules(
             f"stop_token_ids must hold ids from 0 to {len(token_bytes) - 1}, at least one; got {list(stops)}"
         )
     tables = {
-        rule.name: jax.tree.map(jnp.asarray, load_or_compile(rule, token_bytes, cache_dir))
+        rule.name: jax.tree.map(jnp.asarray, load_or_compile(rule, token_bytes, cache_dir, opened))
         for rule in rules
         if isinstance(rule, PatternRule | AnswerSetRule | ThinkFormatRule)
     }
@@ -102,8 +108,8 @@ def initial_state(compiled: CompiledRules, batch: int) -> RewardState:
     return RewardState(
         length=jnp.zeros(batch, jnp.int32),
         stopped=jnp.zeros(batch, bool),
-        node={name: jnp.zeros(batch, jnp.int32) for name in compiled.tables},
-        letters={name: jnp.zeros(batch, jnp.int32) for name in answers},
+        node={name: jnp.full(batch, table.start) for name, table in compiled.tables.items()},
+        letters={name: jnp.full(batch, compiled.tables[name].letters) for name in answers},
     )
 
 
@@ -118,8 +124,8 @@ def advance(compiled: CompiledRules, state: RewardState, token: Array, active: A
         tokens = table.class_of.shape[0]
         known = (token >= 0) & (token < tokens)
         symbol = jnp.where(known, table.class_of[jnp.clip(token, 0, tokens - 1)], 0).astype(jnp.int32)
-        if name in letters:
-            effect = 0 if table.effect is None else table.effect[node[name], symbol]
+        if table.effect is not None and table.effects is not None:
+            effect = table.effects[table.effect[node[name], symbol]]
             kept = jnp.where(effect & CLEAR, 0, letters[name])
             letters[name] = jnp.where(text, kept | (effect & (CLEAR - 1)), letters[name])
         node[name] = jnp.where(text, table.next[node[name], symbol].astype(jnp.int32), node[name])

@@ -26,21 +26,21 @@ from psyche_jax.rewards.automaton import TokenAutomaton
 from psyche_jax.rewards.rules import TextRule, compile_text_rule
 
 DEFAULT_CACHE_DIR = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "psyche_jax"
-_BUILDERS = ("automaton.py", "config.py", "reference.py", "regex.py", "rules.py", "store.py")
+_BUILDERS = ("automaton.py", "config.py", "forms.py", "reference.py", "regex.py", "rules.py", "store.py")
 _FIELDS = [field.name for field in dataclasses.fields(TokenAutomaton)]
 _NOT_IN_TABLES = {"name", "weight", "credit", "require_stop"}
 
 
 def load_or_compile(
-    rule: TextRule, token_bytes: Sequence[bytes | None], cache_dir: str | Path | None
+    rule: TextRule, token_bytes: Sequence[bytes | None], cache_dir: str | Path | None, opened: str = ""
 ) -> TokenAutomaton:
     """The rule's table, from the cache if it is there. Raises UsageError as `compile_text_rule` does."""
     if cache_dir is None:
-        return compile_text_rule(rule, token_bytes)
-    path = Path(cache_dir).expanduser() / f"reward-{_key(rule, token_bytes)}.npz"
+        return compile_text_rule(rule, token_bytes, opened)
+    path = Path(cache_dir).expanduser() / f"reward-{_key(rule, token_bytes, opened)}.npz"
     table = _load(path, len(token_bytes))
     if table is None:
-        table = compile_text_rule(rule, token_bytes)
+        table = compile_text_rule(rule, token_bytes, opened)
         with contextlib.suppress(OSError):
             _save(path, table)
     return table
@@ -54,10 +54,10 @@ def _code_digest() -> bytes:
     return hashlib.sha256(code + versions).digest()
 
 
-def _key(rule: TextRule, token_bytes: Sequence[bytes | None]) -> str:
+def _key(rule: TextRule, token_bytes: Sequence[bytes | None], opened: str) -> str:
     meaning = {k: v for k, v in dataclasses.asdict(rule).items() if k not in _NOT_IN_TABLES}
     digest = hashlib.sha256(_code_digest())
-    digest.update(repr(sorted(meaning.items())).encode("utf-8", "surrogatepass"))
+    digest.update(repr((sorted(meaning.items()), opened)).encode("utf-8", "surrogatepass"))
     digest.update(np.array([-1 if b is None else len(b) for b in token_bytes], np.int32).tobytes())
     digest.update(b"".join(b for b in token_bytes if b is not None))
     return digest.hexdigest()[:32]
@@ -71,7 +71,12 @@ def _load(path: Path, tokens: int) -> TokenAutomaton | None:
         states, classes = table.next.shape
         whole = table.class_of.shape == (tokens,) and table.accept.shape == (states,)
         whole &= table.effect is None or table.effect.shape == (states, classes)
+        if table.effect is not None and table.effects is not None:
+            whole &= bool((table.effect < len(table.effects)).all())
+        else:
+            whole &= table.effect is None and table.effects is None
         whole &= bool((table.next >= 0).all() and (table.next < states).all())
+        whole &= table.start.shape == table.letters.shape == () and 0 <= int(table.start) < states
         whole &= bool((table.class_of >= 0).all() and (table.class_of < classes).all())
     except Exception:  # whatever a damaged file makes numpy and zipfile raise
         return None

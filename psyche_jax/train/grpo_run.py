@@ -89,9 +89,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         "micro_batch_prompts × generations_per_prompt",
         execution.sharding,
     )
-    rules = compile_rules(
-        config.rules, token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size), model.stop_token_ids
-    )
+    token_bytes = token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size)
+    rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened_text(setup.tokenizer))
     functions = load_functions(config.functions)
     prompts, faults = _tokenized(setup.tokenizer, config, config.data.train)
     held_out: list[Prompt] = []

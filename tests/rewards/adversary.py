@@ -1,6 +1,6 @@
 """Random responses meant to break the rewards, and the comparison of the graph with the reference.
 
-    python tests/rewards/adversary.py --count 1000000 [--seed 0] [--vocabulary tiny|qwen]
+    python tests/rewards/adversary.py --count 1000000 [--seed 0] [--vocabulary tiny|qwen] [--rules all|forms]
 
 Markers and tags are split across tokens in every way the vocabulary allows, merged with their neighbours,
 nested, repeated and cut; texts end amid a character, hold invalid UTF-8, ids without bytes and ids outside
@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from psyche_jax.rewards import (
     extract_letters,
     reference,
 )
+from psyche_jax.rewards.config import FORMS
 from psyche_jax.rewards.rules import compile_text_rule
 from psyche_jax.rewards.score import compile_rules, score
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
@@ -61,6 +62,16 @@ RULES: tuple[RuleConfig, ...] = (
     LengthRule(max_length=40, buffer=15),
     RepetitionRule(ngram=3),
     RepetitionRule(name="repeated_tokens", ngram=1, weight=-0.25),
+)
+
+# The natural reading, each of its forms alone, and what else can be set of it.
+FORM_RULES: tuple[RuleConfig, ...] = (
+    AnswerSetRule(name="natural", reading="natural"),
+    *(AnswerSetRule(name=form, forms=(form,)) for form in FORMS),
+    AnswerSetRule(
+        name="lower", reading="natural", lower_case=True, letters="ABCD", credit="elastic", answer_after=None
+    ),
+    AnswerSetRule(name="own", forms=("texts", "lines"), markers=("Key=", "答"), separators=" ", closers=""),
 )
 
 FRAGMENTS = [
@@ -90,6 +101,172 @@ FRAGMENTS = [
     *["因为", "选A", "或", "-", "心理", "抑郁症", "我想", "é", "😀", "😃", "\U0010ffff", "\ud7ff", "\ue000"],
     *["<tool_call>", "<b>", "</b>", "answer", "ANSWER", "s", "1", "、、、", "哈哈哈哈哈哈"],
 ]
+FORM_FRAGMENTS = [
+    *[
+        "答案",
+        "答案：",
+        "答案是",
+        "答案为",
+        "正确答案：",
+        "应选",
+        "故选",
+        "选",
+        "，选",
+        "选项是",
+        "正确的是",
+        "错误",
+        "不是",
+        "不应",
+    ],
+    *[
+        "Answer:",
+        "The answer is ",
+        "answer",
+        "\\boxed{",
+        "\\text{",
+        "$",
+        "}",
+        "**",
+        "*",
+        "`",
+        "__",
+        "#",
+        "选择",
+        "选项",
+        "项",
+    ],
+    *[
+        "（",
+        "）",
+        "(",
+        ")",
+        "【",
+        "】",
+        "[",
+        "]",
+        "“",
+        "”",
+        "'",
+        '"',
+        "\n",
+        "\n",
+        "\n\n",
+        "\n- ",
+        " ",
+        " ",
+        "\u3000",
+        "\r\n",
+    ],
+    *["A", "B", "C", "D", "AC", "BD", "G", "H", "T", "Ｂ", "a", "c", "AB", "DNA", "Carl", "E"],
+    *[
+        "、",
+        "，",
+        ",",
+        "和",
+        "与",
+        "或",
+        "及",
+        "以及",
+        "and",
+        "&",
+        ". ",
+        ".",
+        "．",
+        "：",
+        ":",
+        ") ",
+        "、",
+        "。",
+        "！",
+        "？",
+        " - ",
+    ],
+    *[
+        "共情",
+        "尊重",
+        "型人格",
+        "ABC理论",
+        "不安全型",
+        "不",
+        "对",
+        "错",
+        "吗",
+        "以人为中心",
+        "因为",
+        "，因为",
+        "解析：",
+        "because",
+    ],
+    *[
+        "不对",
+        "\n不对，应该是C",
+        "更正：",
+        "应该是",
+        "应",
+        "改为",
+        "Wait",
+        "no, ",
+        "而是",
+        "B（错误）",
+        "其他",
+        "备选",
+        "</think>",
+        "Key=",
+    ],
+]
+FORM_MARKERS = [
+    *["答案：", "答案是", "应选", "**答案**：", "Answer: ", "答案：\n", "\\boxed{", "【答案】", "故选：", "选", "Key="],
+    "",
+]
+FORM_ITEMS = [
+    "A",
+    "C",
+    "AC",
+    "B. 共情",
+    "A. 倾听 ",
+    "C、尊重",
+    "D（质问）",
+    "（B）",
+    "(A)",
+    "**B**",
+    "“C”",
+    "B 共情",
+    "\\text{A}",
+]
+FORM_ENDS = [
+    "",
+    "",
+    "。",
+    "\n",
+    "\n因为B",
+    "，因为A错",
+    "。本题考查共情",
+    "}",
+    "**",
+    "\n不对，选C",
+    "？",
+    "选项",
+    "（错）",
+    "\nA错",
+    "\n\n解析：D",
+]
+
+
+def form_text(rng: random.Random) -> str:
+    """An answer in some form, or fragments of some; damaged now and then."""
+    pick = rng.choice
+    if rng.random() < 0.25:
+        parts = rng.choices(FORM_FRAGMENTS, k=rng.randint(1, 14))
+    else:
+        glue = pick(["", "、", " ", "\n", "和", "，", "\n- "])
+        items = glue.join(rng.choices(FORM_ITEMS, k=rng.choice([1, 1, 1, 2, 2, 3])))
+        parts = [pick(["", "", "", "嗯</think>\n", "所以", "错误"]), pick(FORM_MARKERS), items, pick(FORM_ENDS)]
+    for _ in range(rng.choice([0, 0, 0, 1, 1, 2])):
+        at = rng.randrange(len(parts)) if parts else 0
+        parts[at : at + 1] = rng.choice([[], parts[at : at + 1] * 2, [*parts[at : at + 1], pick(FORM_FRAGMENTS)]])
+    return "".join(parts)
+
+
 SPACES = ["", "", "", "", " ", "\n", "\n\n", "\u3000", "\t"]
 LETTERS = ["A", "B", "C", "D", "F", "Ｂ", "Ｄ", "c", "AC", "BD", "Z"]
 SEPARATORS = ["", "", "、", "，", ",", " ", "和", "、 ", ";", "\u3000"]
@@ -183,9 +360,13 @@ def random_text(rng: random.Random) -> str:
     return text[: rng.randint(0, len(text))] if rng.random() < 0.1 else text
 
 
-def random_response(vocab: Vocabulary, rng: random.Random) -> tuple[list[int], str]:
-    """Token ids (TOKENS of them) and the text they were made from."""
-    text = random_text(rng)
+def random_response(
+    vocab: Vocabulary, rng: random.Random, opened: str = "", make_text: Callable[[random.Random], str] = random_text
+) -> tuple[list[int], str]:
+    """Token ids (TOKENS of them) and the text they were made from, which mostly goes on from `opened`."""
+    text = make_text(rng)
+    if opened and rng.random() < 0.8:
+        text = text.partition("</think>" if "</think>" in opened else "<think>")[2]
     if rng.random() < 0.3:
         ids = vocab.tokenizer.encode(text, add_special_tokens=False).ids
     else:
@@ -214,10 +395,11 @@ def random_response(vocab: Vocabulary, rng: random.Random) -> tuple[list[int], s
     return (ids + [filler] * TOKENS)[:TOKENS], text
 
 
-def random_gold(text: str, rng: random.Random) -> int:
+def random_gold(text: str, rng: random.Random, rules: Sequence[RuleConfig] = RULES) -> int:
     """Mostly what the text says, or a little more or less."""
     mask = 0
-    (rule,) = rng.choices([r for r in RULES if isinstance(r, AnswerSetRule)], [4, 1, 2])
+    answers = [r for r in rules if isinstance(r, AnswerSetRule)]
+    (rule,) = rng.choices(answers, [4, *[1] * (len(answers) - 1)])
     if rng.random() < 0.9:
         for letter in extract_letters(text, rule) or ():
             mask |= 1 << (ord(letter) - ord("A"))
@@ -231,20 +413,23 @@ class Batch:
     expected: dict[str, np.ndarray]  # float32 [N], by the rule's name
 
 
-def batches(vocab: Vocabulary, count: int, size: int, seed: int) -> Iterator[Batch]:
+def batches(
+    vocab: Vocabulary, count: int, size: int, seed: int, opened: str = "", rules: Sequence[RuleConfig] = RULES
+) -> Iterator[Batch]:
+    make_text = random_text if rules is RULES else form_text
     rng = random.Random(seed)
     for _ in range(0, count, size):
-        responses = [random_response(vocab, rng) for _ in range(size)]
-        gold = [random_gold(text, rng) for _, text in responses]
+        responses = [random_response(vocab, rng, opened, make_text) for _ in range(size)]
+        gold = [random_gold(opened + text, rng, rules) for _, text in responses]
         expected = {
             rule.name: np.array(
                 [
-                    reference.score_response(rule, ids, vocab.token_bytes, vocab.stops, mask)
+                    reference.score_response(rule, ids, vocab.token_bytes, vocab.stops, mask, opened)
                     for (ids, _), mask in zip(responses, gold, strict=True)
                 ],
                 np.float32,
             )
-            for rule in RULES
+            for rule in rules
         }
         yield Batch(np.array([ids for ids, _ in responses], np.int32), np.array(gold, np.int32), expected)
 
@@ -256,16 +441,23 @@ class Outcome:
     mismatches: list[str] = field(default_factory=list)
 
 
-def compare(vocab: Vocabulary, count: int, seed: int, size: int = 1000) -> Outcome:
+def compare(
+    vocab: Vocabulary,
+    count: int,
+    seed: int,
+    size: int = 1000,
+    opened: str = "",
+    rules: Sequence[RuleConfig] = RULES,
+) -> Outcome:
     """Scores `count` responses in the graph and by the reference."""
-    compiled = compile_rules(RULES, vocab.token_bytes, vocab.stops, cache_dir=None)
+    compiled = compile_rules(rules, vocab.token_bytes, vocab.stops, opened=opened, cache_dir=None)
     run = jax.jit(score)
     outcome = Outcome()
-    for batch in batches(vocab, count, size, seed):
+    for batch in batches(vocab, count, size, seed, opened, rules):
         total, by_rule = jax.device_get(run(compiled, jnp.asarray(batch.tokens), jnp.asarray(batch.gold)))
-        weighted = sum(rule.weight * batch.expected[rule.name] for rule in RULES)
+        weighted = sum(rule.weight * batch.expected[rule.name] for rule in rules)
         if not np.allclose(total, weighted, atol=1e-5):
-            outcome.mismatches.append(f"total: {total} instead of {weighted}")
+            outcome.mismatches.append(f"total: {total[~np.isclose(total, weighted, atol=1e-5)]}")
         outcome.checked += size
         for name, expected in batch.expected.items():
             outcome.nonzero[name] += int((expected != 0).sum())
@@ -281,14 +473,15 @@ def compare(vocab: Vocabulary, count: int, seed: int, size: int = 1000) -> Outco
     return outcome
 
 
-def tables(vocab: Vocabulary) -> str:
+def tables(vocab: Vocabulary, rules: Sequence[RuleConfig]) -> str:
     """How long each rule's table takes to build, and how large it is."""
     built = []
-    for rule in RULES:
+    for rule in rules:
         if isinstance(rule, ThinkFormatRule | AnswerSetRule | PatternRule):
             started = time.perf_counter()
             table = compile_text_rule(rule, vocab.token_bytes)
-            built.append(f"{rule.name} {time.perf_counter() - started:.1f} s {table.nbytes / 2**20:.1f} MiB")
+            seconds, size = time.perf_counter() - started, table.nbytes / 2**20
+            built.append(f"{rule.name} {seconds:.1f} s {len(table.accept)} states {size:.1f} MiB")
     return ", ".join(built)
 
 
@@ -296,17 +489,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1_000_000, help="responses for each vocabulary")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rules", choices=["all", "forms"], default="all")
     parser.add_argument("--vocabulary", choices=["tiny", "qwen"], action="append")
     arguments = parser.parse_args()
+    rules = FORM_RULES if arguments.rules == "forms" else RULES
     failed = False
     for name in arguments.vocabulary or ["tiny", "qwen"]:
         vocab = vocabulary(name)
         if vocab is None:
             print(f"{name}: not installed, left out")
             continue
-        print(f"{name}: {len(vocab.token_bytes)} ids; {tables(vocab)}")
+        print(f"{name}: {len(vocab.token_bytes)} ids; {tables(vocab, rules)}")
         started = time.perf_counter()
-        outcome = compare(vocab, arguments.count, arguments.seed)
+        outcome = compare(vocab, arguments.count, arguments.seed, rules=rules)
         seconds = time.perf_counter() - started
         print(
             f"{name}: {outcome.checked} responses, {len(outcome.mismatches)} mismatches, {seconds:.0f} s; "

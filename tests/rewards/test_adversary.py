@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adversary import RULES, TOKENS, Vocabulary, batches, compare
+from adversary import FORM_RULES, RULES, TOKENS, Vocabulary, batches, compare
 
 from psyche_jax.rewards.score import advance, compile_rules, finish, initial_state, score
 
@@ -23,6 +23,28 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
     for rule in RULES:
         assert outcome.nonzero[rule.name] >= ACCEPTED.get(rule.name, 1000), rule.name
         assert outcome.nonzero[rule.name] < 9500, rule.name
+
+
+SLOW = [pytest.param(name, 20_000, seed, marks=pytest.mark.slow) for name, seed in (("tiny", 6), ("qwen", 5))]
+
+
+@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 4000, 9), *SLOW])
+def test_graph_agrees_with_reference_on_forms(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
+    """The natural reading, each form alone, lower-case letters, markers of one's own."""
+    outcome = compare(request.getfixturevalue(name), count, seed, rules=FORM_RULES)
+    assert outcome.checked == count
+    assert outcome.mismatches == []
+    assert outcome.nonzero["natural"] >= count * 0.03
+    for rule in FORM_RULES:
+        assert outcome.nonzero[rule.name] >= 1, rule.name
+
+
+@pytest.mark.parametrize("opened", ["<think>\u3000", "<think>想</thi", "<think>想</think>答案：A、"])
+def test_graph_agrees_with_reference_on_what_the_prompt_has_opened(opened: str, tiny: Vocabulary) -> None:
+    outcome = compare(tiny, 4000, seed=4, opened=opened)
+    assert outcome.mismatches == []
+    for rule in ("think_format", "answer_set", "elastic"):
+        assert outcome.nonzero[rule] >= 100, rule
 
 
 def test_token_by_token_is_the_same_as_at_once(tiny: Vocabulary) -> None:

@@ -78,7 +78,9 @@ def test_a_token_does_what_its_bytes_do(seed: int) -> None:
         state = register = 0
         for i in ids:
             symbol = lifted.class_of[i]
-            effect = 0 if lifted.effect is None else int(lifted.effect[state, symbol])
+            effect = 0
+            if lifted.effect is not None and lifted.effects is not None:
+                effect = int(lifted.effects[lifted.effect[state, symbol]])
             register = (0 if effect & CLEAR else register) | (effect & ~CLEAR)
             state = int(lifted.next[state, symbol])
         if any(tokens[i] is None for i in ids):

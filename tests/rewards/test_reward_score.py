@@ -12,7 +12,7 @@ import pytest
 from adversary import RULES, Vocabulary
 
 from psyche_jax.errors import UserError
-from psyche_jax.rewards import AnswerSetRule, LengthRule, PatternRule, RepetitionRule, ThinkFormatRule
+from psyche_jax.rewards import AnswerSetRule, LengthRule, PatternRule, RepetitionRule, ThinkFormatRule, reference
 from psyche_jax.rewards.score import CompiledRules, compile_rules, completion_mask, score
 
 # 0 is a stop token, 1 another; 2 has no bytes.
@@ -140,3 +140,40 @@ def test_the_example_of_the_docs_runs(tiny: Vocabulary) -> None:
     names = {"tokenizer": tiny.tokenizer, "tokens": jnp.asarray([answer]), "gold_mask": jnp.asarray([1])}
     exec(example[1], names)
     assert float(names["total"][0]) == pytest.approx(1.2)
+
+
+def opened_values(opened: str, rule: object, row: list[int], gold: int = 0b1) -> float:
+    compiled = compile_rules([rule], BYTES, [STOP, STOP2], opened=opened, cache_dir=None)  # type: ignore[list-item]
+    value = score(compiled, jnp.asarray([row], jnp.int32), jnp.asarray([gold], jnp.int32))[1]
+    (found,) = value.values()
+    assert float(found[0]) == reference.score_response(rule, row, BYTES, [STOP, STOP2], gold, opened)  # type: ignore[arg-type]
+    return float(found[0])
+
+
+def test_the_text_begins_with_what_the_template_has_opened() -> None:
+    """As QwQ's does, whose prompt ends in `<think>` and a newline."""
+    thought = [A_LOW, CLOSE, MARK, A, STOP]
+    assert opened_values("", ThinkFormatRule(), thought) == 0
+    assert opened_values("<think>\n", ThinkFormatRule(), thought) == 1
+    assert opened_values("<think>\n", ThinkFormatRule(), [OPEN, *thought]) == 0, "a second tag"
+    assert opened_values("<think>\n", PatternRule(pattern="<think>\na</think>.*"), thought) == 1
+    assert opened_values("<think>\n", AnswerSetRule(), thought) == 1
+    assert opened_values("答案：A", AnswerSetRule(), [B, STOP], 0b11) == 1
+    assert opened_values("答案：A", AnswerSetRule(), [STOP]) == 1
+    assert opened_values("答案：A", AnswerSetRule(), [MARK, B, STOP], 0b10) == 1
+    assert opened_values("<think>\n", LengthRule(max_length=5, buffer=2), thought) == -1, "generated tokens alone"
+    assert opened_values("aaaa", RepetitionRule(ngram=1), [A_LOW, STOP]) == 0
+
+
+def test_what_the_template_has_opened_is_no_reason_for_another_trace() -> None:
+    plain, opened = (
+        jax.tree.structure(compile_rules([AnswerSetRule()], BYTES, [STOP], opened=text, cache_dir=None))
+        for text in ("", "<think>\n答案：A")
+    )
+    assert plain == opened
+
+
+def test_a_rule_that_cannot_be_met_after_what_is_opened_is_refused() -> None:
+    """A template that thinks nothing, as Qwen3's without thinking: `think_format` would be 0 for ever."""
+    with pytest.raises(UserError, match=r"`think_format`: every response would get 0.*already written.*chat template"):
+        compile_rules([ThinkFormatRule()], BYTES, [STOP], opened="<think>\n\n</think>\n\n", cache_dir=None)

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
@@ -14,7 +16,9 @@ from psyche_jax.data.records import Message, RlPrompt, read_records, write_recor
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
-from psyche_jax.rewards import PatternRule
+from psyche_jax.rewards import FunctionReward, LengthRule, PatternRule, ThinkFormatRule
+from psyche_jax.rewards.functions import LoadedFunction
+from psyche_jax.rewards.score import score
 from psyche_jax.runs import read_lines
 from psyche_jax.train import checkpoints, grpo_run, loop
 from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
@@ -132,6 +136,34 @@ def test_an_identity_is_that_of_the_weights(root, tmp_path):
     path = tmp_path / "other" / "model.safetensors"
     path.write_bytes(path.read_bytes() + b" ")
     assert identity(open_model(str(tmp_path / "other"))) != first
+
+
+def test_rewards_know_what_the_template_has_opened(root, monkeypatch):
+    """A prompt that ends in `<think>` and a newline, as QwQ's: rules and functions read it before the response."""
+    template = root / "model" / "chat_template.jinja"
+    start = "<|im_start|>assistant\n"
+    assert start in template.read_text()
+    template.write_text(template.read_text().replace(start, start + "<think>\n"))
+    tokenizer = load_tokenizer(root / "model")
+    tokens = tokenizer.encode("想</think>B<|im_end|>")
+    found, heard = [], []
+
+    def step(state, reference, rules, prompts, key):
+        found.append(score(rules, jnp.asarray([tokens], jnp.int32))[1])
+        raise UserError("enough")
+
+    monkeypatch.setattr(grpo_run.Iteration, "program", lambda _: step)
+    with pytest.raises(UserError, match="enough"):
+        grpo_run.train_grpo(grpo_config(root, rewards=(ThinkFormatRule(), LengthRule(max_length=len(tokens)))))
+    assert {name: value.tolist() for name, value in found[0].items()} == {"think_format": [1.0], "length": [0.0]}
+
+    function = LoadedFunction(FunctionReward(function="a:b"), lambda p, c, r: heard.extend([*p, *c]) or [0.0])
+    setup = SimpleNamespace(tokenizer=tokenizer, model=open_model(str(root / "model")))
+    prompts, _ = grpo_run._tokenized(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
+    rows = np.asarray([tokens])
+    grpo_run._judged([function], setup, prompts, [0], rows, rows >= 0)
+    assert heard[0].endswith("<think>\n")
+    assert heard[1] == "<think>\n想</think>B"
 
 
 def test_rewards_that_are_always_equal_are_warned_of_once(train, capsys):
