@@ -46,10 +46,10 @@ def token_scores(
     head = model.output_embedding
     if model.head is None or not spread:
         # Not laid out for the loss yet: once, so that its gradient adds up over chunks and goes back once.
-        head, hidden = jax.lax.optimization_barrier((head, hidden))
+        head, hidden = _bound(head, hidden)
         head = sharding.constrain(head, vocab, None)
     # Bound to the hidden states, so that no loop over micro-batches keeps a copy of the head between their losses.
-    copy, hidden = jax.lax.optimization_barrier((jax.lax.stop_gradient(head), hidden))
+    copy, hidden = _bound(jax.lax.stop_gradient(head), hidden)
     copy = cast_weights(copy, hidden.dtype)
 
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
@@ -72,6 +72,18 @@ def token_scores(
         ),
     )
     return TokenScores(*(x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :length] for x in stacked))
+
+
+@jax.custom_vjp
+def _bound(head: jax.Array, hidden: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both as they are, neither computed before the other; so too their gradients.
+
+    The barrier's own backward pass (JAX 0.11.2 to 0.12.0) confuses the two where one of them is added to a Ref.
+    """
+    return jax.lax.optimization_barrier((head, hidden))
+
+
+_bound.defvjp(lambda *arrays: (_bound(*arrays), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 @jax.custom_vjp
