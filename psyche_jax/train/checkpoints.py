@@ -222,7 +222,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Write the checksums of what was just written, on the first process, before it counts as whole."""
-        partial = self._folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        partial = self._folder / f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}"
         # Where nothing can be renamed Orbax writes under the final name, and last a file that says that it is whole.
         write_checksums(partial if partial.is_dir() else self._folder / str(self._saving))
 

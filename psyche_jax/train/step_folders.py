@@ -65,7 +65,7 @@ def what_is_missing(folder: Path, items: Sequence[str] = ("parameters",)) -> str
     for item in items:
         if not (folder / item).is_dir():
             return f"{item} is missing"
-    if in_bucket(folder) and not ocp.utils.is_checkpoint_finalized(folder):
+    if in_bucket(folder) and not ocp.path.step.is_path_finalized(folder):
         return f"{_MARK} is missing"
     if not (folder / "metadata" / "metadata").is_file():
         return "metadata is missing"
