@@ -158,8 +158,9 @@ class _Text:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 number_may_go_on = isinstance(value, int | float) and end + len("e+") >= len(self._text)
+                length = end - self._at
                 if not number_may_go_on or not self._more(size):
-                    self._pass_to(min(end, len(self._text)))
+                    self._pass_to(self._at + length)
                     return value
             except json.JSONDecodeError as error:
                 fault = self._fault(error)
