@@ -152,10 +152,11 @@ class Dataset:
         shard = self.manifest.shards[number]
         path = self.store.path(shard.name)
         reader = _open_reader(path, path)
-        if not reader.num_records():  # what ArrayRecord makes of a refusal
+        found = reader.num_records()
+        if not found and in_bucket(path):  # what ArrayRecord makes of a refusal
             raise UserError(f"{path}: nothing can be read of it; is there a permission to (storage.objects.get)?")
-        if reader.num_records() != shard.records:
-            raise _broken(path, f"it holds {reader.num_records()} records, the manifest says {shard.records}")
+        if found != shard.records:
+            raise _damaged(path, f"{found} records can be read of it, the manifest says {shard.records}")
         return reader
 
     def _read(self, place: tuple[int, int]) -> bytes:
@@ -164,7 +165,7 @@ class Dataset:
         try:
             return self._reader(number).read([position])[0]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise _broken(self.store.path(self.manifest.shards[number].name), first_reason(error)) from None
+            raise _damaged(self.store.path(self.manifest.shards[number].name), first_reason(error)) from None
 
 
 def write_dataset(
@@ -267,7 +268,7 @@ def load_records(kind: type[Record], location: str) -> Records[Record]:
     for number, content in enumerate(dataset):
         try:
             good.append(record_from_json(kind, content))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             set_aside.append(f"{location}: record {number}: {fault_of(error)}")
     if not good:
         raise UserError(f"{location}: holds no usable record of {kind.__name__}")
@@ -331,7 +332,8 @@ def find_datasets(uri: str, deadline: float = DEADLINE_SECONDS) -> list[tuple[st
     store = open_store(uri, deadline)
     names = [stored.name for stored in store.objects() if stored.name.rpartition("/")[2] == MANIFEST]
     if not names:
-        raise UserError(f"{uri}: there is no data set here (no {MANIFEST})")
+        why = f"no {MANIFEST}" if in_bucket(uri) or Path(uri).exists() else "no such folder"
+        raise UserError(f"{uri}: there is no data set here ({why})")
     folders = [store.path(name).removesuffix(MANIFEST).rstrip("/") for name in names]
     return [(folder, _read_manifest(open_store(folder, deadline))) for folder in folders]
 
@@ -382,6 +384,8 @@ def _read_manifest(store: Store) -> Manifest:
     where = store.path(MANIFEST)
     content = store.read(MANIFEST)
     if content is None:
+        if not in_bucket(store.address) and Path(store.address).is_file():
+            raise UserError(f"{store.address}: is a file, no data set; `psyche data import` makes one of it")
         count = len(store.objects())
         what = f"{count} files but no {MANIFEST}: it was not written to its end" if count else "nothing is there"
         raise UserError(f"{store.address}: is no data set ({what})")
@@ -412,7 +416,12 @@ def _open_reader(path: str, name: str) -> Any:
     try:
         return ArrayRecordReader(path)
     except (RuntimeError, ValueError, OSError) as error:
-        raise _broken(name, first_reason(error)) from None
+        raise _damaged(name, first_reason(error)) from None
+
+
+def _damaged(path: str, why: str) -> UserError:
+    """Of what is found on reading at random; to read all tells which shards are not as they were written."""
+    return UserError(f"{path}: the shard is broken, damaged: {why}; `psyche data verify` says where")
 
 
 def _broken(path: str, why: str) -> UserError:

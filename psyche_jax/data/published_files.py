@@ -157,8 +157,10 @@ class _Text:
         while True:
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
-                if end < len(self._text) or not self._more(size):  # else a number may go on
-                    self._pass_to(min(end, len(self._text)))
+                number_may_go_on = isinstance(value, int | float) and end + len("e+") >= len(self._text)
+                length = end - self._at
+                if not number_may_go_on or not self._more(size):
+                    self._pass_to(self._at + length)
                     return value
             except json.JSONDecodeError as error:
                 fault = self._fault(error)
@@ -194,7 +196,7 @@ class _Text:
     def _fault(self, error: json.JSONDecodeError) -> ValueError:
         if NO_TEXT.search(self._text, self._at, error.pos + 1):
             return RowError("not UTF-8 text")
-        if error.msg.startswith("Unterminated") or not self._text[error.pos :].strip():
+        if error.msg.startswith("Unterminated") or re.fullmatch(r"[\w\\.+-]*\s*", self._text[error.pos :]):
             return _CutShortError("ends in the middle of a value")
         return ValueError(error.msg)
 

@@ -322,10 +322,16 @@ def copy_tokenizer(source: Path, target: Path) -> None:
       UserError: there is no fast tokenizer in `source`.
     """
     if not is_tokenizer(source):
+        _check_there(source)
         raise UserError(f"{source}: has no tokenizer.json; save it once with a fast tokenizer of transformers")
     for name in reversed(TOKENIZER_FILES):
         if (source / name).is_file():
             (target / name).write_bytes((source / name).read_bytes())
+
+
+def _check_there(folder: Path) -> None:
+    if not in_bucket(folder) and not folder.is_dir():
+        raise UserError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -339,6 +345,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     if not is_tokenizer(folder):
+        _check_there(folder)
         raise UserError(f"{folder}: has no tokenizer.json")
     if in_bucket(folder):
         with tempfile.TemporaryDirectory() as local:

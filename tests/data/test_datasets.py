@@ -25,6 +25,7 @@ from psyche_jax.data.dataset import (
 from psyche_jax.data.records import Message, Question, RlPrompt, SftExample, write_records
 from psyche_jax.data.store import open_store
 from psyche_jax.errors import UserError
+from psyche_jax.model.huggingface import load_tokenizer
 
 
 def examples(count: int, start: int = 0) -> list[SftExample]:
@@ -293,3 +294,42 @@ def test_the_command_used_wrongly(tmp_path, bucket, capsys):
         assert (code, out) == (expected, ""), arguments
         assert text in err
         assert err.count("\n") == 1
+
+
+def test_a_damaged_shard_on_a_disk_is_called_damaged(tmp_path, capsys):
+    """Wherever its bytes are flipped: never a question of permissions; and `data verify` does say where."""
+    manifest = write_dataset(str(tmp_path / "a"), examples(6))
+    shard = tmp_path / "a" / manifest.shards[0].name
+    whole = shard.read_bytes()
+    command = ["data", "cat", str(tmp_path / "a"), "--limit", "6"]
+    assert main(command) == 0
+    expected = capsys.readouterr().out
+    damaged = 0
+    for place in [*range(64), *range(64, 1200, 24), *range(len(whole) - 65600, len(whole) - 65400, 8)]:
+        shard.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+        code = main(command)
+        out, err = capsys.readouterr()
+        (line,) = [line for line in err.splitlines() if line.startswith("psyche ")] or [""]
+        assert "permission" not in err
+        assert (code, out, line) == (0, expected, "") or (
+            code == 1
+            and f"{shard}: the shard is broken, damaged: " in line
+            and "`psyche data verify` says where" in line
+        ), (place, line)
+        damaged += code
+    assert damaged > 10
+    assert main(["data", "verify", str(tmp_path / "a")]) == 1
+    assert f"{shard}: the shard is broken: it is not the file that the manifest names" in capsys.readouterr().err
+
+
+def test_what_is_not_there_and_what_is_no_folder(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    for command, message in [
+        (["data", "ls", str(tmp_path / "none")], "none: there is no data set here (no such folder)"),
+        (["data", "cat", str(tmp_path / "rows.jsonl")], "rows.jsonl: is a file, no data set; `psyche data import`"),
+    ]:
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
+    for name, what in (("none", "no such folder"), ("rows.jsonl", "is a file, not a folder")):
+        with pytest.raises(UserError, match=f"{name}: {what}"):
+            load_tokenizer(tmp_path / name)
