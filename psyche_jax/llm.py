@@ -1,43 +1,38 @@
-"""A server of LLMs behind the OpenAI protocol: one request, and the answer to it, in pieces or whole, as data."""
+"""A server of LLMs behind the OpenAI protocol: one request, and the answer to it, in pieces or whole."""
 
 import asyncio
+import contextlib
 import email.utils
-import json
 import math
+import re
+import sys
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import AsyncIterator, Mapping, MutableMapping
+from typing import Any, TypeAlias
 
 import httpx2
 import openai
 
+from psyche_jax.llm_answers import BrokenAnswerError, Piece, joined, read_answer, read_models
+
 SCHEMES = ("http://", "https://")
-FAULTS = (openai.APIError, httpx2.HTTPError, ValueError)  # of a request that brought no answer; `Server.said` names it
-REFUSED = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)  # so will be all others
+# Of a request that brought no answer; `Server.said` names it.
+FAULTS = (openai.APIError, httpx2.HTTPError, TimeoutError, ValueError)
+REFUSED = frozenset({401, 402, 403, 404, 405, *range(300, 400)})  # statuses: so will be all other requests
+Names: TypeAlias = MutableMapping[str, str | None]
 _CONNECT_SECONDS = 10.0
 _MODELS_SECONDS = 5.0
+_LAST_SECONDS = 0.2  # for the end of a stream behind its last event, so that the connection can be used again
 _SHOWN = 200  # characters of what a server says in an error
-
-
-class BrokenAnswerError(Exception):
-    """An answer that came, and is none or not whole."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of an answer, or all of it. `finish` (stop, length, …) is what ends one; counts are None if unknown.
-
-    `reasoning` is what the server sent in a field of its own (`reasoning_content`); `served_by` is the model's name as
-    the server gives it.
-    """
-
-    text: str = ""
-    reasoning: str = ""
-    finish: str | None = None
-    served_by: str = ""
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
+_MOST_BYTES = 16 * 2**20  # of an answer
+_MOST_ERROR_BYTES = 64 * 2**10
+_ELSEWHERE = "x-redirected-to"  # ours, in place of a Location that is not followed
+_LIMITS = re.compile(  # what is wrong is a value or the length, not that the parameter was sent
+    r"too (?:large|long|many|high|big|small)|context length|maximum context|exceed|must be|(?<!not )should be|between"
+    r"|at (?:least|most)|greater|less than|out of range|超过|过长|范围",
+    re.IGNORECASE,
+)
+_SUCCESSORS = {"max_tokens": ("max_completion_tokens", "max_output_tokens", "max_new_tokens")}
 
 
 class Server:
@@ -49,21 +44,33 @@ class Server:
       timeout: seconds without a byte after which a request has failed.
       retries: of a request that the server refuses for now (408, 409, 429, 5xx) or that does not come through.
       connections: that are kept open between requests.
+      names: what this server calls parameters that it has another name for; None: it gets none. What it turns out to
+        refuse is added, and said once on stderr.
     """
 
     def __init__(
-        self, base_url: str, key: str | None, *, timeout: float, retries: int = 0, connections: int = 16
+        self,
+        base_url: str,
+        key: str | None,
+        *,
+        timeout: float,
+        retries: int = 0,
+        connections: int = 16,
+        names: Names | None = None,
     ) -> None:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=connections)
         patience = httpx2.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout))
         self.base_url = base_url
         self._key = key
+        self._names: Names = {} if names is None else names
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # servers without a key take any; the library insists on one
             base_url=base_url,
             max_retries=retries,
             timeout=patience,
-            http_client=openai.DefaultAioHttpClient(limits=limits, timeout=patience),
+            http_client=openai.DefaultAioHttpClient(
+                limits=limits, timeout=patience, event_hooks={"response": [_bounded]}
+            ),
         )
 
     async def __aenter__(self) -> "Server":
@@ -77,72 +84,109 @@ class Server:
         await self._client.close()
 
     async def ask(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Piece:
-        """The whole answer to a request of chat completions, which is sent as it is, also where it says `stream`.
+        """The whole answer to a request of chat completions, whether it says `stream` or not.
 
         Raises:
           BrokenAnswerError: what came is no answer, or not whole.
           FAULTS: nothing came.
         """
-        if not body.get("stream"):
-            # As bare JSON: the typed method takes half of a core at 300 calls a second.
-            options: Any = {"headers": dict(headers or {})}
-            response = await self._client.post(
-                "/chat/completions", cast_to=httpx2.Response, body=dict(body), options=options
-            )
-            return _whole(_json(response.content))
-        return _joined([piece async for piece in self.pieces(body, headers)])
+        return joined([piece async for piece in self._pieces(body, headers)])
 
     async def pieces(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> AsyncIterator[Piece]:
         """The answer as it comes; the last piece has a `finish`. One piece where the server does not stream.
 
         Raises: as `ask`.
         """
-        rest = {name: value for name, value in body.items() if name not in ("model", "messages", "stream")}
-        request = self._client.chat.completions.with_streaming_response.create(
-            model=body["model"],
-            messages=list(body["messages"]),
-            stream=True,
-            extra_body=rest,
-            extra_headers=dict(headers or {}),
-        )
-        begun = False
+        async for piece in self._pieces({**body, "stream": True}, headers):
+            yield piece
+
+    async def _pieces(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> AsyncIterator[Piece]:
+        response = await self._answered(body, headers)
         try:
-            async with request as response:
-                begun = True
-                if "event-stream" not in response.headers.get("content-type", ""):
-                    yield _whole(await response.json())
-                    return
-                came, finish = False, False
-                async for chunk in await response.parse():
-                    piece = _piece(chunk)
-                    came = came or bool(getattr(chunk, "choices", None))
-                    finish = finish or piece.finish is not None
-                    yield piece
-        except (openai.APIConnectionError, httpx2.TransportError):
-            if not begun:
-                raise
+            if response.headers.get("content-type", "").partition(";")[0].strip().lower() != "text/event-stream":
+                yield read_answer(await _content(response))
+                return
+            response.encoding = "utf-8"
+            came, finish, size = False, False, 0
+            events = aiter(httpx2.EventSource(response, _MOST_BYTES))
+            async for event in events:
+                if event.data.startswith("[DONE]"):
+                    with contextlib.suppress(TimeoutError, httpx2.HTTPError):
+                        async with asyncio.timeout(_LAST_SECONDS):
+                            await anext(events, None)
+                    break
+                size += len(event.data)
+                if size > _MOST_BYTES:
+                    raise BrokenAnswerError("the answer has no end")
+                came = True
+                piece = read_answer(event.data, whole=False)
+                finish = finish or piece.finish is not None
+                yield piece
+            if not finish:
+                raise BrokenAnswerError("the stream ended early" if came else "nothing came")
+        except BrokenAnswerError as error:
+            raise BrokenAnswerError(self.said(error)) from None
+        except httpx2.HTTPError:
             raise BrokenAnswerError("the answer broke off") from None
-        except ValueError:
-            raise BrokenAnswerError("the answer is not JSON") from None
-        if not finish:
-            raise BrokenAnswerError("the stream ended early" if came else "nothing came")
+        finally:
+            await response.aclose()
+
+    async def _answered(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> httpx2.Response:
+        """The response, of which nothing is read; asked for again without a parameter that the server refuses."""
+        names, refusals = dict(self._names), {}
+        while True:
+            sent = {known: value for name, value in body.items() if (known := names.get(name, name)) is not None}
+            options: Any = {"headers": dict(headers or {})}
+            try:
+                stream = await self._client.post(
+                    "/chat/completions",
+                    cast_to=object,
+                    body=sent,
+                    options=options,
+                    stream=True,  # of bytes; the typed methods take half of a core at 300 calls a second
+                    stream_cls=openai.AsyncStream[object],
+                )
+                break
+            except openai.APIStatusError as error:
+                refused = _refused_parameter(error, sent) if error.status_code in (400, 422) else None
+                if refused is None:
+                    raise
+                ours = next(name for name in body if names.get(name, name) == refused)
+                names[ours] = _successor(error, refused)
+                refusals[ours] = self.said(error)
+        for ours, said in refusals.items():  # only now is it known that it was these
+            if ours not in self._names or self._names[ours] != names[ours]:
+                self._names[ours] = names[ours]
+                instead = f"calls {ours} {names[ours]} for it" if names[ours] else f"leaves {ours} out for it"
+                print(f"{self.base_url}: {said}; from now on psyche {instead}", file=sys.stderr, flush=True)
+        return stream.response
 
     async def models(self) -> list[dict[str, Any]]:
         """What `/models` lists, by `id`.
 
-        Raises: FAULTS: the server has no such list.
+        Raises:
+          BrokenAnswerError, FAULTS: the server has no such list.
         """
         client = self._client.with_options(timeout=_MODELS_SECONDS, max_retries=0)
-        response = await client.get("/models", cast_to=httpx2.Response)
-        value = _json(response.content)
-        listed = value.get("data") if isinstance(value, dict) else None
-        return [model for model in listed or [] if isinstance(model, dict) and isinstance(model.get("id"), str)]
+        async with asyncio.timeout(2 * _MODELS_SECONDS):
+            stream = await client.get("/models", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object])
+            try:
+                return read_models(await _content(stream.response))
+            finally:
+                await stream.response.aclose()
 
     def said(self, error: BaseException) -> str:
         """What went wrong, or what the server said of it, in one line without the key."""
         if isinstance(error, openai.APIStatusError):
-            message = " ".join(error.message.split()).removeprefix(f"Error code: {error.status_code} - ")
+            message = " ".join(error.message.split()).removeprefix(f"Error code: {error.status_code}").lstrip("- ")
+            message = message or " ".join(str(error.body or "").split())  # FastAPI's errors hold no message
+            if elsewhere := error.response.headers.get(_ELSEWHERE):
+                message = (
+                    f"redirects to {elsewhere}, and what is asked is not sent there; if it may be, name that address"
+                )
             return f"HTTP {error.status_code}: {self._masked(message)[:_SHOWN]}"
+        if isinstance(error, TimeoutError):
+            return "no answer in time"
         text = str(error.__cause__ or error) or type(error).__name__
         return self._masked(" ".join(text.split()))[:_SHOWN]
 
@@ -150,6 +194,75 @@ class Server:
         """Without the key, and without what would steer a terminal."""
         text = "".join(character if character.isprintable() else " " for character in text)
         return text.replace(self._key, "***") if self._key else text
+
+
+async def _bounded(response: httpx2.Response) -> None:
+    """What every response passes: only so much is read of an error, and prompts do not follow to another place."""
+    if not response.is_success:
+        response.stream = _Beginning(response.stream)
+    if response.has_redirect_location:
+        resent = response.request.method == "GET" or response.status_code in (307, 308)  # others make it a GET
+        if not resent or not _same_place(response.url, response.headers["location"]):
+            response.headers[_ELSEWHERE] = response.headers.pop("location")
+
+
+def _same_place(here: httpx2.URL, location: str) -> bool:
+    """Whether a redirect stays with the server: the same host and port, or its TLS."""
+    try:
+        there = here.join(location)
+    except httpx2.InvalidURL:
+        return False
+    ports = [url.port or {"http": 80, "https": 443}.get(url.scheme) for url in (here, there)]
+    same = here.scheme == there.scheme and ports[0] == ports[1]
+    return here.host == there.host and (same or (here.scheme, there.scheme, *ports) == ("http", "https", 80, 443))
+
+
+class _Beginning(httpx2.AsyncByteStream):
+    """The first bytes of a stream."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = _MOST_ERROR_BYTES
+        async for chunk in self._stream:
+            yield chunk[:left]
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _content(response: httpx2.Response) -> bytes:
+    """The whole body, unless it is endless."""
+    content = bytearray()
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > _MOST_BYTES:
+            raise BrokenAnswerError("the answer has no end")
+    return bytes(content)
+
+
+def _refused_parameter(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
+    """The parameter that a server would rather not have been sent, None if it was not for one that it refused."""
+    text = f"{error.message} {error.body}"[:4000]
+    candidates = [name for name in sent if name not in ("model", "messages")]
+    places = {name: found.start() for name in candidates if (found := re.search(rf"(?<![\w-]){name}(?![\w-])", text))}
+    if error.code != "unsupported_parameter" and _LIMITS.search(text):
+        return None
+    if error.param in candidates:
+        return error.param
+    if "temperature" in places and "top_p" in places:  # one of the two, it says
+        return "top_p"
+    return min(places, key=lambda name: places[name], default=None)
+
+
+def _successor(error: openai.APIStatusError, refused: str) -> str | None:
+    """The name that a server has for a parameter which it refuses under another."""
+    names = _SUCCESSORS.get(refused, ())
+    return next((name for name in names if name in str(error.body)), names[0] if names else None)
 
 
 def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
@@ -178,76 +291,13 @@ def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3)."""
+    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3); None if it says none."""
     value = headers.get("retry-after", "").strip()
     try:
         seconds = float(value)
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except ValueError:
+        except (ValueError, TypeError, IndexError, OverflowError):
             return None
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError:
-        raise BrokenAnswerError("the answer is not JSON") from None
-
-
-def _whole(value: Any) -> Piece:
-    try:
-        choice, usage = value["choices"][0], value.get("usage") or {}
-        message = choice["message"]
-        return Piece(
-            _clean(_text(message.get("content"))),
-            _clean(_text(message.get("reasoning_content"))),
-            _text(choice.get("finish_reason")) or "stop",
-            _text(value.get("model")),
-            _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")),
-        )
-    except (KeyError, IndexError, TypeError, AttributeError):
-        raise BrokenAnswerError("the answer holds no message") from None
-
-
-def _piece(chunk: Any) -> Piece:
-    choice = next(iter(getattr(chunk, "choices", None) or ()), None)
-    delta, usage = getattr(choice, "delta", None), getattr(chunk, "usage", None)
-    return Piece(
-        _text(getattr(delta, "content", "")),
-        _text(getattr(delta, "reasoning_content", "")),
-        _text(getattr(choice, "finish_reason", "")) or None,
-        _text(getattr(chunk, "model", "")),
-        _count(getattr(usage, "prompt_tokens", None)),
-        _count(getattr(usage, "completion_tokens", None)),
-    )
-
-
-def _joined(pieces: Sequence[Piece]) -> Piece:
-    """One answer of its pieces: of what is said again in several of them, the last counts."""
-    last = Piece()
-    for piece in pieces:
-        last = Piece(
-            finish=piece.finish or last.finish,
-            served_by=piece.served_by or last.served_by,
-            prompt_tokens=last.prompt_tokens if piece.prompt_tokens is None else piece.prompt_tokens,
-            completion_tokens=last.completion_tokens if piece.completion_tokens is None else piece.completion_tokens,
-        )
-    text, reasoning = ("".join(getattr(piece, name) for piece in pieces) for name in ("text", "reasoning"))
-    return replace(last, text=_clean(text), reasoning=_clean(reasoning))
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) else None
-
-
-def _clean(text: str) -> str:
-    """Half of a surrogate pair is no text."""
-    return text.encode("utf-8", "replace").decode("utf-8")

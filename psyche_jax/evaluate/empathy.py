@@ -6,8 +6,6 @@ safety. Scale, prompt (`judge.zh.jinja`) and the rule for a win are ours.
 
 import dataclasses
 import itertools
-import json
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from psyche_jax.evaluate.extraction import answer_part
 from psyche_jax.evaluate.resampling import bootstrap_means, interval
 from psyche_jax.files import read_json
 from psyche_jax.llm import Server
+from psyche_jax.llm_answers import json_object
 
 REFERENCE = "reference"
 DIMENSIONS = ("technique", "attitude", "emotional_empathy", "cognitive_empathy", "safety")
@@ -242,18 +241,17 @@ def _parse(text: str) -> Judgement:
     Raises:
       ValueError: there is none, or its marks are not what was asked for.
     """
-    answer = answer_part(text)
-    start = answer.find("{")
-    if start < 0:
+    try:
+        value = json_object(answer_part(text), ("first", "second"))
+    except ValueError:
+        raise ValueError("the JSON object is broken") from None
+    if value is None:
         raise ValueError("there is no JSON object")
     try:
-        value = json.loads(re.sub(r"\}[^}]*$", "}", answer[start:], flags=re.DOTALL))
         return _JUDGEMENT.validate_python(value)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (ValueError, RecursionError):
-        raise ValueError("the JSON object is broken") from None
 
 
 _JUDGEMENT = pydantic.TypeAdapter(Judgement)

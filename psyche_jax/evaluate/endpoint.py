@@ -15,11 +15,15 @@ from psyche_jax.data.chat import render_prompt
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.answers import Completion, Key
 from psyche_jax.evaluate.tasks import Task
-from psyche_jax.llm import FAULTS, REFUSED, BrokenAnswerError, Piece, Server
+from psyche_jax.llm import FAULTS, REFUSED, Names, Server
+from psyche_jax.llm_answers import FILTERED, BrokenAnswerError
 
 RETRIES = 4  # of a request that the server refuses for now (429, 5xx) or that does not come through
-ATTEMPTS = 3  # at an answer that comes and is not whole
+ATTEMPTS = 3  # at an answer that comes and is none, or not whole
 UNREACHABLE_AFTER = 4  # questions in a row that did not come through
+UNUSABLE_AFTER = 20  # questions in a row to which what came was no answer
+PATIENCE = 12  # times the longest silence: how long a whole answer may take
+_DRAW = 1_000_003  # added to the seed where an answer that was filtered is drawn again
 _DATED = re.compile(r"[-@:]?(?:\d{4}-?\d{2}-?\d{2}|latest|\d{3,4})")
 
 
@@ -29,7 +33,7 @@ class BadAnswerError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer, reasoning that came apart put in front of it. `finished`: it ended by itself."""
+    """An answer, its reasoning in front of it. `finished`: it ended by itself, not at its limit."""
 
     text: str
     finished: bool
@@ -49,6 +53,8 @@ class Endpoint:
         concurrency: int = 16,
         prompt: PromptSection | None = None,
         timeout: float = 300.0,
+        names: Mapping[str, str | None] | None = None,
+        served_as: Collection[str] = (),
     ) -> None:
         """Name an endpoint as `URL#MODEL`; `#MODEL` may be left out where the endpoint has one model.
 
@@ -59,6 +65,8 @@ class Endpoint:
           concurrency: requests at once.
           prompt: system prompt and instruction; an empty one sends bare turns.
           timeout: seconds without a byte after which a request has failed.
+          names: what the endpoint calls our parameters (`max_tokens`, `seed`, …); None: it gets none.
+          served_as: names under which the model may answer, besides its own.
 
         Raises:
           UserError: the endpoint does not answer, or has several models and none is named.
@@ -68,6 +76,8 @@ class Endpoint:
         self._top_p = top_p
         self._concurrency, self._prompt = concurrency, prompt or PromptSection()
         self._timeout = timeout
+        self._configured, self._served_as = dict(names or {}), tuple(served_as)
+        self._names: Names = dict(self._configured)  # with what the endpoint turns out to refuse
         if not self.model:
             self.model = self._only_model()
         self.name = f"{self.url}#{self.model}"
@@ -81,19 +91,24 @@ class Endpoint:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What was asked how, for the record."""
+        """What was asked how, for the record; `parameters`: what was left out (None) or had another name."""
+        return self._settings(self._names)
+
+    def _settings(self, names: Mapping[str, str | None]) -> dict[str, Any]:
         return {
             "max_new_tokens": self.max_new_tokens,
             "temperature": self.temperature,
             "top_p": self._top_p,
             "seed": self._seed,
             "prompt": config_to_dict(self._prompt),
+            **({"parameters": dict(names)} if names else {}),
+            **({"served_as": list(self._served_as)} if self._served_as else {}),
         }
 
     @property
     def identity(self) -> dict[str, Any]:
         """All that an answer depends on, as far as it can be known."""
-        return {**self.settings, "endpoint": self.url, "model": self.model}
+        return {**self._settings(self._configured), "endpoint": self.url, "model": self.model}
 
     def answer(
         self, tasks: Mapping[Key, Task], known: Collection[Key], keep: Callable[[Key, Completion], object]
@@ -116,28 +131,32 @@ class Endpoint:
         """Run `one(server, key)` for all keys, some at once. Returns the reasons of those that failed alone.
 
         Raises:
-          UserError: the endpoint refuses the key or the model, or does not answer any more.
+          UserError: the endpoint refuses the key or the model, does not answer any more, or says nothing of use.
         """
         failed: dict[Key, str] = {}
         waiting = list(reversed(keys))
-        unreachable = 0
+        unreachable = unusable = 0
 
         async def worker(server: Server) -> None:
-            nonlocal unreachable
+            nonlocal unreachable, unusable
             while waiting:
                 key = waiting.pop()
                 try:
                     await one(server, key)
-                    unreachable = 0
+                    unreachable = unusable = 0
                 except BadAnswerError as error:
                     failed[key] = str(error)
-                except REFUSED as error:
-                    said = server.said(error)
-                    raise UserError(f"{self.name}: {said}; see OPENAI_API_KEY, the URL and the model") from None
+                    unusable += 1
                 except FAULTS as error:
                     failed[key] = server.said(error)
                     status = error.status_code if isinstance(error, openai.APIStatusError) else None
-                    unreachable += status is None or status >= 500 or status == 429
+                    if status in REFUSED:
+                        hint = "see OPENAI_API_KEY, the URL and the model"
+                        raise UserError(f"{self.name}: {failed[key]}; {hint}") from None
+                    passing = status is None or status >= 500 or status == 429
+                    unreachable, unusable = unreachable + passing, unusable + (not passing)
+                if unusable >= UNUSABLE_AFTER:
+                    raise UserError(f"{self.name}: {unusable} times in a row there was no answer: {failed[key]}")
                 if unreachable >= UNREACHABLE_AFTER:
                     raise UserError(
                         f"{self.name}: does not answer any more ({failed[key]}); run the command again when it does"
@@ -157,10 +176,10 @@ class Endpoint:
         return failed
 
     async def ask(self, server: Server, messages: Sequence[Mapping[str, str]], seed: int) -> Reply:
-        """One answer, asked for again if it breaks off.
+        """One answer, asked for again if it breaks off or is none. What is filtered is drawn again, if it is drawn.
 
         Raises:
-          BadAnswerError: it is never whole, or another model's.
+          BadAnswerError: it is never whole, or never one, or another model's.
           FAULTS: the request did not come through.
         """
         body = {
@@ -172,17 +191,24 @@ class Endpoint:
             "seed": seed,
             "stream": True,
         }
-        for attempt in range(ATTEMPTS):
+        for attempt in range(1, ATTEMPTS + 1):
             try:
-                answer = await server.ask(body)
+                async with asyncio.timeout(PATIENCE * self._timeout):
+                    answer = await server.ask(body)
             except BrokenAnswerError as error:
-                if attempt + 1 == ATTEMPTS:
-                    raise BadAnswerError(f"{error}, {ATTEMPTS} times") from None
+                fault = str(error)
                 continue
-            if not same_model(self.model, answer.served_by):
-                raise BadAnswerError(f"another model answered: {answer.served_by!r} for {self.model!r}")
-            return Reply(_joined(answer), answer.finish != "length")
-        raise AssertionError("unreachable")
+            if not same_model(self.model, answer.served_by) and answer.served_by not in self._served_as:
+                accept = f"; --served-as {answer.served_by} accepts it" if answer.served_by else ""
+                raise BadAnswerError(f"another model answered: {answer.served_by!r} for {self.model!r}{accept}")
+            fault = answer.fault
+            if not fault:
+                return Reply(answer.whole, answer.finish == "stop")
+            if answer.finish in FILTERED:
+                if self.temperature == 0:
+                    break
+                body["seed"] = seed + attempt * _DRAW
+        raise BadAnswerError(f"{fault}, {attempt} times" if attempt > 1 else fault)
 
     def _only_model(self) -> str:
         try:
@@ -201,15 +227,17 @@ class Endpoint:
 
     def _server(self) -> Server:
         key = os.environ.get("OPENAI_API_KEY")
-        return Server(self.url, key, timeout=self._timeout, retries=RETRIES, connections=self._concurrency)
+        return Server(
+            self.url,
+            key,
+            timeout=self._timeout,
+            retries=RETRIES,
+            connections=self._concurrency,
+            names=self._names,
+        )
 
 
 def same_model(asked: str, served: str) -> bool:
     """Whether a name that an endpoint gives is that of the model asked for: the same, a dated version, a path to it."""
     one, other = (name.casefold().rstrip("/").rpartition("/")[2] for name in (asked, served))
     return one == other or (other.startswith(one) and _DATED.fullmatch(other.removeprefix(one)) is not None)
-
-
-def _joined(answer: Piece) -> str:
-    """Some endpoints send the reasoning in a field of its own."""
-    return f"<think>{answer.reasoning}</think>{answer.text}" if answer.reasoning else answer.text

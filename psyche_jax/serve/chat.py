@@ -19,7 +19,8 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.files import write_json
-from psyche_jax.llm import FAULTS, SCHEMES, BrokenAnswerError, Server
+from psyche_jax.llm import FAULTS, SCHEMES, Server
+from psyche_jax.llm_answers import BrokenAnswerError
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, language_of
 from psyche_jax.serve.crisis.outputs import OutputFilter
@@ -129,9 +130,11 @@ class RemoteModel:
             if piece.reasoning:
                 yield piece.reasoning if thinking else OPEN + piece.reasoning
                 thinking = True
-            if piece.text:
-                yield (CLOSE if thinking else "") + piece.text
+            if text := piece.text or piece.refusal:
+                yield (CLOSE if thinking else "") + text
                 thinking = False
+            if piece.finish is not None and piece.fault:
+                raise BrokenAnswerError(piece.fault)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -1,16 +1,27 @@
 """Asking an LLM for something of a given form: what comes back is data, checked before it is used."""
 
+import dataclasses
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
 
 import pydantic
 
+from psyche_jax.errors import UserError
+from psyche_jax.evaluate.extraction import answer_part
+from psyche_jax.llm_answers import FILTERED, json_object
+from psyche_jax.synth.calls import Reply
 from psyche_jax.synth.client import Client
+from psyche_jax.synth.config import CallsSection
 from psyche_jax.synth.prompts import Prompts
 
 T = TypeVar("T")
+Messages: TypeAlias = Sequence[Mapping[str, str]]
 _LONGEST_FAULT = 200  # characters
+_LONGEST_SHOWN = 300  # characters of a reply
+_DRAW = 1_000_000  # samples of a request that were filtered are drawn again under numbers that no stage uses
 
 
 class FaultyReplyError(Exception):
@@ -21,55 +32,143 @@ class SetAsideError(Exception):
     """An item is given up; the message says why."""
 
 
-class Asker:
-    """A client with prompts. `asked_again` counts replies that had to be asked again."""
+@dataclass(frozen=True)
+class Asked:
+    """A request as the client takes it."""
 
-    def __init__(self, client: Client, prompts: Prompts, reasks: int) -> None:
+    llm: str
+    prompt: str
+    messages: Messages
+    sample: int
+
+
+class Asker:
+    """A client with prompts. `asked_again` counts replies that had to be asked again, `unusable` all without use.
+
+    Where `give_up_after` replies of one LLM to one prompt in a row are of no use, it asks for nothing more.
+    """
+
+    def __init__(
+        self, client: Client, prompts: Prompts, reasks: int, give_up_after: int = CallsSection.give_up_after
+    ) -> None:
         self.client = client
         self.prompts = prompts
-        self.asked_again = 0
+        self.asked_again = self.used = self.unusable = 0
         self._reasks = reasks
+        self._give_up_after = give_up_after
+        self._rows: dict[tuple[str, str], list[tuple[Asked, Reply, str]]] = {}  # those since the last one of use
+        self._stopped: UserError | None = None
 
     async def ask(self, llm: str, prompt: str, values: dict[str, Any], read: Callable[[str], T], sample: int = 0) -> T:
         """What `read` makes of the reply. One that it refuses is asked again, with its fault named.
 
         Raises:
-          SetAsideError: none of the replies could be used, or the server refused the request.
-          CallFailedError, UserError: as `Client.call`.
+          SetAsideError: none of the replies could be used, or the server refused or filtered all of them.
+          UserError: too many in a row could not be used; else as `Client.call`.
+          CallFailedError: as `Client.call`.
         """
         template = self.prompts[prompt]
-        messages = template.messages(**values)
+        asked = Asked(llm, template.id, template.messages(**values), sample)
         fault = ""
         for attempt in range(self._reasks + 1):
-            reply = await self.client.call(llm, template.id, messages, sample)
-            if reply.finish == "refused":
-                raise SetAsideError(f"refused by the server: {prompt}, {llm}: {reply.text}")
+            reply = await self.reply(asked)
             try:
                 if reply.finish == "length":
                     raise FaultyReplyError("回答太长，没有写完")
-                if reply.finish == "content_filter" or not reply.text.strip():
+                if not reply.text.strip():
                     raise FaultyReplyError("回答是空的")
-                return read(reply.text)
+                found = read(reply.text)
             except FaultyReplyError as error:
                 fault = str(error)[:_LONGEST_FAULT]
+            else:
+                self.count(asked, reply)
+                return found
+            await self.count_unusable(asked, reply, fault)
             if attempt < self._reasks:
                 self.asked_again += 1
                 again = self.prompts["again"].text(fault=fault)
-                said = reply.text if reply.text.strip() else "（空）"
-                messages = (*messages, {"role": "assistant", "content": said}, {"role": "user", "content": again})
+                said = answer_part(reply.text) or "（空）"  # servers want no thoughts back
+                turns = ({"role": "assistant", "content": said}, {"role": "user", "content": again})
+                asked = replace(asked, messages=(*asked.messages, *turns))
         raise SetAsideError(f"no usable reply: {prompt}, {llm}: {fault}")
+
+    async def reply(self, asked: Asked) -> Reply:
+        """What the LLM answers. What its server filters out is drawn again, if it is drawn at all.
+
+        Raises:
+          SetAsideError: the server refused the request, or filtered every answer.
+          CallFailedError, UserError: as `ask`.
+        """
+        draws = self._reasks + 1 if self.client.temperature(asked.llm) > 0 else 1
+        for draw in range(draws):
+            if self._stopped is not None:
+                raise self._stopped
+            drawn = replace(asked, sample=asked.sample + draw * _DRAW)
+            reply = await self.client.call(drawn.llm, drawn.prompt, drawn.messages, drawn.sample)
+            if reply.finish not in ("refused", *FILTERED):
+                return reply
+            what = "refused" if reply.finish == "refused" else "filtered"
+            said = f": {reply.text[:_LONGEST_FAULT]}" if reply.text else ""
+            reason = f"{what} by the server: {asked.prompt.partition('@')[0]}, {asked.llm}{said}"
+            await self.count_unusable(drawn, reply, reason)
+            if what == "refused":
+                break
+        raise SetAsideError(reason)
+
+    def count(self, asked: Asked, reply: Reply) -> None:
+        """A reply was of use."""
+        self.used += 1
+        self._rows.pop((asked.llm, asked.prompt), None)
+
+    async def count_unusable(self, asked: Asked, reply: Reply, fault: str) -> None:
+        """A reply was of no use.
+
+        Raises:
+          UserError: so were many before it.
+        """
+        self.unusable += 1
+        if not reply.stored:
+            self.client.fault(asked.llm, fault)
+        row = self._rows.setdefault((asked.llm, asked.prompt), [])
+        row.append((asked, reply, fault))
+        fresh = sum(not reply.stored for _, reply, _ in row)
+        if fresh >= self._give_up_after:
+            await self._stop(row, f"{fresh} replies in a row could not be used")
+
+    async def check(self) -> None:
+        """To be called at the end of a stage that kept nothing.
+
+        Raises:
+          UserError: no reply was of use.
+        """
+        if self._rows and not self.used:
+            row = max(self._rows.values(), key=len)
+            await self._stop(row, f"none of {self.unusable} replies could be used")
+
+    async def _stop(self, row: list[tuple[Asked, Reply, str]], what: str) -> None:
+        """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""
+        asked, reply, _ = row[-1]
+        fault, count = Counter(fault for _, _, fault in row).most_common(1)[0]
+        shown = "".join(character if character.isprintable() else " " for character in reply.text[:_LONGEST_SHOWN])
+        self._stopped = UserError(
+            f"{asked.prompt.partition('@')[0]}, {asked.llm}: {what}, {count} of them: {fault}; the last one was: "
+            f"{shown or '(nothing)'}; mend the LLM or its prompt and start again, or raise calls.give_up_after"
+        )
+        for one, _, _ in row:
+            await self.client.forget(one.llm, one.prompt, one.messages, one.sample)
+        raise self._stopped
 
 
 def read_json(kind: type[T]) -> Callable[[str], T]:
-    """A reader of replies that are one JSON object, possibly in a code fence, of the form of the dataclass `kind`."""
+    """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever stands around it."""
     adapter = pydantic.TypeAdapter(kind)
+    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 
     def read(text: str) -> T:
-        start, end = text.find("{"), text.rfind("}")
-        if start < 0 or end < start:
-            raise FaultyReplyError("回答里没有 JSON 对象")
         try:
-            value = json.loads(text[start : end + 1])
+            value = json_object(answer_part(text), names)
+            if value is None:
+                raise FaultyReplyError("回答里没有 JSON 对象")
             json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
             return adapter.validate_python(value)
         except pydantic.ValidationError as error:

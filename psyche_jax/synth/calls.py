@@ -1,12 +1,13 @@
 """The store of calls: every request before it is sent, every reply before it is used, keyed by content (SQLite)."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,24 @@ class Call:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back. `finish`: stop, length, content_filter, …, or `refused` where the server took no request."""
+    """What came back. `finish`: stop, length, content_filter, …, or `refused` where the server took no request.
+
+    `stored`: it was there already.
+    """
 
     text: str
     finish: str
     prompt_tokens: int
     completion_tokens: int
+    stored: bool = False
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Calls and tokens of one LLM with one prompt. `repeated`: calls that were in flight when a run was killed."""
+    """Calls and tokens of one LLM with one prompt.
+
+    `repeated`: calls that were in flight when a run was killed, or whose reply was forgotten.
+    """
 
     llm: str
     model: str
@@ -101,7 +109,7 @@ class CallStore:
             "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL",
             (key,),
         ).fetchone()
-        return Reply(*row) if row else None
+        return replace(Reply(*row), stored=True) if row else None
 
     async def opened(self, call: Call) -> None:
         """Write the request; one that is there without a reply was in flight when a run ended, and is counted."""
@@ -112,19 +120,23 @@ class CallStore:
         await self._written(sql, (call.key, call.llm, call.model, call.prompt, call.request, time.time()))
 
     async def answered(self, key: str, reply: Reply) -> None:
-        """Write the reply."""
+        """Write the reply; its tokens are added to those of one that was forgotten."""
         sql = (
-            "UPDATE calls SET text = ?, finish = ?, prompt_tokens = ?, completion_tokens = ?, received = ? "
-            "WHERE key = ?"
+            "UPDATE calls SET text = ?, finish = ?, prompt_tokens = COALESCE(prompt_tokens, 0) + ?, "
+            "completion_tokens = COALESCE(completion_tokens, 0) + ?, received = ? WHERE key = ?"
         )
         values = (reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens, time.time(), key)
         await self._written(sql, values)
 
+    async def forget(self, key: str) -> None:
+        """The call will be asked again; what it cost stays counted."""
+        await self._written("UPDATE calls SET received = NULL WHERE key = ?", (key,))
+
     def usage(self) -> list[Usage]:
-        """Calls with a reply and their tokens, by LLM and prompt."""
+        """Calls that had a reply and their tokens, by LLM and prompt."""
         rows = self._database.execute(
             "SELECT llm, model, prompt, count(*), sum(repeated), sum(prompt_tokens), sum(completion_tokens) "
-            "FROM calls WHERE received IS NOT NULL GROUP BY llm, model, prompt ORDER BY prompt, llm, model"
+            "FROM calls WHERE prompt_tokens IS NOT NULL GROUP BY llm, model, prompt ORDER BY prompt, llm, model"
         )
         return [Usage(*row) for row in rows]
 
@@ -151,10 +163,11 @@ class CallStore:
             for sql, values, _ in waiting:
                 self._database.execute(sql, values)
             self._database.execute("COMMIT")
-        except sqlite3.Error as error:  # a full disk, say
+        except Exception as error:  # a full disk, say; whatever it is, those who wait must hear of it
             fault = UserError(f"{self._path}: cannot be written ({error})")
-            if self._database.in_transaction:
-                self._database.execute("ROLLBACK")
+            with contextlib.suppress(sqlite3.Error):
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
         for _, _, done in waiting:
             if done.done():  # whoever waited was cancelled
                 continue

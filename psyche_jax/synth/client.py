@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import openai
 
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.llm import FAULTS, BrokenAnswerError, Piece, Server, retry_after
+from psyche_jax.llm import FAULTS, REFUSED, Names, Server, retry_after
+from psyche_jax.llm_answers import ANSWERED, FILTERED, BrokenAnswerError, Piece
 from psyche_jax.synth.calls import Call, CallStore, Reply
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
 
@@ -30,12 +32,18 @@ class _PassingError(Exception):
 class Client:
     """All LLMs of a run over one store of calls. To be used within one event loop.
 
-    `sent` counts requests that went out, `faults` those of them that failed (`last_fault` says how the last one did),
-    `known` calls whose reply was stored.
+    `sent` counts requests that went out, `faults` those of them that failed or brought nothing of use (`last_fault`
+    says why the last one did), `known` calls whose reply was stored. `names`: what the LLMs, by their names, call our
+    parameters; what they refuse is added.
     """
 
     def __init__(
-        self, llms: Sequence[LlmSection], calls: CallsSection, budget: BudgetSection, store: CallStore
+        self,
+        llms: Sequence[LlmSection],
+        calls: CallsSection,
+        budget: BudgetSection,
+        store: CallStore,
+        names: Mapping[str, Names] | None = None,
     ) -> None:
         self._llms = {llm.name: llm for llm in llms}
         self._calls = calls
@@ -45,10 +53,12 @@ class Client:
         self._asking: dict[str, asyncio.Task[Reply]] = {}
         self._paces = {llm.name: _Pace(llm) for llm in llms}
         self._keys = {llm.name: _key(llm) for llm in llms}
+        self._names = names or names_of(llms)
         self._servers: dict[str, Server] = {}
         self._stopping = False
         self._refusals = dict.fromkeys(self._llms, 0)  # of an LLM that took no request yet
         self._taken: set[str] = set()  # LLMs that took one
+        self._told: set[str] = set()  # LLMs of whose long rests was told
         self.sent = self.faults = self.known = self.failed = 0
         self.last_fault = ""
         self.tokens = 0
@@ -63,13 +73,7 @@ class Client:
           UserError: the server refuses all calls (a wrong key, say), the budget is used up, or too many calls failed.
           CallFailedError: this call got no reply, after all retries.
         """
-        section = self._llms[llm]
-        parameters = (
-            ("temperature", section.temperature),
-            ("top_p", section.top_p),
-            ("max_tokens", section.max_tokens),
-        )
-        call = Call(llm, section.model, prompt, tuple(messages), parameters, sample)
+        call = self._call(llm, prompt, messages, sample)
         key = call.key
         if known := self._store.find(key):
             self.known += 1
@@ -78,6 +82,29 @@ class Client:
             self._asking[key] = asyncio.create_task(self._ask(call, key))
             self._asking[key].add_done_callback(lambda _: self._asking.pop(key, None))
         return await asyncio.shield(self._asking[key])
+
+    async def forget(self, llm: str, prompt: str, messages: Sequence[Mapping[str, str]], sample: int = 0) -> None:
+        """Ask for this reply again when it is wanted again."""
+        await self._store.forget(self._call(llm, prompt, messages, sample).key)
+
+    def fault(self, llm: str, reason: str) -> None:
+        """Count a request that failed, or whose reply is of no use."""
+        self.faults += 1
+        self.last_fault = f"{llm}: {reason}"
+
+    def temperature(self, llm: str) -> float:
+        """How it samples."""
+        return self._llms[llm].temperature
+
+    def _call(self, llm: str, prompt: str, messages: Sequence[Mapping[str, str]], sample: int) -> Call:
+        section = self._llms[llm]
+        parameters = {
+            "temperature": section.temperature,
+            "top_p": section.top_p,
+            "max_tokens": section.max_tokens,
+        }
+        sent = tuple(item for item in parameters.items() if section.parameters.get(item[0], "") is not None)
+        return Call(llm, section.model, prompt, tuple(messages), sent, sample)
 
     async def finish(self) -> None:
         """Wait for the replies that are under way, and ask for nothing more."""
@@ -109,14 +136,13 @@ class Client:
                         reply = await self._send(llm, call, key)
                     break
                 except (TimeoutError, _PassingError) as error:
-                    self.faults += 1
                     fault = error if isinstance(error, _PassingError) else _PassingError("no reply in time")
-                    self.last_fault = f"{llm.name}: {fault}"
+                    self.fault(llm.name, str(fault))
                 if self._stopping:
                     raise CallFailedError("the run ends")
                 if attempt < self._calls.retries:
                     if fault.wait is not None:
-                        pace.rest(fault.wait)
+                        pace.rest(self._rest(llm, fault.wait))
                     else:
                         longest = min(self._calls.first_wait_seconds * 2**attempt, self._calls.longest_wait_seconds)
                         await asyncio.sleep(longest * random.uniform(0.5, 1.0))
@@ -141,13 +167,25 @@ class Client:
             await self._store.answered(key, reply)
         return reply
 
+    def _rest(self, llm: LlmSection, asked: float) -> float:
+        """Seconds that an LLM is left alone, as its server said, within the limit. A long rest is told of once."""
+        rest = min(asked, self._calls.longest_rest_seconds)
+        if llm.name not in self._told and (rest < asked or rest > self._calls.longest_wait_seconds):
+            self._told.add(llm.name)
+            cut = f"; waits {rest:g} s, see calls.longest_rest_seconds" if rest < asked else ""
+            print(f"LLM {llm.name} at {llm.base_url}: says to wait {asked:,.0f} s{cut}", file=sys.stderr, flush=True)
+        return rest
+
     async def _send(self, llm: LlmSection, call: Call, key: str) -> Reply:
         body: dict[str, Any] = {"model": llm.model, "messages": call.messages, **dict(call.parameters)}
         if llm.stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         server = self._server(llm)
         try:
-            return _reply(call, await server.ask(body, {"Idempotency-Key": key}))
+            answer = await server.ask(body, {"Idempotency-Key": key})
+            if answer.finish not in (*ANSWERED, *FILTERED):
+                raise _PassingError(f"no answer: {answer.fault}")
+            return _reply(call, answer)
         except BrokenAnswerError as error:
             raise _PassingError(str(error)) from None
         except openai.APIStatusError as error:
@@ -161,7 +199,7 @@ class Client:
         said = self._server(llm).said(error)
         if status in (408, 409, 425, 429) or status >= 500:
             raise _PassingError(said, retry_after(error.response.headers))
-        if status in (401, 402, 403, 404, 405):
+        if status in REFUSED:
             hint = f"is the key in {llm.key_env} right?" if status in (401, 403) else "see its base_url and model"
             raise UserError(f"LLM {llm.name} at {llm.base_url}: {said}; {hint}")
         return Reply(said, "refused", 0, 0)
@@ -174,6 +212,7 @@ class Client:
                 timeout=llm.timeout_seconds,
                 retries=0,  # ours are counted, and know Retry-After of any length
                 connections=self._calls.concurrency,
+                names=self._names[llm.name],
             )
         return self._servers[llm.name]
 
@@ -216,6 +255,11 @@ class _Pace:
         self._rested = max(self._rested, time.monotonic() + seconds)
 
 
+def names_of(llms: Sequence[LlmSection]) -> dict[str, Names]:
+    """What LLMs call our parameters, as configured."""
+    return {llm.name: dict(llm.parameters) for llm in llms}
+
+
 def _key(llm: LlmSection) -> str | None:
     if llm.key_env is None:
         return None
@@ -235,5 +279,7 @@ def _reply(call: Call, answer: Piece) -> Reply:
     if asked is None:
         asked = sum(len(turn["content"]) for turn in call.messages)
     if said is None:
-        said = len(answer.text)
-    return Reply(answer.text, answer.finish or "stop", max(asked, 0), max(said, 0))
+        said = len(answer.reasoning) + len(answer.text)
+    # A thought in the text is the one that the prompt asked for; a reasoning LLM's own before it is none of ours.
+    text = answer.refusal or (answer.text if "<think>" in answer.text else answer.whole)
+    return Reply(text, answer.finish or "stop", asked, said)

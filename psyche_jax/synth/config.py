@@ -1,6 +1,6 @@
 """Typed configs of `psyche synth` and `psyche select`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 from urllib.parse import urlsplit
@@ -9,6 +9,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 
 from psyche_jax.config import RunSection, Section
 
+PARAMETERS = ("temperature", "top_p", "max_tokens", "stream", "stream_options")  # that requests to LLMs have
 StageName: TypeAlias = Literal["clean", "questions", "control", "rationales", "dialogues", "selection", "publish"]
 
 
@@ -24,6 +25,7 @@ class LlmSection(Section):
     temperature: NonNegativeFloat = 0.7
     top_p: PositiveFloat = 0.9
     max_tokens: PositiveInt = 2048
+    parameters: Mapping[str, str | None] = field(default_factory=dict)  # its own names for ours; null: it gets none
     timeout_seconds: PositiveFloat = 180.0  # of one whole call
     requests_per_minute: PositiveFloat | None = None
     tokens_per_minute: PositiveFloat | None = None
@@ -36,6 +38,8 @@ class LlmSection(Section):
             raise ValueError(f"base_url must begin with http:// or https://, not {self.base_url!r}")
         if parts.username or parts.password or parts.query:
             raise ValueError("base_url must hold no key; put it into the environment and name that in key_env")
+        if unknown := [name for name in self.parameters if name not in PARAMETERS]:
+            raise ValueError(f"parameters: we send no {unknown[0]!r}, only {', '.join(PARAMETERS)}")
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class CallsSection(Section):
     retries: NonNegativeInt = 6  # of one call, after faults that pass
     first_wait_seconds: PositiveFloat = 1.0  # doubled after each fault; a server's Retry-After goes before
     longest_wait_seconds: PositiveFloat = 60.0
-    give_up_after: PositiveInt = 20  # calls without a reply, all retries used up: then the run stops
+    longest_rest_seconds: PositiveFloat = 600.0  # that a server may ask for with Retry-After; more is cut to it
+    give_up_after: PositiveInt = 20  # calls without a reply, or replies in a row without use: then the run stops
     reasks: NonNegativeInt = 2  # times that a malformed reply is asked again, with its fault named
 
 

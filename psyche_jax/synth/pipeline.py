@@ -19,8 +19,8 @@ from psyche_jax.files import write_text
 from psyche_jax.synth.asking import Asker
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.clean import Cleaner
-from psyche_jax.synth.client import Client
-from psyche_jax.synth.config import SelectConfig, StageName, SynthConfig
+from psyche_jax.synth.client import Client, names_of
+from psyche_jax.synth.config import LlmSection, SelectConfig, StageName, SynthConfig
 from psyche_jax.synth.control import control, with_twins
 from psyche_jax.synth.dialogues import rewrite
 from psyche_jax.synth.prompts import Prompts
@@ -94,6 +94,7 @@ class _Workshop:
         self.folder = Path(config.run.dir)
         self.reports: dict[str, Any] = {}
         self.prompts = Prompts(config.prompts)
+        self._names = names_of(config.llms)
         self._stack = ExitStack()
         self.asker: Asker | None = None
 
@@ -126,8 +127,8 @@ class _Workshop:
         stage.after(folder)
 
     async def _run(self, name: str, stage: _Stage, fingerprint: str) -> dict[str, Any]:
-        client = Client(self.config.llms, self.config.calls, self.config.budget, self.store)
-        self.asker = Asker(client, self.prompts, self.config.calls.reasks)
+        client = Client(self.config.llms, self.config.calls, self.config.budget, self.store, self._names)
+        self.asker = Asker(client, self.prompts, self.config.calls.reasks, self.config.calls.give_up_after)
         try:
             progress = Progress(self.verb, name, stage.total, self.asker)
             async with contextlib.aclosing(stage.run()) as results:
@@ -141,11 +142,18 @@ class _Workshop:
     def over(
         self, items: Iterable[Item], work: Callable[[Item, Asker], Awaitable[Outcome]]
     ) -> Callable[[], AsyncGenerator[Outcome, None]]:
-        """A stage's `run` that asks LLMs about each item."""
+        """A stage's `run` that asks LLMs about each item; one that gets nothing of use ends in an error."""
 
-        def run() -> AsyncGenerator[Outcome, None]:
+        async def run() -> AsyncGenerator[Outcome, None]:
             assert self.asker is not None
-            return outcomes(items, partial(_second, work, self.asker), WINDOW * self.config.calls.concurrency)
+            window = WINDOW * self.config.calls.concurrency
+            kept = False
+            async with contextlib.aclosing(outcomes(items, partial(_second, work, self.asker), window)) as results:
+                async for outcome in results:
+                    kept = kept or bool(outcome.records)
+                    yield outcome
+            if not kept:
+                await self.asker.check()
 
         return run
 
@@ -164,7 +172,7 @@ class _Workshop:
         """What replies depend on: the prompts' versions, the LLMs as they are asked, and the rule of asking again."""
         by_name = {llm.name: llm for llm in self.config.llms}
         sampled = [(by_name[name].name, by_name[name].model, by_name[name].temperature, by_name[name].top_p,
-                    by_name[name].max_tokens) for name in llms]  # fmt: skip
+                    by_name[name].max_tokens, *_left_out(by_name[name])) for name in llms]  # fmt: skip
         return [[self.prompts[name].id for name in (*prompts, "again")], sampled, self.config.calls.reasks]
 
     def decided(self, questions: Iterable[Question | Outcome]) -> Iterator[Question | Outcome]:
@@ -180,6 +188,10 @@ class _Workshop:
     def decisions(self) -> list[Any]:
         """What of the reviews a stage depends on."""
         return [[d.number, d.item, d.verdict] for d in self.review.history()]
+
+
+def _left_out(llm: LlmSection) -> list[str]:
+    return sorted(name for name, known in llm.parameters.items() if known is None)
 
 
 async def _second(work: Callable[[Item, Asker], Awaitable[Outcome]], asker: Asker, item: Item) -> Outcome:

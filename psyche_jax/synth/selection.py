@@ -6,7 +6,7 @@ from typing import Any
 
 from psyche_jax.data.records import Question, question_text
 from psyche_jax.rewards.reference import extract_letters
-from psyche_jax.synth.asking import Asker, SetAsideError
+from psyche_jax.synth.asking import Asked, Asker
 from psyche_jax.synth.config import SelectionSection
 from psyche_jax.synth.stages import Outcome
 
@@ -19,12 +19,10 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
     """
     template = asker.prompts["answer"]
     messages = template.messages(question=question_text(question))
-    answers: dict[str, list[str]] = {}
-    for llm in section.llms:
-        replies = [await asker.client.call(llm, template.id, messages, sample) for sample in range(section.samples)]
-        if refused := next((reply for reply in replies if reply.finish == "refused"), None):
-            raise SetAsideError(f"refused by the server: {template.id}, {llm}: {refused.text}")  # no answer at all
-        answers[llm] = ["".join(sorted(extract_letters(reply.text) or ())) for reply in replies]
+    answers = {
+        llm: [await _letters(asker, Asked(llm, template.id, messages, sample)) for sample in range(section.samples)]
+        for llm in section.llms
+    }
     right = {llm: sum(answer == question.answer for answer in given) for llm, given in answers.items()}
     total = len(section.llms) * section.samples
     selection: dict[str, Any] = {
@@ -51,6 +49,17 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
     outcome.counts[f"difficulty/{selection['difficulty']:.1f}"] += 1
     outcome.keep(track, replace(question, meta=meta))
     return outcome
+
+
+async def _letters(asker: Asker, asked: Asked) -> str:
+    """What an LLM answers; what does not come to an answer at all sets the question aside, since it is not wrong."""
+    reply = await asker.reply(asked)
+    letters = "".join(sorted(extract_letters(reply.text) or ()))
+    if letters:
+        asker.count(asked, reply)
+    else:
+        await asker.count_unusable(asked, reply, "no letters after the marker")
+    return letters
 
 
 def agreed_answer(answers: dict[str, list[str]]) -> str | None:
