@@ -65,7 +65,7 @@ class LocalModel:
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
         """See `Model`."""
         try:
-            answer = self._service.answer(Wanted(turns, self._config.temperature, self._config.top_p))
+            answer = await self._service.answer(Wanted(turns, self._config.temperature, self._config.top_p))
             async with contextlib.aclosing(answer.parts) as parts:  # type: ignore[type-var]
                 async for said in parts:
                     yield said.delta.text

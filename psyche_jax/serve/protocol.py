@@ -1,5 +1,6 @@
 """Requests and responses of OpenAI's chat completions, as far as they are supported; all else is refused by name."""
 
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -7,11 +8,30 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from psyche_jax.serve.engine import MOST_ALTERNATIVES
 
 _MOST_MESSAGES = 512
+_MOST_PARTS = 512  # of a message
+_MOST_PAIRS = 1024  # of an object that is not used
+Nothing = Annotated[float, Field(ge=0, le=0)]  # a number that changes nothing
+Opaque = Annotated[str, StringConstraints(max_length=512)]  # taken and not used
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
 class _Request(BaseModel):
+    """What asks for nothing (null, an empty text, list or object) is as good as absent, whatever it is called.
+
+    Any other field that is not known here is refused by its name.
+    """
+
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nothing(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        required = {name for name, field in cls.model_fields.items() if field.is_required()}
+        asked = {name: given for name, given in value.items() if name in required or given not in (None, "", [], {})}
+        unknown = set(islice((name for name in asked if name not in cls.model_fields), 1))  # one is named, not all
+        return {name: given for name, given in asked.items() if name in cls.model_fields or name in unknown}
 
 
 class TextPart(_Request):
@@ -22,10 +42,10 @@ class TextPart(_Request):
 
 
 class ChatMessage(_Request):
-    """One turn."""
+    """One turn; also an answer of this server's as it was given."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=_MOST_PARTS)] = ""
     name: str | None = None
 
     @property
@@ -39,8 +59,8 @@ class ChatMessage(_Request):
             self.text.encode("utf-8")
         except UnicodeEncodeError:
             raise ValueError("the content holds half of a surrogate pair, which is no text") from None
-        if not self.text.strip():
-            raise ValueError(f"the message of the {self.role} is empty")
+        if self.role == "user" and not self.text.strip():
+            raise ValueError("the message of the user is empty")
         return self
 
 
@@ -76,14 +96,34 @@ class ChatRequest(_Request):
     presence_penalty: Literal[0] | None = None
     frequency_penalty: Literal[0] | None = None
     response_format: ResponseFormat | None = None
-    user: str | None = Field(None, max_length=512)  # these are taken and not used
-    metadata: dict[str, str] | None = None
+    logit_bias: dict[str, Nothing] | None = None
+    tool_choice: Literal["none", "auto"] | None = None  # there are no tools to choose from
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
+    metadata: dict[str, str] | None = None  # these are taken and not used
+    user: Opaque | None = None
+    safety_identifier: Opaque | None = None
+    prompt_cache_key: Opaque | None = None
 
     @field_validator("presence_penalty", "frequency_penalty", mode="before")
     @classmethod
     def _zero(cls, value: Any) -> Any:
         return 0 if isinstance(value, float) and value == 0 else value
+
+    @field_validator("logit_bias", "metadata", mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_PAIRS:
+            raise ValueError(f"has {len(value)} entries, more than {_MOST_PAIRS}")
+        return value
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: Any) -> Any:
+        return [stop for stop in value if stop != ""] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -93,7 +133,8 @@ class ChatRequest(_Request):
             raise ValueError("a system message can only be the first one")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
-        if self.stream_options is not None and not self.stream:
+        options = self.stream_options
+        if not self.stream and options and (options.include_usage or options.include_obfuscation):
             raise ValueError("stream_options needs stream")
         return self
 

@@ -137,7 +137,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
         """Answer a conversation."""
         wanted = _wanted(body, service, config)
         try:
-            answer = service.answer(wanted)
+            answer = await service.answer(wanted)
         except TooLongError as error:
             raise RefusalError(400, str(error), "context_length_exceeded") from None
         except BusyError:
@@ -192,7 +192,9 @@ def _wanted(body: protocol.ChatRequest, service: Service, config: ServeConfig) -
     if choices > config.limits.choices:
         raise RefusalError(400, f"n: at most {config.limits.choices} here", "invalid_request")
     turns = [
-        Message("system" if message.role == "developer" else message.role, message.text) for message in body.messages
+        Message("system" if message.role == "developer" else message.role, message.text)
+        for message in body.messages
+        if message.text.strip()  # a system prompt or an answer without a word is none
     ]
     return Wanted(
         turns,

@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
-from psyche_jax.serve.batcher import Batcher, Job, Piece
+from psyche_jax.serve.batcher import Batcher, BusyError, Job, Piece
 from psyche_jax.serve.config import CrisisSection, ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, GateReply, language_of
 from psyche_jax.serve.crisis.outputs import OutputFilter
 from psyche_jax.serve.engine import RowSettings, load_engine
 from psyche_jax.serve.speech import Delta, Finish, Speech
 from psyche_jax.train.checkpoints import open_model
+
+_READERS = 4  # threads that tokenize conversations and hold them against the gate
 
 
 class TooLongError(ValueError):
@@ -93,13 +96,17 @@ class Service:
         self._places = stored.config.max_position_embeddings
         self._special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._bytes = token_bytes_from_tokenizer(self.tokenizer, stored.config.vocab_size)
+        self._most_bytes = self._places * max(len(token or b"") for token in self._bytes)  # of a message that may fit
         prompt_tokens(self.tokenizer, [Message("user", "?")], self._prompt)  # a broken template is an error now
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
+        self._reading = 0
         engine = load_engine(stored, config.compute_dtype, config.mesh)
         self._batcher = Batcher(engine, config.limits.rows, config.limits.waiting)
 
     def close(self, seconds: float) -> None:
         """Refuse new requests; let running ones finish for so long."""
         self._batcher.close(seconds)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
         """A token as text, and its bytes (None for ids that are no text)."""
@@ -108,23 +115,24 @@ class Service:
             return self.tokenizer.convert_ids_to_tokens(token) or "", None
         return own.decode("utf-8", errors="replace"), list(own)
 
-    def answer(self, wanted: Wanted) -> Answer:
-        """Begin to answer.
+    async def answer(self, wanted: Wanted) -> Answer:
+        """Begin to answer. The conversation is read in threads: the server answers others meanwhile.
 
         Raises:
           TooLongError: the conversation does not fit the context.
           BusyError, ClosingError: the request is refused.
         """
-        turns = [Message(turn.role, self._harmless(turn.content)) for turn in wanted.turns]
-        own = [turn.content for turn in turns if turn.role == "user"]
-        reply = self.gate.reply(_last_said(turns)) if self.gate else None
-        prompt = prompt_tokens(self.tokenizer, turns, self._prompt)
+        if self._reading >= self._limits.waiting + _READERS:
+            raise BusyError
+        self._reading += 1
+        try:
+            prompt, reply = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, wanted.turns)
+        finally:
+            self._reading -= 1
         if reply is not None:
             return Answer(len(prompt), reply, _fixed(reply.text, wanted.choices))
-        if (room := self._places - len(prompt)) < 1:
-            raise TooLongError(
-                f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
-            )
+        own = [turn.content for turn in wanted.turns if turn.role == "user"]
+        room = self._places - len(prompt)
         longest = min(wanted.max_new_tokens or self._limits.new_tokens, self._limits.new_tokens, room)
         seed = secrets.randbits(32) if wanted.seed is None else wanted.seed % 2**32
         settings = [
@@ -151,6 +159,26 @@ class Service:
         ]
         self._batcher.submit(job)
         return Answer(len(prompt), None, _speak(job, speeches, pieces))
+
+    def _read(self, turns: Sequence[Message]) -> tuple[list[int], GateReply | None]:
+        """The prompt's tokens, and the gate's reply if there is one. The gate reads no message that is too long.
+
+        A short one in a long conversation it does read: who is in a crisis gets its answer and no error.
+        """
+        last = turns[-1].content if turns else ""
+        if len(last.encode()) > self._most_bytes:
+            raise TooLongError(f"the message has {len(last.encode())} bytes: no room in a context of {self._places}")
+        turns = [Message(turn.role, self._harmless(turn.content)) for turn in turns]
+        prompt = prompt_tokens(self.tokenizer, turns, self._prompt)
+        said = _last_said(turns)
+        fits = len(prompt) < self._places
+        readable = fits or (said and len(self.tokenizer.encode(said[-1], add_special_tokens=False)) < self._places)
+        reply = self.gate.reply(said) if self.gate and readable else None
+        if reply is None and not fits:
+            raise TooLongError(
+                f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
+            )
+        return prompt, reply
 
     def _harmless(self, text: str) -> str:
         """Text in which the tokens that steer a conversation (`<|im_end|>`) are only text."""

@@ -155,12 +155,23 @@ def test_parts_system_and_history_are_taken(client):
         ({"n": 9}, "n: at most 8 here"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": ""}, "stop"),
+        ({"stop": ["a" * 65]}, "stop"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
-        ({"tools": []}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"store": True}, "store"),
+        ({"modalities": ["audio"]}, "modalities"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
+        ({"metadata": dict.fromkeys(map(str, range(2000)), "x")}, "metadata: has 2000 entries"),
+        ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, *ASK]}, "tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}, *ASK]}, "refusal"),
+        ({"messages": [{"role": "user", "content": [0] * 100_000}]}, "messages.0.content"),
         ({"frobnicate": 1}, "frobnicate"),
+        ({"enable_thinking": False}, "enable_thinking"),
+        ({str(number): 1 for number in range(50_000)}, "0: Extra inputs are not permitted"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
     ],
 )
@@ -174,6 +185,43 @@ def test_wrong_requests_are_named(server, change, message):
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+OPTIONAL = """temperature top_p n stream stream_options stop max_tokens max_completion_tokens logprobs top_logprobs seed user
+presence_penalty frequency_penalty response_format metadata store tools tool_choice logit_bias functions audio function_call
+parallel_tool_calls modalities prediction reasoning_effort service_tier verbosity web_search_options"""
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        {**dict.fromkeys(OPTIONAL.split()), "max_tokens": 1},
+        {"tools": [], "tool_choice": "none", "functions": [], "function_call": "none", "parallel_tool_calls": True},
+        {"stop": "", "logit_bias": {}, "metadata": {}, "user": "", "response_format": {}, "stream_options": {}},
+        {"stop": [""], "logit_bias": {"5": 0, "6": 0.0}, "presence_penalty": 0.0, "frequency_penalty": -0.0, "n": 1},
+        {"tool_choice": "auto", "modalities": ["text"], "service_tier": "auto", "store": False, "stop": []},
+        {"response_format": {"type": "text"}, "stream_options": {"include_usage": None}, "logprobs": False},
+        {"stream_options": {"include_usage": False}, "top_logprobs": 0, "web_search_options": None, "audio": None},
+        {"safety_identifier": "x", "prompt_cache_key": "x", "user": "x", "metadata": {"a": "b"}},
+        {"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "你好", "name": None}]},
+    ],
+)
+def test_what_asks_for_nothing_changes_nothing(client, server, nothing):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "你好"}], "max_tokens": 1, **nothing}
+    answer = httpx.post(f"{server.address}/v1/chat/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    plain = ask(client, "你好", max_tokens=1)
+    assert answer.json()["usage"] == plain.usage.model_dump(exclude_none=True)
+
+
+@pytest.mark.parametrize("as_clients_have_it", [True, False])
+def test_its_own_message_can_be_given_back(client, server, as_clients_have_it):
+    first = ask(client, max_tokens=3, temperature=0)
+    message = first.choices[0].message
+    given = message.model_dump() if as_clients_have_it else {"role": "assistant", "content": "", "refusal": None}
+    again = client.chat.completions.create(model="tiny", messages=[*ASK, given, *ASK], max_tokens=3)
+    assert again.choices[0].finish_reason in ("stop", "length")
+    assert again.usage.prompt_tokens > first.usage.prompt_tokens
 
 
 def test_many_at_once_get_what_they_get_alone(client):

@@ -129,6 +129,37 @@ def test_bodies_that_are_too_large_or_too_slow_are_refused(server):
     assert raw(server, f"{head}Content-Length: 99999999999\r\n\r\n".encode()).startswith(b"HTTP/1.1 413")
 
 
+def test_while_long_messages_are_read_the_server_answers_others(server):
+    """One that does not fit is refused for its length; the gate never reads it."""
+    found = []
+
+    def one(content):
+        body = {**BODY, "messages": [{"role": "user", "content": content}]}
+        started = time.monotonic()
+        answer = httpx.post(server.address + URL, json=body, timeout=60)
+        found.append((answer.status_code, time.monotonic() - started, answer.json()))
+
+    long = "今天天气不错，我和朋友去公园散步，心情很好。" * (900 * 1024 // 66)
+    threads = [threading.Thread(target=one, args=(content,)) for content in (long, long[:300_000], "12" * 400_000)]
+    for thread in threads:
+        thread.start()
+    slowest = 0.0
+    while any(thread.is_alive() for thread in threads):
+        started = time.monotonic()
+        assert httpx.get(f"{server.address}/health", timeout=60).status_code == 200
+        slowest = max(slowest, time.monotonic() - started)
+    assert slowest < 2
+    for status, seconds, answer in found:
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and seconds < 10
+
+
+def test_a_crisis_is_answered_also_where_the_conversation_is_too_long(server):
+    history = [{"role": role, "content": "长" * 2000} for role in ("user", "assistant")]
+    body = {**BODY, "messages": [*history, {"role": "user", "content": "我想自杀"}]}
+    answer = httpx.post(server.address + URL, json=body, timeout=60)
+    assert answer.status_code == 200 and answer.json()["crisis"] == {"risk": "active_ideation"}
+
+
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"], ids=["first", "second"])
 @pytest.mark.parametrize("drips", [False, True])
 def test_a_connection_that_brings_no_request_is_closed(server, before, drips):

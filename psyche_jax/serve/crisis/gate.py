@@ -3,7 +3,7 @@
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -18,6 +18,7 @@ from psyche_jax.serve.crisis.classify import Assessment, Risk, classify
 
 _LOG = logging.getLogger("psyche_jax.crisis")
 Language = Literal["zh", "en"]
+_EARLIER = 20_000  # characters of earlier turns that are looked at
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Gate:
         self.record("message", risk=assessment.risk, rules=assessment.rules)
         language = language_of(user_turns[-1])
         again = assessment.risk is not Risk.EXPLORATION and any(
-            classify(turn, self.learned).risk.severity > Risk.EXPLORATION.severity for turn in user_turns[:-1]
+            classify(turn, self.learned).risk.severity > Risk.EXPLORATION.severity for turn in _latest(user_turns[:-1])
         )
         texts = _texts()
         text = (texts["again"] if again else texts["replies"][assessment.risk.value])[language]
@@ -83,6 +84,16 @@ class Gate:
         if self.log is not None:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+
+
+def _latest(turns: Sequence[str]) -> Iterator[str]:
+    """The last turns, the latest first, as far as they are quickly read."""
+    left = _EARLIER
+    for turn in reversed(turns):
+        left -= len(turn)
+        if left < 0:
+            return
+        yield turn
 
 
 def language_of(text: str) -> Language:
