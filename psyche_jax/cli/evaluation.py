@@ -71,6 +71,22 @@ def add_verbs(add: AddVerb) -> None:
         metavar="FILE",
         help="judge against the replies in this evaluation (default: against the dialogues' own replies)",
     )
+    verb.add_argument(
+        "--parameter",
+        action="append",
+        default=[],
+        metavar="NAME=ITS",
+        help="what the endpoints call max_tokens, temperature, top_p or seed (max_tokens=max_completion_tokens); "
+        "nothing behind the = leaves it out; several may be given",
+    )
+    verb.add_argument(
+        "--served-as",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="accept answers under this model's name, too (a deployment often answers under its model's); "
+        "several may be given",
+    )
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     verb.add_argument(
@@ -175,7 +191,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
     for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
         print(f"set aside: {line}", file=sys.stderr)
-    summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"])}
+    summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"]), "no_answer": evaluation["no_answer"]}
     if judges:
         summary["empathy"] = evaluation["empathy"]
     print(json.dumps(summary) if arguments.json else scores_table(summary))
@@ -194,9 +210,29 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
             raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; psyche serve makes one of a model")
     concurrency = arguments.batch_size or 16
     return [
-        Endpoint(address, max_new_tokens=MAX_TOKENS, temperature=0.0, concurrency=concurrency)
+        Endpoint(
+            address,
+            max_new_tokens=MAX_TOKENS,
+            temperature=0.0,
+            concurrency=concurrency,
+            names=_parameters(arguments),
+            served_as=arguments.served_as,
+        )
         for address in arguments.judge
     ]
+
+
+def _parameters(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What endpoints call our parameters."""
+    names = {}
+    for given in arguments.parameter:
+        ours, equals, its = given.partition("=")
+        if not equals or ours not in ("max_tokens", "temperature", "top_p", "seed"):
+            raise UsageError(
+                f"--parameter {given}: must be NAME=ITS or NAME=, NAME being max_tokens, temperature, top_p or seed"
+            )
+        names[ours] = its or None
+    return names
 
 
 def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
@@ -215,6 +251,8 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
             seed=arguments.seed,
             concurrency=arguments.batch_size or 16,
             prompt=prompt,
+            names=_parameters(arguments),
+            served_as=arguments.served_as,
         )
     start.start_jax()
     from psyche_jax.evaluate.local import LocalModel

@@ -1,8 +1,10 @@
 """Evaluate a model on a benchmark and write down what it said, question by question."""
 
 import dataclasses
+import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +75,8 @@ def evaluate(
       against: `reference`, or the file of another evaluation of the same dialogues.
 
     Returns:
-      `label, model, parameters, bench, step, samples, sampling, scores, set_aside, items`. `scores` is what
+      `label, model, parameters, bench, step, samples, sampling, scores, set_aside, no_answer, items`. `no_answer`
+      counts what is set aside since no answer came, by reason (`content_filter`, say). `scores` is what
       `choice.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
       leaked tasks) and `leaked` (how many) if leaks were looked for. With judges also `empathy`, which is what
       `empathy.summarize_empathy` returns, and `judgements`.
@@ -111,6 +114,7 @@ def evaluate(
         "sampling": model.settings,
         **_scored(benchmark, tasks, answers.known, samples),
         "set_aside": [*benchmark.set_aside, *(f"{task_id}: no answer: {why}" for task_id, why in unanswered.items())],
+        "no_answer": dict(Counter(re.split("[:,]", why)[0] for why in unanswered.values())),
     }
     kept = [] if failed else [answers]
     if judges:

@@ -1,7 +1,9 @@
 """A real HTTP server that speaks chat completions, and can be told to misbehave."""
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +18,10 @@ Answer = Callable[[dict[str, Any], int], Reply]
 class ChatServer:
     """`answer(request, how often this was asked)` gives text, or a dict of what to do instead:
 
-    `status`: refuse with it; `text`; `model`: another name; `reasoning`: in its own field; `cut`: stop the stream
-    without an end; `broken`: close the connection within a chunk; `nothing`: 200 with no body; `raw`: this body;
-    `reason`: of finishing.
+    `status`: refuse with it, `error` being what is said; `text`; `model`: another name; `reasoning`: in its own field;
+    `message`: fields of the message, or of the first delta, besides the text; `cut`: stop the stream without an end;
+    `broken`: close the connection within a chunk; `nothing`: 200 with no body; `raw`: this body; `drips`: nothing but
+    comments, so many seconds apart; `reason`: of finishing.
     """
 
     answer: Answer
@@ -69,7 +72,9 @@ def chat_server(answer: Answer, **changes: Any) -> Iterator[ChatServer]:
         def _answer(self, request: dict[str, Any], reply: dict[str, Any]) -> None:
             name, reason = reply.get("model", request["model"]), reply.get("reason", "stop")
             if "status" in reply:
-                return self._send('{"error": {"message": "refused"}}', reply["status"])
+                return self._send(json.dumps({"error": {"message": reply.get("error", "refused")}}), reply["status"])
+            if "drips" in reply:
+                return self._drip(reply["drips"])
             if "raw" in reply:
                 return self._send(reply["raw"])
             if reply.get("nothing"):
@@ -77,15 +82,18 @@ def chat_server(answer: Answer, **changes: Any) -> Iterator[ChatServer]:
             message = {"role": "assistant", "content": reply.get("text", "")}
             if "reasoning" in reply:
                 message["reasoning_content"] = reply["reasoning"]
+            message |= reply.get("message", {})
             if not server.streams:
                 choice = {"index": 0, "message": message, "finish_reason": reason}
                 return self._send(json.dumps({"model": name, "choices": [choice]}))
             pieces = [("reasoning_content", one) for one in reply.get("reasoning", "")]
             pieces += [("content", one) for one in reply.get("text", "")]
+            pieces = [{key: piece} for key, piece in pieces]
+            pieces = [reply["message"], *pieces] if "message" in reply else pieces
             half = reply.get("cut") or reply.get("broken")
             if half:
                 pieces = pieces[: len(pieces) // 2]
-            chunks = [{"index": 0, "delta": {key: piece}, "finish_reason": None} for key, piece in pieces]
+            chunks = [{"index": 0, "delta": piece, "finish_reason": None} for piece in pieces]
             if not half:
                 chunks.append({"index": 0, "delta": {}, "finish_reason": reason})
             body = "".join(f"data: {json.dumps({'model': name, 'choices': [chunk]})}\n\n" for chunk in chunks)
@@ -98,6 +106,16 @@ def chat_server(answer: Answer, **changes: Any) -> Iterator[ChatServer]:
                 self.close_connection = True
                 return None
             return self._send(body + ("" if half else "data: [DONE]\n\n"), kind="text/event-stream")
+
+        def _drip(self, seconds: float) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            self.close_connection = True
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b": still here\n\n")
+                    time.sleep(seconds)
 
         def _send(self, body: str, status: int = 200, kind: str = "application/json") -> None:
             self.send_response(status)

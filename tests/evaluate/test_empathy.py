@@ -102,6 +102,33 @@ def test_kappa_by_hand() -> None:
     assert found["kappa"] == pytest.approx((0.7 - 0.5) / (1 - 0.5))
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        '<think>草稿 {{"first": 1}}</think>{}',
+        "{}（注：{{}}）",
+        "评分如下：\n```json\n{}\n```\n以上。",
+        "想 {{</think>{}",
+    ],
+)
+def test_marks_are_read_whatever_stands_around_them(form: str) -> None:
+    with chat_server(lambda request, _: form.format(biased(request, 0))) as server:
+        assert judged(server.url)["empathy"]["count"] == 6
+    assert len(server.requests) == 12, "nothing was asked again"
+
+
+def test_a_judge_that_is_filtered_gives_no_marks() -> None:
+    def answer(request: dict[str, Any], again: int) -> Any:
+        filtered = BENCH.tasks[0].gold in replies(request)
+        return {"text": fair(request, again), "reason": "content_filter" if filtered else "stop"}
+
+    with chat_server(answer) as server:
+        found = judged(server.url)["empathy"]
+    (missing,) = found["not_judged"].values()
+    assert found["count"] == 5 and all(line.endswith(": content_filter") for line in missing)
+    assert len(server.requests) == 12
+
+
 @pytest.mark.parametrize("nonsense", NONSENSE)
 def test_nonsense_is_asked_for_again_with_the_fault_named(nonsense: str) -> None:
     def answer(request: dict[str, Any], again: int) -> str:

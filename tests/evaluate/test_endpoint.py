@@ -68,6 +68,144 @@ def test_reasoning_in_a_field_of_its_own_is_no_answer() -> None:
         assert found["scores"]["failures"] == {"reasoning only": len(TASKS)}
 
 
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"reasoning": "答案：Z"},
+        {"thinking": "答案：Z"},
+        {"reasoning": "答案：Z", "reasoning_content": "答案：Z"},
+        {"content": [{"type": "thinking", "thinking": "答案：Z"}, {"type": "text", "text": ""}]},
+    ],
+)
+def test_the_same_in_every_spelling(message: dict[str, Any], streams: bool) -> None:
+    """The thought is kept, and what is scored stands behind it."""
+
+    def answer(request: dict[str, Any], again: int) -> Any:
+        said = f"答案：{gold(request)}"
+        if "content" in message and not streams:
+            parts = [message["content"][0], {"type": "text", "text": said}]
+            return {"message": {"content": parts}}
+        return {"text": said, "message": message}
+
+    with chat_server(answer, streams=streams) as server:
+        found = evaluate(server.url)
+    assert found["scores"]["strict"] == 1.0
+    assert found["items"][0]["response"] == f"<think>答案：Z</think>答案：{TASKS[0].gold}"
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize(
+    ("fault", "reason", "greedy", "drawn"),
+    [
+        ({"reason": "content_filter"}, "content_filter", 1, 3),
+        ({"reason": "stop", "text": "", "message": {"refusal": "no"}}, "refusal", 1, 3),
+        ({"reason": "error"}, "error", 3, 3),
+        ({"reason": "insufficient_resource"}, "insufficient_resource", 3, 3),
+    ],
+)
+def test_what_is_no_answer_is_counted_apart_and_asked_again_where_that_helps(
+    fault: dict[str, Any], reason: str, greedy: int, drawn: int, streams: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[int] = []
+
+    def answer(request: dict[str, Any], again: int) -> Any:
+        if not request["messages"][-1]["content"].endswith(TASKS[2].text):
+            return right(request, again)
+        asked.append(request["seed"])
+        return {"text": f"答案：{gold(request)}", **fault}
+
+    with chat_server(answer, streams=streams) as server:
+        for temperature, times in ((0.0, greedy), (0.5, drawn)):
+            asked.clear()
+            found = evaluate(server.url, temperature=temperature)
+            assert len(asked) == times
+            assert found["no_answer"] == {reason: 1} and found["scores"]["count"] == len(TASKS) - 1
+            assert found["scores"]["strict"] == 1.0 and found["set_aside"][0].startswith(
+                f"{TASKS[2].id}: no answer: {reason}"
+            )
+        if reason in ("content_filter", "refusal"):
+            assert len(set(asked)) == 3, "another draw each time"
+
+
+def test_what_a_filter_lets_through_at_the_second_draw_is_the_answer() -> None:
+    def answer(request: dict[str, Any], again: int) -> Any:
+        return {"text": "半", "reason": "content_filter"} if request["seed"] < 9 else right(request, again)
+
+    with chat_server(answer) as server:
+        assert evaluate(server.url)["scores"]["strict"] == 1.0
+
+
+def test_an_endpoint_that_never_answers_is_given_up_early() -> None:
+    """Not after all questions were paid for."""
+    tasks = read_benchmark("samples").tasks
+    for fault, reason in (
+        ({"reason": "content_filter"}, "content_filter"),
+        ({"model": "other"}, "another model answered"),
+    ):
+        with chat_server(lambda *_, fault=fault: {"text": "答案：A", **fault}) as server:
+            endpoint = Endpoint(f"{server.url}#tiny", max_new_tokens=9, temperature=0.0, concurrency=4)
+            with pytest.raises(UserError, match=f"20 times in a row there was no answer: {reason}"):
+                evaluation.evaluate(endpoint, Benchmark("b", tasks), label="x")
+            assert len(server.requests) < 28 < len(tasks)
+
+
+def test_an_answer_that_drips_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from psyche_jax.evaluate import endpoint
+
+    monkeypatch.setattr(endpoint, "PATIENCE", 2)
+    monkeypatch.setattr(endpoint, "UNREACHABLE_AFTER", 100)
+
+    def answer(request: dict[str, Any], again: int) -> Any:
+        return {"drips": 0.1} if request["messages"][-1]["content"].endswith(TASKS[1].text) else right(request, again)
+
+    with chat_server(answer) as server:
+        found = evaluate(f"{server.url}#tiny", timeout=0.5)
+    assert found["set_aside"] == [f"{TASKS[1].id}: no answer: no answer in time"]
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_parameters_that_are_refused_are_left_out_and_said_in_the_record(
+    streams: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(request: dict[str, Any], again: int) -> Any:
+        for name in ("max_tokens", "seed"):
+            if name in request:
+                return {"status": 400, "error": f"Unsupported parameter: '{name}' is not supported with this model."}
+        return right(request, again)
+
+    with chat_server(answer, streams=streams) as server:
+        found = evaluate(f"{server.url}#tiny", concurrency=1)
+        assert found["scores"]["strict"] == 1.0 and len(server.requests) == len(TASKS) + 2
+        assert found["sampling"]["parameters"] == {"max_tokens": "max_completion_tokens", "seed": None}
+        assert capsys.readouterr().err.count("from now on psyche") == 2
+        server.requests.clear()
+        evaluate(f"{server.url}#tiny", names={"max_tokens": "max_completion_tokens", "seed": None})
+        assert len(server.requests) == len(TASKS) and "seed" not in server.requests[0]
+    assert "from now on" not in capsys.readouterr().err
+
+
+def test_a_deployment_that_answers_under_its_models_name_is_accepted_if_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with chat_server(lambda *_: {"text": "答案：A", "model": "gpt-4o-2024-08-06"}) as server:
+        command = ["eval", f"{server.url}#my-deployment", "--bench", "samples", "--limit", "3", "--json"]
+        assert cli.main(command) == 1
+        assert "--served-as gpt-4o-2024-08-06 accepts it" in capsys.readouterr().err
+        command += ["--served-as", "gpt-4o-2024-08-06", "--parameter", "seed=", "--parameter", "max_tokens=most"]
+        assert cli.main([*command, "--out", "e.json"]) == 0
+        assert json.loads(capsys.readouterr().out)["count"] == 3
+        assert "seed" not in server.requests[-1] and server.requests[-1]["most"] == 512
+        sampling = json.loads(Path("e.json").read_text(encoding="utf-8"))["sampling"]
+        assert sampling["served_as"] == ["gpt-4o-2024-08-06"] and sampling["parameters"] == {
+            "seed": None,
+            "max_tokens": "most",
+        }
+        assert cli.main([*command, "--parameter", "sed=x"]) == 2
+        assert "--parameter sed=x: must be NAME=ITS" in capsys.readouterr().err
+
+
 def test_an_answer_cut_at_the_limit_is_counted_as_that() -> None:
     with chat_server(lambda *_: {"text": "<think>我想", "reason": "length"}) as server:
         assert evaluate(server.url)["scores"]["failures"] == {"cut at the limit": len(TASKS)}

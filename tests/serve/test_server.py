@@ -187,8 +187,9 @@ def test_wrong_requests_are_named(server, change, message):
     assert message in error["message"] and error["type"] == "invalid_request_error"
 
 
-OPTIONAL = """temperature top_p n stream stream_options stop max_tokens max_completion_tokens logprobs top_logprobs seed user
-presence_penalty frequency_penalty response_format metadata store tools tool_choice logit_bias functions audio function_call
+OPTIONAL = """
+temperature top_p n stream stream_options stop max_tokens max_completion_tokens logprobs top_logprobs seed user audio
+presence_penalty frequency_penalty response_format metadata store tools tool_choice logit_bias functions function_call
 parallel_tool_calls modalities prediction reasoning_effort service_tier verbosity web_search_options"""
 
 
