@@ -1,5 +1,6 @@
 """Asking an LLM for something of a given form: what comes back is data, checked before it is used."""
 
+import asyncio
 import dataclasses
 import json
 from collections import Counter
@@ -131,6 +132,9 @@ class Asker:
             self.client.fault(asked.llm, fault)
         row = self._rows.setdefault((asked.llm, asked.prompt), [])
         row.append((asked, reply, fault))
+        if self._stopped is not None:
+            await self._forget(asked)
+            raise self._stopped
         fresh = sum(not reply.stored for _, reply, _ in row)
         if fresh >= self._give_up_after:
             await self._stop(row, f"{fresh} replies in a row could not be used")
@@ -154,9 +158,12 @@ class Asker:
             f"{asked.prompt.partition('@')[0]}, {asked.llm}: {what}, {count} of them: {fault}; the last one was: "
             f"{shown or '(nothing)'}; mend the LLM or its prompt and start again, or raise calls.give_up_after"
         )
-        for one, _, _ in row:
-            await self.client.forget(one.llm, one.prompt, one.messages, one.sample)
+        self.client.stop()
+        await asyncio.gather(*(self._forget(one) for one, _, _ in row))
         raise self._stopped
+
+    async def _forget(self, asked: Asked) -> None:
+        await self.client.forget(asked.llm, asked.prompt, asked.messages, asked.sample)
 
 
 def read_json(kind: type[T]) -> Callable[[str], T]:

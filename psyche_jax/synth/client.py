@@ -106,9 +106,13 @@ class Client:
         sent = tuple(item for item in parameters.items() if section.parameters.get(item[0], "") is not None)
         return Call(llm, section.model, prompt, tuple(messages), sent, sample)
 
+    def stop(self) -> None:
+        """Ask for nothing more."""
+        self._stopping = True
+
     async def finish(self) -> None:
         """Wait for the replies that are under way, and ask for nothing more."""
-        self._stopping = True
+        self.stop()
         await asyncio.gather(*self._asking.values(), return_exceptions=True)
 
     async def close(self) -> None:

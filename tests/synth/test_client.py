@@ -12,9 +12,10 @@ from faulty_server import KEY, FaultyServer, _send, answering, stored_keys
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm import retry_after
-from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.calls import Call, CallStore, Reply
 from psyche_jax.synth.client import CallFailedError, Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+from psyche_jax.synth.replay import completion, serving
 
 
 def user(text):
@@ -97,6 +98,21 @@ def test_retry_after_in_both_forms():
     assert seconds("soon") is None and seconds("inf") is None and seconds("") is None
 
 
+@pytest.mark.parametrize("wait", ["1e9", "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 2001 00:00:00 GMT", "nan", "-5"])
+def test_a_server_is_waited_for_only_so_long_and_that_is_said_once(ask, capsys, wait):
+    server = Scripted((429, [(b"retry-after", wait.encode())]), "ok")
+    started = time.monotonic()
+    replies, _ = ask(server, many(3), longest_rest_seconds=0.3, concurrency=3)
+    assert len(replies) == 3 and time.monotonic() - started < 3
+    said = [line for line in capsys.readouterr().err.splitlines() if "says to wait" in line]
+    if wait in ("1e9", "Fri, 31 Dec 9999 23:59:59 GMT"):
+        (line,) = said
+        assert line.startswith("LLM llm at http://") and "waits 0.3 s, see calls.longest_rest_seconds" in line
+        assert wait != "1e9" or "says to wait 1,000,000,000 s;" in line
+    else:
+        assert said == []
+
+
 def test_a_call_that_never_succeeds_fails_alone(ask):
     async def work(asker):
         with pytest.raises(CallFailedError, match="HTTP 500"):
@@ -124,6 +140,108 @@ def test_what_no_retry_mends_ends_the_run_without_showing_the_key(ask, tmp_path,
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("status", [301, 307, 308])
+def test_prompts_do_not_follow_to_another_host(ask, status):
+    elsewhere = FaultyServer(share=0.0)
+    with serving(elsewhere) as url:
+        server = Scripted((status, [(b"location", f"{url}/v1/chat/completions".encode())]))
+        with pytest.raises(UserError, match=f"HTTP {status}: redirects to {url}"):
+            ask(server, many(3), concurrency=1)
+    assert not elsewhere.tries and len(server.times) <= 2, "the second may be under way"
+
+
+class Odd(FaultyServer):
+    """Every answer has these fields, of the whole and of its choice."""
+
+    def __init__(self, choice=None, **changes):
+        super().__init__(share=0.0)
+        self.changes, self.choice, self.requests = changes, choice or {}, []
+
+    async def _respond(self, request, headers, send):
+        self.requests.append(request)
+        value = completion(request, "好")
+        value["choices"][0] |= self.choice
+        await _send(send, 200, {**value, **self.changes})
+
+
+@pytest.mark.parametrize("count", [10**30, -7, 1.5, "12", None, [], True, 2**63])
+def test_counts_that_no_store_can_hold_are_taken_for_unknown(ask, count):
+    server = Odd(usage={"prompt_tokens": count, "completion_tokens": count})
+    (reply,), client = ask(server, many(1))
+    assert (reply.prompt_tokens, reply.completion_tokens) == (3, 1), "a character a token"
+    assert client.tokens == 4
+
+
+def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path):
+    async def work():
+        store = CallStore(tmp_path / "calls.sqlite")
+        call = Call("llm", "m", "p@1", tuple(user("问")), ())
+        async with asyncio.timeout(5):
+            waiting = [store.opened(call), store.answered(call.key, Reply("好", "stop", 10**30, 1)), store.opened(call)]
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(one) for one in found] == [UserError] * 3 and "cannot be written" in str(found[0])
+            await store.opened(call)  # it goes on
+        store.close()
+
+    asyncio.run(work())
+
+
+@pytest.mark.parametrize("finish", ["error", "insufficient_system_resource"])
+def test_what_a_server_broke_off_is_asked_again_and_never_a_reply(ask, tmp_path, finish):
+    async def work(asker):
+        with pytest.raises(CallFailedError, match=f"no answer: {finish}"):
+            await asker.client.call("llm", "p@1", user("问"))
+        return asker.client.sent
+
+    assert ask(Odd({"finish_reason": finish}), work, retries=2) == 3
+    assert stored_keys(tmp_path / "calls.sqlite") == {}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": "答案：A", "reasoning": "想"}, "<think>想</think>答案：A"),
+        ({"content": "想</think>答案：A"}, "<think>想</think>答案：A"),
+        (
+            {"content": "<think>写出来的</think>答案：A", "reasoning_content": "自己想的"},
+            "<think>写出来的</think>答案：A",
+        ),
+        ({"content": [{"type": "thinking", "thinking": "想"}, {"type": "text", "text": "好"}]}, "<think>想</think>好"),
+    ],
+)
+def test_a_reply_has_the_thought_wherever_the_server_put_it(ask, message, text):
+    (reply,), _ = ask(Odd({"message": message}), many(1))
+    assert reply.text == text
+
+
+def test_parameters_that_are_refused_are_paid_for_once(ask, tmp_path, capsys):
+    class Newer(Odd):
+        async def _respond(self, request, headers, send):
+            if "max_tokens" in request:
+                self.requests.append(request)
+                said = (
+                    "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
+                )
+                return await _send(send, 400, {"error": {"message": said, "param": "max_tokens"}})
+            return await super()._respond(request, headers, send)
+
+    server = Newer()
+    replies, _ = ask(server, many(9), concurrency=1)
+    assert {reply.finish for reply in replies} == {"stop"} and len(server.requests) == 10
+    assert server.requests[-1]["max_completion_tokens"] == 2048
+    assert capsys.readouterr().err.count("from now on psyche calls max_tokens max_completion_tokens") == 1
+    ask(Odd(), many(9))
+    assert len(stored_keys(tmp_path / "calls.sqlite")) == 9, "a reply is known whatever its parameters were called"
+    server = Newer()
+    ask(server, many(2, "other"), llm={"parameters": {"max_tokens": "limit", "top_p": None}})
+    assert len(server.requests) == 2 and server.requests[0]["limit"] == 2048 and "top_p" not in server.requests[0]
+
+
+def test_parameters_that_we_do_not_send_cannot_be_named():
+    with pytest.raises(ValueError, match="parameters: we send no 'max_token', only temperature, top_p"):
+        LlmSection("llm", "m", parameters={"max_token": None})
+
+
 def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
     class Picky(FaultyServer):
         async def _respond(self, request, headers, send):
@@ -147,7 +265,7 @@ def test_an_llm_that_refuses_everything_ends_the_run_and_is_asked_again_when_it_
     "body", ["[]", '{"choices": []}', '{"choices": [{}]}', "<html>", '{"choices": [{"message": 3}]}']
 )
 def test_what_is_no_completion_is_tried_again(ask, body):
-    class Odd(FaultyServer):
+    class Once(FaultyServer):
         async def _respond(self, request, headers, send):
             if not self.tries["odd"]:
                 self.tries["odd"] += 1
@@ -160,7 +278,7 @@ def test_what_is_no_completion_is_tried_again(ask, body):
                 return await send({"type": "http.response.body", "body": body.encode()})
             return await super()._respond(request, headers, send)
 
-    (reply,), client = ask(Odd(share=0.0), many(1))
+    (reply,), client = ask(Once(share=0.0), many(1))
     assert reply.text and client.faults == 1
 
 

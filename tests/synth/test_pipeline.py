@@ -16,15 +16,16 @@ from fastapi.testclient import TestClient
 from psyche_jax import cli
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import load_records, open_dataset
-from psyche_jax.data.records import Question, RlPrompt, SftExample, read_records, write_records
+from psyche_jax.data.records import Passage, Question, RlPrompt, SftExample, read_records, write_records
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.rewards.reference import think_format
 from psyche_jax.synth.asking import SetAsideError
+from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import canned_answer, canned_config
 from psyche_jax.synth.client import CallFailedError
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
-from psyche_jax.synth.replay import replay_app, serving
+from psyche_jax.synth.replay import read_body, replay_app, serving
 from psyche_jax.synth.review import Decision, ReviewStore
 from psyche_jax.synth.review_page import LOOPBACK, review_app
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
@@ -96,6 +97,119 @@ def test_the_card_counts_what_there_is(made):
     assert card["seed"] == 0 and card["config"]["rationales"]["rounds"] == 1
     page = Path(config.out, "README.md").read_text(encoding="utf-8")
     assert "| Apache-2.0 | 39 |" in page and "near duplicate" in page
+
+
+def unusable_config(tmp_path, url, passages, **calls):
+    """A synthesis of so many passages."""
+    config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+    source = tmp_path / "passages.jsonl"
+    write_records(
+        source,
+        [
+            Passage(f"第{number}段：经典条件反射由巴甫洛夫发现，说明中性刺激怎样获得意义。", "书", "CC0")
+            for number in range(passages)
+        ],
+    )
+    sources = replace(config.sources, passages=(str(source),), dialogues=())
+    return replace(config, sources=sources, calls=replace(config.calls, **calls))
+
+
+OPTIONS = {"A": "巴甫洛夫", "B": "斯金纳", "C": "班杜拉", "D": "华生"}
+WRITTEN = json.dumps(
+    {"questions": [{"kind": "single", "stem": "经典条件反射由谁发现？", "options": OPTIONS, "answer": "A"}]}
+)
+
+
+def test_a_stage_stops_when_replies_are_of_no_use_and_asks_again_when_that_is_mended(tmp_path, capsys):
+    """Not after each of hundreds of items was paid for three times."""
+    asked = Counter()
+    mended = []
+
+    def answer(request):
+        asked[str(request["messages"])] += 1
+        return WRITTEN if mended else "想好了：{题目}" if sum(asked.values()) % 5 else "不"
+
+    with serving(replay_app(answer)) as url:
+        config = unusable_config(tmp_path, url, 200)
+        run_synth(config, "clean")
+        with pytest.raises(UserError) as caught:
+            run_synth(config, "questions")
+        message = str(caught.value)
+        assert "\n" not in message and message.startswith("questions, writer: 20 replies in a row could not be used")
+        assert "16 of them: 不是合法的 JSON" in message and ("was: 想好了" in message or "was: 不" in message)
+        assert 20 <= sum(asked.values()) <= 20 + 2 * config.calls.concurrency, "what is under way is paid for"
+        assert not (tmp_path / "run" / "questions").exists()
+        before = Counter(asked)
+        mended.append(True)
+        report = run_synth(config, "questions")["questions"]
+        assert report["counts"]["out/questions"] == 200 and report["set_aside"] == {}
+        assert sum(asked[request] == 2 for request in before) >= 20, "those without use were asked again"
+
+
+@pytest.mark.parametrize("passages", [1, 3])
+def test_a_stage_that_gets_nothing_of_use_stops(tmp_path, passages):
+    with serving(replay_app(lambda request: '{"a": 1}')) as url:
+        config = unusable_config(tmp_path, url, passages)
+        run_synth(config, "clean")
+        for _ in range(2):  # also the second time
+            with pytest.raises(
+                UserError, match=f"none of {3 * passages} replies could be used, .*questions Field required"
+            ):
+                run_synth(config, "questions")
+            assert not (tmp_path / "run" / "questions").exists()
+        (use,) = CallStore(tmp_path / "run" / "calls.sqlite").usage()
+    assert use.repeated == 3 * passages and use.prompt_tokens > 0
+
+
+def test_one_of_use_in_between_lets_a_stage_go_on(tmp_path):
+    asked = []
+
+    def answer(request):
+        asked.append(request)
+        return WRITTEN if len(asked) % 15 == 0 else "不"
+
+    with serving(replay_app(answer)) as url:
+        config = unusable_config(tmp_path, url, 60, concurrency=1)
+        run_synth(config, "clean")
+        report = run_synth(config, "questions")["questions"]
+    assert report["counts"]["in"] == 60 and 0 < report["set_aside"]["no usable reply"] < 60
+
+
+def test_selection_stops_where_an_llm_gives_no_letters(tmp_path):
+    questions = [Question(f"第{n}题", {"A": "甲", "B": "乙"}, "A", "single") for n in range(50)]
+    write_records(tmp_path / "q.jsonl", questions)
+    with serving(replay_app(lambda request: "")) as url:
+        base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+        config = SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection)
+        with pytest.raises(UserError, match=r"answer, solver-a: 20 replies in a row .*no letters.*was: \(nothing\)"):
+            run_select(config)
+
+
+def test_a_refused_parameter_is_asked_about_once_in_a_run_of_many_stages(tmp_path, capsys):
+    refused = Counter()
+
+    async def picky(scope, receive, send):
+        if scope["type"] != "http":
+            return None
+        body = await read_body(receive)
+
+        async def again():
+            return {"type": "http.request", "body": body}
+
+        if "top_p" in (request := json.loads(body)):
+            refused[request["model"]] += 1
+            content = json.dumps({"error": {"message": "`temperature` and `top_p` cannot both be specified"}}).encode()
+            await send(
+                {"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]}
+            )
+            return await send({"type": "http.response.body", "body": content})
+        return await replay_app(canned_answer)(scope, again, send)
+
+    with serving(picky) as url:
+        config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+        run_synth(replace(config, calls=replace(config.calls, concurrency=1)))
+    assert set(refused.values()) == {1} and len(refused) == 4
+    assert capsys.readouterr().err.count("from now on psyche leaves top_p out") == 4
 
 
 def test_a_second_start_asks_and_changes_nothing(made, asked, copy):

@@ -21,6 +21,7 @@ from psyche_jax.synth.dialogues import rewrite
 from psyche_jax.synth.prompts import Prompts, fenced
 from psyche_jax.synth.questions import write_questions
 from psyche_jax.synth.rationales import write_rationale
+from psyche_jax.synth.replay import completion
 from psyche_jax.synth.selection import agreed_answer, select
 
 PASSAGE = Passage("经典条件反射由巴甫洛夫发现，说明中性刺激怎样获得意义。", "教材", "CC0", {"subject": "基础"})
@@ -88,6 +89,65 @@ def test_a_malformed_reply_is_asked_again_with_its_fault_then_set_aside(ask, fau
         assert (question.stem, question.answer, asked.asked_again) == (QUESTION.stem, "A", 1)
     with answering(faulty + " ") as server, pytest.raises(SetAsideError, match="no usable reply"):
         ask(server, lambda asker: write_questions(dataclasses.replace(PASSAGE, id="x"), asker, SECTION), reasks=0)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        '<think>草稿 {{"a": 1}}</think>{}',
+        '<think>先写 {{"questions": []}} 再改</think>\n{}',
+        '草稿 {{"a": 1}}</think>{}',
+        "{}（注：{{}}）",
+        "好的，题目如下：\n```json\n{}\n```\n希望对你有帮助 {{^_^}}",
+        "选项集合是 {{A, B}}。{}",
+    ],
+)
+def test_an_object_is_read_whatever_stands_around_it(ask, form):
+    with answering(form.format(written())) as server:
+        outcome, asker = ask(server, lambda asker: pair(write_questions(PASSAGE, asker, SECTION), asker))
+    assert asker.asked_again == 0 and kept(outcome, "questions")[0].stem == QUESTION.stem
+
+
+def test_the_draft_in_a_thought_is_no_answer(ask):
+    with answering(f"<think>{written()}</think>抱歉，我不能协助。", written()) as server:
+        _, asker = ask(server, lambda asker: pair(write_questions(PASSAGE, asker, SECTION), asker))
+    assert asker.asked_again == 1
+
+
+class Filtering(FaultyServer):
+    """Every answer ends with `finish`, but the one of this number."""
+
+    def __init__(self, finish, but=None):
+        super().__init__(share=0.0)
+        self.finish, self.but, self.requests = finish, but, []
+        self.answer = lambda request: written() if "命题" in request["messages"][1]["content"] else thought("B")
+
+    async def _respond(self, request, headers, send):
+        self.requests.append(request)
+        value = completion(request, self.answer(request))
+        if len(self.requests) != self.but:
+            value["choices"][0]["finish_reason"] = self.finish
+        await _send(send, 200, value)
+
+
+@pytest.mark.parametrize("work", ["questions", "selection"])
+@pytest.mark.parametrize(("temperature", "times"), [(0.0, 1), (0.7, 3)])
+def test_what_is_filtered_is_drawn_again_if_it_is_drawn_and_never_an_answer(ask, work, temperature, times):
+    def one(asker):
+        if work == "questions":
+            return write_questions(PASSAGE, asker, SECTION)
+        return select(QUESTION, asker, SelectionSection(("llm",)))
+
+    server = Filtering("content_filter")
+    with pytest.raises(SetAsideError, match=r"^filtered by the server: "):
+        ask(server, one, llm={"temperature": temperature})
+    assert len(server.requests) == times and all(request == server.requests[0] for request in server.requests)
+
+
+def test_what_a_filter_lets_through_is_the_answer(ask):
+    server = Filtering("content_filter", but=2)
+    outcome = ask(server, lambda asker: write_questions(PASSAGE, asker, SECTION))
+    assert len(kept(outcome, "questions")) == 1 and len(server.requests) == 2
 
 
 async def pair(work, asker):
