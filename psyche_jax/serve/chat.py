@@ -19,7 +19,7 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.files import write_json
-from psyche_jax.llm import FAULTS, SCHEMES, Server
+from psyche_jax.llm import FAULTS, SCHEMES, Names, Server
 from psyche_jax.llm_answers import BrokenAnswerError
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, language_of
@@ -89,6 +89,7 @@ class RemoteModel:
         self._config = config
         self._url = endpoint.url
         self._prompt = config.prompt or PromptSection("", "")  # its own server may add one
+        self._names: Names = {}  # of parameters, as the endpoint turns out to want them
 
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
         """See `Model`."""
@@ -98,7 +99,7 @@ class RemoteModel:
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None
         failure = None
-        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2)
+        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2, names=self._names)
         try:
             async for piece in self._stream(server, turns):
                 yield output.feed(piece) if output else piece

@@ -145,7 +145,7 @@ class Client:
                 if self._stopping:
                     raise CallFailedError("the run ends")
                 if attempt < self._calls.retries:
-                    if fault.wait is not None:
+                    if fault.wait:  # not where it names a time that has passed
                         pace.rest(self._rest(llm, fault.wait))
                     else:
                         longest = min(self._calls.first_wait_seconds * 2**attempt, self._calls.longest_wait_seconds)
