@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from serving import start_server
+from tiny import save_model
 
 from psyche_jax import cli
 from psyche_jax.cli import start
@@ -151,6 +152,24 @@ def test_while_long_messages_are_read_the_server_answers_others(server):
     assert slowest < 2
     for status, seconds, answer in found:
         assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and seconds < 10
+
+
+def test_while_the_gate_reads_the_server_answers_others(tmp_path):
+    running = start_server(save_model(tmp_path / "tiny", max_position_embeddings=65_536))
+    body = {**BODY, "messages": [{"role": "user", "content": "12" * 25_000 + "我想自杀"}]}
+    httpx.post(running.address + URL, json={**body, "messages": [{"role": "user", "content": "我想自杀"}]}, timeout=60)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(httpx.post(running.address + URL, json=body, timeout=60)))
+    started, slowest = time.monotonic(), 0.0
+    thread.start()
+    while thread.is_alive():
+        before = time.monotonic()
+        assert httpx.get(f"{running.address}/health", timeout=60).status_code == 200
+        slowest = max(slowest, time.monotonic() - before)
+    taken = time.monotonic() - started
+    assert running.stop() == 0
+    assert found[0].json()["crisis"] == {"risk": "active_ideation"}
+    assert slowest < taken / 2, f"the gate took {taken:.2f} s, and /health up to {slowest:.2f} s"
 
 
 def test_a_crisis_is_answered_also_where_the_conversation_is_too_long(server):
