@@ -25,6 +25,7 @@ _MODELS_SECONDS = 5.0
 _LAST_SECONDS = 0.2  # for the end of a stream behind its last event, so that the connection can be used again
 _SHOWN = 200  # characters of what a server says in an error
 _MOST_BYTES = 16 * 2**20  # of an answer
+_EVENT_BYTES = 16  # what an event of a stream counts for besides its text
 _MOST_ERROR_BYTES = 64 * 2**10
 _ELSEWHERE = "x-redirected-to"  # ours, in place of a Location that is not followed
 _LIMITS = re.compile(  # what is wrong is a value or the length, not that the parameter was sent
@@ -115,11 +116,11 @@ class Server:
                         async with asyncio.timeout(_LAST_SECONDS):
                             await anext(events, None)
                     break
-                size += len(event.data)
-                if size > _MOST_BYTES:
-                    raise BrokenAnswerError("the answer has no end")
                 came = True
                 piece = read_answer(event.data, whole=False)
+                size += len(piece.text) + len(piece.reasoning) + _EVENT_BYTES
+                if size > _MOST_BYTES:
+                    raise BrokenAnswerError("the answer has no end")
                 finish = finish or piece.finish is not None
                 yield piece
             if not finish:

@@ -193,9 +193,9 @@ def _flat(value: Any) -> str:
 
 def _finish(reason: Any) -> str | None:
     """Servers' words for the three usual ends as OpenAI's; any other as it is."""
-    if not isinstance(reason, str) or not reason:
+    plain = reason.lower().replace("-", "_") if isinstance(reason, str) else ""
+    if plain in ("", "null", "none"):
         return None
-    plain = reason.lower().replace("-", "_")
     return _SPELLINGS.get(plain, plain if plain in _FINISHES else _line(reason))
 
 

@@ -166,8 +166,8 @@ def test_answers_that_are_none_say_why(given, finish):
 
 @pytest.mark.parametrize(
     ("reason", "finish"),
-    [("stop", "stop"), ("end_turn", "stop"), ("STOP", "stop"), (None, "stop"), ("", "stop"), ("length", "length"),
-     ("MAX_TOKENS", "length"), ("model_length", "length")],
+    [("stop", "stop"), ("end_turn", "stop"), ("STOP", "stop"), (None, "stop"), ("", "stop"), ("null", "stop"),
+     ("length", "length"), ("MAX_TOKENS", "length"), ("model_length", "length")],
 )  # fmt: skip
 def test_words_for_the_two_ends_of_an_answer(reason, finish):
     answer = read_answer(json.dumps(message(reason, content="好")))
@@ -221,6 +221,7 @@ def test_answers_without_an_end_are_ended(monkeypatch):
         "whole": (200, {}, [b" " * 10_000] * 1000),
         "packed": (200, {"content-encoding": "gzip"}, [gzip.compress(b" " * 10**8)]),
         "events": (200, {"content-type": "text/event-stream"}, [event] * 1000),
+        "empty events": (200, {"content-type": "text/event-stream"}, [b'data: {"choices": []}\n\n' * 1000] * 10),
         "line": (200, {"content-type": "text/event-stream"}, [b"data: "] + [b"x" * 10_000] * 1000),
     }
     for kind, given in kinds.items():
@@ -228,6 +229,12 @@ def test_answers_without_an_end_are_ended(monkeypatch):
         assert said in ("the answer has no end", "the answer broke off"), kind
     (said,), _ = ask(lambda *_: (400, {}, [b"\x1b[2Jno " * 10_000] * 1000))
     assert said.startswith("HTTP 400") and "\x1b" not in said and len(said) < 300
+
+
+def test_a_long_stream_of_short_events_is_read():
+    given = streamed(*({"content": "字", "filling": "x" * 300} for _ in range(60_000)))
+    (answer,), _ = ask(lambda *_: given, timeout=30)
+    assert answer.text == "字" * 60_000
 
 
 # Parameters

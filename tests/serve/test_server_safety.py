@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from serving import start_server
+from tiny import save_model
 
 from psyche_jax import cli
 from psyche_jax.cli import start

@@ -168,6 +168,7 @@ def test_with_an_endpoint(server, monkeypatch, capsys):
 
 SAYS = 'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [%s]}\n\n'
 PART = '{"index": 0, "delta": {"content": "一半"}}'
+FILTERED = '{"index": 0, "delta": {}, "finish_reason": "content_filter"}'
 
 
 @pytest.mark.parametrize(
@@ -178,10 +179,13 @@ PART = '{"index": 0, "delta": {"content": "一半"}}'
         (200, "text/event-stream", SAYS % PART, "一半[http"),
         (200, "text/event-stream", SAYS % PART + "data: {nonsense\n\n", "一半[http"),
         (200, "text/event-stream", SAYS % "" + "data: [DONE]\n\n", "broke off"),
+        (200, "text/event-stream", SAYS % PART + SAYS % FILTERED, "一半[http"),
+        (200, "application/json", '{"choices": [{"message": {"content": null, "refusal": "不行"}}]}', "不行[http"),
+        (200, "application/json", '{"error": {"message": "overloaded"}}', "overloaded"),
         (401, "application/json", '{"error": {"message": "no such key"}}', "see OPENAI_API_KEY"),
         (400, "text/html", "<html>oops</html>", "[http"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_faulty_endpoints_are_one_line_and_the_chat_goes_on(status, kind, body, shown, monkeypatch, capsys):
     class Faulty(http.server.BaseHTTPRequestHandler):
