@@ -13,7 +13,6 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from serving import start_server
-from tiny import save_model
 
 from psyche_jax import cli
 from psyche_jax.cli import start
@@ -149,9 +148,9 @@ def test_while_long_messages_are_read_the_server_answers_others(server):
         started = time.monotonic()
         assert httpx.get(f"{server.address}/health", timeout=60).status_code == 200
         slowest = max(slowest, time.monotonic() - started)
-    assert slowest < 2
+    assert slowest < 5  # each of them would hold it for ten seconds or more
     for status, seconds, answer in found:
-        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and seconds < 10
+        assert status == 400 and answer["error"]["code"] == "context_length_exceeded" and seconds < 30
 
 
 def test_a_crisis_is_answered_also_where_the_conversation_is_too_long(server):
