@@ -211,7 +211,7 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Write the checksums of what was just written, on the first process, before it counts as whole."""
-        partial = self._folder / f"{self._saving}{ocp.utils.TMP_DIR_SUFFIX}"
+        partial = self._folder / f"{self._saving}{ocp.path.step.TMP_DIR_SUFFIX}"
         # Where nothing can be renamed Orbax writes under the final name, and last a file that says that it is whole.
         write_checksums(partial if partial.is_dir() else self._folder / str(self._saving))
 
@@ -364,7 +364,7 @@ def _is_step(folder: Path) -> bool:
     """Whether it is one step, saved whole: in a bucket Orbax cannot rename, and marks a step as whole instead."""
     if not folder.name.isdecimal() or not (folder / "parameters").is_dir():
         return False
-    return not in_bucket(folder) or ocp.utils.is_checkpoint_finalized(folder)
+    return not in_bucket(folder) or ocp.path.step.is_path_finalized(folder)
 
 
 def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:

@@ -56,8 +56,6 @@ class StreamedArray:
 class _StreamHandler(type_handlers.TypeHandler):
     """Writes a StreamedArray; restores any array as an open TensorStore."""
 
-    _array_metadata_store = None  # Orbax keeps the shapes of sharded writes there; one process writes whole arrays
-
     def __init__(self, kind: str) -> None:
         self._kind = kind
 
@@ -80,7 +78,8 @@ class _StreamHandler(type_handlers.TypeHandler):
                 dtype=value.dtype,
                 process_index=0,
             )
-            store = ts.open(spec, create=True, open=True, context=info.ts_context).result()
+            # The dtype stands in the spec only from Orbax 0.12.5 on.
+            store = ts.open(spec, dtype=value.dtype, create=True, open=True, context=info.ts_context).result()
             writing = None
             try:
                 for index, part in value.parts():
