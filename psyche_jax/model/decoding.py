@@ -51,7 +51,7 @@ def generate(
       execution: its mesh and dtype are used; the table of rules is the one for decoding.
     """
     execution = replace(execution, sharding=replace(execution.sharding, rules=DECODE_RULES), remat="none")
-    shardings = execution.sharding.of_parameters(build(config)[1])
+    shardings = execution.sharding.of_parameters(build(config)[1], padded=True)
     # One change of layout before the loop: weights in the dtype they compute in, whole but for the tensor axis.
     parameters = jax.tree.map(
         lambda x, sharding: jax.lax.with_sharding_constraint(x.astype(execution.compute_dtype), sharding),

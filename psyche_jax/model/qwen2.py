@@ -140,7 +140,10 @@ class Qwen2(nnx.Module):
         embed_key, layer_key, head_key = jax.random.split(key, 3)
         shape = (config.vocab_size, config.hidden_size)
         axes = ("vocab", "embed")
-        self.embedding = nnx.Param(0.02 * jax.random.normal(embed_key, shape, dtype), logical_axes=axes)
+        by_columns = ((None, "embed_for_vocab"), (None, "embed"))  # where the mesh does not divide the vocabulary
+        self.embedding = nnx.Param(
+            0.02 * jax.random.normal(embed_key, shape, dtype), logical_axes=axes, otherwise=by_columns
+        )
         self.layers = DecoderLayer(config, layer_key, dtype)
         self.final_norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
         # The head lies as the loss uses it, where the mesh divides the vocabulary: its gradient is summed in place.
@@ -148,7 +151,9 @@ class Qwen2(nnx.Module):
             None
             if config.tie_word_embeddings
             else nnx.Param(
-                0.02 * jax.random.normal(head_key, shape, dtype), logical_axes=("loss_vocab", None), otherwise=axes
+                0.02 * jax.random.normal(head_key, shape, dtype),
+                logical_axes=("loss_vocab", None),
+                otherwise=(axes, *by_columns),
             )
         )
         self.config = config

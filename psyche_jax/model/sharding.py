@@ -24,6 +24,7 @@ TRAIN_RULES: Rules = MappingProxyType(
         "layers": None,
         "embed": "fsdp",
         "vocab": "tensor",
+        "embed_for_vocab": ("fsdp", "tensor"),  # of a vocabulary that `tensor` does not divide
         "heads": "tensor",
         "kv_heads": "tensor",
         "mlp": "tensor",
@@ -34,7 +35,9 @@ TRAIN_RULES: Rules = MappingProxyType(
     }
 )
 # Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any.
-DECODE_RULES: Rules = MappingProxyType({**TRAIN_RULES, "embed": None, "loss_vocab": "tensor"})
+DECODE_RULES: Rules = MappingProxyType(
+    {**TRAIN_RULES, "embed": None, "embed_for_vocab": "tensor", "loss_vocab": "tensor"}
+)
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,26 @@ class Sharding:
         """Whether a dimension of `size` can be split as the rule of `axis` says."""
         return size % parts_of_axes(self.mesh, self.rules[axis]) == 0
 
+    def _divides_all(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> bool:
+        return all(axis is None or self.divides(size, axis) for size, axis in zip(shape, axes, strict=True))
+
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
-        """Fix how `array` lies on the mesh at this point of a program."""
+        """Fix how `array` lies on the mesh at this point of a program; what is not divided, the compiler pads."""
         return jax.lax.with_sharding_constraint(array, self.named(*axes))
 
-    def of_parameters(self, abstract_parameters: nnx.State) -> dict[str, Any]:
+    def of_parameters(self, abstract_parameters: nnx.State, padded: bool = False) -> dict[str, Any]:
         """NamedShardings of a model's parameters, as a plain nested dict of the same structure.
 
-        A parameter lies as its `logical_axes` say or, where the mesh does not divide these, as `otherwise` says.
+        A parameter lies as its `logical_axes` say or, where the mesh does not divide these, as the first of
+        `otherwise` says that it does divide. `padded`: always as they say, for constraints within a program, where
+        the compiler pads what is not divided (and masks it); the arrays that a program takes and gives cannot lie so.
         """
 
         def place(variable: nnx.Variable) -> NamedSharding:
             metadata = variable.get_metadata()
             axes = metadata["logical_axes"]
-            divided = all(axis is None or self.divides(n, axis) for n, axis in zip(variable.shape, axes, strict=True))
-            return self.named(*(axes if divided else metadata.get("otherwise", axes)))
+            ways = (axes,) if padded else (axes, *metadata.get("otherwise", ()))
+            return self.named(*next((way for way in ways if self._divides_all(variable.shape, way)), axes))
 
         places = jax.tree.map(place, abstract_parameters, is_leaf=lambda node: isinstance(node, nnx.Variable))
         return nnx.to_pure_dict(places)
@@ -108,7 +116,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
 
 
 def check_mesh_fits(mesh: Mesh, config: ModelConfig) -> None:
-    """Whether the model's dimensions can be split as the rules say.
+    """Whether the model's dimensions can be split as the rules say; the vocabulary always can.
 
     Raises:
       UsageError: naming the axis, its size and the dimension that it does not divide.
@@ -118,7 +126,6 @@ def check_mesh_fits(mesh: Mesh, config: ModelConfig) -> None:
         "num_attention_heads": (config.num_attention_heads, "tensor", tensor),
         "num_key_value_heads": (config.num_key_value_heads, "tensor", tensor),
         "intermediate_size": (config.intermediate_size, "tensor", tensor),
-        "vocab_size": (config.vocab_size, "tensor", tensor),
         "hidden_size": (config.hidden_size, "fsdp", fsdp),
     }
     for name, (size, axis, parts) in dimensions.items():

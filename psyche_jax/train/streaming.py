@@ -111,7 +111,9 @@ def streamed_parameters(config: ModelConfig, dtype: np.dtype, read: ReadParamete
     """A model's parameters as leaves for `stream_handler`, which `read` gives piece by piece."""
     abstract = build(config, dtype)[1]
     shapes = traverse_util.flatten_dict(nnx.to_pure_dict(abstract), sep="/")
-    shardings = traverse_util.flatten_dict(Sharding(_FINEST_MESH, TRAIN_RULES).of_parameters(abstract), sep="/")
+    shardings = traverse_util.flatten_dict(
+        Sharding(_FINEST_MESH, TRAIN_RULES).of_parameters(abstract, padded=True), sep="/"
+    )
 
     def leaf(path: str) -> StreamedArray:
         shape = shapes[path].shape
@@ -132,9 +134,9 @@ def chunk_shape(shape: Sequence[int], spec: PartitionSpec, item_bytes: int) -> t
     chunk = list(shape)
     for axis in sorted(range(len(shape)), key=lambda axis: -cuts[axis]):
         if math.prod(chunk) * item_bytes > _LEAST_BYTES:
-            chunk[axis] //= math.gcd(chunk[axis], cuts[axis])
-    while math.prod(chunk) * item_bytes > _MOST_BYTES and max(chunk) % 2 == 0:
-        chunk[chunk.index(max(chunk))] //= 2
+            chunk[axis] = math.ceil(chunk[axis] / cuts[axis])
+    while math.prod(chunk) * item_bytes > _MOST_BYTES:
+        chunk[chunk.index(max(chunk))] = math.ceil(max(chunk) / 2)
     return tuple(chunk)
 
 

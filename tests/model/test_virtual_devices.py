@@ -89,6 +89,22 @@ def uneven_folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory):
+    """A model whose vocabulary no axis divides."""
+    folder = tmp_path_factory.mktemp("odd")
+    reference(SHAPE._replace(vocabulary=133), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def odd_tied_folder(tmp_path_factory):
+    """The same with one matrix for embedding and head."""
+    folder = tmp_path_factory.mktemp("odd_tied")
+    reference(SHAPE._replace(vocabulary=133, tied=True), folder)
+    return folder
+
+
 def test_there_are_eight_devices():
     assert len(jax.devices()) == 8
 
@@ -113,6 +129,8 @@ def responses_alone(folder, sampling):
         ((1, 2, 4), "dots", "folder"),
         ((8, 1, 1), "full", "folder"),
         ((1, 2, 4), "none", "uneven_folder"),
+        ((2, 2, 2), "none", "odd_folder"),
+        ((1, 2, 4), "full", "odd_tied_folder"),
     ],
     ids=str,
 )
@@ -131,11 +149,21 @@ def test_scores_and_gradients(sizes, remat, model, request, figure):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "sampling"),
-    [((2, 2, 2), SAMPLING), ((1, 8, 1), GREEDY), ((1, 2, 4), SAMPLING), ((2, 2, 2), GREEDY), ((8, 1, 1), GREEDY)],
-    ids=lambda value: str(value) if isinstance(value, tuple) else f"temperature {value.temperature}",
+    ("sizes", "sampling", "model"),
+    [
+        ((2, 2, 2), SAMPLING, "folder"),
+        ((1, 8, 1), GREEDY, "folder"),
+        ((1, 2, 4), SAMPLING, "folder"),
+        ((2, 2, 2), GREEDY, "folder"),
+        ((8, 1, 1), GREEDY, "folder"),
+        ((2, 2, 2), SAMPLING, "odd_folder"),
+        ((1, 2, 4), SAMPLING, "odd_tied_folder"),
+        ((1, 2, 4), GREEDY, "odd_folder"),
+    ],
+    ids=lambda value: f"temperature {value.temperature}" if isinstance(value, Sampling) else str(value),
 )
-def test_responses(sizes, sampling, folder, figure):
+def test_responses(sizes, sampling, model, request, figure):
+    folder = request.getfixturevalue(model)
     config, parameters, execution = read(folder, on(sizes))
     rollout, one = sample(config, parameters, batch(), execution, sampling), responses_alone(folder, sampling)
     assert (rollout.tokens == one.tokens).all()
@@ -240,7 +268,6 @@ def test_mesh_sizes():
         ((1, 2, 4), "num_attention_heads", 6),
         ((1, 2, 4), "num_key_value_heads", 2),
         ((1, 2, 4), "intermediate_size", 90),
-        ((1, 2, 4), "vocab_size", 131),
         ((1, 8, 1), "hidden_size", 60),
     ],
 )
