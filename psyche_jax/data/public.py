@@ -27,11 +27,9 @@ from psyche_jax.data.text import clean_text, comparable, without_prefix
 
 _REFERS_TO_CASE = re.compile("案例|该求助者|该咨询师|上题|本案")
 _CASE_LENGTH = 150  # characters: a stem as long brings its case with it
-# Shorter ones do where someone is introduced, and something is told, before the case is referred to.
-_TELLS_CASE = re.compile(
-    r"(?:某|有一?[位名个]|一[位名个]|\d+\s*岁|[，,、。：:\s][男女](?:性|生|孩)?[，,、。]|小[\u4e00-\u9fff][，,是在最近]).{10,}?"
-    r"(?:这个案例|[本该此]案例|该求助者|该咨询师|本案)"
-)
+_TOLD = 16  # comparable characters before the last reference: so does a shorter one, unless it is cut out of a talk
+_INTRODUCES = re.compile(r"\d\s*岁|[男女](?:性|生|孩|，|,)|某")  # or this much less, where it introduces someone
+_CUT_OUT = re.compile(r"^\W*案例[^：:]{0,8}[：:]\s*(?:心理咨询师|咨询师|求助者)[：:]|上一段|上题")
 _MARKER = re.compile(r"([A-Z])\s*[.．、]\s*(?=\S)")
 _PART_OF_NAME = re.compile(
     r"(?:[·(（]|(?<![A-Za-z])[A-Za-z][.．]?|[A-Za-z])$"
@@ -326,9 +324,18 @@ def _faults(item: _Item, letters: str) -> Iterator[str]:
         yield "options are missing"
     if any(_holds_next(letter, item.options) for letter in item.options):
         yield "options are merged"
-    refers = not item.case and len(item.stem) < _CASE_LENGTH and _REFERS_TO_CASE.search(item.stem)
-    if refers and not _TELLS_CASE.search(item.stem):
+    if not item.case and len(item.stem) < _CASE_LENGTH and _lacks_case(item.stem):
         yield "its case is missing"
+
+
+def _lacks_case(stem: str) -> bool:
+    """Whether a stem refers to a case and does not tell one before it does."""
+    references = list(_REFERS_TO_CASE.finditer(stem))
+    if not references:
+        return False
+    told = stem[: references[-1].start()]
+    enough = _TOLD // 2 if _INTRODUCES.search(told) else _TOLD
+    return _CUT_OUT.search(stem) is not None or len(comparable(told)) < enough
 
 
 def _holds_next(letter: str, options: Mapping[str, str]) -> bool:
@@ -355,8 +362,9 @@ def _pceb_items(place: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
             yield found.where, partial(_pceb_item, found.where, found.value, folder)
             continue
         pairs = found.value["questions_and_answers"]
-        if not isinstance(pairs, list):
-            yield found.where, partial(_refuse, f"'questions_and_answers' is {_kind_of(pairs)}, not a list")
+        if not isinstance(pairs, list) or not pairs:
+            what = f"{_kind_of(pairs)}, not a list" if pairs != [] else "empty"
+            yield found.where, partial(_refuse, f"'questions_and_answers' is {what}")
             continue
         for inner, question in enumerate(pairs, start=1):
             name = f"{found.where}.{inner}"

@@ -2,10 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeVar
 
 from psyche_jax.data.dataset import is_dataset, load_records, open_dataset
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays
@@ -15,7 +14,6 @@ from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task, choice_task
 
 SAMPLES, DIALOGUES = "samples", "dialogues"  # that come with the package
 PCEB, CPSYEXAM = "pceb", "cpsyexam"
-Result = TypeVar("Result")
 _PARTS = {"cases": "case", "moral": "moral", "theory": "theory"}  # folders of PCEB and what its cells are called
 
 
@@ -73,13 +71,13 @@ def _pceb(folder: Path) -> Benchmark:
     set_aside: list[str] = []
     for part, name in _PARTS.items():
         if any((folder / part).rglob("*.json")):
-            loaded = _as_published(load_pceb, folder / part)
+            loaded = load_pceb(folder / part)
             tasks += _in_cells(loaded.good, name)
             set_aside += loaded.set_aside
     if not tasks:
         raise UserError(f"{folder}: holds nothing of PCEB; give its folder with cases, moral and theory in it")
     if any((folder / "cases").rglob("*.json")):
-        for number, essay in enumerate(_as_published(load_pceb_essays, folder / "cases")[0], start=1):
+        for number, essay in enumerate(load_pceb_essays(folder / "cases", set_aside)[0], start=1):
             text = f"{essay.case}\n{essay.question}"
             turns = (Message("user", text),)
             tasks.append(Task(f"essay-{number}", "essay", "essay", turns, text, essay.reference, group=essay.case))
@@ -87,22 +85,10 @@ def _pceb(folder: Path) -> Benchmark:
 
 
 def _cpsyexam(file: Path) -> Benchmark:
-    loaded = _as_published(load_cpsyexam, file)
+    loaded = load_cpsyexam(file)
     if not loaded.good:
         raise UserError(f"{file}: holds no usable question of CPsyExam")
     return Benchmark(CPSYEXAM, tuple(_in_cells(loaded.good)), loaded.set_aside)
-
-
-def _as_published(load: Callable[[Path], Result], place: Path) -> Result:
-    """What a loader makes of a place.
-
-    Raises:
-      UserError: the files are of another shape than the published ones.
-    """
-    try:
-        return load(place)
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{place}: is not as published ({type(error).__name__}: {error})") from None
 
 
 def _in_cells(records: Sequence[BaseRecord], part: str = "") -> list[Task]:

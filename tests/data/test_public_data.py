@@ -78,8 +78,8 @@ FATAL = {
     "answer holds more than letters": {"answer": "D、运动记忆"},
     "key points to no option": {"answer": "AE"},
     "options are missing": {"options": {"A": "甲", "B": ""}, "answer": "A"},
-    "options are merged": {"options": {"A": "甲", "B": "乙", "C": "丙.D.丁", "D": ""}, "answer": "A"},
-    "its case is missing": {"question": "该求助者的主要症状是"},
+    "options are merged": {"options": {"A": "甲", "B": "酶", "C": "DNA.D.丁", "D": ""}, "answer": "A"},
+    "its case is missing": {"question": "根据案例，该求助者的主要症状是"},
 }
 
 
@@ -110,6 +110,74 @@ def test_what_is_mended(tmp_path):
         "kind contradicts the key": 1,
         "multiple-answer question with one letter": 1,
     }
+
+
+UNUSUAL = {
+    "options out of order": {"options": {"A": "甲", "C": "丙", "B": "乙", "D": "丁"}, "answer": "CA"},
+    "full-width letters": {"options": {"Ａ": "甲", "Ｃ": "丙", "Ｂ": "乙"}, "answer": "ＡＣ"},
+    "six options": {"options": dict(zip("ABCDEF", "赵钱孙李周王", strict=True)), "answer": "AF"},
+    "initials of names": {
+        "options": {"A": "F．王某", "B": "B．F．斯金纳", "C": "C．罗杰斯", "D": "E．弗洛姆"},
+        "answer": "A",
+    },
+    "an initial behind a name": {
+        "options": {"A": "斯金纳", "B": "罗杰斯", "C": "霍尔", "D": "弗洛姆（E．Fromm）"},
+        "answer": "D",
+    },
+    "a case told in a few words": {"question": "求助者，女性，20岁，失眠两周，怕与人说话。该求助者最可能的问题是"},
+    "a case of a child": {"question": "某儿童特别害怕猫，老师让她先看图片，再远远观看。这个案例中的方法是"},
+    "a case of a teacher": {"question": "李老师因工作压力大而失眠一个月，由丈夫陪同前来。对该求助者应首先"},
+    "a case with a heading": {"question": "案例：小王，男，20岁，失眠两周。该求助者最可能的问题是"},
+    "a case with a name": {"question": "求助者小李，因失恋而情绪低落三周，主动求助。对该求助者应首先"},
+}
+
+
+@pytest.mark.parametrize("changes", UNUSUAL.values(), ids=UNUSUAL)
+def test_unusual_questions_are_kept(changes, tmp_path):
+    loaded = load(tmp_path, question(**changes))
+    assert loaded.set_aside == ()
+    (kept,) = loaded.good
+    assert list(kept.options) == sorted(kept.options)
+    given = changes.get("options", {})
+    assert [given.get(letter, given.get(chr(ord(letter) + 0xFEE0))) for letter in kept.options if given] == (
+        [*kept.options.values()] if given else []
+    )
+
+
+def test_what_an_import_says_of_dialogues(tmp_path, capsys):
+    """Turns that hold the other side's words, first turns that are shared: counted and shown, and all are kept."""
+
+    def talk(*contents):
+        return [
+            {"role": ("client", "counselor")[place % 2], "content": content} for place, content in enumerate(contents)
+        ]
+
+    rows = [
+        talk("你好，我想咨询", "请说。"),
+        talk("你好，我想咨询", "您好。来访者：我睡不好。咨询师：多久了？"),
+        talk("你好，我想咨询", "欢迎。", "咨询师：您说。", "嗯，您说。"),
+        talk("我最近总是和室友吵架，很难过", "我最近总是和室友吵架，很难过"),
+        talk("我的咨询师很好", "那就好。来访者都这样说。"),
+        talk("早", "早。"),
+        talk("早", "早上好。"),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    command = ["data", "import", str(tmp_path / "a.json"), str(tmp_path / "out"), "--format", "smile"]
+    assert main([*command, "--report", str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert "7 records of Dialogue" in out and "0 set aside" in out
+    assert "look here: 3 turns in 3 dialogues hold the other side's words" in out
+    assert (
+        "look here: 5 dialogues share their first turn with another, in 2 groups; the commonest, of 3: 你好，我想咨询"
+        in out
+    )
+    assert len(json.loads((tmp_path / "r.json").read_text())["remarks"]) == 2
+    chats = [{"m": [{"role": "user", "content": "早"}, {"role": "assistant", "content": f"早{n}"}]} for n in range(2)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    (tmp_path / "c.yaml").write_text("record: SftExample\ncolumns: {messages: m}\n")
+    command = ["data", "import", str(tmp_path / "b.jsonl"), str(tmp_path / "sft"), "--config", str(tmp_path / "c.yaml")]
+    assert main(command) == 0
+    assert "look here: 2 dialogues share their first turn with another, in 1 groups" in capsys.readouterr().out
 
 
 def test_duplicates(tmp_path):
