@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -17,6 +18,11 @@ Config = TypeVar("Config")
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, what it `extends`, and `key=value` overrides into a checked config.
 
+    Args:
+      kind: the dataclass.
+      path: of the file, or the name of a config that comes with the package, see `find_config`.
+      overrides: as `--set` takes them.
+
     Raises:
       UsageError: the file is missing or broken, or a key or value is wrong (named, with the nearest valid key).
     """
@@ -29,10 +35,32 @@ def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, A
     Raises:
       UsageError: the file is missing or broken, or an override is.
     """
-    values = {} if path is None else _read_yaml(path)
+    values = {} if path is None else _read_yaml(find_config(path))
     for override in overrides:
         _override(values, override)
     return values
+
+
+def find_config(path: Path, folder: Path = Path()) -> Path:
+    """The config file at `path`, seen from `folder`, or else the one of that name that comes with the package.
+
+    `.yaml` may be left out, and `configs/` may stand before a name, as it does in a checkout.
+
+    Raises:
+      UsageError: there is neither, with the names that are nearest.
+    """
+    shipped = Path(str(files("psyche_jax") / "configs"))
+    places = [folder / path, folder / f"{path}.yaml"]
+    if path.parent in (Path(), Path("configs")):
+        places += [shipped / path.name, shipped / f"{path.name}.yaml"]
+    found = next((place for place in places if place.exists() and not place.is_dir()), None)
+    if found is not None:
+        return found
+    names = sorted(file.stem for file in shipped.glob("*.yaml"))
+    nearest = difflib.get_close_matches(path.name.removesuffix(".yaml"), names, 3) or ([] if path.suffix else names)
+    hint = f"; configs that come with psyche_jax: {', '.join(nearest)}" if nearest else ""
+    reason = "Is a directory" if places[0].is_dir() else "No such file or directory"
+    raise UsageError(f"{places[0]}: the config cannot be read ({reason}){hint}")
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> Config:
@@ -93,7 +121,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(parent, str):
         raise UsageError(f"{path}: `extends` must be the path of another config, not {parent!r}")
-    return _merged(_read_yaml(path.parent / parent, (*seen, path.resolve())), values)
+    return _merged(_read_yaml(find_config(Path(parent), path.parent), (*seen, path.resolve())), values)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

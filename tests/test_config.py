@@ -409,3 +409,20 @@ def test_rare_line_ends_in_texts_read_back(tmp_path):
 def test_reading_a_config_starts_no_jax():
     code = "import sys, psyche_jax.config, psyche_jax.synth.config; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_configs_that_come_with_the_package(tmp_path, monkeypatch):
+    """By name, with or without `.yaml`, also as a parent; a file of the user's of that path comes first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sft_tiny").mkdir()  # a folder is no config
+    for name in ("sft_tiny", "sft_tiny.yaml", "configs/sft_tiny.yaml", "configs/sft_tiny"):
+        assert load_config(SftConfig, Path(name)).run.dir == "runs/sft_tiny"
+    (tmp_path / "mine.yaml").write_text("extends: sft_7b_v5e16\nepochs: 7\n")
+    config = load_config(SftConfig, Path("mine"))
+    assert (config.epochs, config.model.architecture, config.batch_size) == (7, "Qwen2.5-7B", 256)
+    (tmp_path / "sft_tiny.yaml").write_text("extends: sft_7b_v5e16\n")
+    for name in ("sft_tiny", "sft_tiny.yaml"):
+        assert load_config(SftConfig, Path(name)).run.dir == "runs/sft_7b"
+    for name, shown in (("sft_7b_v5", "sft_7b_v5e16"), ("sft_7b_v5e61.yaml", "sft_7b_v5e16"), ("qqq", "grpo_tiny")):
+        with pytest.raises(UsageError, match=f"{name}: the config cannot be read .*; configs that come with .*{shown}"):
+            load_config(SftConfig, Path(name))

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 from psyche_jax.errors import UsageError
@@ -14,6 +15,17 @@ class AddVerb(Protocol):
     def __call__(
         self, name: str, run: Callable[[argparse.Namespace], None], text: str, example: str
     ) -> argparse.ArgumentParser: ...
+
+
+def add_config(verb: argparse.ArgumentParser, what: str, required: bool = True) -> None:
+    """`--config` and `--set`. `what` says what it is a config of and names one that comes with the package."""
+    verb.add_argument(
+        "--config",
+        type=Path,
+        required=required,
+        help=f"{what}: a YAML file, or the name of one that comes with psyche_jax, as in configs/",
+    )
+    add_set(verb)
 
 
 def add_set(verb: argparse.ArgumentParser) -> None:

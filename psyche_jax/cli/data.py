@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least
+from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least
 from psyche_jax.errors import UsageError
 
 
@@ -42,13 +42,8 @@ def add_verbs(add: AddVerb) -> None:
         choices=("cpsyexam", "pceb", "smile"),
         help="of what `import` reads, as published: a JSON or JSONL file, a folder or a zip of them",
     )
-    verb.add_argument(
-        "--config",
-        type=Path,
-        help="of what `import` reads from JSONL, CSV, Parquet or a data set on the Hugging Face hub: "
-        "which column is what; see configs/import.yaml",
-    )
-    add_set(verb)
+    what = "which column is what, where `import` reads JSONL, CSV, Parquet or a data set on the Hugging Face hub"
+    add_config(verb, f"{what}; such as import", required=False)
     verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it set aside, as JSON")
     verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
     verb.add_argument(
@@ -61,8 +56,7 @@ def add_verbs(add: AddVerb) -> None:
         "Tokenize chat records once and pack them into rows of one length, as SFT reads them fastest.",
         "psyche pack --config configs/pack.yaml --set out=gs://my-bucket/packed",
     )
-    verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/pack.yaml")
-    add_set(verb)
+    add_config(verb, "what is packed, such as pack")
 
     verb = add(
         "decontaminate",

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psyche_jax.cli.arguments import AddVerb, add_set, warn_of_gates
+from psyche_jax.cli.arguments import AddVerb, add_config, warn_of_gates
 from psyche_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -22,8 +22,7 @@ def add_verbs(add: AddVerb) -> None:
         ("select", _select, "Let LLMs answer questions: those that one gets right go to SFT, the others to RL."),
     ):
         verb = add(name, run, text, f"psyche {name} --config configs/{name}.yaml --set run.dir=runs/my_{name}")
-        verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
-        add_set(verb)
+        add_config(verb, f"of the run, such as {name}")
         if name == "synth":
             verb.add_argument("--stage", metavar="S", help="only this stage; those before it must be there")
         verb.add_argument("--json", action="store_true", help="print the stages' reports as one JSON object")

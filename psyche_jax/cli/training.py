@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from psyche_jax.cli import start
-from psyche_jax.cli.arguments import AddVerb, add_set, check_at_least, check_seed
+from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, check_seed
 from psyche_jax.errors import UserError
 from psyche_jax.run_changes import CHANGES
 
@@ -32,8 +32,7 @@ def add_verbs(add: AddVerb) -> None:
     ):
         example = f"psyche {name} --config configs/{name}_tiny.yaml --set run.dir=runs/my_{name}"
         verb = add(name, run, text, example)
-        verb.add_argument("--config", type=Path, required=True, help="a YAML file; see configs/")
-        add_set(verb)
+        add_config(verb, f"of the run, such as {name}_7b_v5e16")
         verb.add_argument(
             "--profile", type=int, default=0, metavar="STEPS", help="trace that many steps into the run's `profile`"
         )
@@ -70,10 +69,9 @@ def add_verbs(add: AddVerb) -> None:
         "Compile a training program for a TPU slice without having one: does it fit, what does it send, how long?",
         "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
     )
-    verb.add_argument("--config", type=Path, required=True, help="a YAML file of SFT or GRPO; see configs/")
+    add_config(verb, "of SFT or GRPO, such as sft_7b_v5e16")
     verb.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
     verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
-    add_set(verb)
     verb.add_argument(
         "--search", action="store_true", help="try micro-batches, remat and waves; show the fastest plan that fits"
     )

@@ -37,6 +37,7 @@ from psyche_jax.synth.stages import (
     iterate_source,
     locked,
     outcomes,
+    source_place,
     stage_report,
     write_stage,
 )
@@ -336,6 +337,7 @@ def _sources(config: SelectConfig) -> Iterator[Question | Outcome]:
 
 def _state_of(location: str) -> Any:
     """What a user's data is known by: a file by its content, a data set by its manifest."""
+    location = source_place(location)
     if is_dataset(location):
         return dataclasses.asdict(open_dataset(location).manifest)
     if not Path(location).is_file():

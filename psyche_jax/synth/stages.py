@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -155,12 +156,20 @@ def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
                 raise UserError(f"{path}:{number}: was changed by hand; remove {path.parent} to make it anew") from None
 
 
+def source_place(location: str) -> str:
+    """Where a user's source lies: as said or, where nothing is there, in the package if it begins with its name."""
+    first, *rest = Path(location).parts or ("",)
+    shipped = Path(str(files("psyche_jax"))).joinpath(*rest)
+    return str(shipped) if first == "psyche_jax" and not Path(location).exists() and shipped.exists() else location
+
+
 def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
     """The records of a user's JSONL file or data set, one after the other; what is none as a line that says why.
 
     Raises:
       UserError: it cannot be read, or holds records of another kind.
     """
+    location = source_place(location)
     if is_dataset(location):
         dataset = open_dataset(location)
         if dataset.manifest.kind != kind.__name__:

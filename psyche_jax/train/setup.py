@@ -13,7 +13,7 @@ from flax import nnx
 
 from psyche_jax.config import MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
-from psyche_jax.errors import UsageError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
@@ -60,7 +60,7 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
       UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
-    stored = open_model(model.path)
+    stored = _open_base(model.path)
     if run is not None:
         stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
@@ -71,6 +71,16 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
     tokenizer = load_tokenizer(stored.tokenizer_folder)
     return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
+
+
+def _open_base(path: str) -> StoredModel:
+    try:
+        return open_model(path)
+    except UserError as error:
+        if in_bucket(path) or Path(path).exists() or Path(path).name == "best":
+            raise
+        advice = f"fetch one (psyche import hub:NAME {path}) or name another (--set model.path=…)"
+        raise UserError(f"{error}; {advice}") from None
 
 
 def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:
