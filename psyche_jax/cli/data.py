@@ -82,6 +82,10 @@ def _data(arguments: argparse.Namespace) -> None:
         raise UsageError(needs_two if arguments.to is None else "too many addresses")
     if (action == "import") != ((arguments.format is None) != (arguments.config is None)):
         raise UsageError("import needs either --format or --config, and the others take neither")
+    if arguments.format is not None and ("://" in uri or uri.startswith("hub:")):
+        raise UsageError(
+            f"{uri}: --format reads local files; copy them here first, or say with --config what they hold"
+        )
     if arguments.overrides and arguments.config is None:
         raise UsageError("--set goes with the --config of import")
     if arguments.report is not None and action != "import":

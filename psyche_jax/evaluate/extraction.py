@@ -36,7 +36,9 @@ _AFFIRMED = re.compile(
 )
 _LINE = re.compile(rf"{_OPENERS}(?P<letters>{_LIST})")
 _ALONE = re.compile(_CLOSERS)
-_NAMED = re.compile(rf"[*_”\"’】\]]*{_BLANKS}(?:[.．、:：)）]|(?=[（(\s]))[*_]*{_BLANKS}[^\s*_]")
+_MARKED = re.compile(rf"[*_”\"’】\]]*{_BLANKS}[.．、:：)）][*_]*{_BLANKS}[^\s*_]")
+_NAMED = re.compile(rf"{_MARKED.pattern}|[*_”\"’】\]]*(?:{_BLANKS}[（(]|[^\S\n])[*_]*{_BLANKS}[^\s*_]")
+_OPTION_BEFORE = re.compile(r"(^|[；;，,、:：\s])选项\s*(?=[A-Z]\s*[.．、:：)）（(])")
 _NEXT_NAMED = re.compile(
     rf"[；;，,、。\s和与及]{_BLANKS}[（(*_]*(?P<letters>[A-Z]){_BLANKS}(?:[.．:：)）]|(?=[（(]))\**{_BLANKS}\S"
 )
@@ -85,21 +87,21 @@ def lenient_letters(answer: str, options: str) -> str | None:
     that goes on behind it, in this line or the next ones; an answer of nothing but letters, or of lines that each
     begin with an option's letter, unless they are all of the options; options that are called right (`A 和 C 正确`).
     """
-    answer = answer.translate(_FULL_WIDTH)
+    answer = _OPTION_BEFORE.sub(r"\1", answer.translate(_FULL_WIDTH))
     for match in reversed(list(_CUE.finditer(answer))):
         denied = _DENIED_BEFORE.search(answer[: match.start()]) or _DENIED_AFTER.match(answer, match.end())
         if _letters(match["letters"], options) and not denied:
             if _OR.match(answer, match.end()):
                 return None
-            return _letters(_listed(answer[match.start("letters") :])[0] or "", options)
-    letters, rest, entries = _listed(answer)
+            return _letters(_listed(answer[match.start("letters") :], _NAMED)[0] or "", options)
+    letters, rest, entries = _listed(answer, _MARKED)
     if letters is not None and not rest and entries:
         return _letters(letters, options) if letters != options or entries == 1 else None
     affirmed = "".join(_letters(match["letters"], options) or "" for match in _AFFIRMED.finditer(answer))
     return _letters(affirmed, options)
 
 
-def _listed(text: str) -> tuple[str | None, str, int]:
+def _listed(text: str, named_by: re.Pattern[str]) -> tuple[str | None, str, int]:
     """The letters of a list that a text begins with, the text behind it, and how many entries the list has.
 
     A list is letters alone, in one line or several; or letters with texts (`A. 共情；C. 尊重`), likewise. There are
@@ -115,7 +117,7 @@ def _listed(text: str) -> tuple[str | None, str, int]:
         match = _LINE.match(line)
         alone = match is not None and _ALONE.fullmatch(line, match.end()) is not None
         with_text = match is not None and not alone and len(match["letters"]) == 1
-        with_text = with_text and match is not None and _NAMED.match(line, match.end()) is not None
+        with_text = with_text and match is not None and named_by.match(line, match.end()) is not None
         if match is None or (letters and not (with_text if named else alone)):
             return letters, "\n".join(lines[number:]), entries
         if not alone and not with_text:  # prose that begins with letters

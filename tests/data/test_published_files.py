@@ -206,6 +206,12 @@ def test_what_is_cut_short_or_no_zip(tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
+def test_public_data_are_local(capsys):
+    for place in ("gs://bucket/smile", "hub:org/smile"):
+        assert main(["data", "import", place, "out", "--format", "smile"]) == 2
+        assert f"{place}: --format reads local files" in capsys.readouterr().err
+
+
 MEASURED = """
 import resource, sys
 from psyche_jax.cli import main
