@@ -1,6 +1,7 @@
 """Conversion piece by piece: every bit arrives, memory stays small, plain Orbax restores it, a bucket will do too."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import re
@@ -16,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, traverse_util
 from safetensors import safe_open
-from tiny import save_model
+from tiny import VOCAB_SIZE, save_model
 
 from psyche_jax import cli, convert, pieces
 from psyche_jax.config import MeshSection, ModelSection, OptimizerSection
@@ -136,14 +137,25 @@ def test_chunks_at_7b(dtype):
             assert all(part % step == 0 for part, step in zip(shard, leaves[path].chunk, strict=True)), path
 
 
+def test_chunks_of_a_vocabulary_that_nothing_divides():
+    """As small, so that import and export hold no more of it."""
+    config = dataclasses.replace(QWEN_7B, vocab_size=151_669)
+    leaves = streamed_parameters(config, np.dtype("float32"), lambda *_: None)
+    for leaf in (leaves["embedding"], leaves["head"]):
+        assert leaf.shape == (151_669, 3584)
+        assert math.prod(leaf.chunk) * 4 <= 2**24
+        assert leaf.chunk[0] * 3584 <= 80 * 2**20, "what export reads at once"
+
+
 # Bits
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-def test_round_trip_in_small_pieces(dtype, tied, small_pieces):
+@pytest.mark.parametrize("vocabulary", [VOCAB_SIZE, 4097])
+def test_round_trip_in_small_pieces(vocabulary, dtype, tied, small_pieces):
     names = {"f32": "float32", "bf16": "bfloat16"}
-    save_model(Path("source"), names[dtype], tie_word_embeddings=tied, num_hidden_layers=3)
+    save_model(Path("source"), names[dtype], tie_word_embeddings=tied, num_hidden_layers=3, vocab_size=vocabulary)
     assert len(list(Path("source").glob("*.safetensors"))) > 2
     psyche("import", "source", "checkpoint", "--dtype", dtype)
     psyche("export", "checkpoint", "target", "--dtype", dtype)

@@ -51,13 +51,12 @@ def generate(
       execution: its mesh and dtype are used; the table of rules is the one for decoding.
     """
     execution = replace(execution, sharding=replace(execution.sharding, rules=DECODE_RULES), remat="none")
-    shardings = execution.sharding.of_parameters(build(config)[1], padded=True)
-    # One change of layout before the loop: weights in the dtype they compute in, whole but for the tensor axis.
-    parameters = jax.tree.map(
-        lambda x, sharding: jax.lax.with_sharding_constraint(x.astype(execution.compute_dtype), sharding),
-        parameters,
-        shardings,
-    )
+    # One change of layout before the loop: weights in the dtype they compute in, whole but for the tensor axis. A
+    # vocabulary that is not divided goes by columns to rows: at once, the compiler would copy all of it everywhere.
+    parameters = jax.tree.map(lambda x: x.astype(execution.compute_dtype), parameters)
+    for padded in (False, True):
+        places = execution.sharding.of_parameters(build(config)[1], padded)
+        parameters = jax.lax.with_sharding_constraint(parameters, places)
     if sampling.waves == 1:
         return _decode_wave(
             config, parameters, prompt_tokens, prompt_mask, jax.random.fold_in(key, 0), sampling, execution

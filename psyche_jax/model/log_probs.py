@@ -47,6 +47,8 @@ def token_scores(
     if model.head is None or not spread:
         # Not laid out for the loss yet: once, so that its gradient adds up over chunks and goes back once.
         head, hidden = _bound(head, hidden)
+        if not sharding.divides(model.config.vocab_size, "vocab"):  # by columns to rows, as in decoding
+            head = sharding.constrain(head, None, "vocab")
         head = sharding.constrain(head, vocab, None)
     # Bound to the hidden states, so that no loop over micro-batches keeps a copy of the head between their losses.
     copy, hidden = _bound(jax.lax.stop_gradient(head), hidden)

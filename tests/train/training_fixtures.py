@@ -62,7 +62,7 @@ def execution(devices: int = 8, data: int = 1, fsdp: int = -1, tensor: int = 1, 
     return Execution(Sharding(mesh, TRAIN_RULES), jnp.dtype("float32"), remat)  # type: ignore[arg-type]
 
 
-def make_model(folder: Path) -> ModelConfig:
+def make_model(folder: Path, vocabulary: int = VOCABULARY) -> ModelConfig:
     """Write tokenizer and random weights; logits are spread enough for probabilities to differ."""
     folder.mkdir(parents=True)
     texts = [
@@ -73,7 +73,7 @@ def make_model(folder: Path) -> ModelConfig:
     ]
     tokens = train_tokenizer(texts, 296, folder)
     config = ModelConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -86,8 +86,8 @@ def make_model(folder: Path) -> ModelConfig:
     parameters = initialize(config, jax.random.key(7), execution(1).sharding, jnp.float32)
     parameters = jax.tree.map(lambda x: 4 * x if x.ndim > 1 else x, parameters)
     # ASCII and both stop tokens are said often, so that responses differ in what rules look at.
-    vocabulary = load_tokenizer(folder).get_vocab()
-    often = [token for text, token in vocabulary.items() if len(text) == 1 and text < "\x7f"]
+    tokens_by_text = load_tokenizer(folder).get_vocab()
+    often = [token for text, token in tokens_by_text.items() if len(text) == 1 and text < "\x7f"]
     head = parameters["head"].at[jnp.asarray([*often, *config.stop_token_ids])].multiply(4)
     write_weights(folder, config, {**parameters, "head": head})
     return config
