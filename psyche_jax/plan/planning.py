@@ -165,7 +165,7 @@ def advise(
     held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference"))
     if mesh["data"] > 1:
         advice.append(f"mesh.data=1 and mesh.fsdp={places}: spread parameters and optimizer over all chips")
-    larger = f"a larger slice: parameters, optimizer and reference alone take {held:.1f} GiB a chip"
+    larger = f"a larger slice: parameters, optimizer and reference alone take {held:.1f} GiB on each"
     return (larger, *advice) if held > 0.75 * limit / GIB else (*advice, larger)
 
 

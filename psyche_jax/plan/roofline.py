@@ -21,7 +21,7 @@ ASSUMPTIONS = (
 
 @dataclass(frozen=True)
 class Phase:
-    """Part of a program. `flops` of all chips together; bytes of one chip: from and to its memory, and received."""
+    """Part of a program. `flops` of all devices together; bytes of one: from and to its memory, and received."""
 
     flops: float = 0.0
     hbm_bytes: float = 0.0
@@ -37,7 +37,7 @@ class Phase:
         """The longest of computing, memory and interconnect."""
         chip = slice_.chip
         return max(
-            self.flops / slice_.chips / chip.bf16_flops,
+            self.flops / slice_.device_count / chip.bf16_flops,
             self.hbm_bytes / chip.hbm_bytes_per_second,
             self.ici_bytes / chip.ici_bytes_per_second,
         )
@@ -46,7 +46,7 @@ class Phase:
         """Which of the three it is."""
         chip = slice_.chip
         times = {
-            "compute": self.flops / slice_.chips / chip.bf16_flops,
+            "compute": self.flops / slice_.device_count / chip.bf16_flops,
             "memory": self.hbm_bytes / chip.hbm_bytes_per_second,
             "interconnect": self.ici_bytes / chip.ici_bytes_per_second,
         }

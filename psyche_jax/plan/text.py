@@ -26,14 +26,19 @@ _PLACES = {
 def as_text(plan: Plan) -> str:
     """Some forty lines: verdict, memory, collectives, time, assumptions, advice."""
     limit, peak = plan.limit_bytes / GIB, None if plan.peak_bytes is None else plan.peak_bytes / GIB
-    shape = " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one chip"
+    chip = plan.slice_.chip
+    unit = "chip" if chip.devices == 1 else "device"
+    axes = [" × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1)]
+    devices = [f"{plan.slice_.device_count} devices"] if chip.devices > 1 else []
+    chips = "one chip" if plan.slice_.chips == 1 else f"{plan.slice_.chips} chips"
+    size = ", ".join(filter(None, [chips, *devices, *axes]))
     verdict = "fits" if plan.fits else "DOES NOT FIT"
     figure = "?" if peak is None else f"{peak:.2f}"
     lines = [
-        f"{plan.program} on {plan.slice_.name} ({plan.slice_.chips} chips, {shape}), {describe(plan.config)}",
-        f"{verdict}: peak {figure} of {limit:.2f} GiB a chip (compiled in {plan.compile_seconds:.0f} s)",
+        f"{plan.program} on {plan.slice_.name} ({size}), {describe(plan.config)}",
+        f"{verdict}: peak {figure} of {limit:.2f} GiB a {unit} (compiled in {plan.compile_seconds:.0f} s)",
         "",
-        "memory a chip                        GiB",
+        f"{f'memory a {unit}':37}GiB",
     ]
     for name in ARGUMENTS:
         if name in plan.memory_gib:
@@ -57,7 +62,6 @@ def as_text(plan: Plan) -> str:
                 f"  {found.opcode} of {found.bytes / 2**20:.1f} MiB × {found.times} ({_PLACES[found.place]}): "
                 f"{found.op_name[-60:]}"
             )
-    chip = plan.slice_.chip
     lines += ["", f"{'roofline':22}{'PFLOP':>10}{'HBM GiB':>10}{'ICI GiB':>10}{'seconds':>10}  bound"]
     for name, phase in plan.phases.items():
         lines.append(
@@ -67,7 +71,7 @@ def as_text(plan: Plan) -> str:
     flops = sum(phase.flops for phase in plan.phases.values())
     lines.append(f"{'total':22}{flops / 1e15:10.2f}{'':20}{plan.seconds:10.2f}")
     lines.append(
-        f"a chip: {chip.bf16_flops / 1e12:.0f} bf16 TFLOP/s, {chip.hbm_bytes_per_second / 1e9:.0f} GB/s of HBM, "
+        f"a {unit}: {chip.bf16_flops / 1e12:.0f} bf16 TFLOP/s, {chip.hbm_bytes_per_second / 1e9:.0f} GB/s of HBM, "
         f"{chip.ici_bytes_per_second / 1e9:.0f} GB/s to its neighbours"
     )
     lines += ["", "assumed:", *(f"  {line}" for line in plan.assumptions)]

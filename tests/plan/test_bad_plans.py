@@ -1,18 +1,23 @@
 """What `psyche plan` says when it is used wrongly: one line and an exit code."""
 
+import dataclasses
+import importlib.metadata
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
-from psyche_jax.errors import UsageError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import hf_config
 from psyche_jax.model.published import ARCHITECTURES, check_architecture
 from psyche_jax.plan.compile import out_of_memory
-from psyche_jax.plan.slices import parse_topology
+from psyche_jax.plan.slices import CHIPS, Slice, parse_topology
 
 SFT = str(ROOT / "configs" / "sft_7b_v5e16.yaml")
 
@@ -31,11 +36,19 @@ def fails(capsys, *arguments):
     [
         ("v5e", "must be a chip and a shape"),
         ("v5e:4xx4", "must be a chip and a shape"),
-        ("h100:8", "the chip 'h100' is not known; known: v4, v5e, v5p, v6e"),
+        ("h100:8", "the chip 'h100' is not known; known: v4, v5e, v5p, v6e, tpu7x"),
+        ("v7x:2x2x1", "the chip 'v7x' is not known; did you mean tpu7x?"),
+        ("v5e-", "must be a chip and a shape"),
+        ("v5e:1" + "0" * 5000, "must be a chip and a shape"),
         ("v5e:4x4x4", "v5e slices have 2 dimensions"),
         ("v5p:4x4", "v5p slices have 3 dimensions"),
         ("v5e:0x4", "v5e slices have 2 dimensions"),
         ("v5e:64x64", "the largest v5e slice has 256 chips"),
+        ("v5litepod-17", "17 (chips) is no usual size; the nearest is v5litepod-16 (v5e:4x4)"),
+        ("v5p-12", "12 (TensorCores, two a chip) is no usual size; the nearest is v5p-16 (v5p:2x2x2)"),
+        ("v4-1", "the nearest is v4-2 (v4:1x1x1)"),
+        ("v6e-0", "the nearest is v6e-1 (v6e:1x1)"),
+        ("v6e-512", "the nearest is v6e-256 (v6e:16x16)"),
     ],
 )
 def test_topologies(topology, said, capsys):
@@ -43,9 +56,33 @@ def test_topologies(topology, said, capsys):
     assert (code, said in line) == (2, True), line
 
 
-def test_topologies_that_there_are():
-    for name, chips in (("v5e:4x4", 16), ("v6e:2x4", 8), ("v5p:2x2x1", 4), ("v4:2x2x2", 8)):
-        assert (parse_topology(name).name, parse_topology(name).chips) == (name, chips)
+@pytest.mark.parametrize(
+    ("given", "name", "chips"),
+    [
+        ("v5e:4x4", "v5e:4x4", 16),
+        ("v6e:2x4", "v6e:2x4", 8),
+        ("v5p:2x2x1", "v5p:2x2x1", 4),
+        ("v4:2x2x2", "v4:2x2x2", 8),
+        # As cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4} have them: chips of the first two, else TensorCores.
+        ("v5litepod-1", "v5e:1x1", 1),
+        ("v5litepod-16", "v5e:4x4", 16),
+        ("v5litepod-32", "v5e:4x8", 32),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5litepod:4x4", "v5e:4x4", 16),
+        ("v6e-1", "v6e:1x1", 1),
+        ("v6e-8", "v6e:2x4", 8),
+        ("v6e-256", "v6e:16x16", 256),
+        ("v4-8", "v4:2x2x1", 4),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p-32", "v5p:2x2x4", 16),
+        ("v5p-2048", "v5p:8x8x16", 1024),
+        ("tpu7x-8", "tpu7x:2x2x1", 4),
+        ("tpu7x-16", "tpu7x:2x2x2", 8),
+    ],
+)
+def test_topologies_that_there_are(given, name, chips):
+    slice_ = parse_topology(given)
+    assert (slice_.name, slice_.chips) == (name, chips)
 
 
 @needs_libtpu
@@ -53,12 +90,47 @@ def test_topologies_that_there_are():
 def test_slices_that_do_not_exist(topology, capsys):
     code, line = fails(capsys, "--config", SFT, "--topology", topology)
     assert (code, line.startswith(f"--topology {topology}: ")) == (2, True), line
+    nearest = {"v5e:3x5": "v5e:4x4", "v6e:5x5": "v6e:4x8", "v4:1x1x7": "v4:2x2x2"}[topology]
+    assert line.endswith(f"the nearest is {nearest}"), line
 
 
-def test_without_libtpu(monkeypatch, capsys):
+@needs_libtpu
+def test_a_chip_that_the_compiler_does_not_know():
+    unknown = dataclasses.replace(CHIPS["v5e"], name="zpu9")
+    with pytest.raises(UserError, match=r"libtpu [\d.]+ does not know this chip; pip install .*libtpu==[\d.]+\*"):
+        Slice(unknown, (2, 2)).devices()
+
+
+def test_without_libtpu(monkeypatch, capsys, tmp_path):
+    """How to get the one that the installed JAX wants, for people with a checkout and without."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
     code, line = fails(capsys, "--config", SFT, "--topology", "v5e:4x4")
-    assert (code, "pip install 'psyche_jax[tpu]'" in line) == (1, True), line
+    wanted = next(need.split(";")[0] for need in importlib.metadata.requires("jax") if need.startswith("libtpu"))
+    assert code == 1
+    assert "`make tpu-compiler`" in line
+    assert f"pip install --no-deps --upgrade --target {tmp_path}/tpu-compiler '{wanted}'" in line
+
+
+def test_the_compiler_of_the_environment_is_found(tmp_path):
+    """Where `make tpu-compiler` puts it, without PYTHONPATH."""
+    (tmp_path / "tpu-compiler/libtpu").mkdir(parents=True)
+    (tmp_path / "tpu-compiler/libtpu/__init__.py").touch()
+    code = """
+import sys
+from psyche_jax.plan.slices import find_compiler
+sys.prefix = {!r}
+print(find_compiler())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def found(prefix):
+        run = [sys.executable, "-c", code.format(str(prefix))]
+        return subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout
+
+    if importlib.util.find_spec("libtpu") is None:
+        assert found(tmp_path / "empty") == "False\n"
+    assert found(tmp_path) == "True\n"
 
 
 @needs_libtpu

@@ -2,14 +2,18 @@
 
 import json
 
+import jax
 import pytest
+from jax.sharding import SingleDeviceSharding
 from tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
 from psyche_jax.model import decoding
+from psyche_jax.model.flops import peak_flops
 from psyche_jax.model.sharding import TRAIN_RULES
+from psyche_jax.plan.compile import out_of_memory
 from psyche_jax.plan.planning import load_plan_config
-from psyche_jax.plan.slices import parse_topology
+from psyche_jax.plan.slices import CHIPS, parse_topology
 
 pytestmark = needs_libtpu
 KEYS = {
@@ -110,13 +114,40 @@ def test_search(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("topology", "kind"), [("v4:2x2x1", "v4"), ("v5p:2x2x1", "v5p"), ("v6e:2x2", "v6e"), ("v6e:2x4", "v6e")]
+    "topology",
+    ["v4:2x2x1", "v5p:2x2x1", "v6e:2x2", "v6e:2x4", "v5e:1x1", "v6e:1x1", "v5p:1x1x1", "tpu7x:2x2x1", "v4-8"],
 )
-def test_devices_of_other_chips(topology, kind):
+def test_devices_of_other_chips(topology):
     slice_ = parse_topology(topology)
     devices = slice_.devices()
-    assert len(devices) == slice_.chips
+    assert len(devices) == slice_.device_count == slice_.chips * (2 if slice_.chip.name == "tpu7x" else 1)
     assert {device.platform for device in devices} == {"tpu"}
+    assert peak_flops(devices[0].device_kind) == slice_.chip.bf16_flops
+
+
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "tpu7x:2x2x1"])
+def test_memory_of_other_chips(topology):
+    """The limit that we know is the compiler's own."""
+    slice_ = parse_topology(topology)
+    array = jax.ShapeDtypeStruct((2**17, 2**18), "float32", sharding=SingleDeviceSharding(slice_.devices()[0]))
+    with pytest.raises(jax.errors.JaxRuntimeError) as refused:
+        jax.jit(lambda x: (x.T @ x).sum()).lower(array).compile()
+    _, limit = out_of_memory(str(refused.value))
+    assert limit / 2**30 == pytest.approx(slice_.chip.hbm_gib, abs=0.02)
+
+
+@pytest.mark.parametrize(("topology", "devices"), [("v5litepod-1", 1), ("v6e-1", 1), ("tpu7x:2x2x1", 8)])
+def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
+    """With one chip nothing is sent; of two devices a chip each has its own memory and half of the peak."""
+    config = write_config(tmp_path, "sft", mesh={"fsdp": -1})
+    code, result, _ = plan(capsys, config, topology=topology)
+    assert (code, result["fits"], result["mesh"]["fsdp"]) == (0, True, devices)
+    assert 0 < result["peak_gib"] < result["limit_gib"] == CHIPS[result["topology"].split(":")[0]].hbm_gib
+    sent = sum(place["count"] for place in result["collectives"].values())
+    assert (sent > 0) == (devices > 1)
+    if devices > 1:
+        compute = result["phases"]["forward"]["flops"] / (4 * 2307e12)
+        assert result["roofline_seconds"]["forward"] >= compute
 
 
 def test_the_program_is_known_by_its_keys(tmp_path):

@@ -1,6 +1,5 @@
 """A tiny model whose heads splash takes (128), and configs for it."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -9,9 +8,10 @@ import yaml
 
 import psyche_jax
 from psyche_jax.model.config import ModelConfig, hf_config
+from psyche_jax.plan.slices import find_compiler
 
 ROOT = Path(psyche_jax.__file__).parents[1]
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu absent: make tpu-compiler")
+needs_libtpu = pytest.mark.skipif(not find_compiler(), reason="libtpu absent: make tpu-compiler")
 MODEL = ModelConfig(1024, 256, 512, 3, 4, 2, 128, tie_word_embeddings=True, pad_token_id=0, stop_token_ids=(3,))
 
 
