@@ -140,7 +140,7 @@ def test_wrong_use_exits_2(arguments, capsys):
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating"),
             1,
             "psyche demo: out of memory; use smaller batches or more devices "
-            "(RESOURCE_EXHAUSTED: Out of memory while allocating)",
+            "(RESOURCE_EXHAUSTED: Out of memory)",
         ),
     ],
 )
@@ -179,7 +179,7 @@ def test_eval(model, capsys):
     assert (summary["count"], summary["set_aside"]) == (5, 0)
     written = json.loads(Path("new/e.json").read_text())
     assert written["label"] == "mine"
-    assert {**written["scores"], "set_aside": 0} == summary
+    assert {**written["scores"], "set_aside": 0, "no_answer": {}} == summary
     assert [item["id"] for item in written["items"]] == [task.id for task in read_benchmark("samples").tasks[:5]]
     assert not (model / "evaluations").exists(), "a model folder is no run"
 
