@@ -242,7 +242,6 @@ EXECUTION = {
 }
 NUMBERS = {
     "model.compute_dtype": lambda c: {"model": dataclasses.replace(c.model, compute_dtype="bfloat16")},
-    "model.dtype": lambda c: {"model": dataclasses.replace(c.model, dtype="bfloat16")},
     "optimizer.learning_rate": lambda c: {"optimizer": OptimizerSection(learning_rate=2e-2)},
     "run.seed": lambda c: {"run": dataclasses.replace(c.run, seed=4)},
     "epochs": lambda c: {"epochs": 3.0},
