@@ -139,8 +139,7 @@ def test_wrong_use_exits_2(arguments, capsys):
         (
             RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwhile allocating"),
             1,
-            "psyche demo: out of memory; use smaller batches or more devices "
-            "(RESOURCE_EXHAUSTED: Out of memory)",
+            "psyche demo: out of memory; use smaller batches or more devices (RESOURCE_EXHAUSTED: Out of memory)",
         ),
     ],
 )
