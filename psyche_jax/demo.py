@@ -205,7 +205,7 @@ def make_model(paths: Paths, seed: int) -> None:
             **tokens,
         )
         sharding = Sharding(make_mesh(), TRAIN_RULES)
-        write_weights(partial, config, initialize(config, jax.random.key(seed), sharding, jnp.float32))
+        write_weights(partial, config, initialize(config, jax.random.key(seed), sharding, jnp.dtype("float32")))
 
 
 def sft_config(paths: Paths, seed: int) -> SftConfig:

@@ -4,12 +4,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Float32 is multiplied as float32 on every backend. By default a TPU rounds the factors to bfloat16, a GPU to TF32.
 FLOAT32_PRECISION = jax.lax.Precision.HIGHEST
 
 
-def product(form: str, first: jax.Array, second: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def product(form: str, first: jax.Array, second: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """`einsum` of two factors of one dtype, summed and returned in `dtype` (None: theirs), as precise as they are.
 
     Of 16-bit factors every product is exact in float32, whatever the precision is called.
@@ -19,19 +20,19 @@ def product(form: str, first: jax.Array, second: jax.Array, dtype: jnp.dtype | N
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def weighted(x: jax.Array, weights: jax.Array, dtype: jnp.dtype | None = None) -> jax.Array:
+def weighted(x: jax.Array, weights: jax.Array, dtype: DTypeLike | None = None) -> jax.Array:
     """`x` [..., in] times `weights` [out, in], summed and returned in `dtype` (None: that of `x`): [..., out]."""
     return product("...i,oi->...o", x, weights, dtype)
 
 
 def _forward(
-    x: jax.Array, weights: jax.Array, dtype: jnp.dtype | None
+    x: jax.Array, weights: jax.Array, dtype: DTypeLike | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return weighted(x, weights, dtype), (x, weights)
 
 
 def _backward(
-    dtype: jnp.dtype | None, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+    dtype: DTypeLike | None, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, weights = kept
     of_x, of_weights = jax.vjp(partial(weighted.fun, dtype=dtype), x, weights)[1](gradient)

@@ -21,6 +21,7 @@ from psyche_jax.model.sharding import Sharding
 Parameters: TypeAlias = dict[str, Any]
 RematPolicy: TypeAlias = Literal["none", "full", "dots"]
 Extra = TypeVar("Extra")
+_FLOAT32 = jnp.dtype("float32")
 
 # Compiling all layers at once takes long in a deeper model.
 _UNROLLED_LAYERS = 12
@@ -337,7 +338,7 @@ def rematerialize(body: Callable[..., Any], policy: RematPolicy) -> Callable[...
     return jax.checkpoint(body, policy=saved, prevent_cse=False)
 
 
-def build(config: ModelConfig, dtype: jnp.dtype = jnp.float32) -> tuple[nnx.GraphDef, nnx.State]:
+def build(config: ModelConfig, dtype: jnp.dtype = _FLOAT32) -> tuple[nnx.GraphDef, nnx.State]:
     """The module's structure and its abstract parameters, without any memory being taken."""
     return nnx.split(nnx.eval_shape(lambda: Qwen2(config, jax.random.key(0), dtype)))
 

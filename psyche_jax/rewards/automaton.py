@@ -114,7 +114,7 @@ def explore(
 def minimize(automaton: Automaton) -> Automaton:
     """The smallest automaton with the same acceptance and effects (Moore's partition refinement)."""
     _, block = group_rows(np.concatenate([automaton.accept[:, None], automaton.effect], axis=1))
-    blocks = block.max() + 1
+    blocks = int(block.max()) + 1
     while True:
         rows = np.concatenate([block[:, None], block[automaton.next]], axis=1)
         member, block = group_rows(rows)
