@@ -19,8 +19,8 @@ def with_stop_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
     stops = list(config.stop_token_ids)
     if is_tokenizer(folder):
         tokenizer = load_tokenizer(folder)
-        if len(tokenizer) > config.vocab_size:
-            raise UserError(f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}")
+        if (size := max(tokenizer.get_vocab().values()) + 1) > config.vocab_size:  # ids may have gaps
+            raise UserError(f"{folder}: the tokenizer has ids for {size} tokens, the model only {config.vocab_size}")
         if tokenizer.eos_token_id is not None:
             stops.append(tokenizer.eos_token_id)
         if tokenizer.chat_template is not None:

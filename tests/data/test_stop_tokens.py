@@ -92,6 +92,16 @@ def test_a_token_that_the_model_does_not_have(file, values, expected, model):
         stops(model)
 
 
+def test_ids_with_gaps_that_the_model_does_not_have(model):
+    """A vocabulary that was cut down may keep its old ids: few tokens, large ids."""
+    values = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary = values["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] = 1000
+    (model / "tokenizer.json").write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(UserError, match="the tokenizer has ids for 1001 tokens, the model only 304"):
+        stops(model)
+
+
 def test_import_and_export_carry_them(model, tmp_path, monkeypatch):
     monkeypatch.setattr(start, "start_jax", lambda *_: None)
     edit(model, "config.json", eos_token_id=TEXT)
