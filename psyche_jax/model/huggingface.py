@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _INDEX = "model.safetensors.index.json"
+_ADAPTER = "adapter_model.safetensors"
 MODEL_FILES = (
     "*.safetensors",
     _INDEX,
@@ -82,7 +83,11 @@ class WeightFiles:
     """The tensors of a model folder's safetensors, single or sharded with an index, read slice by slice."""
 
     def __init__(self, folder: Path) -> None:
-        index = folder / _INDEX
+        index, whole = folder / _INDEX, folder / "model.safetensors"
+        if (folder / _ADAPTER).is_file():
+            raise UserError(
+                f"{folder}: {_ADAPTER} would be left out; merge the adapter first (merge_and_unload of peft)"
+            )
         if index.is_file():
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -92,11 +97,13 @@ class WeightFiles:
             # Path.is_file raises where a name is too long to be one.
             if absent := sorted({path.name[:99] for path in files.values() if not os.path.isfile(path)}):  # noqa: PTH113
                 raise UserError(f"{index}: names files that are absent: {_some(absent)}")
-        elif (folder / "model.safetensors").is_file():
+        elif whole.is_file():
             files = {}
         else:
             raise UserError(f"{folder}: has no model.safetensors and no model.safetensors.index.json")
-        paths = sorted(set(files.values())) or [folder / "model.safetensors"]
+        paths = sorted(set(files.values())) or [whole]
+        if whole not in paths and whole.is_file():  # which transformers would read
+            raise UserError(f"{index}: does not name model.safetensors, which is there too; remove the one that is old")
         self._slices: dict[str, Any] = {}
         for path in paths:
             try:
@@ -123,7 +130,8 @@ class WeightFiles:
                 f"and the files hold {len(self._slices)} tensors"
             )
         expected = dict(_expected_shapes(config))
-        found = {n for n in self._slices if not n.endswith("rotary_emb.inv_freq")}  # a buffer in old exports
+        buffers = {name for name in self._slices if name.endswith("rotary_emb.inv_freq")}  # in old exports
+        found = set(self._slices) - buffers
         head, embedding = _TOP_NAMES["head"], _TOP_NAMES["embedding"]
         repeated = config.tie_word_embeddings and head in found
         if repeated:
@@ -146,12 +154,26 @@ class WeightFiles:
                 f"{self.folder}: {head} differs from {embedding}, which config.json's tie_word_embeddings would use "
                 "in its place; set that to false if the head is one of its own"
             )
+        frequencies = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+        for name in sorted(buffers):
+            if not self._holds(name, frequencies):
+                raise UserError(
+                    f"{self.folder}: {name} is not what config.json's rope_theta {config.rope_theta:g} gives"
+                )
 
     def _equal(self, one: str, other: str) -> bool:
         shape, kind = self._slices[one].get_shape(), np.dtype(np.float32)
         return all(
             np.array_equal(self._part(one, index, kind), self._part(other, index, kind))
             for index in blocks(shape, (1, *shape[1:]))
+        )
+
+    def _holds(self, name: str, expected: np.ndarray) -> bool:
+        """Whether a tensor of few values holds these, as far as bfloat16 tells."""
+        values = self._slices[name]
+        whole = (slice(0, len(expected)),)
+        return tuple(values.get_shape()) == expected.shape and np.allclose(
+            self._part(name, whole, np.dtype(np.float32)), expected, rtol=0.01, atol=0.0
         )
 
     def _part(self, name: str, index: Index, dtype: np.dtype) -> np.ndarray:

@@ -15,6 +15,8 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.config import read_hf_config
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer, read_parameters
 
+ADAPTER = "adapter_model.safetensors"
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
@@ -234,6 +236,34 @@ def test_a_tensor_in_two_files(shards):
         name = next(iter(file.keys()))
     rewrite(shards, lambda arrays: arrays.update({name: np.ones(3, np.float32)}), second.name)
     failure(shards, f"{second.name}: holds tensors that another of the folder's files holds too: {name}")
+
+
+def test_whole_weights_beside_an_index_of_others(shards, whole):
+    """Plain transformers would read the first and never look at the index."""
+    shutil.copy(whole / "model.safetensors", shards)
+    failure(shards, "model.safetensors.index.json: does not name model.safetensors")
+    with safe_open(whole / "model.safetensors", framework="np") as file:
+        names = list(file.keys())
+    edit(shards, "model.safetensors.index.json", weight_map=dict.fromkeys(names, "model.safetensors"))
+    read_parameters(shards, read_hf_config(shards), one_device().sharding, jnp.float32)
+
+
+def test_an_adapter_beside_the_weights(model):
+    save_file({"base_model.model.lm_head.lora_A.weight": np.ones((2, 2), np.float32)}, model / ADAPTER)
+    failure(model, "adapter_model.safetensors would be left out", "merge")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_frequencies_of_rope_that_are_stored(dtype, model):
+    """Old exports hold them; they are computed anew, so they must be the same."""
+    config = read_hf_config(model)
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    values = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    rewrite(model, lambda arrays: arrays.update({name: values.astype(dtype)}))
+    read_parameters(model, config, one_device().sharding, jnp.float32)
+    for others in (values / 2, values[:-1]):
+        rewrite(model, lambda arrays, others=others: arrays.update({name: others.astype(dtype)}))
+        failure(model, f"{name} is not what config.json's rope_theta")
 
 
 def rewrite(folder, change, file="model.safetensors"):
