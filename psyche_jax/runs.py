@@ -19,7 +19,7 @@ from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.files import GrowingFile, bucket_errors, in_bucket, read_json, write_json, write_text
 from psyche_jax.model.products import FLOAT32_PRECISION
-from psyche_jax.run_changes import Change, Contents, changes, how_to_accept, refused
+from psyche_jax.run_changes import CHANGES, Change, Contents, changes, how_to_accept, refused
 from psyche_jax.run_lock import FILE as LOCK_FILE
 from psyche_jax.run_lock import Lock, LostLockError, locked
 from psyche_jax.trackers import Metrics, Trackers
@@ -40,13 +40,14 @@ class Run:
     Objects in a bucket cannot be appended to: there metrics and samples are kept in memory and written whole, twice a
     minute, before each checkpoint and at the end.
 
-    `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `accepted`: what may be
-    otherwise than before, see `open_run`.
+    `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `best`: the best of them by
+    then, with its value, if there was one; `accepted`: what may be otherwise than before, see `open_run`.
     """
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection, lock: Lock | None = None) -> None:
         self.folder = folder
         self.saved: int | None = 0
+        self.best: Mapping[str, Any] | None = None
         self.accepted: frozenset[str] = frozenset()
         self._files = {name: GrowingFile(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
         self.writes = hosts.is_first()
@@ -192,6 +193,7 @@ def open_run(
                 write_text(folder / "config.yaml", dump_yaml(config))
         run = Run(folder, kind, logging, lock)
         run.saved = old.get("step")
+        run.best = old.get("best")
         run.accepted = frozenset(accepted)
         extra: dict[str, Any] = {"environment": environment()}
         if contents:
@@ -330,7 +332,10 @@ def _is_step(value: Any) -> bool:
 
 def _are_entries(accepted: Any) -> bool:
     return isinstance(accepted, list) and all(
-        isinstance(entry, dict) and _is_step(entry.get("step")) and isinstance(entry.get("kinds"), list)
+        isinstance(entry, dict)
+        and _is_step(entry.get("step"))
+        and isinstance(entry.get("kinds"), list)
+        and all(kind in CHANGES for kind in entry["kinds"])
         for entry in accepted
     )
 

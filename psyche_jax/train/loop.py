@@ -198,6 +198,8 @@ class _Evaluations:
         self._best: tuple[float, int] | None = None  # value and step
         evaluated = set()
         if evaluation is not None:
+            if run.best is not None and run.best["step"] <= done:  # `metrics.jsonl` may be lost
+                self._compare(run.best.get(evaluation.best), run.best["step"])
             for line in run.metrics():
                 if line["step"] <= done and evaluation.best in line:
                     evaluated.add(line["step"])
@@ -232,9 +234,10 @@ class _Evaluations:
             return {}
         return {"best": {"step": self._best[1], self._evaluation.best: self._best[0]}}
 
-    def _compare(self, value: float | None, step: int) -> None:
+    def _compare(self, value: Any, step: int) -> None:
+        """`value` may come of a file that was changed by hand."""
         assert self._evaluation is not None
-        if value is None or not math.isfinite(value) or step == 0:  # before the first step there is no checkpoint
+        if step == 0 or not isinstance(value, int | float) or not math.isfinite(value):  # at 0 is no checkpoint
             return
         if self._best is None or (
             value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]

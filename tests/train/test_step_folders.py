@@ -8,7 +8,7 @@ import pytest
 from training_fixtures import metrics_of, sft_config, state_of
 
 from psyche_jax import cli
-from psyche_jax.config import CheckpointSection
+from psyche_jax.config import CheckpointSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
 from psyche_jax.runs import PreemptedError
 from psyche_jax.train.checkpoints import find_checkpoint, open_model
@@ -26,6 +26,22 @@ def stopped(tiny_root, tmp_path_factory):
     root = shutil.copytree(tiny_root, tmp_path_factory.mktemp("stopped") / "work")
     with mock.patch.object(Stop, "requested", lambda _, step=None: step == 4), pytest.raises(PreemptedError):
         train_sft(config(root))
+    return root
+
+
+def getting_worse(root):
+    data = SftDataSection(str(root / "sft.jsonl"), str(root / "sft.jsonl"), max_length=96)
+    optimizer = OptimizerSection(learning_rate=1.0, schedule="constant", warmup=0)
+    checkpoints = CheckpointSection(every_steps=1, keep=1)
+    return sft_config(root, data=data, optimizer=optimizer, checkpoints=checkpoints, evaluate_every_steps=1)
+
+
+@pytest.fixture(scope="module")
+def worse(tiny_root, tmp_path_factory):
+    """A run whose evaluation gets worse, stopped after 4 of 5 steps."""
+    root = shutil.copytree(tiny_root, tmp_path_factory.mktemp("worse") / "work")
+    with mock.patch.object(Stop, "requested", lambda _, step=None: step == 4), pytest.raises(PreemptedError):
+        train_sft(getting_worse(root))
     return root
 
 
@@ -128,7 +144,12 @@ def test_a_finished_run_is_only_done_with_all_its_files(root):
         train_sft(config(root))
 
 
-@pytest.mark.parametrize("content", ["", "null", "[]", "{}", "3", '{"step": 4', '{"step": "4", "status": "done"}'])
+UNKNOWN_KINDS = '{"step": 4, "status": "done", "accepted": [{"step": 9, "kinds": [["data"]]}]}'
+
+
+@pytest.mark.parametrize(
+    "content", ["", "null", "[]", "{}", "3", UNKNOWN_KINDS, '{"step": 4', '{"step": "4", "status": "done"}']
+)
 def test_a_damaged_state_is_made_anew(content, root, capsys):
     """From the checkpoints, and said so; by what only reads it, it is named in one line."""
     (root / "run" / "state.json").write_text(content)
@@ -142,6 +163,21 @@ def test_a_damaged_state_is_made_anew(content, root, capsys):
     state = state_of(root / "run")
     assert (state["step"], state["status"], state["kind"]) == (5, "done", "sft")
     assert state["contents"].keys() == {"data", "tokenizer", "template", "base"}
+
+
+@pytest.mark.parametrize(
+    "metrics", [None, "", '{"step": 2, "evaluation_loss": "low"}\n'], ids=["gone", "empty", "text"]
+)
+def test_the_best_checkpoint_is_kept_without_metrics(metrics, worse, tmp_path):
+    """`state.json` knows it too."""
+    root = shutil.copytree(worse, tmp_path / "worse")
+    path = root / "run" / "metrics.jsonl"
+    path.unlink() if metrics is None else path.write_text(metrics)
+    best = state_of(root / "run")["best"]
+    assert best["step"] < 3, "training goes wrong"
+    train_sft(getting_worse(root))
+    assert state_of(root / "run")["best"] == best
+    assert find_checkpoint(root / "run" / "best").name == str(best["step"])
 
 
 @pytest.mark.parametrize("damage", [remove_from("24", "checksums.json"), shutil.rmtree], ids=["in part", "at all"])
