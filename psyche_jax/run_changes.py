@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from psyche_jax.config import EXECUTION_SETTINGS, FOUND_BY_CONTENT
 from psyche_jax.files import in_bucket
 
-Change: TypeAlias = Literal["config", "data", "evaluation", "tokenizer", "template", "base"]
+Change: TypeAlias = Literal["config", "data", "evaluation", "tokenizer", "template", "base", "rewards"]
 CHANGES: tuple[Change, ...] = get_args(Change)
 Contents: TypeAlias = Mapping[str, str]
 """By what a run is trained on (all of `CHANGES` but the config): a hash of its content."""
@@ -18,6 +18,7 @@ _CHANGED = {
     "tokenizer": "the tokenizer at model.path has changed since this run began",
     "template": "the chat template at model.path, or the prompt section, has changed since this run began",
     "base": "model.path: the model there has changed since this run began",
+    "rewards": "rewards: the Python functions that they name have changed since this run began",
 }
 
 

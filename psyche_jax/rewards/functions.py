@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import importlib
 import inspect
 import math
@@ -24,10 +26,11 @@ RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
 
 @dataclass(frozen=True)
 class LoadedFunction:
-    """A reward of a config with the function that it names."""
+    """A reward of a config with the function that it names, and the source of its module (one in C has none)."""
 
     reward: FunctionReward
     call: RewardFunction
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,12 @@ def load_functions(rewards: Sequence[FunctionReward]) -> tuple[LoadedFunction, .
     """
     if rewards and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
-    return tuple(LoadedFunction(reward, _load(reward)) for reward in rewards)
+    return tuple(map(_load, rewards))
+
+
+def sources_hash(functions: Sequence[LoadedFunction]) -> str:
+    """SHA-256 of the modules in which functions are found; what these import is not looked at."""
+    return hashlib.sha256("\0".join(function.source for function in functions).encode()).hexdigest()
 
 
 def call_functions(
@@ -135,10 +143,10 @@ def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
     return tuple(values), ""
 
 
-def _load(reward: FunctionReward) -> RewardFunction:
+def _load(reward: FunctionReward) -> LoadedFunction:
     module_name, _, name = reward.function.partition(":")
     try:
-        function = importlib.import_module(module_name)
+        module = function = importlib.import_module(module_name)
         for part in name.split("."):
             function = getattr(function, part)
     except Exception as error:  # a module may raise anything while it is imported
@@ -148,4 +156,7 @@ def _load(reward: FunctionReward) -> RewardFunction:
         ) from None
     if not callable(function):
         raise UsageError(f"reward function `{reward.name}` ({reward.function}): is no function")
-    return function
+    source = ""
+    with contextlib.suppress(OSError, TypeError):
+        source = inspect.getsource(module)
+    return LoadedFunction(reward, function, source)

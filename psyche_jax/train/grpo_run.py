@@ -25,7 +25,7 @@ from psyche_jax.files import as_path
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.sharding import Sharding
-from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions
+from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions, sources_hash
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import Run, open_run
@@ -139,6 +139,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
 
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, _content(prompts), _content(held_out) if held_out else None)
+    if functions:
+        contents["rewards"] = sources_hash(functions)[:16]
     folder = as_path(config.run.dir)
     with (
         open_run(folder, "grpo", values, config.logging, contents, accepted) as run,

@@ -1,9 +1,11 @@
 """What may be otherwise when a run goes on, and what is refused, named, and accepted with a flag."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
+import sys
 from unittest import mock
 
 import pytest
@@ -31,6 +33,7 @@ from psyche_jax.config import (
 )
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.errors import UserError
+from psyche_jax.rewards import FunctionReward
 from psyche_jax.run_changes import changes
 from psyche_jax.runs import PreemptedError
 from psyche_jax.train.checkpoints import find_checkpoint, identity, open_model, read_checkpoint_metadata
@@ -156,6 +159,26 @@ def test_what_a_run_was_trained_on_is_remembered(what, root, verb, capsys):
     assert said in capsys.readouterr().err
     assert state_of(run)["contents"][kind] != state["contents"][kind]
     restored(TRAIN[verb], configs(root, verb))  # and it stays accepted, though no new checkpoint was written yet
+
+
+def test_the_code_of_reward_functions_is_remembered(tiny_root, tmp_path, monkeypatch):
+    root = shutil.copytree(tiny_root, tmp_path / "work")
+    config = grpo_config(root, rewards=(FunctionReward(function="my_judge:judge"),))
+    monkeypatch.chdir(tmp_path)
+
+    def write(value):
+        code = f"def judge(prompts, completions, records):\n    return [{value} for c in completions]\n"
+        (tmp_path / "my_judge.py").write_text(code)
+        monkeypatch.delitem(sys.modules, "my_judge", raising=False)
+        importlib.invalidate_caches()
+
+    write("float(len(c))")
+    with mock.patch.object(Stop, "requested", lambda _, step=None: step == 1), pytest.raises(PreemptedError):
+        train_grpo(config)
+    write("-float(len(c))")
+    with pytest.raises(UserError, match=r"Python functions .* have changed .*--accept-changed rewards$"):
+        train_grpo(config)
+    restored(train_grpo, config, accepted={"rewards"})
 
 
 @pytest.mark.parametrize("verb", ["sft"], indirect=True)
