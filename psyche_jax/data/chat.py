@@ -20,6 +20,7 @@ from psyche_jax.rewards.reference import CLOSE, OPEN
 
 # Qwen2.5 calls `<|fim_prefix|>` no special token, R1-Distill not even `<｜User｜>`, which its template writes.
 _BARRED = re.compile(r"<[|｜].*[|｜]>")
+_TAG = re.compile(r"[<\[].+[>\]]")  # nor `<tool_call>`, which its template writes around a call
 _ENCODING = threading.Lock()  # whether special tokens are split is a state of the tokenizer, which threads share
 
 
@@ -179,13 +180,18 @@ class _Spellings:
 
 
 def _spellings(tokenizer: Any) -> _Spellings:
-    return _compiled(tuple((token.content, token.special) for token in tokenizer.added_tokens_decoder.values()))
+    added = tuple((token.content, token.special) for token in tokenizer.added_tokens_decoder.values())
+    return _compiled(added, str(tokenizer.chat_template))
 
 
 @lru_cache(maxsize=8)
-def _compiled(added: tuple[tuple[str, bool], ...]) -> _Spellings:
+def _compiled(added: tuple[tuple[str, bool], ...], template: str) -> _Spellings:
     tags = [content for content, _ in added if content in (OPEN, CLOSE)]
-    control = {c: special for c, special in added if c not in tags and (special or _BARRED.fullmatch(c))}
+
+    def steers(content: str) -> bool:
+        return bool(_BARRED.fullmatch(content) or (_TAG.fullmatch(content) and content in template))
+
+    control = {c: special for c, special in added if c not in tags and (special or steers(c))}
     texts = {OPEN, CLOSE, *(content for content, _ in added if content not in control)}
     starts = {content[0] for content in control}
     return _Spellings(

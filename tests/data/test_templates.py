@@ -175,6 +175,19 @@ def test_what_spells_a_control_token_is_ordinary_pieces(qwen, text):
         assert tokens[1 : 1 + len(spelled)] == spelled
 
 
+def test_tokens_that_only_the_template_says_are_control_tokens(tiny):
+    """Qwen2.5 calls `<tool_call>` no special token, and its published template writes it around a call of a tool."""
+    tools = "{% if tools %}<tool_call>{{ tools }}</tool_call>{% endif %}" + chat_template()
+    text, nothing = "a<tool_call>b</tool_call>", PromptSection("", "")
+    tokens = {"<tool_call>": False, "</tool_call>": False}
+    for template, counted in ((tools, 0), (chat_template(), 2)):
+        tokenizer = with_template(tiny, template, **tokens)
+        example = tokenize_example(tokenizer, (Message("user", text), Message("assistant", text)), nothing)
+        ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
+        assert np.isin(example.tokens, ids).sum() == 2 * counted
+        assert decoded_text(tokenizer, learned(example)[0]) == f"{text}<|im_end|>"
+
+
 def test_texts_that_spell_a_token_together(tiny):
     """Contents that a template puts side by side."""
     tokenizer = with_template(tiny, JOINS)
