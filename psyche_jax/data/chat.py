@@ -52,11 +52,12 @@ def opened_text(tokenizer: Any) -> str:
     """What the template's generation prompt has already written of the response: '' or an opened thought.
 
     QwQ's and R1-Distill's templates end in `<think>` and a newline, Qwen3's without thinking also close it. What reads
-    a response (rewards, evaluation, chat, serving) reads this text before it.
+    a response (rewards, evaluation, chat, serving) reads this text before it. Tags that are written before the last
+    control token are of another turn.
     """
     turns = [{"role": "user", "content": "-"}]
-    prompt = _template(tokenizer, turns, opening=True)
-    _, tag, rest = prompt.removeprefix(_template(tokenizer, turns, opening=False)).partition(OPEN)
+    prompt = _template(tokenizer, turns, opening=True).removeprefix(_template(tokenizer, turns, opening=False))
+    _, tag, rest = _spellings(tokenizer).control.split(prompt)[-1].partition(OPEN)
     return tag + rest
 
 

@@ -82,6 +82,17 @@ def test_what_the_template_has_opened_of_the_response(tiny, opened):
     assert opened_text(tokenizer) == opened
 
 
+@pytest.mark.parametrize("opened", ["", "<think>\n"])
+def test_tags_in_a_turn_are_not_what_is_opened(tiny, opened):
+    """Where the rest of the prompt is otherwise too when the assistant is to speak: a hint, an end of the text."""
+    other = copy.deepcopy(tiny)
+    other.chat_template = (
+        "<|im_start|>user\n{{ messages[0].content }}{% if add_generation_prompt %} 先<think>想</think>。<|im_end|>\n"
+        "<|im_start|>assistant\n" + opened + "{{ '' }}{% else %}<|im_end|>{% endif %}"
+    )
+    assert opened_text(other) == opened
+
+
 def test_no_system_and_no_instruction():
     messages = render_prompt(TALK, PromptSection(system="", instruction=""))
     assert messages == [{"role": turn.role, "content": turn.content} for turn in TALK]
