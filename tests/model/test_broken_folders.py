@@ -253,19 +253,6 @@ def test_an_adapter_beside_the_weights(model):
     failure(model, "adapter_model.safetensors would be left out", "merge")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_frequencies_of_rope_that_are_stored(dtype, model):
-    """Old exports hold them; they are computed anew, so they must be the same."""
-    config = read_hf_config(model)
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    values = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
-    rewrite(model, lambda arrays: arrays.update({name: values.astype(dtype)}))
-    read_parameters(model, config, one_device().sharding, jnp.float32)
-    for others in (values / 2, values[:-1]):
-        rewrite(model, lambda arrays, others=others: arrays.update({name: others.astype(dtype)}))
-        failure(model, f"{name} is not what config.json's rope_theta")
-
-
 def rewrite(folder, change, file="model.safetensors"):
     path = folder / file
     with safe_open(path, framework="np") as file:
