@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, build
 from psyche_jax.model.responses import last_positions
-from psyche_jax.model.sampling import Sampling, draw
+from psyche_jax.model.sampling import Sampling, draw, whole_blocks
 from psyche_jax.model.sharding import DECODE_RULES, join_rows, split_rows
 
 # Decoding attends over the part of the cache that is filled, by steps: this much at first, then twice as much.
@@ -96,10 +96,11 @@ def _decode_wave(
     response_positions = jnp.repeat(lengths, sampling.generations_per_prompt)
     stop = jnp.asarray(config.stop_token_ids, jnp.int32)
     padding = config.pad_token_id or 0
+    tensor = execution.sharding.mesh.shape["tensor"]
 
     def choose(logits: jax.Array, step: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Token, its log-prob and whether the response is over, each [responses]."""
-        logits = execution.sharding.constrain(logits, "batch", "vocab")
+        logits = execution.sharding.constrain(whole_blocks(logits, tensor), "batch", "vocab")
         token, log_prob = draw(logits, jax.random.fold_in(key, step), sampling)
         token = jnp.where(finished, padding, token)
         return token, jnp.where(finished, 0.0, log_prob), finished | jnp.isin(token, stop)

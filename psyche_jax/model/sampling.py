@@ -50,6 +50,15 @@ def draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[jax.Arr
     return token.astype(jnp.int32), chosen - jnp.log(weights.sum(axis=-1))
 
 
+def whole_blocks(logits: jax.Array, parts: int) -> jax.Array:
+    """`logits` [rows, vocab], with tokens of no probability behind, so that each of `parts` devices has whole blocks.
+
+    Else the compiler gathers the weights of all tokens for every draw.
+    """
+    spare = -logits.shape[-1] % (_BLOCK * parts) if parts > 1 else 0
+    return jnp.pad(logits, ((0, 0), (0, spare)), constant_values=-jnp.inf)
+
+
 def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """`logits` [rows, vocab], -inf where the filters of `sampling` leave a token out."""
     vocabulary = logits.shape[-1]

@@ -150,6 +150,18 @@ def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
         assert result["roofline_seconds"]["forward"] >= compute
 
 
+@pytest.mark.slow
+def test_a_vocabulary_that_the_mesh_does_not_divide(tmp_path, capsys):
+    """No step of decoding gathers the weights of all tokens for its draw."""
+    config = write_config(tmp_path, "grpo", rollout_waves=1)
+    model = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**model, "vocab_size": 1023}))
+    code, result, err = plan(capsys, config)
+    assert (code, err) == (0, "")
+    check(result, "grpo")
+    assert result["collectives"]["decoding_loop"]["weight_sized"] == 0
+
+
 def test_the_program_is_known_by_its_keys(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
