@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Chip:
     dimensions: int
     most: int  # chips of the largest slice
     devices: int = 1  # in a chip
+    spellings: tuple[str, ...] = ()  # beside `name` and `accelerator`
     options: tuple[tuple[str, Any], ...] = ()
 
 
@@ -42,16 +44,21 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v4", BF16_PEAKS["v4"], 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, options=_MEGACORE),
-        Chip("v5e", BF16_PEAKS["v5e"], 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256),
+        Chip("v5e", BF16_PEAKS["v5e"], 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256, spellings=("v5lite",)),
         Chip("v5p", BF16_PEAKS["v5p"], 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, options=_MEGACORE),
         Chip(
             "v6e", BF16_PEAKS["v6e"], 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256,
-            options=(("chips_per_host_bounds", (2, 2, 1)),),
+            spellings=("trillium", "v6lite"), options=(("chips_per_host_bounds", (2, 2, 1)),),
         ),
         # Ironwood: a chip has 192 GiB, 7,380 GB/s of HBM and 600 GB/s to its neighbours, for two devices.
-        Chip("tpu7x", BF16_PEAKS["tpu7x"], 94.74, 3.690e12, 300e9, "tpu7x", 2, 3, 9216, devices=2),
+        Chip(
+            "tpu7x", BF16_PEAKS["tpu7x"], 94.74, 3.690e12, 300e9, "tpu7x", 2, 3, 9216,
+            devices=2, spellings=("v7x", "ironwood"),
+        ),
     )
 }  # fmt: skip
+_FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+_SMALL_SHAPES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _EXAMPLES = "v5e:4x4, v6e-8, v5p:2x2x2, tpu7x:2x2x1"
 
 
@@ -66,6 +73,11 @@ class Slice:
     def name(self) -> str:
         """As the compiler is asked for it: `v5e:4x4`."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def accelerator_type(self) -> str:
+        """As the cloud has it: `v5litepod-16`."""
+        return f"{self.chip.accelerator}-{self.chips * self.chip.per_accelerator_unit}"
 
     @property
     def chips(self) -> int:
@@ -92,7 +104,7 @@ class Slice:
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "TPU_ACCELERATOR_TYPE": f"{self.chip.accelerator}-{self.chips * self.chip.per_accelerator_unit}",
+            "TPU_ACCELERATOR_TYPE": self.accelerator_type,
         }
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
         from jax.experimental import topologies
@@ -109,10 +121,8 @@ class Slice:
                 raise UserError(
                     f"--topology {self.name}: libtpu {version} does not know this chip; {_install_command()}"
                 ) from None
-            nearest = _nearest(self.chip, self.chips)
-            raise UsageError(
-                f"--topology {self.name}: there is no such slice ({reason}); the nearest is {nearest.name}"
-            ) from None
+            near = _near(self.chip, self.chips)
+            raise UsageError(f"--topology {self.name}: there is no such slice ({reason}); {near}") from None
         devices = list(topology.devices)
         if len(devices) != self.device_count:
             raise UsageError(
@@ -144,50 +154,69 @@ def _install_command() -> str:
 
 
 def parse_topology(text: str) -> Slice:
-    """`v5e:4x4` and the like, and names that the cloud has for slices: `v5litepod-16`.
-
-    Behind the latter's hyphen v5e and v6e count chips, the others TensorCores, of which a chip has two.
+    """A slice by chip and shape (`v5e:4x4`), or as the cloud calls it (`v5litepod-16`, `v5p-8`).
 
     Raises:
-      UsageError: it has another form, or names a chip that is not known.
+      UsageError: it has another form, or names what is not known; with the nearest that is.
     """
-    match = re.fullmatch(r"(\w+)(?::(\d{1,5}(?:x\d{1,5})*)|-(\d{1,5}))", text)
-    if match is None:
-        raise UsageError(f"--topology {text}: must be a chip and a shape; try {_EXAMPLES}")
-    chip = CHIPS.get(match[1]) or next((chip for chip in CHIPS.values() if chip.accelerator == match[1]), None)
-    if chip is None:
-        nearest = difflib.get_close_matches(match[1], CHIPS, 1, 0.4)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        raise UsageError(f"--topology {text}: the chip {match[1]!r} is not known; {hint}known: {', '.join(CHIPS)}")
-    if match[3] is not None:
-        return _of_size(chip, int(match[3]), text)
-    shape = tuple(int(size) for size in match[2].split("x"))
+    match = re.fullmatch(r"\s*(.*[a-z0-9])(?:\s*[:/_-]\s*|\s+)(\d{1,5}(?:[x×*]\d{1,5})*)\s*", text.lower())
+    names = {_plain(name): chip for chip in CHIPS.values() for name in (chip.name, chip.accelerator, *chip.spellings)}
+    chip = names.get(_plain(match[1] if match else text))
+    if chip is None and match is not None:
+        nearest = dict.fromkeys(names[name].name for name in difflib.get_close_matches(_plain(match[1]), names))
+        hint = f"nearest: {', '.join(nearest)}" if nearest else f"known: {', '.join(CHIPS)}"
+        raise UsageError(f"--topology {text}: the chip {match[1]!r} is not known; {hint}")
+    if chip is None or match is None:
+        examples = f"try {_EXAMPLES}" if chip is None else _near(chip, 4)
+        raise UsageError(f"--topology {text}: must be a chip and a shape, or the cloud's name; {examples}")
+    shape = tuple(int(size) for size in re.split("[x×*]", match[2]))
+    if len(shape) == 1:
+        chips, rest = divmod(shape[0], chip.per_accelerator_unit)
+        usual = None if rest else next((s.shape for s in _slices(chip) if s.chips == chips), None)
+        if usual is None:
+            counted = "chips" if chip.per_accelerator_unit == 1 else "TensorCores, two a chip"
+            raise UsageError(
+                f"--topology {text}: there is no {chip.name} slice of {shape[0]} {counted}; {_near(chip, chips)}"
+            )
+        return Slice(chip, usual)
     if len(shape) != chip.dimensions or 0 in shape:
-        raise UsageError(f"--topology {text}: {chip.name} slices have {chip.dimensions} dimensions; try {_EXAMPLES}")
+        near = _near(chip, math.prod(shape))
+        raise UsageError(f"--topology {text}: {chip.name} slices have {chip.dimensions} dimensions; {near}")
     if math.prod(shape) > chip.most:
-        raise UsageError(f"--topology {text}: the largest {chip.name} slice has {chip.most} chips; try {_EXAMPLES}")
+        near = _near(chip, chip.most)
+        raise UsageError(f"--topology {text}: the largest {chip.name} slice has {chip.most} chips; {near}")
     return Slice(chip, shape)
 
 
-def _of_size(chip: Chip, size: int, text: str) -> Slice:
-    nearest = _nearest(chip, max(1, size) / chip.per_accelerator_unit)
-    usual = nearest.chips * chip.per_accelerator_unit
-    if usual != size:
-        unit = "chips" if chip.per_accelerator_unit == 1 else "TensorCores, two a chip"
-        raise UsageError(
-            f"--topology {text}: {size} ({unit}) is no usual size; the nearest is {chip.accelerator}-{usual} "
-            f"({nearest.name}); others go by their shape"
-        )
-    return nearest
+def _plain(name: str) -> str:
+    """A chip's name without what its spellings differ in: `TPU v5e`, `tpu-v5-lite-podslice`, `v5litepod`."""
+    letters = re.sub("[^a-z0-9]", "", name.lower()).removeprefix("tpu")
+    return re.sub("(pod)?(slice)?$", "", letters)
 
 
-def _nearest(chip: Chip, chips: float) -> Slice:
-    """Of the slices that the cloud calls by their size (1, 4, 8, 16, … chips, as square as can be) the nearest."""
-    shapes = []
-    for exponent in (0, *range(2, chip.most.bit_length())):
-        shape = tuple(2 ** ((exponent + axis) // chip.dimensions) for axis in range(chip.dimensions))
-        shapes.append((2, 2, 1) if shape == (1, 2, 2) else shape)
-    return Slice(chip, min(shapes, key=lambda shape: abs(math.log(math.prod(shape) / chips))))
+def _slices(chip: Chip) -> Iterator[Slice]:
+    """The usual slices of a chip, those that the cloud's names with one number mean, by size."""
+    if chip.dimensions == 2:
+        yield from (Slice(chip, shape) for shape in _FLAT_SHAPES)
+        return
+    yield from (Slice(chip, shape) for shape in _SMALL_SHAPES)
+    # From 64 chips on they are made of cubes of 4 × 4 × 4, arranged as near to a cube as they go.
+    for cubes in range(1, chip.most // 64 + 1):
+        shapes = [
+            (4 * a, 4 * b, 4 * cubes // (a * b))
+            for a in range(1, round(cubes ** (1 / 3)) + 1)
+            for b in range(a, math.isqrt(cubes // a) + 1)
+            if cubes % (a * b) == 0
+        ]
+        yield Slice(chip, min(shapes, key=sum))
+
+
+def _near(chip: Chip, chips: int) -> str:
+    """The usual slices that come nearest to so many chips, as a hint."""
+    found = sorted(
+        sorted(_slices(chip), key=lambda s: abs(math.log(s.chips / max(chips, 1))))[:2], key=lambda s: s.chips
+    )
+    return "nearest: " + ", ".join(f"{s.name} ({s.accelerator_type})" for s in found)
 
 
 def use_cpu() -> None:

@@ -34,21 +34,21 @@ def fails(capsys, *arguments):
 @pytest.mark.parametrize(
     ("topology", "said"),
     [
-        ("v5e", "must be a chip and a shape"),
-        ("v5e:4xx4", "must be a chip and a shape"),
+        ("v5e", "must be a chip and a shape, or the cloud's name; nearest: v5e:2x2 (v5litepod-4), v5e:2x4"),
+        ("v5e:4xx4", "must be a chip and a shape, or the cloud's name; try v5e:4x4, v6e-8"),
+        ("v5e:-1x4", "must be a chip and a shape"),
+        ("16", "must be a chip and a shape"),
         ("h100:8", "the chip 'h100' is not known; known: v4, v5e, v5p, v6e, tpu7x"),
-        ("v7x:2x2x1", "the chip 'v7x' is not known; did you mean tpu7x?"),
-        ("v5e-", "must be a chip and a shape"),
-        ("v5e:1" + "0" * 5000, "must be a chip and a shape"),
-        ("v5e:4x4x4", "v5e slices have 2 dimensions"),
-        ("v5p:4x4", "v5p slices have 3 dimensions"),
+        ("v5-16", "the chip 'v5' is not known; nearest: v5p, v5e"),
+        ("v5e:4x4x4", "v5e slices have 2 dimensions; nearest: v5e:4x8 (v5litepod-32), v5e:8x8 (v5litepod-64)"),
+        ("v5p:4x4", "v5p slices have 3 dimensions; nearest: v5p:2x2x2 (v5p-16), v5p:2x2x4 (v5p-32)"),
         ("v5e:0x4", "v5e slices have 2 dimensions"),
-        ("v5e:64x64", "the largest v5e slice has 256 chips"),
-        ("v5litepod-17", "17 (chips) is no usual size; the nearest is v5litepod-16 (v5e:4x4)"),
-        ("v5p-12", "12 (TensorCores, two a chip) is no usual size; the nearest is v5p-16 (v5p:2x2x2)"),
-        ("v4-1", "the nearest is v4-2 (v4:1x1x1)"),
-        ("v6e-0", "the nearest is v6e-1 (v6e:1x1)"),
-        ("v6e-512", "the nearest is v6e-256 (v6e:16x16)"),
+        ("v5e:64x64", "the largest v5e slice has 256 chips; nearest: v5e:8x16 (v5litepod-128), v5e:16x16"),
+        ("v5litepod-12", "there is no v5e slice of 12 chips; nearest: v5e:2x4 (v5litepod-8), v5e:4x4 (v5litepod-16)"),
+        ("v5e:1" + "0" * 5000, "must be a chip and a shape"),
+        ("v6e-0", "nearest: v6e:1x1 (v6e-1)"),
+        ("v5p-9", "there is no v5p slice of 9 TensorCores, two a chip; nearest: v5p:2x2x1 (v5p-8)"),
+        ("v6e-512", "there is no v6e slice of 512 chips; nearest: v6e:8x16 (v6e-128), v6e:16x16 (v6e-256)"),
     ],
 )
 def test_topologies(topology, said, capsys):
@@ -57,32 +57,40 @@ def test_topologies(topology, said, capsys):
 
 
 @pytest.mark.parametrize(
-    ("given", "name", "chips"),
+    ("text", "name", "accelerator_type", "chips", "devices"),
     [
-        ("v5e:4x4", "v5e:4x4", 16),
-        ("v6e:2x4", "v6e:2x4", 8),
-        ("v5p:2x2x1", "v5p:2x2x1", 4),
-        ("v4:2x2x2", "v4:2x2x2", 8),
-        # As cloud.google.com/tpu/docs/{v5e,v6e,v5p,v4} have them: chips of the first two, else TensorCores.
-        ("v5litepod-1", "v5e:1x1", 1),
-        ("v5litepod-16", "v5e:4x4", 16),
-        ("v5litepod-32", "v5e:4x8", 32),
-        ("v5e-16", "v5e:4x4", 16),
-        ("v5litepod:4x4", "v5e:4x4", 16),
-        ("v6e-1", "v6e:1x1", 1),
-        ("v6e-8", "v6e:2x4", 8),
-        ("v6e-256", "v6e:16x16", 256),
-        ("v4-8", "v4:2x2x1", 4),
-        ("v5p-8", "v5p:2x2x1", 4),
-        ("v5p-32", "v5p:2x2x4", 16),
-        ("v5p-2048", "v5p:8x8x16", 1024),
-        ("tpu7x-8", "tpu7x:2x2x1", 4),
-        ("tpu7x-16", "tpu7x:2x2x2", 8),
+        ("v5e:4x4", "v5e:4x4", "v5litepod-16", 16, 16),
+        ("v5litepod-16", "v5e:4x4", "v5litepod-16", 16, 16),
+        ("v5litepod-1", "v5e:1x1", "v5litepod-1", 1, 1),
+        ("v5litepod:4x4", "v5e:4x4", "v5litepod-16", 16, 16),
+        ("V5E-16", "v5e:4x4", "v5litepod-16", 16, 16),
+        ("TPU v5 lite 4x8", "v5e:4x8", "v5litepod-32", 32, 32),
+        ("tpu-v5-lite-podslice:4×4", "v5e:4x4", "v5litepod-16", 16, 16),
+        ("v6e:2x4", "v6e:2x4", "v6e-8", 8, 8),
+        ("v6e-8", "v6e:2x4", "v6e-8", 8, 8),
+        ("v6e-1", "v6e:1x1", "v6e-1", 1, 1),
+        ("tpu-v6e-slice-2x4", "v6e:2x4", "v6e-8", 8, 8),
+        ("trillium:16x16", "v6e:16x16", "v6e-256", 256, 256),
+        # TensorCores are counted here, two a chip.
+        ("v4-8", "v4:2x2x1", "v4-8", 4, 4),
+        ("v4:2x2x2", "v4:2x2x2", "v4-16", 8, 8),
+        ("v5p-8", "v5p:2x2x1", "v5p-8", 4, 4),
+        ("v5p-2048", "v5p:8x8x16", "v5p-2048", 1024, 1024),
+        ("v5p-64", "v5p:2x4x4", "v5p-64", 32, 32),
+        ("v5p-384", "v5p:4x4x12", "v5p-384", 192, 192),
+        ("v5p-7680", "v5p:12x16x20", "v5p-7680", 3840, 3840),
+        ("v5p-12288", "v5p:16x16x24", "v5p-12288", 6144, 6144),
+        # And each is a device.
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", "tpu7x-8", 4, 8),
+        ("tpu7x-8", "tpu7x:2x2x1", "tpu7x-8", 4, 8),
+        ("v7x-2x2x2", "tpu7x:2x2x2", "tpu7x-16", 8, 16),
+        ("ironwood:4x4x4", "tpu7x:4x4x4", "tpu7x-128", 64, 128),
     ],
 )
-def test_topologies_that_there_are(given, name, chips):
-    slice_ = parse_topology(given)
-    assert (slice_.name, slice_.chips) == (name, chips)
+def test_topologies_that_there_are(text, name, accelerator_type, chips, devices):
+    found = parse_topology(text)
+    assert (found.name, found.accelerator_type) == (name, accelerator_type)
+    assert (found.chips, found.device_count) == (chips, devices)
 
 
 @needs_libtpu
@@ -90,8 +98,8 @@ def test_topologies_that_there_are(given, name, chips):
 def test_slices_that_do_not_exist(topology, capsys):
     code, line = fails(capsys, "--config", SFT, "--topology", topology)
     assert (code, line.startswith(f"--topology {topology}: ")) == (2, True), line
-    nearest = {"v5e:3x5": "v5e:4x4", "v6e:5x5": "v6e:4x8", "v4:1x1x7": "v4:2x2x2"}[topology]
-    assert line.endswith(f"the nearest is {nearest}"), line
+    nearest = {"v5e:3x5": "v5e:4x4 (v5litepod-16)", "v6e:5x5": "v6e:4x8 (v6e-32)", "v4:1x1x7": "v4:2x2x2 (v4-16)"}
+    assert nearest[topology] in line, line
 
 
 @needs_libtpu
