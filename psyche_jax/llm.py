@@ -3,17 +3,18 @@
 import asyncio
 import contextlib
 import email.utils
+import json
 import math
 import re
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping, MutableMapping
+from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import httpx2
 import openai
 
-from psyche_jax.llm_answers import BrokenAnswerError, Piece, joined, read_answer, read_models
+from psyche_jax.llm_answers import BrokenAnswerError, Piece, complaint, joined, read_answer, read_models
 
 SCHEMES = ("http://", "https://")
 # Of a request that brought no answer; `Server.said` names it.
@@ -29,10 +30,17 @@ _EVENT_BYTES = 16  # what an event of a stream counts for besides its text
 _MOST_ERROR_BYTES = 64 * 2**10
 _ELSEWHERE = "x-redirected-to"  # ours, in place of a Location that is not followed
 _LIMITS = re.compile(  # what is wrong is a value or the length, not that the parameter was sent
-    r"too (?:large|long|many|high|big|small)|context length|maximum context|exceed|must be|(?<!not )should be|between"
-    r"|at (?:least|most)|greater|less than|out of range|超过|过长|范围",
+    r"too (?:large|long|many|high|big|small)|context length|maximum context|exceed|between"
+    r"|(?<!not )(?:must|should) be(?! (?:absent|omitted|unset|null|none|removed|left out))"
+    r"(?! 1(?:\.0)?(?![\d.,]*\d| (?:or|and|to)\b))"  # which is the default
+    r"|at (?:least|most)|greater|less[ _]than|out of range|超过|过长|范围",
     re.IGNORECASE,
 )
+_ALLOWED = re.compile(  # what it would take, listed beside what it refuses
+    r"(?<!not )\b(?:allowed|permitted|accepted|supported|valid|available|known)\b[^.;:\n]{0,40}?(?::|\bare\b)[^.;\n]*",
+    re.IGNORECASE,
+)
+_MOST_SAID = 4000  # characters of an error that are searched
 _SUCCESSORS = {"max_tokens": ("max_completion_tokens", "max_output_tokens", "max_new_tokens")}
 
 
@@ -116,6 +124,8 @@ class Server:
                         async with asyncio.timeout(_LAST_SECONDS):
                             await anext(events, None)
                     break
+                if event.event == "error":
+                    raise BrokenAnswerError(f"an error came in place of the answer: {event.data}")
                 came = True
                 piece = read_answer(event.data, whole=False)
                 size += len(piece.text) + len(piece.reasoning) + _EVENT_BYTES
@@ -179,8 +189,7 @@ class Server:
     def said(self, error: BaseException) -> str:
         """What went wrong, or what the server said of it, in one line without the key."""
         if isinstance(error, openai.APIStatusError):
-            message = " ".join(error.message.split()).removeprefix(f"Error code: {error.status_code}").lstrip("- ")
-            message = message or " ".join(str(error.body or "").split())  # FastAPI's errors hold no message
+            message = " ".join(complaint(_body(error)).split())
             if elsewhere := error.response.headers.get(_ELSEWHERE):
                 message = (
                     f"redirects to {elsewhere}, and what is asked is not sent there; if it may be, name that address"
@@ -246,24 +255,55 @@ async def _content(response: httpx2.Response) -> bytes:
     return bytes(content)
 
 
+def _body(error: openai.APIStatusError) -> Any:
+    text = error.response.text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in JSON, in their order; no names of fields."""
+    waiting = [value]
+    while waiting:
+        match waiting.pop():
+            case str(text):
+                yield text
+            case list(items):
+                waiting += reversed(items)
+            case dict(fields):
+                waiting += reversed(fields.values())
+
+
 def _refused_parameter(error: openai.APIStatusError, sent: Mapping[str, Any]) -> str | None:
     """The parameter that a server would rather not have been sent, None if it was not for one that it refused."""
-    text = f"{error.message} {error.body}"[:4000]
     candidates = [name for name in sent if name not in ("model", "messages")]
-    places = {name: found.start() for name in candidates if (found := re.search(rf"(?<![\w-]){name}(?![\w-])", text))}
-    if error.code != "unsupported_parameter" and _LIMITS.search(text):
+    said = "\n".join(_strings(_body(error)))[:_MOST_SAID]
+    whole = error.response.text[:_MOST_SAID]  # there the names of fields may be those of parameters
+    plain = str(error.code).startswith(("unsupported", "unknown", "unrecognized"))
+    if not plain and _LIMITS.search(said):
         return None
     if error.param in candidates:
         return error.param
-    if "temperature" in places and "top_p" in places:  # one of the two, it says
-        return "top_p"
-    return min(places, key=lambda name: places[name], default=None)
+    for text in (_ALLOWED.sub("", said), said, whole):
+        places = {name: found.start() for name in candidates if (found := _spelled(name).search(text))}
+        if places.keys() == {"temperature", "top_p"}:  # one of the two, it says
+            return "top_p"
+        if places:
+            return min(places, key=lambda name: places[name])
+    return None
+
+
+def _spelled(name: str) -> re.Pattern[str]:
+    spellings = "|".join(each.replace("_", "_?") for each in (name, *_SUCCESSORS.get(name, ())))
+    return re.compile(rf"(?<![\w-])(?:{spellings})(?![\w-])", re.IGNORECASE)
 
 
 def _successor(error: openai.APIStatusError, refused: str) -> str | None:
     """The name that a server has for a parameter which it refuses under another."""
     names = _SUCCESSORS.get(refused, ())
-    return next((name for name in names if name in str(error.body)), names[0] if names else None)
+    return next((name for name in names if name in error.response.text), names[0] if names else None)
 
 
 def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
@@ -292,9 +332,15 @@ def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3); None if it says none."""
+    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3); None if it says none.
+
+    OpenAI's `retry-after-ms` goes before it.
+    """
     value = headers.get("retry-after", "").strip()
     try:
+        with contextlib.suppress(ValueError):
+            if math.isfinite(exact := float(headers.get("retry-after-ms", ""))):
+                return max(0.0, exact / 1000)
         seconds = float(value)
     except ValueError:
         try:

@@ -10,9 +10,18 @@ ANSWERED = ("stop", "length")  # `finish` of an answer, whole or cut at its limi
 FILTERED = ("content_filter", "refusal")  # of these: what another draw may pass, and the same one never
 _OPEN, _CLOSE = "<think>", "</think>"
 _FINISHES = {
-    "stop": ("eos", "eos_token", "end_turn", "stop_sequence", "complete", "completed", "finished", "done"),
-    "length": ("max_tokens", "max_length", "max_output_tokens", "max_completion_tokens", "model_length"),
-    "content_filter": ("safety", "sensitive", "content_filtered", "prohibited_content", "blocklist", "recitation"),
+    "stop": (
+        *("eos", "eos_token", "eos_token_id", "end_turn", "end_of_turn", "stop_sequence", "stop_token", "stop_str"),
+        *("stop_string", "stopped", "complete", "completed", "finished", "done"),
+    ),
+    "length": (
+        *("max_tokens", "max_length", "max_new_tokens", "max_output_tokens", "max_completion_tokens", "model_length"),
+        *("length_limit", "token_limit", "context_length", "model_context_window_exceeded"),
+    ),
+    "content_filter": (
+        *("safety", "image_safety", "sensitive", "content_filtered", "prohibited_content", "blocklist", "recitation"),
+        *("spii", "blocked", "moderation", "guardrail_intervened"),
+    ),
 }
 _SPELLINGS = {spelling: finish for finish, spellings in _FINISHES.items() for spelling in spellings}
 _THOUGHTS = (  # fields beside `content`; a server that sends several says the same in each
@@ -21,9 +30,11 @@ _THOUGHTS = (  # fields beside `content`; a server that sends several says the s
 )
 _TEXTS = ("text", "thinking", "reasoning", "reasoning_content", "summary", "content", "value", "refusal")  # in a part
 _THINKS = re.compile("think|thought|reason")  # the type of a part
+_COMPLAINTS = ("message", "msg", "detail", "error_msg", "error", "errors")  # fields that say what is wrong
 _MOST_TOKENS = 10**9  # what is more is no count
 _LONGEST_LINE = 200  # characters
 _MOST_STARTS = 256  # braces that begin no object
+_COMMA = re.compile(r'("(?:\\.|[^"\\])*+"?)|,(?=\s*[}\]])', re.DOTALL)  # before a closing bracket; strings stay
 _JSON = json.JSONDecoder(strict=False)  # line ends within strings are no reason to ask again
 
 
@@ -74,13 +85,14 @@ def read_answer(content: str | bytes, whole: bool = True) -> Piece:
     """
     try:
         value = json.loads(content)
-        if error := value.get("error") or (value.get("object") == "error" and value):
-            said = error.get("message") if isinstance(error, Mapping) else error
-            raise BrokenAnswerError(f"an error came in place of the answer: {_line(said)}")
-        if not whole and not value.get("choices"):  # an event that counts tokens, or one of the server's own
+        no_choice = whole and not value.get("choices") and not value.keys().isdisjoint(_COMPLAINTS)
+        if value.get("error") or value.get("object") == "error" or no_choice:
+            raise BrokenAnswerError(f"an error came in place of the answer: {_line(complaint(value))}")
+        own = [choice for choice in value.get("choices") or () if not choice.get("index")]  # one was asked for
+        if not whole and not own:  # an event that counts tokens, or one of the server's own
             return _about(value)
-        choice = value["choices"][0]
-        message = choice["message"] if whole else choice.get("delta") or choice.get("message") or {}
+        choice = own[0]
+        message = _message(choice, whole)
         finish = _finish(choice.get("finish_reason"))
         said = _said(message)
     except (ValueError, RecursionError):
@@ -111,11 +123,11 @@ def read_models(content: bytes) -> list[dict[str, Any]]:
 
 
 def joined(pieces: Sequence[Piece]) -> Piece:
-    """One answer of its pieces: of what is said again in several of them, the last counts."""
+    """One answer of its pieces: of what is said again in several of them, the last counts; what is none stays none."""
     last = Piece()
     for piece in pieces:
         last = Piece(
-            finish=piece.finish or last.finish,
+            finish=last.finish if last.finish not in (None, *ANSWERED) else piece.finish or last.finish,
             served_by=piece.served_by or last.served_by,
             prompt_tokens=last.prompt_tokens if piece.prompt_tokens is None else piece.prompt_tokens,
             completion_tokens=last.completion_tokens if piece.completion_tokens is None else piece.completion_tokens,
@@ -128,13 +140,37 @@ def joined(pieces: Sequence[Piece]) -> Piece:
 
 
 def json_object(text: str, names: Collection[str]) -> dict[str, Any] | None:
-    """The object in what an LLM said (without its thought): the last one that has one of `names`, else the last one.
+    """The object in what an LLM said (without its thought): the last of those that have most of `names`.
 
-    What stands around it (a code fence, a remark with braces of its own) does not matter. None if there is none.
+    What stands around it (a code fence, a remark with braces of its own, a list, another object, a comma before a
+    closing bracket) does not matter. None if there is none.
 
     Raises:
       ValueError: there is the beginning of one.
     """
+    found, faults = _objects(text)
+    if not any(_named(value, names) for value in found) and faults:
+        found, _ = _objects(_COMMA.sub(lambda match: match[1] or "", text))
+    if not any(_named(value, names) for value in found):
+        found = [inner for value in found for inner in _within(value)] or found
+    most = max((_named(value, names) for value in found), default=0)
+    if most == 0 and faults:
+        raise ValueError(faults[0])
+    return next((value for value in reversed(found) if _named(value, names) == most), None)
+
+
+def _named(value: Mapping[str, Any], names: Collection[str]) -> int:
+    return sum(name in value for name in names)
+
+
+def _within(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The objects in the fields of an object, and in lists there: some LLMs put a name around what they say."""
+    fields = [one for field in value.values() for one in (field if isinstance(field, list) else [field])]
+    return [one for one in fields if isinstance(one, dict)]
+
+
+def _objects(text: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """All objects in a text that do not stand in another, and why what begins as one is none."""
     found: list[dict[str, Any]] = []
     faults: list[str] = []
     start = text.find("{")
@@ -146,11 +182,7 @@ def json_object(text: str, names: Collection[str]) -> dict[str, Any] | None:
             faults.append(str(error))
             end = start + 1
         start = text.find("{", end)
-    if named := [value for value in found if not value.keys().isdisjoint(names)]:
-        return named[-1]
-    if faults:
-        raise ValueError(faults[0])
-    return found[-1] if found else None
+    return found, faults
 
 
 def _about(value: Mapping[str, Any]) -> Piece:
@@ -160,7 +192,32 @@ def _about(value: Mapping[str, Any]) -> Piece:
     return Piece(served_by=_line(value.get("model")), prompt_tokens=asked, completion_tokens=said)
 
 
-def _said(message: Mapping[str, Any]) -> Piece:
+def complaint(value: Any) -> str:
+    """What an error says, in whatever form it comes."""
+    while isinstance(value, Mapping | list):
+        if isinstance(value, Mapping):
+            inner = next((value[name] for name in _COMPLAINTS if value.get(name)), None)
+        else:
+            inner = value[0] if len(value) == 1 and isinstance(value[0], str) else None
+        if inner is None:
+            break
+        value = inner
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        return ""
+
+
+def _message(choice: Mapping[str, Any], whole: bool) -> Any:
+    """What a choice says. A stream's last event may hold the whole message again, beside an empty delta."""
+    names = ("message",) if whole else ("delta", "message")
+    found = next((choice[name] for name in names if choice.get(name) is not None), None)
+    if found is None and (not whole or isinstance(choice.get("text"), str)):  # as completions without a chat have it
+        return {"content": choice.get("text")}
+    return found
+
+
+def _said(message: Any) -> Piece:
     """The texts of a message or a delta. `content` is one, or a list of parts, each of a kind of its own."""
     content = message.get("content")
     texts = {"text": "", "reasoning": "", "refusal": ""}
@@ -193,10 +250,15 @@ def _flat(value: Any) -> str:
 
 def _finish(reason: Any) -> str | None:
     """Servers' words for the three usual ends as OpenAI's; any other as it is."""
-    plain = reason.lower().replace("-", "_") if isinstance(reason, str) else ""
+    if isinstance(reason, Mapping):  # with what ended it
+        reason = reason.get("type") or reason.get("reason")
+    if reason is None:
+        return None
+    said = str(reason).strip()[:_LONGEST_LINE]
+    plain = re.sub(r"[\W_]+", "_", re.sub(r"(?<=[a-z])(?=[A-Z])", "_", said)).lower().removeprefix("finish_reason_")
     if plain in ("", "null", "none"):
         return None
-    return _SPELLINGS.get(plain, plain if plain in _FINISHES else _line(reason))
+    return _SPELLINGS.get(plain, plain if plain in _FINISHES else _line(said))
 
 
 def _count(value: Any) -> int | None:

@@ -9,6 +9,8 @@ from psyche_jax.files import in_bucket
 
 Change: TypeAlias = Literal["config", "data", "evaluation", "tokenizer", "template", "base", "rewards"]
 CHANGES: tuple[Change, ...] = get_args(Change)
+EVALUATED: frozenset[Change] = frozenset({"evaluation", "tokenizer", "template", "rewards"})
+"""What an evaluation depends on, besides the parameters: where it changes, values are not to be compared."""
 Contents: TypeAlias = Mapping[str, str]
 """By what a run is trained on (all of `CHANGES` but the config): a hash of its content."""
 

@@ -17,9 +17,9 @@ from psyche_jax import hosts
 from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
-from psyche_jax.files import GrowingFile, bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.files import GrowingFile, as_path, bucket_errors, in_bucket, read_json, write_json, write_text
 from psyche_jax.model.products import FLOAT32_PRECISION
-from psyche_jax.run_changes import CHANGES, Change, Contents, changes, how_to_accept, refused
+from psyche_jax.run_changes import CHANGES, EVALUATED, Change, Contents, changes, how_to_accept, refused
 from psyche_jax.run_lock import FILE as LOCK_FILE
 from psyche_jax.run_lock import Lock, LostLockError, locked
 from psyche_jax.trackers import Metrics, Trackers
@@ -41,7 +41,8 @@ class Run:
     minute, before each checkpoint and at the end.
 
     `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `best`: the best of them by
-    then, with its value, if there was one; `accepted`: what may be otherwise than before, see `open_run`.
+    then, with its value, if there was one; `accepted`: what may be otherwise than before, see `open_run`;
+    `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection, lock: Lock | None = None) -> None:
@@ -49,15 +50,15 @@ class Run:
         self.saved: int | None = 0
         self.best: Mapping[str, Any] | None = None
         self.accepted: frozenset[str] = frozenset()
+        self.evaluated_otherwise = -1
         self._files = {name: GrowingFile(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
         self.writes = hosts.is_first()
         self._kind = kind
         self._lock = lock
         self._trackers: Trackers | None = None
         if self.writes:
-            run_id = _known_state(folder).get("run_id") or uuid.uuid4().hex[:12]
-            self._trackers = Trackers(logging, folder, run_id)
-            self._run_id = run_id
+            self._identity = _identity(folder)
+            self._trackers = Trackers(logging, folder, self._identity["run_id"])
 
     @property
     def checkpoints(self) -> Path:
@@ -115,7 +116,7 @@ class Run:
             return
         new = {"status": status, "step": step, "reason": reason, "kind": self._kind, "time": time.time()}
         old = _known_state(self.folder)
-        write_json(self.folder / STATE, {"run_id": self._run_id, **old, **new, **extra})
+        write_json(self.folder / STATE, {**old, **self._identity, **new, **extra})
 
     def write_last_words(self) -> None:
         """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
@@ -149,6 +150,20 @@ class Run:
             file.flush(every=_FLUSH_SECONDS)
 
 
+def _identity(folder: Path) -> dict[str, str]:
+    """What `state.json` holds of it. A folder that was moved keeps its id; a copy beside its original gets its own."""
+    state = _known_state(folder)
+    place = str(folder) if in_bucket(folder) else os.path.realpath(folder)
+    run_id, former = state.get("run_id"), state.get("folder")
+    if isinstance(former, str) and former != place:
+        with suppress(OSError, UserError), bucket_errors(as_path(former)):  # what cannot be read is no original
+            original = as_path(former)
+            same = not in_bucket(former) and not in_bucket(folder) and original.samefile(folder)
+            if not same and read_state(original).get("run_id") == run_id:
+                run_id = None
+    return {"run_id": run_id or uuid.uuid4().hex[:12], "folder": place}
+
+
 def _as_text(line: Mapping[str, Any]) -> str:
     return json.dumps(line, ensure_ascii=False) + "\n"
 
@@ -180,14 +195,14 @@ def open_run(
       UserError: the folder holds something else, or a run of another config (each difference is named).
     """
     with bucket_errors(folder):
-        _check(folder, config, contents, accepted)
+        found = _check(folder, config, contents, accepted)
         hosts.wait_for_all("checked the run's folder")
         if not in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
         with bucket_errors(folder):
-            # Again: another run may have begun and ended here just now.
-            found = _check(folder, config, contents, accepted) if hosts.is_first() else {}
+            if hosts.is_first():  # again: another run may have begun and ended here just now
+                found = _check(folder, config, contents, accepted)
             old = _rebuilt_state(folder)
             if hosts.is_first():
                 write_text(folder / "config.yaml", dump_yaml(config))
@@ -205,13 +220,12 @@ def open_run(
             _say(f"{folder}: goes on with changes that were accepted: {'; '.join(lines)}")
             entry = {"step": run.saved or 0, "kinds": sorted(found), "changes": lines, "time": time.time()}
             extra["accepted"] = [*old.get("accepted", []), entry]
+        entries = extra.get("accepted", old.get("accepted", []))
+        if EVALUATED & found.keys():
+            run.best = extra["best"] = None  # it was the best by another measure
+        run.evaluated_otherwise = max((e["step"] for e in entries if EVALUATED & set(e["kinds"])), default=-1)
         # A checkpoint from before what was accepted earlier may be the last one still.
-        run.accepted |= {
-            kind
-            for entry in extra.get("accepted", old.get("accepted", []))
-            if entry["step"] >= (run.saved or 0)
-            for kind in entry["kinds"]
-        }
+        run.accepted |= {kind for entry in entries if entry["step"] >= (run.saved or 0) for kind in entry["kinds"]}
         run.write_state("running", run.saved or 0, **extra)
         try:
             yield run
@@ -315,7 +329,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name, right in (
             ("status", isinstance(state.get("status"), str)),
             ("step", _is_step(state.get("step"))),
-            ("best", "best" not in state or (isinstance(state["best"], dict) and _is_step(state["best"].get("step")))),
+            ("best", state.get("best") is None or _is_best(state["best"])),
             ("contents", isinstance(state.get("contents", {}), dict)),
             ("accepted", _are_entries(state.get("accepted", []))),
         )
@@ -324,6 +338,10 @@ def read_state(folder: Path) -> dict[str, Any]:
     if wrong:
         raise UserError(f"{path}: is damaged: its {' and '.join(wrong)} cannot be used")
     return state
+
+
+def _is_best(value: Any) -> bool:
+    return isinstance(value, dict) and _is_step(value.get("step"))
 
 
 def _is_step(value: Any) -> bool:

@@ -156,6 +156,10 @@ def test_a_stream_may_send_whole_messages_counts_of_its_own_and_halves_of_an_emo
         (message("stop", content=None, tool_calls=[{"id": "1"}]), "tool_calls"),
         (streamed({"content": "半"}, finish="content_filter"), "content_filter"),
         (streamed({"content": ""}, {"refusal": "I can't "}, {"refusal": "help."}), "refusal"),
+        (message("ContentFilter", content="半"), "content_filter"),
+        (message("FINISH_REASON_SAFETY", content="半"), "content_filter"),
+        (message({"type": "abort"}, content="半"), "abort"),
+        (message(1, content="半"), "1"),
     ],
 )
 def test_answers_that_are_none_say_why(given, finish):
@@ -164,10 +168,34 @@ def test_answers_that_are_none_say_why(given, finish):
     assert finish != "refusal" or answer.fault == "refusal: I can't help."
 
 
+def test_an_end_that_is_none_is_not_taken_back_by_what_follows():
+    chunks = [{"choices": [{"delta": {"content": "半"}, "finish_reason": reason}]} for reason in ("safety", "stop")]
+    assert joined([read_answer(json.dumps(chunk), False) for chunk in chunks]).fault == "content_filter"
+
+
+def test_a_text_in_place_of_a_message():
+    choice = {"index": 0, "text": "好", "finish_reason": "stop"}
+    whole = read_answer(json.dumps({"choices": [choice]}))
+    streamed = joined([read_answer(json.dumps({"choices": [choice]}), False)] * 2)
+    assert (whole.text, whole.finish, streamed.text) == ("好", "stop", "好好")
+
+
+def test_what_a_stream_says_of_other_choices_or_once_more_at_its_end_is_not_added():
+    chunks = [
+        {"choices": [{"index": 0, "delta": {"content": "甲"}}, {"index": 1, "delta": {"content": "别"}}]},
+        {"choices": [{"index": 1, "delta": {"content": "的"}, "finish_reason": "length"}]},
+        {"choices": [{"index": 0, "delta": {"content": "乙"}}]},
+        {"choices": [{"index": 0, "delta": {}, "message": {"content": "甲乙"}, "finish_reason": "stop"}]},
+    ]
+    answer = joined([read_answer(json.dumps(chunk), False) for chunk in chunks])
+    assert (answer.text, answer.finish) == ("甲乙", "stop")
+
+
 @pytest.mark.parametrize(
     ("reason", "finish"),
     [("stop", "stop"), ("end_turn", "stop"), ("STOP", "stop"), (None, "stop"), ("", "stop"), ("null", "stop"),
-     ("length", "length"), ("MAX_TOKENS", "length"), ("model_length", "length")],
+     ("length", "length"), ("MAX_TOKENS", "length"), ("model_length", "length"), ("FinishReason.STOP", "stop"),
+     ("FINISH_REASON_MAX_TOKENS", "length"), ("endTurn", "stop"), (" stop ", "stop"), ({"type": "length"}, "length")],
 )  # fmt: skip
 def test_words_for_the_two_ends_of_an_answer(reason, finish):
     answer = read_answer(json.dumps(message(reason, content="好")))
@@ -180,6 +208,11 @@ def test_words_for_the_two_ends_of_an_answer(reason, finish):
         {"error": {"message": f"overloaded, {KEY}", "code": 502}},
         {"object": "error", "message": f"overloaded, {KEY}"},
         {"error": f"overloaded, {KEY}"},
+        {"error": [f"overloaded, {KEY}"]},
+        {"error": None, "message": f"overloaded, {KEY}"},
+        {"code": 1001, "msg": f"overloaded, {KEY}", "choices": None},
+        {"detail": f"overloaded, {KEY}"},
+        (200, {"content-type": "text/event-stream"}, [f"event: error\ndata: overloaded, {KEY}\n\n".encode()]),
         (
             200,
             {"content-type": "text/event-stream"},
@@ -285,6 +318,18 @@ def test_the_limit_gets_its_newer_name(capsys, successor):
         ),
         (422, {"detail": [{"type": "extra_forbidden", "loc": ["body", "top_p"], "input": 0.9}]}, "top_p"),
         (400, {"object": "error", "message": "Unrecognized request argument supplied: top_p"}, "top_p"),
+        (400, {"error": "unknown parameter top_p"}, "top_p"),
+        (400, {"error": None, "message": "unknown parameter top_p"}, "top_p"),
+        (400, ["top_p is not supported"], "top_p"),
+        (400, {"errors": {"top_p": ["unknown field"]}}, "top_p"),
+        (400, {"error": {"message": "Top_P must be omitted"}}, "top_p"),
+        (400, {"error": {"message": "temperature must be 1 for this model"}}, "temperature"),
+        (400, {"error": {"message": "at most 1", "code": "unsupported_parameter", "param": "top_p"}}, "top_p"),
+        (400, {"error": {"message": "Unknown name maxTokens"}}, "max_tokens"),
+        (400, {"error": "please send max_completion_tokens"}, "max_tokens"),
+        (400, {"error": "Not permitted: top_p. Allowed: temperature, max_tokens"}, "top_p"),
+        (400, {"error": "Supported parameters are temperature, max_tokens. Got top_p"}, "top_p"),
+        (422, {"body": BODY, "detail": [{"type": "extra_forbidden", "loc": ["body", "top_p"]}]}, "top_p"),
     ],
 )
 def test_what_is_refused_is_found_in_what_servers_say(status, error, left):
@@ -293,6 +338,7 @@ def test_what_is_refused_is_found_in_what_servers_say(status, error, left):
 
     (found,), requests = ask(answer)
     assert found.text == "好" and [left in request for request in requests] == [True, False]
+    assert set(BODY) - set(requests[-1]) == {left}, "nothing else"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +346,8 @@ def test_what_is_refused_is_found_in_what_servers_say(status, error, left):
     [
         "max_tokens is too large: 9. This model's maximum context length is 8 tokens",
         "temperature must be between 0 and 0.1",
+        "max_tokens must be 1 or more",
+        "top_p must be 1.5",
         "the prompt was filtered",
         "the model `top_p-1b` does not exist",
     ],
@@ -349,6 +397,8 @@ def test_retry_after_of_every_kind_is_a_number_or_nothing():
         seconds = retry_after({"retry-after": value})
         assert seconds is None or 0 <= seconds < 1e12, value
     assert retry_after({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}) == 0
+    for value, seconds in (("1500", 1.5), ("-1", 0), ("nan", 7), ("junk", 7)):
+        assert retry_after({"retry-after": "7", "retry-after-ms": value}) == seconds
 
 
 def test_the_models_of_a_server_that_does_not_end_are_given_up(monkeypatch):
@@ -385,15 +435,20 @@ def test_the_models_of_a_server_that_does_not_end_are_given_up(monkeypatch):
         ('草稿 {"a": 1}，改为 {"a": 2}', {"a": 2}),
         ('{"a": "两\n行"}', {"a": "两\n行"}),
         ('{"b": 3}', {"b": 3}),
+        ('[{"a": 1}]', {"a": 1}),
+        ('{"result": {"a": 1}}', {"a": 1}),
+        ('{"results": [{"a": 1}]}', {"a": 1}),
+        ('{"a": [1, 2,], "c": ",}", }', {"a": [1, 2], "c": ",}"}),
+        ('{"a": 1, "c": 2}，其中 {"a": "说明"}', {"a": 1, "c": 2}),
         ("没有", None),
     ],
 )
 def test_the_object_in_a_reply(text, found):
-    assert json_object(text, ("a",)) == found
+    assert json_object(text, ("a", "c")) == found
 
 
 def test_broken_objects_are_found_quickly():
-    for text in ('{"a": [{"b": 1}', "{" * 500_000, '{"a":' * 100_000, '{"a": 1'):
+    for text in ('{"a": [{"b": 1}', "{" * 500_000, '{"' + '\\"' * 500_000, '{"a":' * 100_000, '{"a": 1'):
         started = time.monotonic()
         with pytest.raises(ValueError):
             json_object(text, ("a",))

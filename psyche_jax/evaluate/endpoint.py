@@ -199,8 +199,10 @@ class Endpoint:
                 fault = str(error)
                 continue
             if not same_model(self.model, answer.served_by) and answer.served_by not in self._served_as:
-                accept = f"; --served-as {answer.served_by} accepts it" if answer.served_by else ""
-                raise BadAnswerError(f"another model answered: {answer.served_by!r} for {self.model!r}{accept}")
+                accept = answer.served_by or "''"  # some servers name no model
+                raise BadAnswerError(
+                    f"another model answered: {answer.served_by!r} for {self.model!r}; --served-as {accept} accepts it"
+                )
             fault = answer.fault
             if not fault:
                 return Reply(answer.whole, answer.finish == "stop")

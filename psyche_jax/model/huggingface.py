@@ -22,6 +22,7 @@ from psyche_jax.files import in_bucket, read_json, write_json
 from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
+from psyche_jax.model.template_trial import excess
 from psyche_jax.pieces import Index, all_finite, blocks, read_ahead
 
 TOKENIZER_FILES = (
@@ -396,6 +397,8 @@ def _try_template(folder: Path, tokenizer: Any) -> None:
         return look
 
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": "-"}]
+    if reason := excess(tokenizer.chat_template, json.dumps(turns), _TEMPLATE_SECONDS):
+        raise UserError(f"{folder}: the tokenizer's chat template is broken: {reason}; use Qwen2.5's")
     former = sys.gettrace()
     sys.settrace(look)  # called at each line, also of templates; in this thread only
     try:

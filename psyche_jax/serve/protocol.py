@@ -10,7 +10,8 @@ from psyche_jax.serve.engine import MOST_ALTERNATIVES
 _MOST_MESSAGES = 512
 _MOST_PARTS = 512  # of a message
 _MOST_PAIRS = 1024  # of an object that is not used
-Nothing = Annotated[float, Field(ge=0, le=0)]  # a number that changes nothing
+Nothing = Annotated[float, Field(ge=0, le=0)]  # numbers that change nothing
+Once = Annotated[float, Field(ge=1, le=1)]
 Opaque = Annotated[str, StringConstraints(max_length=512)]  # taken and not used
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
@@ -93,8 +94,14 @@ class ChatRequest(_Request):
     logprobs: bool | None = False
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    presence_penalty: Literal[0] | None = None
-    frequency_penalty: Literal[0] | None = None
+    presence_penalty: Nothing | None = None
+    frequency_penalty: Nothing | None = None
+    repetition_penalty: Once | None = None  # from here to `echo`: of other servers
+    length_penalty: Once | None = None
+    min_p: Nothing | None = None
+    top_k: Annotated[int, Field(ge=-1, le=0)] | None = None
+    best_of: Once | None = None
+    echo: Literal[False] | None = None
     response_format: ResponseFormat | None = None
     logit_bias: dict[str, Nothing] | None = None
     tool_choice: Literal["none", "auto"] | None = None  # there are no tools to choose from
@@ -103,15 +110,10 @@ class ChatRequest(_Request):
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
-    metadata: dict[str, str] | None = None  # these are taken and not used
+    metadata: dict[str, str | None] | None = None  # these are taken and not used
     user: Opaque | None = None
     safety_identifier: Opaque | None = None
     prompt_cache_key: Opaque | None = None
-
-    @field_validator("presence_penalty", "frequency_penalty", mode="before")
-    @classmethod
-    def _zero(cls, value: Any) -> Any:
-        return 0 if isinstance(value, float) and value == 0 else value
 
     @field_validator("logit_bias", "metadata", mode="before")
     @classmethod
@@ -123,7 +125,7 @@ class ChatRequest(_Request):
     @field_validator("stop", mode="before")
     @classmethod
     def _stops(cls, value: Any) -> Any:
-        return [stop for stop in value if stop != ""] if isinstance(value, list) else value
+        return [stop for stop in value if stop not in ("", None)] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":

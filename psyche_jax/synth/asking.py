@@ -54,7 +54,8 @@ class Asker:
     ) -> None:
         self.client = client
         self.prompts = prompts
-        self.asked_again = self.used = self.unusable = 0
+        self.asked_again = self.unusable = 0
+        self._of_use: set[tuple[str, str]] = set()  # LLMs and prompts that brought something
         self._reasks = reasks
         self._give_up_after = give_up_after
         self._rows: dict[tuple[str, str], list[tuple[Asked, Reply, str]]] = {}  # those since the last one of use
@@ -118,7 +119,7 @@ class Asker:
 
     def count(self, asked: Asked, reply: Reply) -> None:
         """A reply was of use."""
-        self.used += 1
+        self._of_use.add((asked.llm, asked.prompt))
         self._rows.pop((asked.llm, asked.prompt), None)
 
     async def count_unusable(self, asked: Asked, reply: Reply, fault: str) -> None:
@@ -139,15 +140,16 @@ class Asker:
         if fresh >= self._give_up_after:
             await self._stop(row, f"{fresh} replies in a row could not be used")
 
-    async def check(self) -> None:
-        """To be called at the end of a stage that kept nothing.
+    async def check(self, kept: bool) -> None:
+        """To be called at the end of a stage, which `kept` something or not.
 
         Raises:
-          UserError: no reply was of use.
+          UserError: no reply was of use, or it kept nothing and one LLM's replies to one prompt never were.
         """
-        if self._rows and not self.used:
-            row = max(self._rows.values(), key=len)
-            await self._stop(row, f"none of {self.unusable} replies could be used")
+        never = [row for pair, row in self._rows.items() if pair not in self._of_use]
+        if never and not (kept and self._of_use):
+            row = max(never, key=len)
+            await self._stop(row, f"none of {len(row)} replies could be used")
 
     async def _stop(self, row: list[tuple[Asked, Reply, str]], what: str) -> None:
         """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""
@@ -169,7 +171,8 @@ class Asker:
 def read_json(kind: type[T]) -> Callable[[str], T]:
     """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever stands around it."""
     adapter = pydantic.TypeAdapter(kind)
-    names = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    names = {field.name for field in fields if field.default is dataclasses.MISSING}
 
     def read(text: str) -> T:
         try:

@@ -153,8 +153,7 @@ class _Workshop:
                 async for outcome in results:
                     kept = kept or bool(outcome.records)
                     yield outcome
-            if not kept:
-                await self.asker.check()
+            await self.asker.check(kept)
 
         return run
 

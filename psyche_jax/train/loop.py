@@ -201,7 +201,7 @@ class _Evaluations:
             if run.best is not None and run.best["step"] <= done:  # `metrics.jsonl` may be lost
                 self._compare(run.best.get(evaluation.best), run.best["step"])
             for line in run.metrics():
-                if line["step"] <= done and evaluation.best in line:
+                if run.evaluated_otherwise < line["step"] <= done and evaluation.best in line:
                     evaluated.add(line["step"])
                     self._compare(line[evaluation.best], line["step"])
         self.missed = self.due(done) and (done == 0 or done not in evaluated)  # the run begins, or was stopped in it

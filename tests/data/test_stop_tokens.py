@@ -164,6 +164,12 @@ def test_none_of_the_templates_is_the_default(write, model):
     [
         ("{% for i in range(10**12) %}{% endfor %}", "Range too big"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "runs for more than"),
+        ("{{ 9**(9**9) }}", "runs for more than"),
+        ("{% generation %}{% for i in [9**9] %}{{ i**i }}{% endfor %}{% endgeneration %}", "runs for more than"),
+        ("{{ 'x' * 10**10 }}", "more than 1,024 MiB of memory"),
+        ("{{ 'x' | center(10**10) }}", "more than 1,024 MiB of memory"),
+        ("{{ '%*d' % (2**31 - 1, 1) }}", "more than 1,024 MiB of memory"),
+        ("{% for a in range(99999) if a < 0 or 3**(3**(17 + a)) %}{% endfor %}", "runs for more than"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 'x' * 10**7 }}", "writes 10,000,000 characters"),
         ("{{ 1 / 0 }}", "division by zero"),

@@ -206,6 +206,13 @@ def test_a_deployment_that_answers_under_its_models_name_is_accepted_if_one_says
         assert "--parameter sed=x: must be NAME=ITS" in capsys.readouterr().err
 
 
+def test_a_server_that_names_no_model_is_accepted_if_one_says_so() -> None:
+    with chat_server(lambda *_: {"text": "答案：A", "model": ""}) as server:
+        with pytest.raises(UserError, match="'' for 'm'; --served-as '' accepts it"):
+            evaluate(f"{server.url}#m")
+        assert evaluate(f"{server.url}#m", served_as=("",))["set_aside"] == []
+
+
 def test_an_answer_cut_at_the_limit_is_counted_as_that() -> None:
     with chat_server(lambda *_: {"text": "<think>我想", "reason": "length"}) as server:
         assert evaluate(server.url)["scores"]["failures"] == {"cut at the limit": len(TASKS)}

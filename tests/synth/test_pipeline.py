@@ -185,6 +185,27 @@ def test_selection_stops_where_an_llm_gives_no_letters(tmp_path):
             run_select(config)
 
 
+def test_selection_of_few_questions_stops_where_no_llm_gives_letters(tmp_path):
+    """Not all of them hard questions, which go to RL."""
+    questions = [Question(f"第{n}题", {"A": "甲", "B": "乙"}, "A", "single") for n in range(3)]
+    write_records(tmp_path / "q.jsonl", questions)
+    with serving(replay_app(lambda request: "不知道")) as url:
+        base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+        config = SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection)
+        with pytest.raises(UserError, match=r"none of 3 replies could be used, .*no letters"):
+            run_select(config)
+
+
+def test_a_stage_stops_where_one_of_its_llms_is_of_no_use(tmp_path):
+    """The writer is, but its questions are all set aside for want of votes."""
+    with serving(replay_app(lambda request: WRITTEN if "命题专家" in str(request["messages"]) else "不")) as url:
+        config = unusable_config(tmp_path, url, 1)
+        for stage in ("clean", "questions"):
+            run_synth(config, stage)
+        with pytest.raises(UserError, match=r"filter, .*none of 3 replies could be used"):
+            run_synth(config, "control")
+
+
 def test_a_refused_parameter_is_asked_about_once_in_a_run_of_many_stages(tmp_path, capsys):
     refused = Counter()
 

@@ -161,6 +161,27 @@ def test_what_a_run_was_trained_on_is_remembered(what, root, verb, capsys):
     restored(TRAIN[verb], configs(root, verb))  # and it stays accepted, though no new checkpoint was written yet
 
 
+@pytest.mark.parametrize("what", ["evaluation", "data"])
+@pytest.mark.parametrize("verb", ["sft"], indirect=True)
+def test_the_best_by_another_evaluation_is_forgotten(what, root, verb):
+    """No later one could reach a value that was found on easier data; changes of other kinds forget nothing."""
+    run = root / "sft-run"
+    config = dataclasses.replace(configs(root, verb), evaluate_every_steps=1)
+    unbeatable = {"step": 1, "evaluation_loss": 0.0}
+    (run / "state.json").write_text(json.dumps({**state_of(run), "best": unbeatable}))
+    lines = [{**line, **unbeatable} if line["step"] == 1 else line for line in metrics_of(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    OTHERWISE[what][0](root, verb)
+    restored(train_sft, config, accepted={what})
+    assert state_of(run)["best"] == (None if what == "evaluation" else unbeatable)
+    if what == "evaluation":
+        with mock.patch.object(Stop, "requested", lambda _, step=None: step == 2), pytest.raises(PreemptedError):
+            train_sft(config)  # started once more, and without the flag
+        best = state_of(run)["best"]
+        values = {line["step"]: line["evaluation_loss"] for line in metrics_of(run)}
+        assert best["evaluation_loss"] == min(values.values()) > 0, "also of the last step, which is measured again"
+
+
 def test_the_code_of_reward_functions_is_remembered(tiny_root, tmp_path, monkeypatch):
     root = shutil.copytree(tiny_root, tmp_path / "work")
     config = grpo_config(root, rewards=(FunctionReward(function="my_judge:judge"),))

@@ -1,6 +1,7 @@
 """W&B and TensorBoard: what they are told, by which id, and that nothing of theirs ends a run."""
 
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -70,6 +71,17 @@ def test_an_id_is_that_of_one_run(server, tmp_path):
     assert {arguments["resume"] for arguments in server.started} == {"allow"}
     assert {arguments["name"] for arguments in server.started} == {"sft"}
     assert json.loads((tmp_path / "b/sft/state.json").read_text())["run_id"] == second
+
+
+def test_a_copy_of_a_run_is_another_run(server, tmp_path):
+    """What is logged of it is not mixed with the original's; a link to the original is no copy."""
+    log(tmp_path / "run", 1, loss=1.0)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for folder in ("copy", "run", "link", "copy"):
+        log(tmp_path / folder, 2, loss=1.0)
+    original, *ids = (arguments["id"] for arguments in server.started)
+    assert ids == [ids[0], original, original, ids[0]] and ids[0] != original
 
 
 def test_what_is_absent_is_not_sent(server, tmp_path):
