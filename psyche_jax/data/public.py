@@ -232,7 +232,7 @@ def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
 def _role(turn: Any) -> Literal["user", "assistant"]:
     name = _text(_object(turn), "role")
     if name not in _ROLES:
-        raise ValueError(f"the role {name!r} is neither {' nor '.join(_ROLES)}")
+        raise ValueError(f"the role {repr(name)[:80]} is neither {' nor '.join(_ROLES)}")
     return _ROLES[name]
 
 

@@ -8,32 +8,49 @@ docs/evaluation.md.
 import re
 from dataclasses import dataclass
 
-from psyche_jax.rewards import extract_letters
-from psyche_jax.rewards.reference import split_thought
+from psyche_jax.rewards import AnswerSetRule, extract_letters
+from psyche_jax.rewards.forms import grammar
+from psyche_jax.rewards.reference import split_thought, what_is_heard
 
 # Why there are no letters by the strict rule.
 EMPTY, REASONING_ONLY, CUT, NO_LETTERS = "empty", "reasoning only", "cut at the limit", "no letters after the marker"
 
-_RUN = r"(?<![A-Za-z])[A-Z]+(?![A-Za-z])"
+_RUN = r"(?<![A-Za-z0-9])[A-Z]+(?![A-Za-z0-9]|[型类组期式级族检分理模测超股站语公计弹])"
 _BLANKS = r"[^\S\n]*"
-_JOINED = rf"{_BLANKS}(?:[、，,;；和与及跟+&]|以及|\band\b)?{_BLANKS}"
+_JOINED = rf"{_BLANKS}(?:[、，,;；]?{_BLANKS}(?:[和与及跟+＋&·]|以及|\band\b)|[、，,;；])?{_BLANKS}"
 _LIST = rf"(?:{_RUN}(?:{_JOINED}{_RUN})*|(?<![A-Za-z])[a-z](?![A-Za-z]))"
 _BULLET = r"(?:[-•·>+*]\s+|\d{1,2}[.)、]\s*|[①-⑩]\s*)?"
-_OPENERS = rf"[\s“\"'‘（(【\[*_{{]*{_BULLET}[“\"'‘（(【\[*_{{]*"
-_CLOSERS = r"[\s”\"'’）)】\]*_}。．.!！；;，,、]*"
+_OPENERS = rf"[\s“\"'‘（(【\[《*_{{]*{_BULLET}[“\"'‘（(【\[《*_{{]*"
+_CLOSERS = r"(?:[\s”\"'’）)】\]》*_}。．.!！；;，,、]|[一两三四五]?项|选项)*"
 _CUE = re.compile(
-    r"(?:(?:答案|选项|选择|选|正确的|[Aa]nswers?|[Cc]orrect (?:option|choice))"
+    r"(?:(?:答案|答(?=\s*[:：])|正确的?选项|最佳选项|选项(?=[是为:：])|选择|选(?!项)|正确的"
+    r"|[Aa]nswers?|[Cc]orrect (?:option|choice)|I choose)"
+    r"[】\]*_]*(?:\s*[（(][^）)\n]{1,9}[）)](?=\s*[:：]))?"
     r"(?:应该|应当|应)?(?:的是|的|是|为|选|有|包括|\s+is\b|\s+are\b)?(?:如下)?|\\boxed)"
-    rf"\s*\**\s*[:：]?{_OPENERS}(?P<letters>{_LIST})"
+    rf"\s*\**\s*(?:[:：=→]|—+)?(?:\s*(?:option\b|选项))?{_OPENERS}(?P<letters>{_LIST})"
 )
-_DENIED_BEFORE = re.compile(r"(?:不|别|勿|未|没有?|非|排除|错误|错)(?:正确)?(?:能|会|要|该|应该|应当|应|可以|可|的)?$")
-_DENIED_AFTER = re.compile(r"[^。\n，,；;]{0,4}?(?:不对|不正确|不符|不选(?!\s*[A-Z])|错)")
+_DENIED_BEFORE = re.compile(
+    r"(?:不|别|勿|未|没有?|非|排除|错误|错|误|易|都|先|上看|同学会?)(?:正确)?(?:能|会|要|该|应该|应当|应|可以|可|的)?$"
+)
+_DENIED_AFTER = re.compile(r"[^。\n，,；;]{0,4}?(?:不对|不正确|不符|不选(?!\s*[A-Z])|错)|[^。\n，,；;.]{0,9}[?？吗]")
 _OR = re.compile(
-    rf"{_BLANKS}(?:或者|或|/|[-~～—至到]|\bor\b)\s*{_OPENERS}(?:{_RUN}|[a-z](?![A-Za-z]))|[.．]{_RUN}\s*(?:[。，,\n]|$)"
+    rf"{_BLANKS}(?:或者|或|/|[-~～—至到:：]|\bor\b)\s*{_OPENERS}(?:{_RUN}|[a-z](?![A-Za-z]))(?!\s*[.．、])"
+    rf"|[.．]{_RUN}\s*(?:[。，,\n]|$)|{_BLANKS}(?:哪|之一|中一|中的?一)"
 )
 _AFFIRMED = re.compile(
-    rf"(?:^|[，,。；;！!？?\n：:])\s*(?:选项)?\s*(?P<letters>{_LIST})\s*(?:选项|项)?(?:都|均)?是?(?:正确|对)"
+    rf"(?:^|[，,。；;！!？?\n：:]|因此|所以|故)\s*(?:选项|[Oo]ption)?\s*(?P<letters>{_LIST})\s*(?:选项|[一两三四五]?项)?"
+    r"(?:[都均也才]?是?(?:正确|对|符合题)| (?:is|are) (?:the )?correct)"
 )
+_HALF_AFFIRMED = re.compile(
+    r"[^，,。；;\n]*(?:[?？吗]|与否|可能|但|不完|一半|but)|[，,]\s*(?:但|不过|然而)|\s*[,;]?\s*but"
+)
+_DENIES = (
+    "{0}(?:选项|项)?是?(?:不对|不正确|错|不符|干扰)|{0} is (?:not|wrong|incorrect)"
+    "|(?:不选|不应选|不能选|排除|不是|[Nn]ot )(?:选项)?{0}"
+)
+_LATEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}|\$|\\[()\[\]]")
+_NEXT_BOX = re.compile(r"(?<=[A-Z])\}([、，,;；\s]+(?:(?:和|与|及|以及|and|&)\s*)?|和|与|及|以及)\\boxed\{(?=[A-Z])")
+_BOX_OR = re.compile(r"[A-Z]\}\W*(?:或者?|or|vs\.?)?\W*\\boxed\{")
 _LINE = re.compile(rf"{_OPENERS}(?P<letters>{_LIST})")
 _ALONE = re.compile(_CLOSERS)
 _MARKED = re.compile(rf"[*_”\"’】\]]*{_BLANKS}[.．、:：)）][*_]*{_BLANKS}[^\s*_]")
@@ -87,17 +104,28 @@ def lenient_letters(answer: str, options: str) -> str | None:
     that goes on behind it, in this line or the next ones; an answer of nothing but letters, or of lines that each
     begin with an option's letter, unless they are all of the options; options that are called right (`A 和 C 正确`).
     """
-    answer = _OPTION_BEFORE.sub(r"\1", answer.translate(_FULL_WIDTH))
-    for match in reversed(list(_CUE.finditer(answer))):
+    rule = AnswerSetRule(reading="natural", letters=options)
+    answer = _NEXT_BOX.sub("、", _LATEX.sub(r"\1", answer.translate(_FULL_WIDTH)))
+    if _BOX_OR.search(answer):
+        return None
+    answer = _OPTION_BEFORE.sub(r"\1", answer)
+    heard = what_is_heard(answer, rule)
+    for match in reversed(list(_CUE.finditer(heard))):
         denied = _DENIED_BEFORE.search(answer[: match.start()]) or _DENIED_AFTER.match(answer, match.end())
         if _letters(match["letters"], options) and not denied:
-            if _OR.match(answer, match.end()):
+            given = answer[match.start("letters") :]
+            if _OR.match(answer, match.end()) or re.fullmatch(grammar(rule).withdrawn, given, re.DOTALL):
                 return None
-            return _letters(_listed(answer[match.start("letters") :], _NAMED)[0] or "", options)
+            found = _letters(_listed(given, _NAMED)[0] or "", options) or ""
+            behind = answer[match.end() :]
+            return None if any(re.search(_DENIES.format(letter), behind) for letter in found) else found or None
     letters, rest, entries = _listed(answer, _MARKED)
     if letters is not None and not rest and entries:
         return _letters(letters, options) if letters != options or entries == 1 else None
-    affirmed = "".join(_letters(match["letters"], options) or "" for match in _AFFIRMED.finditer(answer))
+    called_right = list(_AFFIRMED.finditer(answer))
+    if any(_HALF_AFFIRMED.match(answer, match.end()) for match in called_right):
+        return None
+    affirmed = "".join(_letters(match["letters"], options) or "" for match in called_right)
     return _letters(affirmed, options)
 
 

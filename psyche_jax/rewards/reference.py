@@ -93,17 +93,20 @@ def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
     """What the last statement gives: a letter that stands where `forms.grammar` lets an answer begin, and the rest."""
     if rule.answer_after is not None:
         text = text[_end_of_last(text, rule.answer_after) :]
+    if rule.answer_after == CLOSE and OPEN in text:
+        return None
     known, bits = grammar(rule), spellings(rule)
 
     def match(pattern: str, part: str) -> re.Match[str] | None:
         return re.fullmatch(pattern, part, re.DOTALL)
 
+    heard = what_is_heard(text, rule)
     for place in reversed(range(len(text))):
-        before, rest = text[:place], text[place:]
-        answers = [answer for lead, answer in known.statements if text[place] in bits and match(lead, before)]
-        if answers:
+        before, rest = heard[:place], text[place:]
+        answers = [answer for lead, answer in known.statements if heard[place] in bits and match(lead, before)]
+        if answers and not match(known.goes_on, before):
             found = match(answers[0], rest)
-            if not found or match(known.denied, before) or match(known.withdrawn, rest):
+            if not found or match(known.withdrawn, rest):
                 return None
             given = found["bare"] and re.sub(known.unlisted, "", found["bare"])
             given = given or re.sub(known.texts, "", found["named"])
@@ -111,9 +114,16 @@ def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
     return None
 
 
+def what_is_heard(text: str, rule: AnswerSetRule) -> str:
+    """The text with markers broken by a NUL where no answer follows them: it is denied there, or another one's."""
+    denied = [re.fullmatch(grammar(rule).denied, text[:end], re.DOTALL) for end in range(len(text))]
+    return "".join("\0" if no else character for character, no in zip(text, denied, strict=True))
+
+
 def _on_the_line(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
     start = max(_end_of_last(text, marker) for marker in rule.markers)
-    if start == 0 or (rule.answer_after is not None and _end_of_last(text, rule.answer_after) > start):
+    thought = 0 if rule.answer_after is None else _end_of_last(text, rule.answer_after)
+    if start == 0 or thought > start or (rule.answer_after == CLOSE and OPEN in text[thought:]):
         return None
     line = re.split(r"[\r\n]", text[start:], maxsplit=1)[0]
     bits = spellings(rule)

@@ -29,7 +29,7 @@ from psyche_jax.rewards.reference import CLOSE, OPEN
 from psyche_jax.rewards.regex import Ambiguous, compile_letters, compile_pattern
 
 TextRule = PatternRule | AnswerSetRule | ThinkFormatRule
-MAX_TABLE_BYTES = 64 << 20
+MAX_TABLE_BYTES = 160 << 20
 
 
 def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None], opened: str = "") -> TokenAutomaton:
@@ -96,8 +96,8 @@ def think_format() -> CharacterAutomaton:
     return result
 
 
-# Where on the line after a marker a response is: nowhere, among letters and separators, or after a closer.
-_OFF, _LIST, _CLOSED = range(3)
+# Where a response is: not on a marker's line, on it among letters and separators, or after a closer; in a thought.
+_OFF, _LIST, _CLOSED, _THOUGHT = range(4)
 
 
 def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
@@ -106,7 +106,8 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
     A state is (how much of a marker or of `answer_after` was just read, where on the answer's line we are).
     """
     bits = spellings(rule)
-    watched = set(rule.markers) | ({rule.answer_after} if rule.answer_after is not None else set())
+    opens = OPEN if rule.answer_after == CLOSE else None
+    watched = {*rule.markers, *filter(None, (rule.answer_after, opens))}
     parts = {text[:end] for text in watched for end in range(len(text) + 1)}
     alphabet = sorted(set("\r\n").union(*watched, bits, rule.separators, rule.closers))
 
@@ -117,11 +118,13 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
     def step(state: tuple[str, int], symbol: int) -> tuple[tuple[str, int], int]:
         part, where = state
         if symbol == len(alphabet):  # any other character
-            return ("", _OFF), CLEAR if where != _OFF else 0
+            return ("", where if where == _THOUGHT else _OFF), CLEAR if where in (_LIST, _CLOSED) else 0
         character = alphabet[symbol]
         part = read(part + character)
         if rule.answer_after is not None and part.endswith(rule.answer_after):
             return (part, _OFF), CLEAR
+        if where == _THOUGHT or (opens is not None and part.endswith(opens)):
+            return (part, _THOUGHT), CLEAR
         if part.endswith(rule.markers):
             return (part, _LIST), CLEAR
         if where == _OFF or character in "\r\n":
@@ -147,12 +150,15 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
 class _Reader:
     """Where a reader in forms is: the states of the automata that it runs side by side.
 
-    `thought`: how much of `answer_after` was just read. `leads`, `denied`: what has been read since then. `statement`:
-    which one we are in, or None; `answer`, `withdrawn`: what has been read since its first letter.
+    `thought`: how much of `answer_after` was just read. `opens`, `leads`, `goes_on`, `denied`: what has been read since
+    then; after `<think>`, nothing counts. `statement`: which one we are in, or None; `answer`, `withdrawn`: what has
+    been read since its first letter.
     """
 
     thought: int = 0
+    opens: int = 0
     leads: tuple[int, ...] = ()
+    goes_on: int = 0
     denied: int = 0
     statement: int | None = None
     answer: int = 0
@@ -165,42 +171,53 @@ def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
     leads = [compile_pattern(before, re.DOTALL, MAX_STATES) for before, _ in known.statements]
     distinct = list(dict.fromkeys(answer for _, answer in known.statements))
     answers = [compile_letters(answer, bits, re.DOTALL, MAX_STATES) for answer in distinct]
-    denied, withdrawn = (compile_pattern(p, re.DOTALL, MAX_STATES) for p in (known.denied, known.withdrawn))
+    goes_on, withdrawn, denied = (
+        compile_pattern(part, re.DOTALL, MAX_STATES) for part in (known.goes_on, known.withdrawn, known.denied)
+    )
     thought = compile_pattern(".*" + re.escape(rule.answer_after), re.DOTALL) if rule.answer_after else None
-    parts = [*leads, *answers, denied, withdrawn, *([thought] if thought else [])]
+    opens = compile_pattern(f".*{OPEN}.*", re.DOTALL) if rule.answer_after == CLOSE else None
+    parts = [*leads, *answers, goes_on, withdrawn, denied, *filter(None, (thought, opens))]
     member, class_of = group_rows(np.stack([part.class_of for part in parts], axis=1))
-    letter_classes = {int(class_of[ord(letter)]) for letter in bits}
+    letter_classes, nothing = {int(class_of[ord(letter)]) for letter in bits}, int(class_of[0])
     tables = {id(part): part.table.next[:, part.class_of[member]].tolist() for part in parts}
     effects = [part.table.effect[:, part.class_of[member]].tolist() for part in answers]
+    taken_back = withdrawn.table.accept
+    for_good = taken_back & (withdrawn.table.next == np.arange(len(taken_back))[:, None]).all(axis=1)
     dead = [with_dead_state(part.table)[1] for part in answers]
     kind = [distinct.index(answer) for _, answer in known.statements]
     begin = _Reader(leads=(0,) * len(leads))
 
     def step(reader: _Reader, symbol: int) -> tuple[_Reader, int]:
-        def moved(part: CharacterAutomaton, state: int) -> int:
+        def moved(part: CharacterAutomaton, state: int, symbol: int = symbol) -> int:
             return tables[id(part)][state][symbol]
 
         passed = moved(thought, reader.thought) if thought else 0
         if thought and thought.table.accept[passed]:
             return replace(begin, thought=passed), 0
+        opened = moved(opens, reader.opens) if opens else 0
+        if opens and opens.table.accept[opened]:
+            return replace(begin, thought=passed, opens=opened), 0
+        heard = nothing if denied.table.accept[reader.denied] else symbol
         statement, answer, taken, effect = reader.statement, reader.answer, reader.withdrawn, 0
         begun = [kind[i] for i, lead in enumerate(leads) if lead.table.accept[reader.leads[i]]]
-        if symbol in letter_classes and begun:
+        if heard in letter_classes and begun and not goes_on.table.accept[reader.goes_on]:
             statement, answer, taken, effect = begun[0], 0, 0, CLEAR
-            if denied.table.accept[reader.denied]:
-                statement = None
         if statement is not None:
             effect |= effects[statement][answer][symbol]
             answer, taken = moved(answers[statement], answer), moved(withdrawn, taken)
-            if answer == dead[statement] or withdrawn.table.accept[taken]:
+            if answer == dead[statement] or for_good[taken]:
                 statement = None
         if statement is None:
             answer = taken = effect = 0  # what the register holds does not matter then
-        seen = tuple(moved(lead, state) for lead, state in zip(leads, reader.leads, strict=True))
-        return _Reader(passed, seen, moved(denied, reader.denied), statement, answer, taken), effect
+        seen = tuple(moved(lead, state, heard) for lead, state in zip(leads, reader.leads, strict=True))
+        further = moved(goes_on, reader.goes_on, heard)
+        no = moved(denied, reader.denied)
+        return _Reader(passed, opened, seen, further, no, statement, answer, taken), effect
 
     def accepts(reader: _Reader) -> bool:
-        return reader.statement is not None and bool(answers[reader.statement].table.accept[reader.answer])
+        if reader.statement is None or taken_back[reader.withdrawn]:
+            return False
+        return bool(answers[reader.statement].table.accept[reader.answer])
 
     symbols = range(len(member))
     table = explore(begin, lambda reader: [step(reader, s) for s in symbols], accepts, MAX_STATES)

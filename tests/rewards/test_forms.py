@@ -83,10 +83,34 @@ def test_natural_reads_nothing_where_there_is_no_one_answer() -> None:
         ("答案：B\n答案：我不知道", ""),
         ("答案：B</think>", ""),
         ("<think>答案：B</think>C", "C"),
+        ("B选项正确", "B"),
+        ("选项B正确。", "B"),
+        ("A、C两项正确", "AC"),
+        ("因此，B选项正确。", "B"),
+        ("B是正确答案", "B"),
+        ("Option B is correct.", "B"),
+        ("答案：B\n有人认为答案是C", "B"),
+        ("答案：B\n故A错误，C正确", "B"),
+        ("我认为答案是B", "B"),
+        ("不选A，选C", "C"),
+        ("\\boxed{A}、\\boxed{C}", "AC"),
+        ("$\\boxed{A}$ and $\\boxed{C}$", "AC"),
+        ("答案：$\\text{B}$", "B"),
+        ("答案：\n1. A. 共情\n2. C. 尊重", "AC"),
+        ("答案：\n1) A\n2) C", "AC"),
+        ("The correct answers are A and C.", "AC"),
+        ("正确的有A、C", "AC"),
     ],
 )
 def test_natural(text: str, given: str) -> None:
     assert letters(text, NATURAL) == given
+
+
+def test_a_thought_that_does_not_end_holds_no_answer() -> None:
+    for rule in (AnswerSetRule(), NATURAL):
+        assert letters("<think>答案：B", rule) == ""
+        assert letters("<think>想</think>\n<think>答案：B", rule) == ""
+        assert letters("<think>答案：A</think>答案：B", rule) == "B"
 
 
 def test_lower_case_and_own_markers() -> None:
