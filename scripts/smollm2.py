@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from psyche_jax.errors import UserError
 from psyche_jax.files import new_folder, write_json
@@ -119,7 +118,7 @@ def qwen2_tensors(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[s
     return result
 
 
-def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
+def tokenizer(fields: dict[str, Any]) -> Any:
     """The byte-level BPE tokenizer with its chat template.
 
     Built here because transformers' own reader of GGUF loses the rule that every digit stands alone. For the same
@@ -135,6 +134,8 @@ def tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerFast:
     fast.decoder = decoders.ByteLevel()
     special = [token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == 3]
     fast.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=fast,
         bos_token=tokens[fields["tokenizer.ggml.bos_token_id"]],

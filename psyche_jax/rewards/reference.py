@@ -122,8 +122,7 @@ def what_is_heard(text: str, rule: AnswerSetRule) -> str:
 
 def _on_the_line(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
     start = max(_end_of_last(text, marker) for marker in rule.markers)
-    thought = 0 if rule.answer_after is None else _end_of_last(text, rule.answer_after)
-    if start == 0 or thought > start or (rule.answer_after == CLOSE and OPEN in text[thought:]):
+    if start == 0 or (rule.answer_after is not None and _end_of_last(text, rule.answer_after) > start):
         return None
     line = re.split(r"[\r\n]", text[start:], maxsplit=1)[0]
     bits = spellings(rule)

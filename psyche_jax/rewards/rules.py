@@ -96,8 +96,8 @@ def think_format() -> CharacterAutomaton:
     return result
 
 
-# Where a response is: not on a marker's line, on it among letters and separators, or after a closer; in a thought.
-_OFF, _LIST, _CLOSED, _THOUGHT = range(4)
+# Where on the line after a marker a response is: nowhere, among letters and separators, or after a closer.
+_OFF, _LIST, _CLOSED = range(3)
 
 
 def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
@@ -106,8 +106,7 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
     A state is (how much of a marker or of `answer_after` was just read, where on the answer's line we are).
     """
     bits = spellings(rule)
-    opens = OPEN if rule.answer_after == CLOSE else None
-    watched = {*rule.markers, *filter(None, (rule.answer_after, opens))}
+    watched = set(rule.markers) | ({rule.answer_after} if rule.answer_after is not None else set())
     parts = {text[:end] for text in watched for end in range(len(text) + 1)}
     alphabet = sorted(set("\r\n").union(*watched, bits, rule.separators, rule.closers))
 
@@ -118,13 +117,11 @@ def answer_set(rule: AnswerSetRule) -> CharacterAutomaton:
     def step(state: tuple[str, int], symbol: int) -> tuple[tuple[str, int], int]:
         part, where = state
         if symbol == len(alphabet):  # any other character
-            return ("", where if where == _THOUGHT else _OFF), CLEAR if where in (_LIST, _CLOSED) else 0
+            return ("", _OFF), CLEAR if where != _OFF else 0
         character = alphabet[symbol]
         part = read(part + character)
         if rule.answer_after is not None and part.endswith(rule.answer_after):
             return (part, _OFF), CLEAR
-        if where == _THOUGHT or (opens is not None and part.endswith(opens)):
-            return (part, _THOUGHT), CLEAR
         if part.endswith(rule.markers):
             return (part, _LIST), CLEAR
         if where == _OFF or character in "\r\n":
