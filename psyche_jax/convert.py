@@ -16,15 +16,23 @@ from jax import numpy as jnp
 from tqdm import tqdm
 
 import psyche_jax
-from psyche_jax import hub
 from psyche_jax.config import Dtype, PromptSection
 from psyche_jax.config_files import config_to_dict, dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
-from psyche_jax.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
-from psyche_jax.pieces import Index, all_finite
 from psyche_jax.runs import read_state
+from psyche_jax.storage import hub
+from psyche_jax.storage.files import (
+    Index,
+    all_finite,
+    as_path,
+    in_bucket,
+    new_folder,
+    read_json,
+    write_json,
+    write_text,
+)
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
 

@@ -6,7 +6,7 @@ that every stage works and that GRPO raises the reward on the prompts it trains 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from psyche_jax.config import (
     CheckpointSection,
@@ -41,27 +43,71 @@ from psyche_jax.data.records import (
     read_records,
     write_records,
 )
-from psyche_jax.data.tokenizer import train_tokenizer
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.local import LocalModel
 from psyche_jax.evaluate.report import write_report
-from psyche_jax.files import new_folder, read_json, write_json
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import write_weights
+from psyche_jax.model.decode import Sampling
+from psyche_jax.model.huggingface import make_portable, write_weights
 from psyche_jax.model.qwen2 import Execution, bind, initialize
-from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
 from psyche_jax.runs import read_lines, read_state
-from psyche_jax.synth.canned import canned_answer, canned_config
+from psyche_jax.storage.files import new_folder, read_json, write_json
+from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.pipeline import run_synth
 from psyche_jax.synth.publish import CARD_JSON
-from psyche_jax.synth.replay import replay_app, serving
 from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.sft import train_sft
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Qwen2's split, from its published tokenizer.json.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> dict[str, Any]:
+    """Train on `texts` and save as a Hugging Face tokenizer with a ChatML template, as Qwen2.5's.
+
+    Returns what the ModelConfig of a model with this tokenizer says of it, but for the size of the vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    end_of_text, _, end_of_turn = SPECIAL_TOKENS
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=end_of_turn,
+        pad_token=end_of_text,
+        chat_template=chat_template(),
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    make_portable(folder)
+    text, turn = tokenizer.token_to_id(end_of_text), tokenizer.token_to_id(end_of_turn)
+    return {"bos_token_id": text, "pad_token_id": text, "stop_token_ids": (turn, text)}
+
+
+def chat_template() -> str:
+    """ChatML without tools, which renders what Qwen2.5's template does when a system prompt is given."""
+    return (files("psyche_jax.data") / "chat_template.jinja").read_text(encoding="utf-8")
+
 
 VOCAB_SIZE = 4096
 MAX_NEW_TOKENS = 48

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from psyche_jax.config import EXECUTION_SETTINGS, FOUND_BY_CONTENT
-from psyche_jax.files import in_bucket
+from psyche_jax.storage.files import in_bucket
 
 Change: TypeAlias = Literal["config", "data", "evaluation", "tokenizer", "template", "base", "rewards"]
 CHANGES: tuple[Change, ...] = get_args(Change)

@@ -24,7 +24,7 @@ from bucket import running_bucket  # noqa: E402
 from training_fixtures import make_model, sft_config, write_config, write_sft_data  # noqa: E402
 
 from psyche_jax.config import CheckpointSection  # noqa: E402
-from psyche_jax.files import as_path  # noqa: E402
+from psyche_jax.storage.files import as_path  # noqa: E402
 
 
 def main() -> None:

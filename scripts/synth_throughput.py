@@ -21,13 +21,12 @@ from typing import Any
 import psutil
 
 from psyche_jax.data.records import Passage
-from psyche_jax.synth.asking import Asker
+from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.canned import completion
 from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
 from psyche_jax.synth.pipeline import WINDOW
-from psyche_jax.synth.prompts import Prompts
-from psyche_jax.synth.replay import completion
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 

@@ -21,8 +21,7 @@ import yaml
 from scipy import optimize, sparse
 
 from psyche_jax.serve.crisis import Risk, classify
-from psyche_jax.serve.crisis.classifier import WEIGHTS, Classifier, ngrams, pieces
-from psyche_jax.serve.crisis.classify import normalize
+from psyche_jax.serve.crisis.classify import WEIGHTS, Classifier, ngrams, normalize, pieces
 from psyche_jax.serve.crisis.measure import own_sentences
 
 HERE = Path(__file__).parent

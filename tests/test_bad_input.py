@@ -429,7 +429,7 @@ def test_import_to_a_full_disk(place, monkeypatch, capsys):
 
 
 def test_files_are_whole_or_absent(place):
-    from psyche_jax.files import write_json, write_text
+    from psyche_jax.storage.files import write_json, write_text
 
     write_json(place / "a.json", [1])
     with disk_with(100), pytest.raises(OSError) as caught:
@@ -442,7 +442,7 @@ def test_files_are_whole_or_absent(place):
 
 
 def test_folders_are_whole_or_absent(place):
-    from psyche_jax.files import new_folder
+    from psyche_jax.storage.files import new_folder
 
     before = sorted(place.iterdir())
     with pytest.raises(RuntimeError), new_folder(place / "new") as partial:

@@ -22,14 +22,14 @@ from psyche_jax.cli import start
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, Question, question_text, read_records
-from psyche_jax.data.tokenizer import chat_template
-from psyche_jax.evaluate.completions import complete
+from psyche_jax.demo import chat_template
+from psyche_jax.evaluate.local import complete
+from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
-from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train.checkpoints import open_model
-from psyche_jax.train.checksums import write_checksums
+from psyche_jax.train.step_folders import write_checksums
 
 PROMPT = PromptSection("你是专家。", "先想。\n")
 STOPS = (299, 297)

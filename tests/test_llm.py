@@ -9,7 +9,7 @@ import pytest
 
 from psyche_jax.llm import FAULTS, Server, retry_after
 from psyche_jax.llm_answers import BrokenAnswerError, joined, json_object, read_answer
-from psyche_jax.synth.replay import read_body, serving
+from psyche_jax.synth.canned import read_body, serving
 
 KEY = "sk-secret-of-the-test"
 BODY = {

@@ -10,18 +10,18 @@ from unittest import mock
 
 import pytest
 
-from psyche_jax import run_lock
 from psyche_jax.errors import UserError
-from psyche_jax.files import as_path
-from psyche_jax.run_lock import FILE, LostLockError, locked
+from psyche_jax.storage import locks
+from psyche_jax.storage.files import as_path
+from psyche_jax.storage.locks import FILE, LostLockError, locked
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from psyche_jax.files import as_path
-from psyche_jax import run_lock
-run_lock.BEAT_SECONDS = 0.1
-with run_lock.locked(as_path(sys.argv[1])):
+from psyche_jax.storage.files import as_path
+from psyche_jax.storage import locks
+locks.BEAT_SECONDS = 0.1
+with locks.locked(as_path(sys.argv[1])):
     print("holds", flush=True)
     time.sleep(600)
 """
@@ -29,8 +29,8 @@ with run_lock.locked(as_path(sys.argv[1])):
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
-    monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.5)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "STALE_SECONDS", 1.5)
 
 
 @pytest.fixture(params=["disk", "bucket"])
@@ -61,7 +61,7 @@ def test_who_was_killed_is_no_hindrance(place):
     process.kill()
     process.wait()
     assert (place / FILE).exists()
-    with mock.patch.object(run_lock._BucketLock, "_watch", side_effect=AssertionError("waited")), locked(place):
+    with mock.patch.object(locks._BucketLock, "_watch", side_effect=AssertionError("waited")), locked(place):
         assert (place / FILE).exists()
 
 
@@ -104,7 +104,7 @@ def test_of_two_that_find_a_lock_stale_one_gets_in(bucket):
 def test_a_holder_that_was_silent_for_too_long_finds_out(bucket):
     place = as_path(f"{bucket}/silent")
     with (
-        mock.patch.object(run_lock, "_is_dead", return_value=False),
+        mock.patch.object(locks, "_is_dead", return_value=False),
         locked(place) as old,
     ):
         old._ended.set()  # as if its process were stopped: no heartbeat any more

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx, traverse_util
 
-from psyche_jax.data.tokenizer import train_tokenizer
+from psyche_jax.demo import train_tokenizer
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import write_weights
 from psyche_jax.model.qwen2 import build

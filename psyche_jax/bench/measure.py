@@ -4,14 +4,170 @@ import re
 import resource
 import statistics
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from psyche_jax.bench.programs import Workload, grpo_workload, rollout_workload, sft_workload
-from psyche_jax.bench.shape import GrpoShape, RolloutShape, SftShape, What
-from psyche_jax.train.compilations import count_compilations
+from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape, SftShape, What
+from psyche_jax.config import (
+    GrpoConfig,
+    GrpoDataSection,
+    ModelSection,
+    ObjectiveSection,
+    OptimizerSection,
+    RunSection,
+)
+from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.qwen2 import Execution, Parameters, initialize
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.rewards import AnswerSetRule, RepetitionRule, ThinkFormatRule
+from psyche_jax.rewards.score import CompiledRules, compile_rules
+from psyche_jax.train.grpo import Iteration
+from psyche_jax.train.loop import count_compilations
+from psyche_jax.train.setup import abstract_train_state, check_rows
+from psyche_jax.train.sft import make_sft_step
+from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A jitted program and how to call it again and again.
+
+    `arguments(carry, step)` are the program's in step `step`; `split(result)` are the next carry and what a step
+    reports (scalars by name).
+    """
+
+    program: Any
+    carry: Any
+    arguments: Callable[[Any, int], tuple[Any, ...]]
+    split: Callable[[Any], tuple[Any, dict[str, jax.Array]]]
+
+
+def sft_workload(shape: SftShape, seed: int, steps: int) -> Workload:
+    """The step of `psyche sft`; random tokens, another batch each step."""
+    model, execution = _model(shape.model)
+    check_rows(shape.batch, "--batch", execution.sharding)
+    section = OptimizerSection()
+    schedule = make_schedule(section, steps)
+    optimizer = make_optimizer(section, schedule)
+    shardings = abstract_train_state(model, jnp.dtype("float32"), execution.sharding, optimizer)[1]
+    step = make_sft_step(model, execution, optimizer, schedule, shardings, micro_batches=1)
+    size = (shape.batch, shape.length)
+    place = execution.sharding.named("batch", "sequence")
+    fixed = jax.device_put(
+        {
+            "segments": np.ones(size, np.int32),
+            "positions": np.tile(np.arange(shape.length, dtype=np.int32), (shape.batch, 1)),
+            "loss_mask": np.ones(size, bool),
+        },
+        place,
+    )
+    tokens = [jax.device_put(drawn, place) for drawn in _random_tokens(seed, steps, shape.model.vocab, size)]
+    state = initial_state(optimizer, _parameters(model, seed, execution), shardings)
+    return Workload(
+        step, state, lambda state, index: (state, {**fixed, "tokens": tokens[index]}), lambda result: result
+    )
+
+
+def rollout_workload(shape: RolloutShape, seed: int, steps: int) -> Workload:
+    """Decoding as `psyche grpo` and `psyche eval` do it, at temperature 1."""
+    model, execution = _model(shape.model)
+    check_rows(shape.prompts, "--prompts", execution.sharding)
+    sampling = Sampling(shape.completion_length, 1.0, shape.generations)
+    program = jax.jit(partial(generate, model, sampling=sampling, execution=execution))
+    prompts, keys = _prompts(shape, seed, steps, execution), _keys(seed, steps)
+
+    def arguments(parameters: Parameters, index: int) -> tuple[Any, ...]:
+        return parameters, prompts[index]["tokens"], prompts[index]["mask"], keys[index]
+
+    parameters = _parameters(model, seed, execution)
+    return Workload(program, parameters, arguments, lambda _: (parameters, {}))
+
+
+def grpo_workload(shape: GrpoShape, seed: int, steps: int) -> Workload:
+    """The iteration of `psyche grpo`, with one update; the rewards are its own and one that differs by response."""
+    model, execution = _model(shape.model)
+    check_rows(shape.prompts, "--prompts", execution.sharding)
+    config = GrpoConfig(
+        run=RunSection("bench"),
+        model=ModelSection("bench", compute_dtype=shape.model.dtype),
+        data=GrpoDataSection("bench", shape.prompt_length),
+        prompts_per_step=shape.prompts,
+        generations_per_prompt=shape.generations,
+        max_new_tokens=shape.completion_length,
+        objective=ObjectiveSection(kl_coefficient=shape.beta),
+        rewards=(ThinkFormatRule(weight=0.5), AnswerSetRule(), RepetitionRule(ngram=1)),
+    )
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    shardings = abstract_train_state(model, jnp.dtype("float32"), execution.sharding, optimizer)[1]
+    program = Iteration(config, model, execution, optimizer, schedule, shardings).program()
+    rules = _rules(config, model, seed)
+    prompts, keys = _prompts(shape, seed, steps, execution), _keys(seed, steps)
+    parameters = _parameters(model, seed, execution)
+    reference = jax.tree.map(jnp.copy, parameters) if shape.beta else None
+    state = initial_state(optimizer, parameters, shardings)
+
+    def arguments(state: TrainState, index: int) -> tuple[Any, ...]:
+        return state, reference, rules, prompts[index], keys[index]
+
+    return Workload(program, state, arguments, lambda result: (result[0], result[1]["metrics"]))
+
+
+def _model(shape: ModelShape) -> tuple[ModelConfig, Execution]:
+    """The architecture and how it computes. Its only stop token lies beyond the vocabulary: it is never drawn."""
+    config = ModelConfig(
+        vocab_size=shape.vocab,
+        hidden_size=shape.width,
+        intermediate_size=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.width // shape.heads,
+        tie_word_embeddings=shape.tied,
+        stop_token_ids=(shape.vocab,),
+    )
+    return config, Execution(Sharding(make_mesh(), TRAIN_RULES), jnp.dtype(shape.dtype))
+
+
+def _parameters(model: ModelConfig, seed: int, execution: Execution) -> Parameters:
+    return initialize(model, jax.random.key(seed), execution.sharding, jnp.dtype("float32"))
+
+
+def _random_tokens(seed: int, steps: int, vocab: int, size: tuple[int, int]) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, vocab, size, np.int32) for _ in range(steps)]
+
+
+def _prompts(shape: RolloutShape, seed: int, steps: int, execution: Execution) -> list[dict[str, jax.Array]]:
+    """Prompts of full length, other ones each step."""
+    size = (shape.prompts, shape.prompt_length)
+    fixed = {"mask": np.ones(size, bool), "answers": np.ones(shape.prompts, np.int32)}
+    drawn = _random_tokens(seed, steps, shape.model.vocab, size)
+    return [jax.device_put({**fixed, "tokens": tokens}, execution.sharding.named("batch")) for tokens in drawn]
+
+
+def _keys(seed: int, steps: int) -> list[jax.Array]:
+    return [jax.random.fold_in(jax.random.key(seed), step) for step in range(steps)]
+
+
+def _rules(config: GrpoConfig, model: ModelConfig, seed: int) -> CompiledRules:
+    """Rules for a vocabulary of what they look for, all bytes, and random strings of 2 to 8 letters."""
+    generator = np.random.default_rng(seed)
+    looked_for = [text.encode() for text in ("<think>", "</think>", "答案：", "A")]
+    vocabulary = [*looked_for, *(bytes([byte]) for byte in range(256))][: model.vocab_size]
+    vocabulary += [
+        bytes(generator.integers(ord("a"), ord("z") + 1, generator.integers(2, 9), np.uint8))
+        for _ in range(model.vocab_size - len(vocabulary))
+    ]
+    return compile_rules(config.rules, [*vocabulary, None], model.stop_token_ids, cache_dir=None)
+
 
 _TRANSFER = re.compile(r" (?:infeed|outfeed|send|recv)\(")
 _CALLBACK = re.compile(r'custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"')

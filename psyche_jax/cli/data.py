@@ -116,7 +116,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     def report(found: Imported | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
         if arguments.report is not None:
-            from psyche_jax.files import write_json
+            from psyche_jax.storage.files import write_json
 
             counts = {"source": uri, "records": records, "faults": dict(found.faults), "remarks": remarks}
             write_json(arguments.report, {**counts, "set_aside": found.set_aside})

@@ -156,15 +156,14 @@ def _eval(arguments: argparse.Namespace) -> None:
             raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
     from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
-    from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
-    from psyche_jax.evaluate.scores import scores_table
-    from psyche_jax.files import as_path, bucket_errors
+    from psyche_jax.evaluate.evaluation import evaluate, evaluation_file, scores_table
+    from psyche_jax.storage.files import as_path, bucket_errors
 
     benchmark = read_benchmark(arguments.bench)
     for line in benchmark.set_aside:
         print(f"set aside: {line}", file=sys.stderr)
     if arguments.train:
-        from psyche_jax.evaluate.leaks import look_for_leaks
+        from psyche_jax.evaluate.benchmarks import look_for_leaks
 
         benchmark = look_for_leaks(benchmark, arguments.train)
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
@@ -256,7 +255,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
         )
     start.start_jax()
     from psyche_jax.evaluate.local import LocalModel
-    from psyche_jax.model.sampling import Sampling
+    from psyche_jax.model.decode import Sampling
 
     return LocalModel(
         arguments.model,
@@ -269,7 +268,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
 
 
 def _safety(arguments: argparse.Namespace) -> None:
-    from psyche_jax.serve.crisis.safety import measure_safety, safety_lines
+    from psyche_jax.serve.crisis.measure import measure_safety, safety_lines
 
     measured, bad = measure_safety(
         arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone
@@ -281,7 +280,7 @@ def _safety(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.report import write_report
-    from psyche_jax.files import as_path
+    from psyche_jax.storage.files import as_path
 
     write_report([as_path(run) for run in arguments.runs], arguments.out)
     print(arguments.out)

@@ -105,6 +105,6 @@ def _review(arguments: argparse.Namespace) -> None:
         if faults and not taken:
             raise UserError(f"{arguments.load}: holds no decision that could be taken")
     else:
-        from psyche_jax.synth.review_page import serve_review
+        from psyche_jax.synth.review import serve_review
 
         serve_review(store, who, arguments.host, arguments.port)

@@ -188,8 +188,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     slice_ = parse_topology(arguments.topology)
     use_cpu()
-    from psyche_jax.plan.planning import load_plan_config, make_plan, search
-    from psyche_jax.plan.text import as_text
+    from psyche_jax.plan.report import as_text, load_plan_config, make_plan, search
 
     config = load_plan_config(arguments.config, arguments.overrides, arguments.program)
     plan = search(config, slice_) if arguments.search else make_plan(config, slice_)

@@ -21,7 +21,6 @@ import numpy as np
 import pydantic
 
 import psyche_jax
-from psyche_jax.buckets import DEADLINE_SECONDS
 from psyche_jax.data.records import (
     BaseRecord,
     Record,
@@ -33,7 +32,8 @@ from psyche_jax.data.records import (
 )
 from psyche_jax.data.store import Store, crc32c_of, open_store
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.files import in_bucket
+from psyche_jax.storage.buckets import DEADLINE_SECONDS
+from psyche_jax.storage.files import in_bucket
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -7,11 +7,10 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
-from psyche_jax.buckets import DEADLINE_SECONDS
 from psyche_jax.config import Section
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import Manifest, write_dataset
@@ -26,9 +25,67 @@ from psyche_jax.data.records import (
     question_to_rl,
     question_to_sft,
 )
-from psyche_jax.data.remarks import DialogueRemarks
 from psyche_jax.data.sources import ReadingSection, Row, RowError, read_rows
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.storage.buckets import DEADLINE_SECONDS
+
+_LABELS = {  # how transcripts call the side that must not speak in a turn of this one
+    "assistant": "来访者|求助者|咨询者|当事人|患者|病人|用户|client|patient|help-?seeker|seeker|user|human",
+    "user": "咨询师|治疗师|辅导员|支持者|助人者|助手|counsell?or|therapist|supporter|assistant",
+}
+_OTHER_SIDE = {
+    role: re.compile(rf"(?<![A-Za-z])(?:{labels})\s*[】\]*]*\s*[:：]", re.IGNORECASE)
+    for role, labels in _LABELS.items()
+}
+_REPEATED = 12  # characters: as long a turn is not said again by the other side by chance
+_SHOWN = 40
+
+
+class DialogueRemarks:
+    """Counts over the dialogues that it has seen."""
+
+    def __init__(self) -> None:
+        self._mixed: list[str] = []
+        self._mixed_turns = 0
+        self._first_turns: Counter[str] = Counter()
+
+    def see(self, record: BaseRecord) -> None:
+        """Take note of a record, if it is a conversation."""
+        if not isinstance(record, Dialogue | SftExample):
+            return
+        said = record.turns if isinstance(record, Dialogue) else record.messages
+        turns = [turn for turn in said if turn.role != "system"]
+        self._first_turns[turns[0].content] += 1
+        if mixed := sum(_holds_other_side(turns, place) for place in range(len(turns))):
+            self._mixed_turns += mixed
+            self._mixed.append(record.id)
+
+    def lines(self) -> tuple[str, ...]:
+        """What there is to say, a line each."""
+        found = []
+        if self._mixed:
+            found.append(
+                f"{self._mixed_turns} turns in {len(self._mixed)} dialogues hold the other side's words "
+                f"(a label such as 来访者： in a reply, or its turn repeated); the first is {self._mixed[0]}"
+            )
+        shared = {text: count for text, count in self._first_turns.items() if count > 1}
+        if shared:
+            text, count = max(shared.items(), key=lambda pair: pair[1])
+            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+            found.append(
+                f"{sum(shared.values())} dialogues share their first turn with another, in {len(shared)} groups; "
+                f"the commonest, of {count}: {' '.join(shown.split())}"
+            )
+        return tuple(found)
+
+
+def _holds_other_side(turns: Sequence[Message], place: int) -> bool:
+    turn = turns[place]
+    if _OTHER_SIDE[turn.role].search(turn.content):
+        return True
+    before = turns[place - 1].content if place else ""
+    return len(before) >= _REPEATED and before in turn.content
+
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 

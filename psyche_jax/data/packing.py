@@ -20,7 +20,7 @@ from psyche_jax.data.dataset import Manifest, Packing, load_records, write_conte
 from psyche_jax.data.records import SftExample
 from psyche_jax.data.streams import Batch
 from psyche_jax.errors import UserError
-from psyche_jax.files import as_path, bucket_errors
+from psyche_jax.storage.files import as_path, bucket_errors
 
 PACKED = "Packed"  # the kind that manifests name
 

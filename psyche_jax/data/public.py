@@ -16,14 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from psyche_jax.buckets import DEADLINE_SECONDS
 from psyche_jax.data.dataset import write_dataset
-from psyche_jax.data.mapping import Imported, NoRecordsError
+from psyche_jax.data.decontamination import clean_text, comparable, without_prefix
+from psyche_jax.data.mapping import DialogueRemarks, Imported, NoRecordsError
 from psyche_jax.data.published_files import NO_TEXT, PublishedValue, published_values
 from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question
-from psyche_jax.data.remarks import DialogueRemarks
 from psyche_jax.data.sources import RowError
-from psyche_jax.data.text import clean_text, comparable, without_prefix
+from psyche_jax.storage.buckets import DEADLINE_SECONDS
 
 _REFERS_TO_CASE = re.compile("案例|该求助者|该咨询师|上题|本案")
 _CASE_LENGTH = 150  # characters: a stem as long brings its case with it

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 import pydantic
 
 from psyche_jax.errors import UserError
-from psyche_jax.files import write_text
+from psyche_jax.storage.files import write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from psyche_jax import hub
-from psyche_jax.buckets import DEADLINE_SECONDS
 from psyche_jax.config import Section
 from psyche_jax.data.store import open_store
 from psyche_jax.errors import UsageError, UserError, first_reason
-from psyche_jax.files import in_bucket
+from psyche_jax.storage import hub
+from psyche_jax.storage.buckets import DEADLINE_SECONDS
+from psyche_jax.storage.files import in_bucket
 
 
 class RowError(ValueError):

@@ -17,9 +17,17 @@ from typing import Any, Protocol, TypeVar
 
 import google_crc32c
 
-from psyche_jax.buckets import ANSWER_SECONDS, DEADLINE_SECONDS, FIRST_PAUSE, LONGEST_PAUSE, client, may_pass, reason
 from psyche_jax.errors import UserError
-from psyche_jax.files import in_bucket
+from psyche_jax.storage.buckets import (
+    ANSWER_SECONDS,
+    DEADLINE_SECONDS,
+    FIRST_PAUSE,
+    LONGEST_PAUSE,
+    client,
+    may_pass,
+    reason,
+)
+from psyche_jax.storage.files import in_bucket
 
 Result = TypeVar("Result")
 _BLOCK = 2**20

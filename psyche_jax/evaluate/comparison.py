@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UserError
-from psyche_jax.files import read_json
+from psyche_jax.storage.files import read_json
 
 SHOWN_ITEMS = 6
 SHOWN_MODELS = 4

@@ -20,10 +20,10 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Answers, Completion, Key
 from psyche_jax.evaluate.endpoint import BadAnswerError, Endpoint
 from psyche_jax.evaluate.extraction import answer_part
-from psyche_jax.evaluate.resampling import bootstrap_means, interval
-from psyche_jax.files import read_json
+from psyche_jax.evaluate.score import bootstrap_means, interval
 from psyche_jax.llm import Server
 from psyche_jax.llm_answers import json_object
+from psyche_jax.storage.files import read_json
 
 REFERENCE = "reference"
 DIMENSIONS = ("technique", "attitude", "emotional_empathy", "cognitive_empathy", "safety")

@@ -9,8 +9,7 @@ import re
 from dataclasses import dataclass
 
 from psyche_jax.rewards import AnswerSetRule, extract_letters
-from psyche_jax.rewards.forms import grammar
-from psyche_jax.rewards.reference import split_thought, what_is_heard
+from psyche_jax.rewards.reference import grammar, split_thought, what_is_heard
 
 # Why there are no letters by the strict rule.
 EMPTY, REASONING_ONLY, CUT, NO_LETTERS = "empty", "reasoning only", "cut at the limit", "no letters after the marker"

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
-from psyche_jax.plan.compile import PlanConfig
-from psyche_jax.plan.memory import MicroBatch, micro_batch
+from psyche_jax.plan.compile import MicroBatch, PlanConfig, micro_batch
 from psyche_jax.plan.slices import SOURCE, Slice
 
 ASSUMPTIONS = (

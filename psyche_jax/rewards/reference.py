@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
 from psyche_jax.rewards.config import (
+    FULL_WIDTH,
+    LETTERS,
+    READINGS,
     AnswerSetRule,
     LengthRule,
     PatternRule,
@@ -19,7 +24,216 @@ from psyche_jax.rewards.config import (
     RuleConfig,
     ThinkFormatRule,
 )
-from psyche_jax.rewards.forms import grammar, known_forms, spellings
+
+_OPENERS, _CLOSERS = "（(【[「『“\"'‘《", "）)】]」』”\"'’》"
+_EMPHASIS = "*_`"
+_BULLETS = "-•>"
+_LATEX, _LATEX_END = "$\\{", "}$\\"
+_IN_LATEX = r"\\(?:text|textbf|mathrm|mathbf)\{"
+_BOXED = rf"\\boxed ?\{{(?:{_IN_LATEX})?"
+_LATIN = "".join(chr(ord(c) + shift) for c in LETTERS + LETTERS.lower() + "0123456789" for shift in (0, FULL_WIDTH))
+_NAMES = "型类组期式级族检分理模测"
+"""After letters in an option's own text: A型人格, ABC理论. They are no options' letters then."""
+
+_MARKERS = (
+    "答案|答[：:]|正确的?选项|选项[是为]|正确的[是有为]"
+    "|(?:[Aa]nswers?|[Cc]orrect (?:options?|choices?)|I choose)(?: (?:is|are))?(?: option)?|ANSWER"
+)
+_LINK = "是为应该当选择项的了有就如下包括：:=→—>"
+_CLAUSE = r"\s，,。；;：:！!？?、（(*_`“"
+_CHOOSES = rf"(?:.*(?:[{_CLAUSE}应该当故题以此就宜请上终]|我会?))?选"
+_AND = r"以及|[跟&+＋]"
+_COUNT = "[一二两三四五]?个?(?:选项|项)|[都均]正确"
+_REASONS = "因为|由于|理由|解析|解释|原因|分析|即"
+_CONCLUDES = "因此|所以|故|可见|综上(?:所述)?|[Ss]o"
+_RIGHT = "[都均才]?是?(?:正确的?(?:答案|选项)?|对的?|符合题意)"
+_IS_RIGHT = " (?:is|are)(?: the)? correct(?: (?:answer|option|choice)s?)?"
+
+_DENIED = (
+    "[不非误错假设是选个或旧原例]|误的|[不非]正确的?|没有|[他她人生]|[你们来次方上前]的|[不别勿莫][应该会能宜要]{0,2}"
+    r"|[^\s我此上以，。：](?:认为|觉得)|以为|[他她们人师会题据能难你户甲乙上]目?说|之前|起初|一开始|原先|如果|如[“：:]?|不确定|不知道|不同意|看起来|一看|似乎|[例式][：:]"
+)
+_DENIED_IN_ENGLISH = "ot |rong |ncorrect |[a-z’'] think |nks |ought |a(?:ys?|id):? |[Ii]f |east |orst "
+"""Before a marker and what may stand between it is no answer, that of others, doubted, an earlier one, an example."""
+_BETWEEN, _BETWEEN_IN_ENGLISH = "(?:[我的应该当会就都]|正确|最终|本题)*", "(?:the |that |correct |final )*"
+_TAKEN_BACK = (
+    rf"[{_CLAUSE}](?:不对|不[，,]|错了|抱歉|对不起|[纠修订]正[：:，,]|改[为选]|应[为是选改]|应该[是选]|重新|或|等[一等]|也可能|撤回|存疑|待定|稍等"
+    r"|我不确定|我?[写搞看说选]错|再想|仔细想|[啊哦]，?不|[口笔勘]误|还是选|收回|我改变|(?:其实|实际上|地说)[应是选]"
+    r"|[Nn]o,|[Ww]ait|[Aa]ctually|[Ss]orry|[Cc]orrection|[Ww]rong|[Ii]ncorrect|[Oo]ops|[Hh]mm|I mean |mistake|[Mm]aybe)"
+    "|[\r\n](?:[Nn]ot |(?:[Ii]t )?[Ss]hould be )"
+    "|更正|答案(?:[不错有]|是错)|有误|作废|而不是"
+)
+_NOT_SO = r"[\r\n][（(]?(?:[这此]个?|以上|上[面述])?是?(?:不正确|不对|错误?|[×✗✘❌])的?"
+"""On a line of its own below an answer."""
+_CIRCLED = "①②③④⑤⑥⑦⑧⑨"
+_NUMBER, _FIRST_NUMBER = f"(?:[0-9][.、)）]|[{_CIRCLED}])", "(?:1[.、)）]|①)"
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """Regular expressions, each for a whole text, under the flag DOTALL.
+
+    `statements`: pairs of what stands before an answer's first letter, and from that letter to the end of the text,
+    where `bare` names a list of letters and `named` one of letters with their options' texts. `goes_on`: what before a
+    letter makes it one more of an answer that has begun. `withdrawn`: what from the first letter on takes the answer
+    back. `denied`: what ends with the first character of a marker that is none, as it is denied or another one's.
+    `unlisted`: what within a `bare` list, `texts`: what within a `named` list may hold letters that are not given.
+    """
+
+    statements: tuple[tuple[str, str], ...]
+    goes_on: str
+    withdrawn: str
+    denied: str
+    unlisted: str
+    texts: str
+
+
+def known_forms(rule: AnswerSetRule) -> tuple[str, ...]:
+    """The forms that a rule knows; with none it reads strictly."""
+    return READINGS[rule.reading] if rule.forms is None else rule.forms
+
+
+def spellings(rule: AnswerSetRule) -> dict[str, int]:
+    """What an option's letter looks like, and its bit."""
+    letters = rule.letters or (LETTERS[:7] if known_forms(rule) else LETTERS)
+    found = {letter: 1 << (ord(letter) - ord("A")) for letter in letters}
+    if rule.lower_case:
+        found |= {letter.lower(): bit for letter, bit in found.items()}
+    return found | {chr(ord(letter) + FULL_WIDTH): bit for letter, bit in found.items()}
+
+
+def _any(*characters: str) -> str:
+    """One of these characters; of none, nothing matches."""
+    joined = "".join(re.escape(c) for c in dict.fromkeys("".join(characters)))
+    return f"[{joined}]" if joined else r"[^\s\S]"
+
+
+def _but(*characters: str) -> str:
+    """Any character but these."""
+    return "[^" + _any(*characters)[1:]
+
+
+@lru_cache(maxsize=64)
+def grammar(rule: AnswerSetRule) -> Grammar:
+    """What the rule reads, with its letters, separators, closers and forms."""
+
+    def on(form: str, expression: str) -> str:
+        return expression if form in known_forms(rule) else ""
+
+    def either(*expressions: str) -> str:
+        return "(?:" + "|".join(e for e in expressions if e) + ")"
+
+    letters = "".join(spellings(rule))
+    letter = f"({_any(letters)})"
+    emphasis, openers = on("markdown", _EMPHASIS), on("brackets", _OPENERS)
+    between = _any(rule.separators, emphasis)
+    closing = _any(rule.closers, rule.separators, emphasis, on("brackets", _CLOSERS), on("boxed", _LATEX_END))
+    new_line = rf"[\r\n]{_any(chr(13), chr(10), rule.separators, emphasis, openers, _BULLETS)}*"
+
+    # Before the first letter.
+    literal = [re.escape(m[:-1]) + (f"{_any(emphasis)}*" if emphasis else "") + re.escape(m[-1]) for m in rule.markers]
+    markers = either(*literal, on("markers", _MARKERS), on("boxed", _BOXED))
+    linking = (
+        rule.separators + emphasis + openers + on("brackets", _CLOSERS) + on("markers", _LINK) + on("boxed", _LATEX)
+    )
+    link, below = _any(linking), _any(linking, "\r\n", _BULLETS)
+    chooses = f"{_CHOOSES}(?:{_any(linking.replace('项', ''))}{link}*)?"
+    in_latex = on("boxed", f"(?:{_IN_LATEX})?")
+    lead = either(f".*{markers}{link}*{in_latex}", on("markers", chooses))
+
+    # An option's own text, in which letters of options stand only in words and names.
+    others = "".join(c for c in _LATIN if c not in letters)
+    ends = "\r\n。！!？?错吗×✗✘❌" + on("boxed", "}$\\")
+    word = f"{_any(letters)}*(?:{_any(others)}{_any(_LATIN)}*|{_any(letters)}{_any(_NAMES)})"
+    other = either(
+        _but(_LATIN, ends, "不或"),
+        "不" + _but(_LATIN, ends, "不或对是正选确"),
+        "或" + _but(_LATIN, ends, "不或者项选", rule.separators, emphasis, _OPENERS),
+    )
+    begins = either(
+        _but(_LATIN, ends, rule.separators, emphasis, _OPENERS, _CLOSERS, ":：.．、 \t\u3000&+＋跟以不或"),
+        "不" + _but(_LATIN, ends, "不或对是正选确"),
+        "以" + _but(_LATIN, ends, "不或及"),
+    )
+    more = f"(?:(?:{word})?{other})*(?:{word})?"
+    text = either(f"{begins}{more}", f"{word}(?:{other}{more})?")
+    space = _any(" \t\u3000", emphasis)
+    delimited = either(
+        rf"{space}*[.．:：)）]{space}*{text}",
+        rf" +[-–—]+ +{text}",
+        rf"—+ ?{begins}{more}",
+        rf"{space}*、{space}*{begins}{more}",
+        rf"{space}*{_any(_OPENERS)}{space}*{text}",
+    )
+    spaced = rf"[ \u3000]+{begins}{more}"
+
+    joined, reasons = _AND, _REASONS
+    if not rule.lower_case:  # else their first letters could be options
+        joined, reasons = f"{_AND}|and", f"{_REASONS}|because|since"
+    # From the first letter on: letters alone, or each with its option's text.
+    closers = f"{_any(_CLOSERS)}{_any(_CLOSERS, emphasis)}*"
+    boxes = f"{_any(_LATEX_END)}+{between}*(?:(?:{joined}){between}*|{between}){_any(_LATEX)}*{_BOXED}"
+    glue = [
+        f"{between}*",
+        on("brackets", f"{_any(emphasis)}*{closers}{between}*{_any(openers)}{_any(openers, emphasis)}*"),
+        on("markers", f"{between}*(?:{joined}){between}*"),
+        on("boxed", boxes),
+    ]
+    next_item = f"{_any(rule.separators, emphasis, '。；;')}+{_any(openers, emphasis)}*"
+    goes_on = _but(letters, "\r\n", rule.separators, rule.closers, emphasis, _OPENERS, _CLOSERS, _LATEX_END)
+    sentence = on("reasons", rf"{closing}*[。！!]{between}*{goes_on}.*")
+    reason = on("reasons", f"{space}*[，,；;。]{space}*(?:{reasons}).*")
+    several = on("markers", f"(?:{_COUNT})?")
+
+    next_line = f"{closing}*{new_line}(?:{_NUMBER}{_any(rule.separators, emphasis, openers)}*)?"
+    fresh = _but(letters, "\r\n", rule.separators, emphasis, openers, _BULLETS, "0123456789", _CIRCLED)
+    new_text = either(on("lines", f"{new_line}(?:{fresh}.*)?"), "" if on("lines", "-") else r"[\r\n].*")
+
+    right = either(f"{between}*{several}{between}*{_RIGHT}", "" if rule.lower_case else _IS_RIGHT)
+    is_right = f"{_any(emphasis, on('brackets', _CLOSERS))}*{right}{closing}*[\\r\\n]*"
+
+    def answer(lines: bool, right: str = "") -> str:
+        """`right`: what may say behind a list of letters that they are right."""
+        bare = f"{letter}(?:{either(*glue, next_line if lines else '')}{letter})*"
+        end = f"{closing}*" + (f"{new_text}?" if lines else r"(?:[\r\n].*)?")
+        following = f"{either(next_item, on('lines', next_line))}{letter}{delimited}"
+        named = f"{letter}{either(delimited, spaced)}(?:{following})*"
+        return either(
+            f"(?P<bare>{bare}){either(f'{several}{either(end, sentence, reason)}', right)}",
+            on("texts", f"(?P<named>{named}){either(f'{closing}*{new_text}?', sentence)}"),
+        )
+
+    opening = f"(?:(?:{_CONCLUDES})[，,]?)?(?:(?:选项|[Oo]ption) ?)?" if on("markers", "-") else ""
+    lines = bool(on("lines", "lines"))
+    statements = [(lead, answer(lines=False))]
+    if lines:
+        numbered = f"(?:{_FIRST_NUMBER}{_any(rule.separators, emphasis, openers)}*)?"
+        statements.append((rf"{lead}[\r\n]{below}*{numbered}", answer(lines)))
+    if on("alone", "alone"):
+        start = f"{_any(chr(13), chr(10), rule.separators, emphasis, openers, _BULLETS)}*{opening}"
+        statements.append((start, answer(lines, on("markers", is_right))))
+    instead = either(
+        rf"[{_CLAUSE}](?:但是?|不过|然而|可是|[Bb]ut)(?:其实|实际上)? ?{_any(letters)}",
+        f"[{_CLAUSE}](?:不是{_any(letters)}|{_any(letters)}(?:选项|项)?(?:才|更[合适好恰准]))",
+    )
+    apart = f"{_any(_LATEX_END)}+{_any(rule.separators, _LATEX, '或or/vs')}*{_BOXED}"
+    further = on("boxed", f".*{_any(letters)}(?:{apart}|{boxes})")
+    first = _any(*(marker[0] for marker in rule.markers), on("markers", "答正选"), on("boxed", _LATEX))
+    in_english = rf"(?:{_DENIED_IN_ENGLISH}){_BETWEEN_IN_ENGLISH}{_any(emphasis)}*[aAcC]|[Ii]ncorrec"
+    empty = either(
+        *literal,
+        on("markers", rf"(?:答案[是为]?|[Aa]nswer){_any(emphasis)}*[：:]"),
+        on("boxed", r"\\boxed ?\{\}"),
+    )
+    return Grammar(
+        tuple(statements),
+        further or r"[^\s\S]",
+        f".*(?:{either(_TAKEN_BACK, instead, empty)}.*|{_NOT_SO}{closing}*)",
+        f".*{either(f'(?:{_DENIED}){_BETWEEN}{_any(emphasis)}*{first}', in_english)}",
+        either(joined, boxes) if on("boxed", "-") else joined,
+        either(delimited, spaced),
+    )
+
 
 OPEN, CLOSE = "<think>", "</think>"
 

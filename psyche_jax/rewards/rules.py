@@ -24,8 +24,7 @@ from psyche_jax.rewards.automaton import (
     with_dead_state,
 )
 from psyche_jax.rewards.config import MAX_STATES, AnswerSetRule, PatternRule, ThinkFormatRule
-from psyche_jax.rewards.forms import grammar, known_forms, spellings
-from psyche_jax.rewards.reference import CLOSE, OPEN
+from psyche_jax.rewards.reference import CLOSE, OPEN, grammar, known_forms, spellings
 from psyche_jax.rewards.regex import Ambiguous, compile_letters, compile_pattern
 
 TextRule = PatternRule | AnswerSetRule | ThinkFormatRule

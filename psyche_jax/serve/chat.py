@@ -18,14 +18,13 @@ from psyche_jax.data.chat import render_prompt
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
-from psyche_jax.files import write_json
 from psyche_jax.llm import FAULTS, SCHEMES, Names, Server
 from psyche_jax.llm_answers import BrokenAnswerError
 from psyche_jax.rewards.reference import CLOSE, OPEN, split_thought
 from psyche_jax.serve.config import ServeConfig
-from psyche_jax.serve.crisis.gate import Gate, language_of
-from psyche_jax.serve.crisis.outputs import OutputFilter
+from psyche_jax.serve.crisis.gate import Gate, OutputFilter, language_of
 from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate
+from psyche_jax.storage.files import write_json
 
 _SECONDS = 300.0  # without a byte, after which an endpoint has failed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -21,14 +21,12 @@ from starlette.exceptions import HTTPException
 import psyche_jax
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.listening import listen
 from psyche_jax.serve import protocol
-from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
-from psyche_jax.serve.connections import impatient
+from psyche_jax.serve.connections import impatient, listen
+from psyche_jax.serve.engine import BusyError, ClosingError
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body
-from psyche_jax.serve.service import Answer, FailedError, Said, Service, TooLongError, Wanted, describe
-from psyche_jax.serve.speech import TokenLogProb
+from psyche_jax.serve.service import Answer, FailedError, Said, Service, TokenLogProb, TooLongError, Wanted, describe
 
 TOKEN_VARIABLE = "PSYCHE_SERVE_TOKEN"
 _PAGE = {

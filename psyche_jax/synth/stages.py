@@ -17,7 +17,7 @@ from typing import IO, Any, TypeVar
 from psyche_jax.data.dataset import is_dataset, open_dataset
 from psyche_jax.data.records import BaseRecord, Record, fault_of, record_from_json, record_to_json
 from psyche_jax.errors import UserError
-from psyche_jax.files import new_folder, read_json, write_json
+from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.synth.asking import Asker, SetAsideError
 from psyche_jax.synth.client import CallFailedError
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,36 +17,112 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict, parse_config
-from psyche_jax.data.stop_tokens import with_stop_tokens
+from psyche_jax.data.chat import end_of_turn_id
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
 from psyche_jax.model.huggingface import (
     WeightFiles,
     copy_tokenizer,
     is_tokenizer,
+    load_tokenizer,
     read_parameters,
     unsound_tensors,
 )
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
-from psyche_jax.train.checksums import FILE as CHECKSUMS
-from psyche_jax.train.checksums import check_files, checksums_of, write_checksums
-from psyche_jax.train.mismatches import array_differences, metadata_differences
+from psyche_jax.run_changes import changes, differences, refused
+from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import (
+    CHECKSUMS,
     FORMAT,
+    check_files,
+    checksums_of,
     find_checkpoint,
     read_checkpoint_metadata,
     read_step_metadata,
     step_folders,
+    write_checksums,
 )
 from psyche_jax.train.streaming import save_args, stream_handler
+
+
+def with_stop_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
+    """`config` with the stop tokens of the tokenizer in `folder`, if there is one, after its own.
+
+    Raises:
+      UserError: there is none at all; a token is named that the model does not have; or the tokenizer is broken.
+    """
+    stops = list(config.stop_token_ids)
+    if is_tokenizer(folder):
+        tokenizer = load_tokenizer(folder)
+        if (size := max(tokenizer.get_vocab().values()) + 1) > config.vocab_size:  # ids may have gaps
+            raise UserError(f"{folder}: the tokenizer has ids for {size} tokens, the model only {config.vocab_size}")
+        if tokenizer.eos_token_id is not None:
+            stops.append(tokenizer.eos_token_id)
+        if tokenizer.chat_template is not None:
+            with contextlib.suppress(UserError):  # a template without an end of turn adds nothing
+                stops.append(end_of_turn_id(tokenizer))
+    if not stops:
+        raise UserError(
+            f"{folder}: no stop token is named, so no response could end; "
+            "give generation_config.json an eos_token_id, or tokenizer_config.json an eos_token"
+        )
+    for token in (*stops, config.bos_token_id, config.pad_token_id):
+        if token is not None and token >= config.vocab_size:
+            raise UserError(f"{folder}: token {token} is named (bos, eos or pad); the model has {config.vocab_size}")
+    return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys(stops)))
+
+
+_MODEL = "model"
+
+
+def metadata_differences(
+    stored: Mapping[str, Any], wanted: Mapping[str, Any], accepted: Collection[str] = ()
+) -> list[str]:
+    """A line for each field of the model's and of the run's config that is not the same in a checkpoint's metadata, and
+    for each thing it was trained on that is another, but for what is `accepted` (of `run_changes.CHANGES`)."""
+    wanted = json.loads(json.dumps(wanted))  # tuples become lists, as in the checkpoint
+    lines = [] if "base" in accepted else differences(stored.get(_MODEL), wanted.get(_MODEL), _MODEL)
+    pairs = [values.get("config", {}) for values in (stored, wanted)]
+    contents = [values.get("contents") for values in (stored, wanted)]
+    return lines + refused(changes(*pairs, *contents), accepted)
+
+
+def array_differences(folder: Path, wanted: Any, name: str) -> list[str]:
+    """A line for each array with another shape or dtype, for each that is missing and for each that is too many.
+
+    Args:
+      folder: where Orbax stored one item of a checkpoint.
+      wanted: a tree of arrays, or of their shapes and dtypes.
+      name: of the item.
+    """
+    stored = ocp.StandardCheckpointHandler().metadata(epath.Path(absolute(folder))).tree
+    there = {path: _describe(leaf) for path, leaf in ocp.tree.to_flat_dict(stored, sep="/").items()}
+    here = {path: _describe(leaf) for path, leaf in ocp.tree.to_flat_dict(wanted, sep="/").items()}
+    lines = []
+    for path in sorted(there | here):
+        old, new = there.get(path), here.get(path)
+        if old == new:
+            continue
+        if old is None:
+            lines.append(f"{name}/{path}: {new} in this run, missing in the checkpoint")
+        elif new is None:
+            lines.append(f"{name}/{path}: {old} in the checkpoint, and not in this run")
+        else:
+            lines.append(f"{name}/{path}: {old} in the checkpoint, {new} in this run")
+    return lines
+
+
+def _describe(array: Any) -> str:
+    return f"{array.dtype}{list(array.shape)}"
+
 
 SAVE_SECONDS = 1200  # how long writing one in the background may take, with all that is tried again
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with

@@ -14,14 +14,11 @@ import optax
 
 from psyche_jax.config import GrpoConfig
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decoding import Rollout, generate
-from psyche_jax.model.log_probs import TokenScores, token_scores
+from psyche_jax.model.decode import Rollout, Sampling, generate
+from psyche_jax.model.log_probs import TokenScores, response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
-from psyche_jax.model.responses import response_hidden
-from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import join_rows, split_rows
 from psyche_jax.rewards.score import CompiledRules, score
-from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.objectives import (
     TokenLoss,
     group_advantages,
@@ -33,7 +30,7 @@ from psyche_jax.train.objectives import (
     total_rewards,
     zero_std_groups,
 )
-from psyche_jax.train.state import TrainState, apply_gradients
+from psyche_jax.train.state import TrainState, accumulate_gradients, apply_gradients
 
 # Metrics that say nothing of a step that learned from no token.
 _OF_TOKENS = {

@@ -21,7 +21,6 @@ from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
-from psyche_jax.files import as_path
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.sharding import Sharding
@@ -29,6 +28,7 @@ from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_fu
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.runs import Run, open_run
+from psyche_jax.storage.files import as_path
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import Evaluation, Program, StepFunction, run_training

@@ -12,21 +12,116 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from tqdm import tqdm
 
 from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
-from psyche_jax.files import bucket_errors, files_under, in_bucket
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.runs import PreemptedError, Run
+from psyche_jax.storage.files import bucket_errors, files_under, in_bucket
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
-from psyche_jax.train.compilations import count_compilations
-from psyche_jax.train.memory import check_memory, out_of_memory
-from psyche_jax.train.pace import Pace
 from psyche_jax.train.preemption import Stop, StoppedError
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import set_aside_look_alikes
+
+_COMPILATION = "/jax/core/compile/backend_compile_duration"
+
+
+@contextlib.contextmanager
+def count_compilations() -> Iterator[list[float]]:
+    """Within the block the list that this yields grows by the seconds of each compilation."""
+    found: list[float] = []
+
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == _COMPILATION:
+            found.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+class Pace:
+    """Says after which steps a checkpoint is due. Measures by a clock that nobody sets."""
+
+    def __init__(self, section: CheckpointSection, clock: Callable[[], float] = time.monotonic) -> None:
+        self._section = section
+        self._clock = clock
+        self._saved = self._before = clock()
+
+    def due(self, step: int, writing: bool) -> bool:
+        """Whether to save after `step`; every process must ask after every step, and gets what the first one finds.
+
+        That is after every `every_steps`, and where another step as long as the last one would make more than
+        `every_seconds` of work since the last checkpoint, unless that is still being written (`writing`).
+        """
+        now = self._clock()
+        length, self._before = now - self._before, now
+        limit = self._section.every_seconds
+        if limit is None:
+            return step % self._section.every_steps == 0
+        late = not writing and now - self._saved + length > limit
+        return bool(hosts.from_first(np.asarray(late))) or step % self._section.every_steps == 0
+
+    def saved(self) -> None:
+        """A checkpoint of the last step that was asked for is on its way."""
+        self._saved = self._before
+
+
+_GIB = 2**30
+
+
+@contextlib.contextmanager
+def out_of_memory(settings: str) -> Iterator[None]:
+    """Within the block, what XLA raises where memory does not suffice is one line.
+
+    Args:
+      settings: what to set otherwise.
+
+    Raises:
+      UserError: memory did not suffice.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        message = str(error)
+        if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
+            raise
+        raise UserError(f"out of memory; {settings} ({message.splitlines()[0][:200]})") from None
+
+
+def check_memory(program: jax.stages.Compiled, settings: str) -> None:
+    """Compare what a program will ask for when it runs with what its devices have left.
+
+    A TPU's compiler refuses by itself what is too large; a GPU's leaves it to the allocator, in the step that first
+    meets the shape. Where devices do not say how much memory they have (CPUs), nothing can be compared.
+
+    Args:
+      program: compiled; its arguments lie on the devices already.
+      settings: what to set otherwise.
+
+    Raises:
+      UserError: it does not fit.
+    """
+    memory: Any = program.memory_analysis()
+    if memory is None:
+        return
+    wanted = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    for device in jax.local_devices():
+        known = device.memory_stats() or {}
+        if "bytes_limit" not in known:
+            return
+        free = known["bytes_limit"] - known.get("bytes_in_use", 0)
+        if wanted > free:
+            raise UserError(
+                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB beside what lies on {device}, which "
+                f"has {free / _GIB:.2f} GiB left; {settings}"
+            )
+
 
 StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
 

@@ -14,13 +14,12 @@ from flax import nnx
 from psyche_jax.config import MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.files import bucket_errors, in_bucket, new_folder, write_text
-from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
-from psyche_jax.model.published import check_architecture
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.runs import Run
+from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.train.checkpoints import (
     StoredModel,
     abstract_like,

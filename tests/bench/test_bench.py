@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from psyche_jax import cli
-from psyche_jax.bench.measure import host_visits
-from psyche_jax.bench.programs import grpo_workload, rollout_workload
+from psyche_jax.bench.measure import grpo_workload, host_visits, rollout_workload
 from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape
 from psyche_jax.cli import start
 

@@ -16,7 +16,7 @@ from tiny import save_tokenizer
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import opened_text, prompt_tokens, render_prompt, tokenize_example
 from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, read_records
-from psyche_jax.data.tokenizer import chat_template
+from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 

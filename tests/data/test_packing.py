@@ -26,12 +26,12 @@ from psyche_jax.data.dataset import (
     write_contents,
     write_dataset,
 )
-from psyche_jax.data.examples import open_examples
 from psyche_jax.data.packing import PACKED, PackConfig, best_fit, pack, packed_row, unpacked_rows
 from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, write_records
 from psyche_jax.data.streams import batches
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.train.sft import open_examples
 
 PROMPT = PromptSection("专家。", "想：")
 

@@ -8,7 +8,7 @@ from tiny import save_model
 from psyche_jax import cli
 from psyche_jax.cli import start
 from psyche_jax.data.chat import end_of_turn_id
-from psyche_jax.data.tokenizer import chat_template
+from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
 from psyche_jax.model import huggingface
 from psyche_jax.model.huggingface import load_tokenizer

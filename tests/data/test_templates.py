@@ -14,13 +14,13 @@ from tokenizers import AddedToken
 
 from psyche_jax.config import GrpoConfig, GrpoDataSection, ModelSection, PromptSection, RunSection
 from psyche_jax.data.chat import decoded_text, end_of_turn_id, opened_text, prompt_tokens, tokenize_example
-from psyche_jax.data.examples import open_examples
 from psyche_jax.data.packing import PackConfig, pack
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
-from psyche_jax.data.tokenizer import chat_template
+from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.train import grpo_run
+from psyche_jax.train.sft import open_examples
 
 PROMPT = PromptSection(system="你是专家。", instruction="先想再答。\n")
 # What the published templates do with plain turns, in our words.

@@ -14,10 +14,8 @@ from psyche_jax import cli
 from psyche_jax.data.dataset import write_dataset
 from psyche_jax.data.records import Question, SftExample, question_to_sft, write_records
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
-from psyche_jax.evaluate.evaluation import evaluate
-from psyche_jax.evaluate.leaks import look_for_leaks
-from psyche_jax.evaluate.scores import scores_table
+from psyche_jax.evaluate.benchmarks import look_for_leaks, read_benchmark, with_shots
+from psyche_jax.evaluate.evaluation import evaluate, scores_table
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 real = pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from psyche_jax.data.records import Question, question_text
 from psyche_jax.evaluate.answers import Completion
-from psyche_jax.evaluate.choice import Item, score_answer, summarize
-from psyche_jax.evaluate.choice import chance as chance_of_task
+from psyche_jax.evaluate.score import Item, score_answer, summarize
+from psyche_jax.evaluate.score import chance as chance_of_task
 from psyche_jax.evaluate.tasks import choice_task
 
 

@@ -14,8 +14,7 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.empathy import DIMENSIONS, Judgement, Marks, Pair, summarize_empathy
 from psyche_jax.evaluate.endpoint import Endpoint
-from psyche_jax.evaluate.evaluation import evaluate
-from psyche_jax.evaluate.scores import scores_table
+from psyche_jax.evaluate.evaluation import evaluate, scores_table
 from psyche_jax.evaluate.tasks import Benchmark
 
 BENCH = Benchmark("dialogues", read_benchmark("dialogues").tasks[:6])

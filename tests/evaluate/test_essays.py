@@ -7,9 +7,8 @@ import pytest
 from answerers import Answerer
 
 from psyche_jax.data.records import Message
-from psyche_jax.evaluate.essays import CharacterTokenizer
-from psyche_jax.evaluate.evaluation import evaluate
-from psyche_jax.evaluate.scores import scores_table
+from psyche_jax.evaluate.evaluation import evaluate, scores_table
+from psyche_jax.evaluate.score import CharacterTokenizer
 from psyche_jax.evaluate.tasks import Benchmark, Task
 
 REFERENCE = "求助者的主要症状是抑郁情绪，持续两周，SCL90抑郁分高。"

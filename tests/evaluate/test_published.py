@@ -12,8 +12,7 @@ from test_report import plain, report
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
-from psyche_jax.evaluate.published import CELLS, COLUMNS, PaperRow, draw_sizes, our_rows, published
-from psyche_jax.evaluate.report import write_report
+from psyche_jax.evaluate.report import CELLS, COLUMNS, PaperRow, draw_sizes, our_rows, published, write_report
 from psyche_jax.evaluate.tasks import Benchmark
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "paper" / "pceb_published.json"

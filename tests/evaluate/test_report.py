@@ -11,9 +11,9 @@ import pytest
 from made_up_runs import PROMPT, add_evaluation, add_safety, add_samples, make_chain, make_run, write_json, write_lines
 
 from psyche_jax.errors import UserError
+from psyche_jax.evaluate.answers import duration, spoken
 from psyche_jax.evaluate.comparison import Evaluation, read_benches, wilson
 from psyche_jax.evaluate.curves import SFT_METRICS, charts, grpo_metrics, moving_mean, number
-from psyche_jax.evaluate.formats import duration, spoken
 from psyche_jax.evaluate.report import write_report
 
 

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_jax.data.records import Question
-from psyche_jax.evaluate.evaluation import evaluate
-from psyche_jax.evaluate.resampling import bootstrap_means, bootstrap_shares, interval
-from psyche_jax.evaluate.scores import scores_table
+from psyche_jax.evaluate.evaluation import evaluate, scores_table
+from psyche_jax.evaluate.score import bootstrap_means, bootstrap_shares, interval
 from psyche_jax.evaluate.tasks import Benchmark, Task, choice_task
 
 LETTERS = "ABCD"

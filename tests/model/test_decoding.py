@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwen2_reference import SHAPES, SMALL, Batch, apart, jit, logits, padded, read, reference, scores, torch, worst
 
-from psyche_jax.model.decoding import generate
+from psyche_jax.model.decode import Sampling, draw, filter_logits, generate
 from psyche_jax.model.qwen2 import KVCache, bind
-from psyche_jax.model.sampling import Sampling, draw, filter_logits
 
 LENGTHS = (5, 1, 9, 8)
 PROMPT_LENGTH = 11

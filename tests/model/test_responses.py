@@ -9,9 +9,8 @@ from tiny import save_model
 
 from psyche_jax.model.config import read_hf_config
 from psyche_jax.model.huggingface import read_parameters
-from psyche_jax.model.log_probs import token_scores
+from psyche_jax.model.log_probs import response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, bind
-from psyche_jax.model.responses import response_hidden
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
 PROMPTS, GROUP, PROMPT_LENGTH, LENGTH = 4, 3, 10, 6

@@ -12,10 +12,9 @@ from qwen2_reference import Shape, jit, one_device, padded, read, reference, wor
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decoding import generate
+from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, bind, initialize
-from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 
 SHAPE = Shape(False, 8, 4, 6, 64, 88, 2, 136)

@@ -14,8 +14,7 @@ from tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.config import hf_config
-from psyche_jax.model.published import ARCHITECTURES, check_architecture
+from psyche_jax.model.config import ARCHITECTURES, check_architecture, hf_config
 from psyche_jax.plan.compile import out_of_memory
 from psyche_jax.plan.slices import CHIPS, Slice, parse_topology
 
@@ -192,7 +191,7 @@ def test_out_of_memory_messages():
 
 @pytest.mark.parametrize("path", sorted(Path(ROOT / "configs").glob("*_*_v*.yaml")), ids=lambda path: path.stem)
 def test_ready_configs_are_short_and_valid(path):
-    from psyche_jax.plan.planning import load_plan_config
+    from psyche_jax.plan.report import load_plan_config
 
     config = load_plan_config(path, [], None)
     assert path.stem.startswith("grpo" if hasattr(config, "rewards") else "sft")

@@ -8,11 +8,11 @@ from jax.sharding import SingleDeviceSharding
 from tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
-from psyche_jax.model import decoding
+from psyche_jax.model import decode
 from psyche_jax.model.flops import peak_flops
 from psyche_jax.model.sharding import TRAIN_RULES
 from psyche_jax.plan.compile import out_of_memory
-from psyche_jax.plan.planning import load_plan_config
+from psyche_jax.plan.report import load_plan_config
 from psyche_jax.plan.slices import CHIPS, parse_topology
 
 pytestmark = needs_libtpu
@@ -79,7 +79,7 @@ def test_grpo(tmp_path, capsys):
 @pytest.mark.slow
 def test_weights_gathered_while_decoding_are_found(tmp_path, capsys, monkeypatch):
     """Decoding with the rules of training, as one mistake would have it."""
-    monkeypatch.setattr(decoding, "DECODE_RULES", TRAIN_RULES)
+    monkeypatch.setattr(decode, "DECODE_RULES", TRAIN_RULES)
     _, result, _ = plan(capsys, write_config(tmp_path, "grpo", rollout_waves=1, objective={"kl_coefficient": 0.0}))
     loop = result["collectives"]["decoding_loop"]
     assert loop["weight_sized"] >= 7, "each matrix of a layer is gathered in each step"

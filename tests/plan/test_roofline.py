@@ -10,12 +10,11 @@ import pytest
 import psyche_jax
 from psyche_jax.config import GrpoConfig, ObjectiveSection, SftConfig
 from psyche_jax.config_files import load_config
-from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.config import ARCHITECTURES, ModelConfig, published_architecture
 from psyche_jax.model.flops import head_flops, layers_flops
-from psyche_jax.model.published import ARCHITECTURES, published_architecture
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.plan.memory import estimated_parts, least_peak
+from psyche_jax.plan.compile import estimated_parts, least_peak
 from psyche_jax.plan.roofline import count_phases
 from psyche_jax.plan.slices import parse_topology
 

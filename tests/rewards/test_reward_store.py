@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from adversary import Vocabulary
 
-from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule, store
+from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule, score
 from psyche_jax.rewards.automaton import TokenAutomaton
 from psyche_jax.rewards.rules import compile_text_rule
-from psyche_jax.rewards.score import compile_rules
-from psyche_jax.rewards.store import load_or_compile
+from psyche_jax.rewards.score import compile_rules, load_or_compile
 
 RULES = (AnswerSetRule(), ThinkFormatRule())
 
@@ -24,7 +23,7 @@ def same(left: TokenAutomaton, right: TokenAutomaton) -> bool:
 def test_a_table_is_built_once(tiny: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = [load_or_compile(rule, tiny.token_bytes, tmp_path / "new") for rule in RULES]
     assert len(list((tmp_path / "new").iterdir())) == 2
-    monkeypatch.setattr(store, "compile_text_rule", None)
+    monkeypatch.setattr(score, "compile_text_rule", None)
     for rule, table in zip(RULES, built, strict=True):
         renamed = dataclasses.replace(rule, name="other", weight=3.0)
         assert same(load_or_compile(renamed, tiny.token_bytes, tmp_path / "new"), table)
@@ -69,5 +68,5 @@ def test_a_folder_that_cannot_be_written_is_done_without(tiny: Vocabulary, tmp_p
 
 
 def test_no_cache(tiny: Vocabulary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "_save", None)
+    monkeypatch.setattr(score, "_save", None)
     compile_rules(RULES, tiny.token_bytes, tiny.stops, cache_dir=None)

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from psyche_jax.serve.batcher import Batcher, BusyError, ClosingError, Job
-from psyche_jax.serve.engine import Chunk, RowSettings
+from psyche_jax.serve.engine import Batcher, BusyError, Chunk, ClosingError, Job, RowSettings
 
 STOP = 0
 

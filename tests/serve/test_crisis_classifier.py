@@ -12,8 +12,7 @@ from script_modules import load_script
 
 from psyche_jax import cli
 from psyche_jax.serve.crisis import Risk, classify
-from psyche_jax.serve.crisis.classifier import classifier, load
-from psyche_jax.serve.crisis.classify import normalize
+from psyche_jax.serve.crisis.classify import classifier, load, normalize
 from psyche_jax.serve.crisis.gate import Gate
 from psyche_jax.serve.crisis.measure import measure_posts, own_sentences
 

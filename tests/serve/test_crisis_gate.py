@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from psyche_jax.errors import UsageError
 from psyche_jax.serve.crisis import Risk
-from psyche_jax.serve.crisis.gate import Gate, regions
-from psyche_jax.serve.crisis.outputs import OutputFilter, check_output, output_rules
+from psyche_jax.serve.crisis.gate import Gate, OutputFilter, check_output, output_rules, regions
 
 SAYS = {
     Risk.ATTEMPT: ("我吞药自杀未遂", "i tried to kill myself yesterday"),

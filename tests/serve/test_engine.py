@@ -9,7 +9,7 @@ import pytest
 from tiny import save_model
 
 from psyche_jax.data.streams import pad_prompts
-from psyche_jax.model.decoding import Sampling, generate
+from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.serve.engine import MOST_ALTERNATIVES, Engine, RowSettings, _nucleus

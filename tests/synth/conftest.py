@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 from faulty_server import KEY
 
-from psyche_jax.synth.asking import Asker
+from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
+from psyche_jax.synth.canned import serving
 from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
-from psyche_jax.synth.prompts import Prompts
-from psyche_jax.synth.replay import serving
 
 FAST = {"first_wait_seconds": 0.02, "longest_wait_seconds": 0.1}
 

@@ -17,7 +17,7 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.synth.replay import completion, read_body
+from psyche_jax.synth.canned import completion, read_body
 
 SERVER_FAULTS = ("429", "500", "time-out", "cut")
 MODEL_FAULTS = ("invalid JSON", "wrong letters", "refusal", "injection")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from faulty_server import KEY, MARK, FaultyServer
 
-from psyche_jax.synth.replay import serving
+from psyche_jax.synth.canned import serving
 
 CONCURRENCY = 32
 

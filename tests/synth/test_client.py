@@ -13,9 +13,9 @@ from faulty_server import KEY, FaultyServer, _send, answering, stored_keys
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm import retry_after
 from psyche_jax.synth.calls import Call, CallStore, Reply
+from psyche_jax.synth.canned import completion, serving
 from psyche_jax.synth.client import CallFailedError, Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
-from psyche_jax.synth.replay import completion, serving
 
 
 def user(text):

@@ -21,13 +21,11 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.rewards.reference import think_format
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
-from psyche_jax.synth.canned import canned_answer, canned_config
+from psyche_jax.synth.canned import canned_answer, canned_config, read_body, replay_app, serving
 from psyche_jax.synth.client import CallFailedError
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
-from psyche_jax.synth.replay import read_body, replay_app, serving
-from psyche_jax.synth.review import Decision, ReviewStore
-from psyche_jax.synth.review_page import LOOPBACK, review_app
+from psyche_jax.synth.review import LOOPBACK, Decision, ReviewStore, review_app
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 

@@ -8,7 +8,8 @@ from faulty_server import FaultyServer, _send, answering
 
 from psyche_jax.data.records import Dialogue, Message, Passage, Question
 from psyche_jax.errors import UsageError
-from psyche_jax.synth.asking import FaultyReplyError, SetAsideError
+from psyche_jax.synth.asking import FaultyReplyError, Prompts, SetAsideError, fenced
+from psyche_jax.synth.canned import completion
 from psyche_jax.synth.config import (
     ControlSection,
     DialoguesSection,
@@ -16,13 +17,8 @@ from psyche_jax.synth.config import (
     RationalesSection,
     SelectionSection,
 )
-from psyche_jax.synth.control import control, with_twins
-from psyche_jax.synth.dialogues import rewrite
-from psyche_jax.synth.prompts import Prompts, fenced
-from psyche_jax.synth.questions import write_questions
-from psyche_jax.synth.rationales import read_answered, write_rationale
-from psyche_jax.synth.replay import completion
-from psyche_jax.synth.selection import agreed_answer, select
+from psyche_jax.synth.pipeline import control, with_twins
+from psyche_jax.synth.records import agreed_answer, read_answered, rewrite, select, write_questions, write_rationale
 
 PASSAGE = Passage("经典条件反射由巴甫洛夫发现，说明中性刺激怎样获得意义。", "教材", "CC0", {"subject": "基础"})
 OPTIONS = {"A": "巴甫洛夫", "B": "斯金纳", "C": "班杜拉", "D": "华生"}

@@ -13,11 +13,11 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from test_checkpoints import leaves, state_on
 from training_fixtures import PROMPT, execution
 
-from psyche_jax import bucket_files
 from psyche_jax.data import store
 from psyche_jax.errors import UserError
-from psyche_jax.files import as_path
-from psyche_jax.train import checksums
+from psyche_jax.storage import buckets
+from psyche_jax.storage.files import as_path
+from psyche_jax.train import step_folders
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 
 
@@ -50,11 +50,11 @@ def test_a_flipped_bit_in_any_object_is_found_and_named(bucket, state, metadata)
         for blob in storage.Client().bucket(bucket.removeprefix("gs://")).list_blobs(prefix="flips/4/")
         if not blob.name.endswith("/")
     }
-    known = json.loads(objects["checksums.json"].download_as_bytes())["files"]
-    assert objects.keys() - known.keys() == {"checksums.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
+    known = json.loads(objects["step_folders.json"].download_as_bytes())["files"]
+    assert objects.keys() - known.keys() == {"step_folders.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
     random = np.random.default_rng(0)
     with contextlib.closing(Checkpoints(as_path(f"{bucket}/flips"), keep=2)) as checkpoints:
-        for name in (*known, "checksums.json"):
+        for name in (*known, "step_folders.json"):
             whole = objects[name].download_as_bytes()
             content = bytearray(whole)
             content[random.integers(len(content))] ^= 1 << int(random.integers(8))
@@ -71,8 +71,8 @@ def test_a_flipped_bit_in_any_object_is_found_and_named(bucket, state, metadata)
 @pytest.mark.slow
 def test_a_third_of_all_answers_is_bad(bucket, state, metadata, monkeypatch):
     """429, 503, resets, bodies cut short, delays: what is written and restored is whole and the same all the same."""
-    monkeypatch.setattr(bucket_files, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(bucket_files, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(buckets, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(buckets, "LONGEST_PAUSE", 0.1)
     state, abstract = state
     with faulty(0.3) as done:
         write(f"{bucket}/faults", state, metadata)
@@ -84,16 +84,16 @@ def test_a_third_of_all_answers_is_bad(bucket, state, metadata, monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Short deadlines; TensorStore's can be set nowhere else."""
-    for module in (bucket_files, checksums):
+    for module in (buckets, step_folders):
         monkeypatch.setattr(module, "DEADLINE_SECONDS", 1.0)
-    for module in (bucket_files, store):
+    for module in (buckets, store):
         monkeypatch.setattr(module, "ANSWER_SECONDS", 1.0)
     once = {"gcs_request_retries": {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}}
     with mock.patch.dict(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, once):
         yield
 
 
-@pytest.mark.parametrize("part", ["", "checksums.json", "manifest.ocdbt"])
+@pytest.mark.parametrize("part", ["", "step_folders.json", "manifest.ocdbt"])
 def test_a_server_that_dies_while_it_is_read_from_ends_in_one_line(part, bucket, state, metadata, impatient):
     """Dead from the beginning, at the checksums, and at the arrays."""
     state, abstract = state
@@ -121,13 +121,13 @@ def test_a_server_that_dies_while_it_is_written_to_ends_in_one_line(bucket, stat
 
 
 def test_a_silent_server_ends_in_one_line(bucket, monkeypatch):
-    monkeypatch.setattr(bucket_files, "DEADLINE_SECONDS", 0.1)
+    monkeypatch.setattr(buckets, "DEADLINE_SECONDS", 0.1)
     timeout = aiohttp.ClientTimeout(sock_read=0.2)
-    files = bucket_files.BucketFiles(requests_timeout=timeout)
+    files = buckets.BucketFiles(requests_timeout=timeout)
     files.pipe_file("bucket/file", b"content")
     assert files.cat_file("bucket/file") == b"content"
     with silent():
-        files = bucket_files.BucketFiles(requests_timeout=timeout, skip_instance_cache=True)
+        files = buckets.BucketFiles(requests_timeout=timeout, skip_instance_cache=True)
         with pytest.raises(OSError, match="gave up after"):
             files.cat_file("bucket/file")
 

@@ -13,8 +13,8 @@ import pytest
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.train.gradients import accumulate_gradients
 from psyche_jax.train.sft import next_token_loss
+from psyche_jax.train.state import accumulate_gradients
 
 ROWS, LENGTH, VOCABULARY = 8, 12, 96
 LIMITS = {"float32": 1e-5, "bfloat16": 0.03}  # bfloat16 has 8 bits, and a sum of four is rounded four times

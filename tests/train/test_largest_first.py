@@ -13,9 +13,9 @@ from psyche_jax.config import GrpoDataSection, SftDataSection
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import FunctionReward
 from psyche_jax.runs import Run
-from psyche_jax.train import memory
+from psyche_jax.train import loop
 from psyche_jax.train.grpo_run import train_grpo
-from psyche_jax.train.memory import check_memory, out_of_memory
+from psyche_jax.train.loop import check_memory, out_of_memory
 from psyche_jax.train.sft import train_sft
 
 JUDGE = "def judge(prompts, completions, records):\n    return [len(text) / 9 for text in completions]\n"
@@ -98,7 +98,7 @@ def test_memory_that_does_not_suffice_is_known_before_the_first_step(verb, root,
     """By what a device says it has, as GPUs do; a device that has enough is no hindrance."""
     make, train = {"sft": (sft_config, train_sft), "grpo": (grpo_config, train_grpo)}[verb]
     device = SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2**20, "bytes_in_use": 2**20 - 10})
-    monkeypatch.setattr(memory.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(loop.jax, "local_devices", lambda: [device])
     with pytest.raises(UserError, match="out of memory: the largest step needs") as error:
         train(make(root))
     for setting in ("model.remat=full", "micro_batch"):
@@ -120,7 +120,7 @@ def test_what_fits_is_let_through(monkeypatch):
     program = jax.jit(lambda x: jnp.sin(x) @ x.T).lower(jnp.ones((64, 64))).compile()
     for stats in (None, {}, {"bytes_limit": 2**30, "bytes_in_use": 2**20}):
         monkeypatch.setattr(
-            memory.jax, "local_devices", lambda stats=stats: [SimpleNamespace(memory_stats=lambda: stats)]
+            loop.jax, "local_devices", lambda stats=stats: [SimpleNamespace(memory_stats=lambda: stats)]
         )
         check_memory(program, "")
 

@@ -5,7 +5,7 @@ import pytest
 from psyche_jax.config import CheckpointSection
 from psyche_jax.config_files import parse_config
 from psyche_jax.errors import UsageError
-from psyche_jax.train.pace import Pace
+from psyche_jax.train.loop import Pace
 
 
 def saved_after(section, lengths, writing=()):

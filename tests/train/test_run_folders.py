@@ -14,12 +14,12 @@ from training_fixtures import execution, grpo_config, metrics_of, sft_config, st
 from psyche_jax import cli
 from psyche_jax.cli import start
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
-from psyche_jax.data.examples import tokenized
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.runs import PreemptedError, Run, open_run, read_lines
 from psyche_jax.train import sft
 from psyche_jax.train.checkpoints import find_checkpoint, open_model, read_checkpoint_metadata
+from psyche_jax.train.sft import tokenized
 from psyche_jax.train.state import make_schedule
 
 CONFIG = {"run": {"dir": "somewhere", "seed": 1}, "rewards": [{"rule": "length"}, {"rule": "pattern"}], "rate": 1e-5}

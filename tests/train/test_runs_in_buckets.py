@@ -8,16 +8,17 @@ from unittest import mock
 import pytest
 from training_fixtures import grpo_config, metrics_of, sft_config
 
-from psyche_jax import cli, run_lock
+from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.dataset import load_records, write_dataset
 from psyche_jax.data.records import Question, RlPrompt, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate import evaluation, local
-from psyche_jax.files import as_path, files_under
 from psyche_jax.model.huggingface import TOKENIZER_FILES, load_tokenizer
-from psyche_jax.run_lock import locked
 from psyche_jax.runs import PreemptedError, read_lines
+from psyche_jax.storage import locks
+from psyche_jax.storage.files import as_path, files_under
+from psyche_jax.storage.locks import locked
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.preemption import Stop
 from psyche_jax.train.setup import keep_tokenizer
@@ -144,7 +145,7 @@ def test_grpo_with_prompts_in_the_bucket(tiny_root, bucket, tmp_path, monkeypatc
 
 
 def test_a_second_run_is_refused(tiny_root, bucket, monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.1)
+    monkeypatch.setattr(locks, "BEAT_SECONDS", 0.1)
     place = as_path(f"{bucket}/runs/held")
     with locked(place), pytest.raises(UserError, match="another run is writing there"):
         train_sft(config(tiny_root, place))

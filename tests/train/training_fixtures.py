@@ -26,7 +26,7 @@ from psyche_jax.config import (
 )
 from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
-from psyche_jax.data.tokenizer import train_tokenizer
+from psyche_jax.demo import train_tokenizer
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import load_tokenizer, write_weights
 from psyche_jax.model.qwen2 import Execution, initialize

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from psyche_jax.buckets import client, reason
 from psyche_jax.errors import UserError
-from psyche_jax.files import in_bucket
+from psyche_jax.storage.buckets import client, reason
+from psyche_jax.storage.files import in_bucket
 
 FILE = "lock.json"
 BEAT_SECONDS = 15.0  # between two writings of the object

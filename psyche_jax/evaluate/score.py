@@ -1,5 +1,6 @@
-"""Multiple-choice questions: letters extracted and scored, beside chance, by cell and with intervals."""
+"""Confidence intervals by bootstrap."""
 
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -7,11 +8,53 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
+from sacrebleu.metrics.bleu import BLEU
 
 from psyche_jax.evaluate.answers import Completion
-from psyche_jax.evaluate.extraction import read_letters
-from psyche_jax.evaluate.resampling import bootstrap_shares, interval
+from psyche_jax.evaluate.extraction import answer_part, read_letters
 from psyche_jax.evaluate.tasks import Task
+
+RESAMPLES = 1000
+_SEED = 0
+
+
+def bootstrap_means(values: Sequence[float], groups: Sequence[str], name: str = "") -> np.ndarray:
+    """float64 [RESAMPLES]: means of `values` over groups drawn with replacement, as many as there are.
+
+    Values of one group (the questions on one case) are drawn together, since they are not independent. The draws
+    depend on `name` and the number of groups alone, so the same scores have the same interval everywhere.
+    """
+    places = {group: place for place, group in enumerate(dict.fromkeys(groups))}
+    index = np.array([places[group] for group in groups])
+    sums = np.bincount(index, np.asarray(values, float))
+    counts = np.bincount(index).astype(float)
+    random = np.random.default_rng([_SEED, *name.encode()])
+    drawn = random.multinomial(len(places), np.full(len(places), 1 / len(places)), RESAMPLES)
+    return (drawn @ sums) / (drawn @ counts)
+
+
+def bootstrap_shares(values: Sequence[float], groups: Sequence[str], name: str = "") -> np.ndarray:
+    """`bootstrap_means` of scores from 0 to 1.
+
+    Where all are 0, or all 1, every resample is alike, and the interval would say that the score is certain: there
+    the draws are from Jeffreys' posterior of a share, Beta(n·score + 1/2, n·(1 - score) + 1/2) of n groups.
+    """
+    if (score := values[0]) not in (0, 1) or any(value != score for value in values):
+        return bootstrap_means(values, groups, name)
+    count = len(set(groups))
+    random = np.random.default_rng([_SEED, *name.encode()])
+    return random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
+
+
+def interval(means: np.ndarray, estimate: float | None = None) -> tuple[float, float]:
+    """The 95 % percentile interval of resampled means, which holds the estimate that it is given for.
+
+    The posterior's percentiles leave out a score of exactly 0 or 1; resamples of few groups may leave out others.
+    """
+    low, high = map(float, np.percentile(means, [2.5, 97.5]))
+    return (low, high) if estimate is None else (min(low, estimate), max(high, estimate))
 
 
 @dataclass(frozen=True)
@@ -161,3 +204,59 @@ def _resampled(name: str, key: str, tasks: Sequence[Task], items: Mapping[str, S
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+# The library's own pattern for words keeps Latin letters and digits alone.
+_TOKEN = re.compile(r"[A-Za-z0-9]+|[^\W_]")
+
+
+class CharacterTokenizer(Tokenizer):
+    """Characters as tokens; runs of Latin letters and of digits stay whole, in lower case."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The tokens of a text."""
+        return _TOKEN.findall(text.lower())
+
+
+@dataclass(frozen=True)
+class EssayItem:
+    """One essay of a model. `rouge1` and `rougeL` in percent."""
+
+    id: str
+    cell: str
+    kind: str
+    sample: int
+    question: str
+    gold: str
+    response: str
+    rouge1: float
+    rougeL: float  # noqa: N815 (its name in the literature)
+
+
+def score_essay(task: Task, completion: Completion, sample: int = 0) -> EssayItem:
+    """Compare what stands after the reasoning with the reference; nothing scores 0."""
+    scores = _SCORER.score(task.gold, answer_part(completion.text))
+    rouge1, rouge_l = (100 * scores[name].fmeasure for name in ("rouge1", "rougeL"))
+    return EssayItem(
+        task.id, task.cell, task.kind, sample, task.text, task.gold, completion.text, float(rouge1), float(rouge_l)
+    )
+
+
+def summarize_essays(items: Sequence[EssayItem]) -> dict[str, Any]:
+    """`count` (essays), `rouge1, rougeL, bleu4` with their 95 % intervals (bootstrap), and how they are measured."""
+    result: dict[str, Any] = {"count": len({item.id for item in items})}
+    for name in ("rouge1", "rougeL"):
+        values = [getattr(item, name) for item in items]
+        result[name] = sum(values) / len(values)
+        result[f"interval_{name}"] = interval(bootstrap_means(values, [item.id for item in items], name), result[name])
+    bleu = BLEU(tokenize="zh")
+    said, references = [answer_part(item.response) for item in items], [item.gold for item in items]
+    result["bleu4"] = float(bleu.corpus_score(said, [references]).score)
+    result["measured_by"] = {
+        "rouge": f"rouge-score, F-measure over characters, bootstrap of {RESAMPLES}",
+        "bleu4": f"sacreBLEU {bleu.get_signature()}",
+    }
+    return result
+
+
+_SCORER = RougeScorer(["rouge1", "rougeL"], tokenizer=CharacterTokenizer())
