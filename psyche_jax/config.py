@@ -189,6 +189,11 @@ class SftConfig(Section):
         _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         _divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
 
+    @property
+    def rows_per_micro_batch(self) -> int:
+        """Rows that go through forward and backward at once."""
+        return self.micro_batch_size or self.batch_size
+
 
 @dataclass(frozen=True)
 class GrpoDataSection(Section):
@@ -292,8 +297,7 @@ class GrpoConfig(Section):
         check_rules(self.rewards)
         _divides("rollout_waves", self.rollout_waves, "prompts_per_step", self.prompts_per_step)
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
-        minibatch = self.minibatch_prompts or self.prompts_per_step
-        _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", minibatch)
+        _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", self.prompts_per_update)
         if (candidates := self.dynamic_sampling.candidate_prompts) is not None:
             _require(
                 candidates >= self.prompts_per_step and candidates % self.prompts_per_step == 0,
@@ -324,9 +328,19 @@ class GrpoConfig(Section):
         return self.dynamic_sampling.candidate_prompts or self.prompts_per_step
 
     @property
+    def prompts_per_update(self) -> int:
+        """The minibatch of one optimizer update."""
+        return self.minibatch_prompts or self.prompts_per_step
+
+    @property
+    def prompts_per_micro_batch(self) -> int:
+        """Prompts whose responses go through forward and backward at once."""
+        return self.micro_batch_prompts or self.prompts_per_update
+
+    @property
     def updates_per_step(self) -> int:
         """How often the optimizer changes the policy in a step."""
-        return self.passes_per_step * self.prompts_per_step // (self.minibatch_prompts or self.prompts_per_step)
+        return self.passes_per_step * self.prompts_per_step // self.prompts_per_update
 
 
 # What a run that goes on may have otherwise than before, by dotted keys (a section stands for all in it): where things

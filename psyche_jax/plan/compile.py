@@ -131,7 +131,7 @@ def _bytes(number: str, unit: str) -> int:
 def _lower_sft(
     config: SftConfig, model: ModelConfig, execution: Execution
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
-    micro_batch = config.micro_batch_size or config.batch_size
+    micro_batch = config.rows_per_micro_batch
     check_rows(micro_batch, "micro_batch_size", execution.sharding)
     schedule = make_schedule(config.optimizer, _STEPS)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -149,8 +149,7 @@ def _lower_grpo(
     config: GrpoConfig, model: ModelConfig, execution: Execution
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     sharding = execution.sharding
-    minibatch = config.minibatch_prompts or config.prompts_per_step
-    rows = (config.micro_batch_prompts or minibatch) * config.generations_per_prompt
+    rows = config.prompts_per_micro_batch * config.generations_per_prompt
     check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", sharding)
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
     schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
@@ -257,8 +256,8 @@ class MicroBatch:
 def micro_batch(config: PlanConfig, mesh: Mapping[str, int]) -> MicroBatch:
     """The micro-batch of a program, at its largest lengths."""
     if isinstance(config, SftConfig):
-        return MicroBatch(config.micro_batch_size or config.batch_size, config.data.max_length)
-    prompts = config.micro_batch_prompts or config.minibatch_prompts or config.prompts_per_step
+        return MicroBatch(config.rows_per_micro_batch, config.data.max_length)
+    prompts = config.prompts_per_micro_batch
     responses, prompt = prompts * config.generations_per_prompt, config.data.max_prompt_length
     if config.share_prompt and prompts % (mesh["data"] * mesh["fsdp"]) == 0:
         return MicroBatch(responses, config.max_new_tokens, prompts, prompt)

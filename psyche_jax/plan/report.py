@@ -150,14 +150,14 @@ def advise(
     if config.model.compute_dtype == "float32":
         advice.append("model.compute_dtype=bfloat16: halves activations and caches")
     if isinstance(config, SftConfig):
-        rows = config.micro_batch_size or config.batch_size
+        rows = config.rows_per_micro_batch
         if smaller := _smaller(rows, config.batch_size, places):
             advice.append(f"micro_batch_size={smaller} instead of {rows}: fewer activations, the same loss")
         elif config.data.max_length > 128:
             advice.append(f"data.max_length={config.data.max_length // 2}: shorter examples")
     else:
-        prompts = config.micro_batch_prompts or config.minibatch_prompts or config.prompts_per_step
-        rows, whole = prompts * config.generations_per_prompt, config.minibatch_prompts or config.prompts_per_step
+        prompts = config.prompts_per_micro_batch
+        rows, whole = prompts * config.generations_per_prompt, config.prompts_per_update
         if smaller := _smaller(rows, whole * config.generations_per_prompt, places, config.generations_per_prompt):
             advice.append(f"micro_batch_prompts={smaller // config.generations_per_prompt} instead of {prompts}")
         wave = config.prompts_per_step // config.rollout_waves
@@ -233,8 +233,8 @@ def _not_larger(candidates: list[PlanConfig], failed: list[PlanConfig]) -> Itera
 def _size(config: PlanConfig) -> tuple[int, ...]:
     remat = ("full", "dots", "none").index(config.model.remat)
     if isinstance(config, SftConfig):
-        return remat, config.micro_batch_size or config.batch_size
-    prompts = config.micro_batch_prompts or config.minibatch_prompts or config.prompts_per_step
+        return remat, config.rows_per_micro_batch
+    prompts = config.prompts_per_micro_batch
     return remat, prompts, -config.rollout_waves
 
 
@@ -246,7 +246,7 @@ def _candidates(config: PlanConfig, places: int) -> Iterator[PlanConfig]:
                 if rows % places == 0:
                     yield dataclasses.replace(config, model=section, micro_batch_size=rows)
         else:
-            for prompts in _divisors(config.minibatch_prompts or config.prompts_per_step):
+            for prompts in _divisors(config.prompts_per_update):
                 for waves in _divisors(config.prompts_per_step):
                     rows = prompts * config.generations_per_prompt
                     if rows % places == 0 and config.prompts_per_step // waves % places == 0:

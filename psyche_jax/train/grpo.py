@@ -1,8 +1,21 @@
-"""GRPO, one XLA program an iteration: prompts in; rollout, rewards, advantages, updates; new state and metrics out.
+"""Group-relative policy optimization: answer each prompt several times, and learn from what was better than the rest.
 
-With rewards that are Python functions it is two programs, `sample` and `learn`, and the functions between them.
+Read `Iteration.__call__`, then `sample` and `learn`, which it calls: that is the algorithm, from top to bottom.
 
-Source: DeepSeekMath (arXiv 2402.03300), section 4.
+    sample   P prompts ─► G responses each (`model/decode.py`) ─► rewards by rule (`rewards/score.py`)
+    learn    rewards ─► advantages within each group ─► log-probs of the reference and of the old policy
+             ─► updates: forward, `policy_loss` (`train/objectives.py`), backward, AdamW (`train/state.py`)
+
+All of it is one XLA program: tokens, rewards and advantages never leave the accelerator. Where a reward is a Python
+function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what becomes of
+its metrics and samples, is in `train/grpo_run.py`.
+
+Against the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no reward
+model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What later
+papers changed is chosen in the config's `objective` and `dynamic_sampling`; docs/grpo.md lists it.
+
+Shapes: P prompts of a step, G generations per prompt, R = P × G responses (those to one prompt are consecutive rows),
+L tokens of a prompt, T = max_new_tokens of a response. An array that is named `rewards_PG` is [P, G].
 """
 
 from dataclasses import dataclass
@@ -20,6 +33,7 @@ from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import join_rows, split_rows
 from psyche_jax.rewards.score import CompiledRules, score
 from psyche_jax.train.objectives import (
+    PolicyTokens,
     TokenLoss,
     group_advantages,
     high_entropy_tokens,
@@ -149,9 +163,11 @@ class Iteration:
         until enough prompts have responses that are not all equally right, or the candidates are used up.
         """
         config = self.config
-        size, parts = config.prompts_per_step, config.candidates_per_step // config.prompts_per_step
         if config.dynamic_sampling.candidate_prompts is None:
             return self._respond(parameters, rules, candidates, key)
+
+        # One part after the other, each as large as a step, until the chosen prompts fill a step.
+        size, parts = config.prompts_per_step, config.candidates_per_step // config.prompts_per_step
         slate = split_rows(candidates, parts, self.execution.sharding)
 
         def part(number: jax.Array) -> Sampled:
@@ -192,31 +208,58 @@ class Iteration:
           function_values: float32 [prompts_per_step, generations] by name, NaN where a function has no value.
         """
         config, rollout = self.config, sampled.rollout
-        values = {**sampled.rewards, **function_values}
-        rewards, counted = total_rewards(values, {reward.name: reward.weight for reward in config.rewards})
-        counted &= sampled.chosen[:, None]
-        advantages = group_advantages(rewards, config.objective.scale, counted)
-        finished = jnp.any(rollout.mask & jnp.isin(rollout.tokens, jnp.asarray(self.model.stop_token_ids)), axis=1)
-        learned = rollout.mask & counted.reshape(-1, 1)
-        if config.objective.mask_truncated:
-            learned &= finished[:, None]
-        experience = self._experience(
-            state.parameters, reference, sampled.prompts, rollout, learned, advantages.reshape(-1)
+
+        # One number a response: the weighted sum of its rewards. A reward may be absent (NaN): from a whole group it
+        # drops out of the sum; a response that alone lacks it cannot be compared with its group and does not count.
+        values_PG = {**sampled.rewards, **function_values}
+        weights = {reward.name: reward.weight for reward in config.rewards}
+        rewards_PG, counted_PG = total_rewards(values_PG, weights)
+        counted_PG &= sampled.chosen[:, None]
+
+        # How much better than its group each response is. The group's mean is the baseline: no value model.
+        advantages_PG = group_advantages(rewards_PG, config.objective.scale, counted_PG)
+
+        # Which tokens are learned from: each response up to and with its stop token.
+        is_stop_RT = jnp.isin(rollout.tokens, jnp.asarray(self.model.stop_token_ids))
+        finished_R = jnp.any(rollout.mask & is_stop_RT, axis=1)
+        learned_RT = rollout.mask & counted_PG.reshape(-1, 1)
+        if config.objective.mask_truncated:  # a response that was cut off is not to be judged (DAPO, section 3.4)
+            learned_RT &= finished_R[:, None]
+        experience = Experience(
+            prompt_tokens=sampled.prompts["tokens"],
+            prompt_mask=sampled.prompts["mask"],
+            tokens=rollout.tokens,
+            mask=learned_RT,
+            sampler_log_probs=rollout.log_probs,
+            advantages=advantages_PG.reshape(-1),
+            reference_log_probs=None,
+            old_log_probs=None,
         )
+
+        # Log-probs that stay as they are while the policy is updated: the reference's for the KL term, and the old
+        # policy's for the ratio. With one update a step the old policy is the current one, and costs no pass.
+        experience = experience._replace(
+            reference_log_probs=None if reference is None else self._fixed_log_probs(reference, experience),
+            old_log_probs=self._fixed_log_probs(state.parameters, experience) if config.updates_per_step > 1 else None,
+        )
+
+        # The updates, `passes_per_step` times through the minibatches of this step.
         state, history = self._updates(state, experience)
         state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
-        metrics = self._metrics(state, experience, rollout, finished, history)
-        about_rewards, absent = reward_metrics(values, rewards, counted)
+
+        # What is reported. `absent` says by name which metrics are of nothing in this step; they are logged as null.
+        metrics = self._metrics(state, experience, rollout, finished_R, history)
+        about_rewards, absent = reward_metrics(values_PG, rewards_PG, counted_PG)
         metrics |= about_rewards | sampled.statistics
-        absent |= dict.fromkeys(_OF_TOKENS & metrics.keys(), ~learned.any())
+        absent |= dict.fromkeys(_OF_TOKENS & metrics.keys(), ~learned_RT.any())
         samples = {
             "prompts": sampled.prompts["tokens"],
             "prompt_mask": sampled.prompts["mask"],
             "tokens": rollout.tokens,
             "mask": rollout.mask,
-            "rewards": rewards.reshape(-1),
-            "rewards_by_rule": {name: value.reshape(-1) for name, value in values.items()},
-            "advantages": advantages.reshape(-1),
+            "rewards": rewards_PG.reshape(-1),
+            "rewards_by_rule": {name: value.reshape(-1) for name, value in values_PG.items()},
+            "advantages": advantages_PG.reshape(-1),
         }
         return state, {"metrics": metrics, "absent": absent, "samples": samples}
 
@@ -264,37 +307,10 @@ class Iteration:
         picked = jax.tree.map(pick, kept._replace(statistics={}), new._replace(statistics={}))
         return picked._replace(statistics=statistics)
 
-    def _experience(
-        self,
-        parameters: Parameters,
-        reference: Parameters | None,
-        prompts: dict[str, jax.Array],
-        rollout: Rollout,
-        learned: jax.Array,
-        advantages: jax.Array,
-    ) -> Experience:
-        """Prompts and responses, with the log-probs that stay fixed during the updates."""
-        config = self.config
-        experience = Experience(
-            prompt_tokens=prompts["tokens"],
-            prompt_mask=prompts["mask"],
-            tokens=rollout.tokens,
-            mask=learned,
-            sampler_log_probs=rollout.log_probs,
-            advantages=advantages,
-            reference_log_probs=None,
-            old_log_probs=None,
-        )
-        several_updates = config.updates_per_step > 1
-        return experience._replace(
-            reference_log_probs=None if reference is None else self._fixed_log_probs(reference, experience),
-            old_log_probs=self._fixed_log_probs(parameters, experience) if several_updates else None,
-        )
-
     def _fixed_log_probs(self, parameters: Parameters, experience: Experience) -> jax.Array:
         """Log-probs of the responses under some policy, by micro-batches, without gradient."""
-        micro_batch = self.config.micro_batch_prompts or self.config.minibatch_prompts or self.config.prompts_per_step
-        parts = split_rows(experience, self.config.prompts_per_step // micro_batch, self.execution.sharding)
+        micro_batches = self.config.prompts_per_step // self.config.prompts_per_micro_batch
+        parts = split_rows(experience, micro_batches, self.execution.sharding)
         return join_rows(jax.lax.map(lambda part: self._scores(parameters, part).log_probs, parts))
 
     def _scores(self, parameters: Parameters, experience: Experience) -> TokenScores:
@@ -335,43 +351,47 @@ class Iteration:
     def _update(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
         """One optimizer update on a minibatch, its gradient summed over micro-batches."""
         config, objective = self.config, self.config.objective
-        minibatch = config.minibatch_prompts or config.prompts_per_step
-        micro_batches = minibatch // (config.micro_batch_prompts or minibatch)
-        weights = token_weights(experience.mask, objective.name, micro_batches)
-        learned = None
+        micro_batches = config.prompts_per_update // config.prompts_per_micro_batch
+
+        # Weights by token make the loss a sum, so that it does not matter into which micro-batches it is split.
+        weights_RT = token_weights(experience.mask, objective.name, micro_batches)
+
+        # Which tokens have the highest entropy is known for the whole minibatch only: one more forward pass.
+        learned_RT = None
         if objective.top_entropy < 1:
             parts = split_rows(experience, micro_batches, self.execution.sharding)
-            entropy = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
-            learned = high_entropy_tokens(entropy, experience.mask, objective.top_entropy)
+            entropy_RT = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
+            learned_RT = high_entropy_tokens(entropy_RT, experience.mask, objective.top_entropy)
 
         def loss(
             parameters: Parameters, part: tuple[Experience, jax.Array, jax.Array | None]
         ) -> tuple[jax.Array, tuple[TokenScores, TokenLoss, jax.Array | None]]:
-            experience, weights, learned = part
+            experience, weights_RT, learned_RT = part
             scores = self._scores(parameters, experience)
-            current = jax.lax.stop_gradient(scores.log_probs)
-            old = current if experience.old_log_probs is None else experience.old_log_probs
-            reference = current if experience.reference_log_probs is None else experience.reference_log_probs
-            correction = None
+            # On policy the old policy is this one, without its gradient: ratio 1, and the gradient is A·∇log π.
+            current_RT = jax.lax.stop_gradient(scores.log_probs)
+            old_RT = current_RT if experience.old_log_probs is None else experience.old_log_probs
+            reference_RT = current_RT if experience.reference_log_probs is None else experience.reference_log_probs
+            correction_RT = None
             if objective.sampler_cap is not None:
-                correction = sampler_correction(old, experience.sampler_log_probs, objective.sampler_cap)
-            terms = policy_loss(
-                scores.log_probs,
-                old,
-                reference,
-                scores.entropy,
-                experience.advantages,
-                experience.mask,
-                objective,
-                learned,
-                correction,
+                correction_RT = sampler_correction(old_RT, experience.sampler_log_probs, objective.sampler_cap)
+            tokens = PolicyTokens(
+                log_probs=scores.log_probs,
+                old_log_probs=old_RT,
+                reference_log_probs=reference_RT,
+                entropy=scores.entropy,
+                advantages=experience.advantages,
+                mask=experience.mask,
+                learned=learned_RT,
+                correction=correction_RT,
             )
-            return jnp.sum(terms.loss * weights), (scores, terms, correction)
+            terms = policy_loss(tokens, objective)
+            return jnp.sum(terms.loss * weights_RT), (scores, terms, correction_RT)
 
         value, extras, gradients = accumulate_gradients(
             loss,
             state.parameters,
-            (experience, weights, learned),
+            (experience, weights_RT, learned_RT),
             micro_batches,
             self.execution.sharding,
             self.shardings.parameters,

@@ -81,11 +81,9 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     )
     execution = setup.execution
     model = setup.model.config
-    minibatch = config.minibatch_prompts or config.prompts_per_step
-    micro_batch = config.micro_batch_prompts or minibatch
     check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", execution.sharding)
     check_rows(
-        micro_batch * config.generations_per_prompt,
+        config.prompts_per_micro_batch * config.generations_per_prompt,
         "micro_batch_prompts × generations_per_prompt",
         execution.sharding,
     )

@@ -141,17 +141,26 @@ class TokenLoss(NamedTuple):
     clipped_delta: jax.Array
 
 
-def policy_loss(
-    log_probs: jax.Array,
-    old_log_probs: jax.Array,
-    reference_log_probs: jax.Array,
-    entropy: jax.Array,
-    advantages: jax.Array,
-    mask: jax.Array,
-    objective: ObjectiveSection,
-    learned: jax.Array | None = None,
-    correction: jax.Array | None = None,
-) -> TokenLoss:
+class PolicyTokens(NamedTuple):
+    """What the loss of an update is made of, float [responses, length] unless said otherwise.
+
+    `log_probs`, `entropy`: of the policy, which the gradient goes through; `old_log_probs`, `reference_log_probs`: of
+    the policy that sampled, and of the reference; `advantages`: float [responses]; `mask`: bool, the tokens that
+    count; `learned`: bool, those that the policy's term counts for (None: all), see `high_entropy_tokens`;
+    `correction`: factors of the policy's term (None: 1), see `sampler_correction`.
+    """
+
+    log_probs: jax.Array
+    old_log_probs: jax.Array
+    reference_log_probs: jax.Array
+    entropy: jax.Array
+    advantages: jax.Array
+    mask: jax.Array
+    learned: jax.Array | None = None
+    correction: jax.Array | None = None
+
+
+def policy_loss(tokens: PolicyTokens, objective: ObjectiveSection) -> TokenLoss:
     """Loss of each token, to be summed with `token_weights`.
 
     With r the ratio of the policy to the old one and A the advantage,
@@ -164,21 +173,16 @@ def policy_loss(
 
     Sources: DeepSeekMath (arXiv 2402.03300) eq. 3; DAPO (2503.14476) eq. 8; GSPO (2507.18071) eq. 5 to 7;
     MiniMax-M1 (2506.13585) eq. 4 and 5; δ: INTELLECT-2 (2505.07291).
-
-    Args:
-      log_probs, old_log_probs, reference_log_probs, entropy: float [responses, length].
-      advantages: float [responses].
-      mask: bool [responses, length], the tokens that count.
-      objective: name, clips, coefficients.
-      learned: bool [responses, length], tokens that the policy's term counts for (None: all); see
-        `high_entropy_tokens`.
-      correction: float [responses, length]; see `sampler_correction`.
     """
-    advantages = advantages[:, None]
-    token_log_ratio = log_ratio = log_probs - old_log_probs
+    log_probs, advantages, mask = tokens.log_probs, tokens.advantages[:, None], tokens.mask
+
+    # The ratio, by token or, in GSPO, one for the whole sequence.
+    token_log_ratio = log_ratio = log_probs - tokens.old_log_probs
     if objective.name == "gspo":
         log_ratio = jnp.sum(log_ratio, axis=1, where=mask, keepdims=True) / _size(mask, axis=1)
     ratio = jnp.broadcast_to(jnp.exp(log_ratio), log_probs.shape)
+
+    # The clip: beyond it a token has no gradient, so that no update goes far from the policy that sampled.
     low, high = 1 - objective.clip_low, 1 + objective.clip_high
     clipped = jnp.clip(ratio, low, high)
     clipped_low, clipped_high = ratio < low, ratio > high
@@ -192,18 +196,20 @@ def policy_loss(
             clipped_delta = (ratio > objective.clip_delta) & (advantages < 0)
         loss = -jnp.minimum(unclipped * advantages, clipped * advantages)
         clipped_low, clipped_high = clipped_low & (advantages < 0), clipped_high & (advantages > 0)
-    if learned is not None:
-        loss = loss * learned
-    if correction is not None:
-        loss = loss * correction
-    kl = kl_terms(log_probs, reference_log_probs)
+    if tokens.learned is not None:
+        loss = loss * tokens.learned
+    if tokens.correction is not None:
+        loss = loss * tokens.correction
+
+    # The terms that hold for all tokens, whether the policy's term counts there or not.
+    kl = kl_terms(log_probs, tokens.reference_log_probs)
     if objective.kl_coefficient:
         penalty = kl[objective.kl_estimator]
         if objective.kl_unbiased:
             penalty = penalty * jnp.exp(token_log_ratio)
         loss = loss + objective.kl_coefficient * penalty
     if objective.entropy_coefficient:
-        loss = loss - objective.entropy_coefficient * entropy
+        loss = loss - objective.entropy_coefficient * tokens.entropy
     return TokenLoss(loss, kl["k3"], clipped_low, clipped_high, clipped_delta)
 
 

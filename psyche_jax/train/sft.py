@@ -245,7 +245,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
     """
     setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length", as_path(config.run.dir))
     execution = setup.execution
-    micro_batch = config.micro_batch_size or config.batch_size
+    micro_batch = config.rows_per_micro_batch
     check_rows(micro_batch, "micro_batch_size", execution.sharding)
     train = open_examples(config.data.train, setup.tokenizer, config.prompt, config.data.max_length)
     faults = list(train.set_aside)

@@ -80,7 +80,7 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
     )
     rewards = samples["rewards"].astype(np.float64).reshape(-1, config.generations_per_prompt)
     advantages = plain_advantages(rewards, config.objective.scale).reshape(-1, 1)
-    size = (config.minibatch_prompts or config.prompts_per_step) * config.generations_per_prompt
+    size = config.prompts_per_update * config.generations_per_prompt
 
     @functools.partial(jax.jit, compiler_options=FAST)
     @functools.partial(jax.value_and_grad, has_aux=True)

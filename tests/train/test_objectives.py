@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from psyche_jax.config import ObjectiveSection
 from psyche_jax.train.objectives import (
+    PolicyTokens,
     group_advantages,
     high_entropy_tokens,
     kl_terms,
@@ -77,7 +78,7 @@ def total_loss(log_probs, old, reference, entropy, advantages, mask, objective, 
     total = 0.0
     for rows in np.split(np.arange(len(mask)), parts):
         part = [None if x is None else x[rows] for x in (log_probs, old, reference, entropy, advantages, mask)]
-        terms = policy_loss(*part, objective, None if learned is None else learned[rows])
+        terms = policy_loss(PolicyTokens(*part, None if learned is None else learned[rows]), objective)
         total += jnp.sum(terms.loss * weights[rows])
     return total
 
@@ -270,20 +271,20 @@ def test_clips_are_marked_where_they_cut():
     ratios = jnp.asarray([[0.5, 1.0, 2.0]] * 3)
     section = objective(clip_high=0.28)
     advantages, mask = jnp.asarray([1.0, -1.0, 0.0]), jnp.ones((3, 3), bool)
-    inputs = (jnp.log(ratios), 0 * ratios, 0 * ratios, 0 * ratios, advantages, mask)
-    terms = policy_loss(*inputs, section)
+    tokens = PolicyTokens(jnp.log(ratios), 0 * ratios, 0 * ratios, 0 * ratios, advantages, mask)
+    terms = policy_loss(tokens, section)
     np.testing.assert_allclose(terms.loss, [[-0.5, -1, -1.28], [0.8, 1, 2], [0, 0, 0]], atol=1e-6)
     assert terms.clipped_low.tolist() == [[False] * 3, [True, False, False], [False] * 3]
     assert terms.clipped_high.tolist() == [[False, False, True], [False] * 3, [False] * 3]
     assert not terms.clipped_delta.any()
     np.testing.assert_allclose(terms.kl, 1 / ratios + jnp.log(ratios) - 1, atol=1e-6)
-    two_sided = policy_loss(*inputs, objective(clip_high=0.28, clip_delta=1.5))
+    two_sided = policy_loss(tokens, objective(clip_high=0.28, clip_delta=1.5))
     np.testing.assert_allclose(two_sided.loss, [[-0.5, -1, -1.28], [0.8, 1, 1.5], [0, 0, 0]], atol=1e-6)
     assert two_sided.clipped_delta.tolist() == [[False] * 3, [False, False, True], [False] * 3]
-    weights = policy_loss(*inputs, objective("cispo"))
+    weights = policy_loss(tokens, objective("cispo"))
     assert weights.clipped_low.tolist() == [[True, False, False]] * 3, "cispo cuts weights whatever the advantage"
     assert weights.clipped_high.tolist() == [[False, False, True]] * 3
-    sequence = policy_loss(*inputs, objective("gspo"))
+    sequence = policy_loss(tokens, objective("gspo"))
     np.testing.assert_allclose(sequence.loss, [[-1] * 3, [1] * 3, [0] * 3], atol=1e-6)
     assert not (sequence.clipped_low | sequence.clipped_high).any(), "the ratios of a sequence have the mean 1"
 
