@@ -27,11 +27,11 @@ from psyche_jax.model.sharding import Sharding
 from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions, sources_hash
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
-from psyche_jax.runs import Run, open_run
+from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
-from psyche_jax.train.loop import Evaluation, Program, StepFunction, run_training
+from psyche_jax.train.loop import Evaluation, training
 from psyche_jax.train.objectives import total_rewards
 from psyche_jax.train.preemption import listening
 from psyche_jax.train.setup import (
@@ -46,6 +46,8 @@ from psyche_jax.train.setup import (
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule, schedule_warning
 
 Judge = Callable[[Sequence[int], Any, Any], tuple[dict[str, np.ndarray], dict[str, float]]]
+
+StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
 
 Lower = Callable[[TrainState, dict[str, jax.Array]], Iterator[Any]]
 
@@ -129,12 +131,6 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             batch = hosts.place(collate([_longest(held_out)] * config.prompts_per_step), place)
             yield program.lower(state.parameters, rules, batch)
 
-    def after_step(run: Run, index: int, metrics: dict[str, Any], outputs: dict[str, Any]) -> None:
-        warn.look_at(index, metrics)
-        if index == 1 or index == total_steps or index % config.logging.samples_every_steps == 0:
-            for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
-                run.log_sample(index, {"policy_step": index - 1, **sample})
-
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, _content(prompts), _content(held_out) if held_out else None)
     if functions:
@@ -146,36 +142,42 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     ):
         keep_tokenizer(run, setup)
         report(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
-        run_training(
-            Program(
-                "grpo",
-                total_steps,
-                device_batches,
-                step,
-                ("reward", "evaluation_reward", "kl", "completions/mean_length"),
-                config.optimizer.max_skipped_steps,
-                partial(step_flops, model, config),
-                after_step,
-                evaluation,
-                lower_largest,
-                "set model.remat=full, a smaller micro_batch_prompts, more rollout_waves or more devices (all of which "
-                "a run that goes on may change), or a smaller max_new_tokens or data.max_prompt_length",
-            ),
+        metadata = checkpoint_metadata(
+            model,
+            config.prompt,
+            config=values,
+            seed=config.run.seed,
+            reference=config.model.path,
+            contents=contents,
+        )
+        with training(
+            "grpo",
             run,
             stop,
-            lambda: initial_state(optimizer, setup.read_parameters(), shardings),
-            abstract,
-            checkpoint_metadata(
-                model,
-                config.prompt,
-                config=values,
-                seed=config.run.seed,
-                reference=config.model.path,
-                contents=contents,
-            ),
-            config.checkpoints,
-            profile_steps,
-        )
+            total_steps=total_steps,
+            metadata=metadata,
+            checkpoints=config.checkpoints,
+            max_skipped_steps=config.optimizer.max_skipped_steps,
+            evaluation=evaluation,
+            headline=("reward", "evaluation_reward", "kl", "completions/mean_length"),
+            flops=partial(step_flops, model, config),
+            memory_settings="set model.remat=full, a smaller micro_batch_prompts, more rollout_waves or more devices "
+            "(all of which a run that goes on may change), or a smaller max_new_tokens or data.max_prompt_length",
+            profile_steps=profile_steps,
+        ) as this:
+            if this.finished():
+                return
+            state = this.begin(
+                lambda: initial_state(optimizer, setup.read_parameters(), shardings), abstract, lower_largest
+            )
+            for index, batch in this.steps(device_batches(this.first)):
+                state, outputs = step(state, batch, index - 1)
+                metrics = this.measured(outputs["metrics"], outputs.get("absent"))
+                warn.look_at(index, metrics)
+                if index in (1, total_steps) or index % config.logging.samples_every_steps == 0:
+                    for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
+                        run.log_sample(index, {"policy_step": index - 1, **sample})
+                this.end_step(state, metrics)
 
 
 def _one_program(

@@ -1,4 +1,4 @@
-"""The loop that SFT and GRPO share: start or resume, step, log, checkpoint, stop when told to."""
+"""What the loops of SFT and GRPO share: start or resume, log, evaluate, checkpoint, stop when told to."""
 
 import contextlib
 import math
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +25,8 @@ from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.preemption import Stop, StoppedError
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import set_aside_look_alikes
+
+Batch = TypeVar("Batch")
 
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
 
@@ -123,9 +125,6 @@ def check_memory(program: jax.stages.Compiled, settings: str) -> None:
             )
 
 
-StepFunction = Callable[[TrainState, Any, int], tuple[TrainState, dict[str, Any]]]
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """What is measured on data that is never trained on: before the first step, every so many, and after the last.
@@ -140,49 +139,36 @@ class Evaluation:
     higher_is_better: bool
 
 
-@dataclass(frozen=True)
-class Program:
-    """What a kind of training brings to the loop.
-
-    `batches(first)` iterates over device batches from step `first` on. `step(state, batch, index)` gives the new
-    state and a dict with `metrics` (float32 scalars on the device), perhaps `absent` (by name, whether a metric is of
-    nothing in that step: it is logged as null) and what else `after_step` wants.
-    `after_step(run, index, metrics, outputs)` writes samples, or warns.
-    """
-
-    name: str
-    total_steps: int
-    batches: Callable[[int], Iterator[Any]]
-    step: StepFunction
-    headline: tuple[str, ...]  # the metrics that progress shows
-    max_skipped_steps: int  # how many steps in a row may be skipped for a gradient that is not finite
-    flops: Callable[[dict[str, Any]], float]  # of the model in a step with these metrics
-    after_step: Callable[[Run, int, dict[str, Any], dict[str, Any]], None] = lambda *_: None
-    evaluation: Evaluation | None = None
-    lower_largest: Callable[[TrainState], Iterable[Any]] = lambda _: ()  # the programs for the largest shapes, lowered
-    memory_settings: str = ""  # what to set otherwise where memory does not suffice
-
-
-def run_training(
-    program: Program,
+@contextlib.contextmanager
+def training(
+    name: str,
     run: Run,
     stop: Stop,
-    initial: Callable[[], TrainState],
-    abstract: TrainState,
+    *,
+    total_steps: int,
     metadata: dict[str, Any],
-    section: CheckpointSection,
+    checkpoints: CheckpointSection,
+    max_skipped_steps: int,
+    evaluation: Evaluation | None,
+    headline: tuple[str, ...],
+    flops: Callable[[dict[str, Any]], float],
+    memory_settings: str,
     profile_steps: int = 0,
-) -> None:
-    """Train from the last checkpoint, or from `initial()`, to the last step.
+) -> Iterator["Training"]:
+    """Go on with the run from its last checkpoint, or begin it; within the block it is trained, see `Training`.
 
     Args:
-      program: what is trained.
+      name: what is trained, `sft` or `grpo`.
       run: where it is written.
       stop: whether it was told to stop.
-      initial: makes the state of step 0.
-      abstract: shapes and shardings of the state, for restoring.
+      total_steps: how many there are.
       metadata: stored with every checkpoint.
-      section: when to save, how many to keep.
+      checkpoints: when to save, how many to keep.
+      max_skipped_steps: how many steps in a row may be skipped for a gradient that is not finite.
+      evaluation: what is measured beside.
+      headline: the metrics that are shown.
+      flops: those of the model in a step with given metrics.
+      memory_settings: what to set otherwise where memory does not suffice.
       profile_steps: trace that many steps, after the first, into the run's `profile` folder.
 
     Raises:
@@ -191,94 +177,190 @@ def run_training(
         Or memory does not suffice, if that can be known before the first step.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(out_of_memory(program.memory_settings))
-        done = max((line["step"] for line in run.metrics()), default=None)  # where the state cannot tell
-        set_aside_look_alikes(run.checkpoints, done if run.saved is None else run.saved)
-        checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
-        stack.enter_context(contextlib.closing(checkpoints))
+        stack.enter_context(out_of_memory(memory_settings))
+        logged = max((line["step"] for line in run.metrics()), default=None)  # where the state cannot tell
+        set_aside_look_alikes(run.checkpoints, logged if run.saved is None else run.saved)
+        kept = Checkpoints(run.checkpoints, checkpoints.keep, checkpoints.keep_every_hours)
+        stack.enter_context(contextlib.closing(kept))
         compilations = stack.enter_context(count_compilations())
-        first = checkpoints.latest or 0
+        first = kept.latest or 0
         run.continue_from(first or -1)
-        evaluations = _Evaluations(program.evaluation, program.total_steps, run, first, stop)
-        checkpoints.best = evaluations.best_step
-        if first >= program.total_steps and not evaluations.missed:
-            checkpoints.check(metadata, run.accepted)
-            _say(f"{program.name}: all {first} steps are done already")
-            run.write_state("done", first, **evaluations.best_so_far())
+        profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
+        this = Training(
+            name=name,
+            run=run,
+            first=first,
+            total_steps=total_steps,
+            _stop=stop,
+            _checkpoints=kept,
+            _section=checkpoints,
+            _metadata=metadata,
+            _evaluations=_Evaluations(evaluation, total_steps, run, first, stop),
+            _max_skipped_steps=max_skipped_steps,
+            _headline=headline,
+            _flops=flops,
+            _memory_settings=memory_settings,
+            _compilations=compilations,
+            _profile=profile,
+        )
+        yield this
+    run.write_state("done", this.step, **this.best_so_far())
+
+
+@dataclass
+class Training:
+    """What SFT and GRPO do alike around their steps: resume, measure, log, save, and stop when told to.
+
+    ```
+    with training(...) as this:
+        if this.finished():
             return
-        if first == 0:
+        state = this.begin(initial, abstract, lower_largest)
+        for step, batch in this.steps(batches_from(this.first)):
+            state, outputs = train_step(state, batch)
+            this.end_step(state, this.measured(outputs["metrics"]))
+    ```
+    """
+
+    name: str
+    run: Run
+    first: int  # the steps that are done already
+    total_steps: int
+    _stop: Stop
+    _checkpoints: Checkpoints
+    _section: CheckpointSection
+    _metadata: dict[str, Any]
+    _evaluations: "_Evaluations"
+    _max_skipped_steps: int
+    _headline: tuple[str, ...]
+    _flops: Callable[[dict[str, Any]], float]
+    _memory_settings: str
+    _compilations: list[float]
+    _profile: "_Profile"
+    _skipped: int = 0  # steps in a row
+
+    def __post_init__(self) -> None:
+        self.step = self.first  # the one that is being done, or the last
+        self._checkpoints.best = self._evaluations.best_step
+
+    def best_so_far(self) -> dict[str, Any]:
+        """For `state.json`: the best step so far, if there is an evaluation."""
+        return self._evaluations.best_so_far()
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to do, which is said.
+
+        Raises:
+          UserError: the last checkpoint is of another run, or not whole.
+        """
+        if self.first < self.total_steps or self._evaluations.missed:
+            return False
+        self._checkpoints.check(self._metadata, self.run.accepted)
+        _say(f"{self.name}: all {self.first} steps are done already")
+        return True
+
+    def begin(
+        self,
+        initial: Callable[[], TrainState],
+        abstract: TrainState,
+        lower_largest: Callable[[TrainState], Iterable[Any]] = lambda _: (),
+    ) -> TrainState:
+        """The state to go on from: the last checkpoint's, or `initial()`.
+
+        Args:
+          initial: makes the state of step 0.
+          abstract: shapes and shardings of the state, for restoring.
+          lower_largest: the programs for the largest shapes, lowered: what does not fit fails before the first step.
+        """
+        if self.first == 0:
             state = initial()
         else:
             places = jax.tree.map(lambda x: x.sharding, abstract)
-            state = checkpoints.restore(abstract_like(abstract, places), metadata, run.accepted)
-            _say(f"{program.name}: going on after step {first}")
-        if run.saved != first:  # its state was lost, or its latest checkpoint was
-            run.write_state("running", first, **evaluations.best_so_far())
-        for lowered in program.lower_largest(state):
-            check_memory(lowered.compile(), program.memory_settings)
-        if evaluations.missed:
+            state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
+            _say(f"{self.name}: going on after step {self.first}")
+        if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
+            self.run.write_state("running", self.first, **self.best_so_far())
+        for lowered in lower_largest(state):
+            check_memory(lowered.compile(), self._memory_settings)
+        if self._evaluations.missed:
             try:
-                run.add_metrics(first, evaluations.measure(first, state))
+                self.run.add_metrics(self.first, self._evaluations.measure(self.first, state))
             except StoppedError:
-                raise _preempted(stop, first) from None
-            checkpoints.best = evaluations.best_step
-            run.write_state("running", first, **evaluations.best_so_far())
-        progress = Progress(program, first)
-        skipped = 0  # steps in a row
-        peak = peak_of_all_devices()
-        pace = Pace(section)
-        started = time.perf_counter()
-        profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
-        index = first
-        for index, batch in enumerate(program.batches(first), start=first + 1):
-            profile.before(index)
-            state, outputs = program.step(state, batch, index - 1)
-            found, absent = jax.device_get((outputs["metrics"], outputs.get("absent", {})))
-            present = {name: float(value) for name, value in found.items() if not absent.get(name, False)}
-            metrics: dict[str, Any] = {name: present.get(name) for name in found}
-            metrics["compilations"] = float(len(compilations))
-            compilations.clear()
-            profile.after(index)
-            now = time.perf_counter()
-            metrics["step_time"] = now - started
-            metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
-            metrics["tokens_per_second_per_device"] = metrics["tokens_per_second"] / jax.device_count()
-            if peak is not None:
-                metrics["mfu"] = program.flops(metrics) / metrics["step_time"] / peak
-            program.after_step(run, index, metrics, outputs)
-            skipped = skipped + 1 if metrics["skipped_updates"] else 0
-            if skipped:
-                _say(f"{program.name}: step {index}: the loss or gradient is not finite; the update was skipped")
-            stopped_in_evaluation = False
-            if evaluations.due(index):
-                try:
-                    metrics |= evaluations.measure(index, state)
-                except StoppedError:  # it is made up for when the run goes on
-                    stopped_in_evaluation = True
-            run.log_metrics(index, metrics)
-            progress.update(index, metrics)
-            stopped = stopped_in_evaluation or stop.requested(index)
-            broken = skipped >= program.max_skipped_steps
-            is_best = evaluations.best_step == index
-            due = pace.due(index, checkpoints.writing)
-            if index == program.total_steps or due or stopped or broken or is_best:
-                run.confirm_lock()
-                run.flush()  # before, so that a step that is saved is logged
-                checkpoints.best = evaluations.best_step
-                checkpoints.save(state, index, metadata)
-                pace.saved()
-                run.write_state("running", index, **evaluations.best_so_far())
-            if broken:
-                raise UserError(
-                    f"{program.name}: the loss or gradient of step {index} is not finite, as in the "
-                    f"{skipped - 1} steps before; lower optimizer.learning_rate, or start again with other data"
-                )
-            if stopped and (index < program.total_steps or stopped_in_evaluation):
-                checkpoints.close()
-                raise _preempted(stop, index)
-            started = time.perf_counter()
-        progress.close()
-    run.write_state("done", index)
+                raise _preempted(self._stop, self.first) from None
+            self._checkpoints.best = self._evaluations.best_step
+            self.run.write_state("running", self.first, **self.best_so_far())
+        return state
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """The steps that are left, with their batches. Each must end with `end_step`."""
+        self._progress = Progress(self.name, self.first, self.total_steps, self._headline)
+        self._pace = Pace(self._section)
+        self._peak = peak_of_all_devices()
+        self._started = time.perf_counter()
+        for step, batch in enumerate(batches, start=self.first + 1):
+            self.step = step
+            self._profile.before(step)
+            yield step, batch
+            self._started = time.perf_counter()
+        self._progress.close()
+
+    def measured(self, on_device: dict[str, Any], absent: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Wait for a step, and give its metrics as numbers, with time and throughput.
+
+        Args:
+          on_device: float32 scalars.
+          absent: by name, whether a metric is of nothing in this step: it is None then.
+        """
+        found, left_out = jax.device_get((on_device, absent or {}))
+        metrics: dict[str, Any] = {
+            name: None if left_out.get(name, False) else float(value) for name, value in found.items()
+        }
+        metrics["compilations"] = float(len(self._compilations))
+        self._compilations.clear()
+        self._profile.after(self.step)
+        metrics["step_time"] = time.perf_counter() - self._started
+        metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+        metrics["tokens_per_second_per_device"] = metrics["tokens_per_second"] / jax.device_count()
+        if self._peak is not None:
+            metrics["mfu"] = self._flops(metrics) / metrics["step_time"] / self._peak
+        return metrics
+
+    def end_step(self, state: TrainState, metrics: dict[str, Any]) -> None:
+        """Evaluate, log, and save if it is time to; raise if the run must end here."""
+        step, last = self.step, self.step == self.total_steps
+        self._skipped = self._skipped + 1 if metrics["skipped_updates"] else 0
+        if self._skipped:
+            _say(f"{self.name}: step {step}: the loss or gradient is not finite; the update was skipped")
+
+        stopped_in_evaluation = False
+        if self._evaluations.due(step):
+            try:
+                metrics |= self._evaluations.measure(step, state)
+            except StoppedError:  # it is made up for when the run goes on
+                stopped_in_evaluation = True
+        self.run.log_metrics(step, metrics)
+        self._progress.update(step, metrics)
+
+        # Every process asks for all of these after every step: some are agreed on between them.
+        stopped = stopped_in_evaluation or self._stop.requested(step)
+        broken = self._skipped >= self._max_skipped_steps
+        is_best = self._evaluations.best_step == step
+        due = self._pace.due(step, self._checkpoints.writing)
+        if last or due or stopped or broken or is_best:
+            self.run.confirm_lock()
+            self.run.flush()  # before, so that a step that is saved is logged
+            self._checkpoints.best = self._evaluations.best_step
+            self._checkpoints.save(state, step, self._metadata)
+            self._pace.saved()
+            self.run.write_state("running", step, **self.best_so_far())
+        if broken:
+            raise UserError(
+                f"{self.name}: the loss or gradient of step {step} is not finite, as in the {self._skipped - 1} steps "
+                "before; lower optimizer.learning_rate, or start again with other data"
+            )
+        if stopped and (not last or stopped_in_evaluation):
+            self._checkpoints.close()
+            raise _preempted(self._stop, step)
 
 
 def _preempted(stop: Stop, step: int) -> PreemptedError:
@@ -343,25 +425,25 @@ class _Evaluations:
 class Progress:
     """A bar on a terminal, plain lines elsewhere."""
 
-    def __init__(self, program: Program, first: int) -> None:
-        self._program = program
+    def __init__(self, name: str, first: int, total: int, headline: tuple[str, ...]) -> None:
+        self._name, self._total, self._headline = name, total, headline
         self._bar = (
-            tqdm(total=program.total_steps, initial=first, desc=program.name, unit="step")
+            tqdm(total=total, initial=first, desc=name, unit="step")
             if sys.stderr.isatty() and hosts.is_first()
             else None
         )
-        self._every = max(1, program.total_steps // 10)
+        self._every = max(1, total // 10)
 
     def update(self, step: int, metrics: dict[str, float | None]) -> None:
         """Show a finished step."""
-        values = {name: metrics.get(name) for name in self._program.headline}
+        values = {name: metrics.get(name) for name in self._headline}
         shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
         if self._bar is not None:
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
-        elif step % self._every == 0 or step in (1, self._program.total_steps):
+        elif step % self._every == 0 or step in (1, self._total):
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            _say(f"{self._program.name}: step {step}/{self._program.total_steps}: {text}")
+            _say(f"{self._name}: step {step}/{self._total}: {text}")
 
     def close(self) -> None:
         """Leave the finished bar on the screen."""

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning on chat records: next-token loss on what the assistant says."""
+"""Supervised fine-tuning on chat records: what it trains on, the loss on what the assistant says, the loop."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
 from psyche_jax.train.checkpoints import checkpoint_metadata
-from psyche_jax.train.loop import Evaluation, Program, run_training
+from psyche_jax.train.loop import Evaluation, training
 from psyche_jax.train.preemption import listening
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
 from psyche_jax.train.state import (
@@ -288,10 +288,6 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         )
         return (hosts.place(batch, place, rows.start, config.batch_size) for batch in stream)
 
-    def train_step(state: TrainState, batch: dict[str, jax.Array], _: int) -> tuple[TrainState, dict[str, Any]]:
-        state, metrics = step(state, batch)
-        return state, {"metrics": metrics}
-
     def evaluation_loss(state: TrainState, check_stop: Callable[[], None]) -> dict[str, float | None]:
         total = tokens = 0.0
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
@@ -318,38 +314,39 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
     ):
         keep_tokenizer(run, setup)
         report(run, schedule_warning(config.optimizer, total_steps), faults)
-        program = Program(
+        metadata = checkpoint_metadata(
+            setup.model.config,
+            config.prompt,
+            config=values,
+            seed=config.run.seed,
+            started_from=config.model.path,
+            contents=contents,
+        )
+        with training(
             "sft",
-            total_steps,
-            device_batches,
-            train_step,
-            ("loss", "evaluation_loss", "grad_norm"),
-            config.optimizer.max_skipped_steps,
-            partial(step_flops, setup.model.config, config.batch_size),
+            run,
+            stop,
+            total_steps=total_steps,
+            metadata=metadata,
+            checkpoints=config.checkpoints,
+            max_skipped_steps=config.optimizer.max_skipped_steps,
             evaluation=Evaluation(config.evaluate_every_steps, evaluation_loss, "evaluation_loss", False)
             if evaluation
             else None,
-            lower_largest=lower_largest,
+            headline=("loss", "evaluation_loss", "grad_norm"),
+            flops=partial(step_flops, setup.model.config, config.batch_size),
             memory_settings="set model.remat=full, a smaller micro_batch_size or more devices (all of which a run that "
             "goes on may change), or a smaller data.max_length",
-        )
-        run_training(
-            program,
-            run,
-            stop,
-            lambda: initial_state(optimizer, setup.read_parameters(), shardings),
-            abstract,
-            checkpoint_metadata(
-                setup.model.config,
-                config.prompt,
-                config=values,
-                seed=config.run.seed,
-                started_from=config.model.path,
-                contents=contents,
-            ),
-            config.checkpoints,
-            profile_steps,
-        )
+            profile_steps=profile_steps,
+        ) as this:
+            if this.finished():
+                return
+            state = this.begin(
+                lambda: initial_state(optimizer, setup.read_parameters(), shardings), abstract, lower_largest
+            )
+            for _, batch in this.steps(device_batches(this.first)):
+                state, metrics = step(state, batch)
+                this.end_step(state, this.measured(metrics))
 
 
 def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -22,7 +22,7 @@ from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
 from psyche_jax.runs import PreemptedError, open_run
 from psyche_jax.train.grpo_run import train_grpo
-from psyche_jax.train.loop import Evaluation, Program, run_training
+from psyche_jax.train.loop import Evaluation, training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
 from psyche_jax.train.setup import abstract_like
 from psyche_jax.train.sft import train_sft
@@ -40,31 +40,35 @@ def toy_training(folder, check=None):
         new = TrainState(state.step + 1, {"w": state.parameters["w"] + batch}, state.optimizer_state)
         return new, {"loss": new.parameters["w"].sum(), "num_tokens": jnp.float32(3), "skipped_updates": jnp.float32(0)}
 
-    def train_step(state, batch, _):
-        state, metrics = step(state, batch)
-        return state, {"metrics": metrics}
-
     def measure(state, check_stop):
         for _ in range(3):
             check_stop()
         return {"distance": abs(float(state.parameters["w"][0]) - 1.0)}
 
-    program = Program(
-        "toy",
-        5,
-        lambda first: iter(np.arange(5, dtype=np.float32)[first:]),
-        train_step,
-        ("loss",),
-        3,
-        lambda _: 1.0,
-        evaluation=Evaluation(2, measure, "distance", higher_is_better=False),
-    )
     with (
         mock.patch.object(Stop, "check", check or Stop.check),
         open_run(folder, "toy", {"a": 1}, LoggingSection()) as run,
         listening() as stop,
+        training(
+            "toy",
+            run,
+            stop,
+            total_steps=5,
+            metadata={"model": {}},
+            checkpoints=CheckpointSection(every_steps=100),
+            max_skipped_steps=3,
+            evaluation=Evaluation(2, measure, "distance", higher_is_better=False),
+            headline=("loss",),
+            flops=lambda _: 1.0,
+            memory_settings="",
+        ) as this,
     ):
-        run_training(program, run, stop, lambda: start, abstract, {"model": {}}, CheckpointSection(every_steps=100))
+        if this.finished():
+            return
+        state = this.begin(lambda: start, abstract)
+        for _, batch in this.steps(np.arange(5, dtype=np.float32)[this.first :]):
+            state, metrics = step(state, batch)
+            this.end_step(state, this.measured(metrics))
 
 
 def signal_at(number):
