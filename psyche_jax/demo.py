@@ -1,4 +1,4 @@
-"""The whole recipe on a CPU with a tiny random model: what `make demo` runs.
+"""The whole way, tiny, on a CPU: a random model with its own tokenizer, synthesis, SFT, GRPO, scores, report.
 
 The model has a few million random parameters and learns from the sample data that comes with the package. It shows
 that every stage works and that GRPO raises the reward on the prompts it trains on; it is no psychologist.

@@ -1,4 +1,4 @@
-"""The folder of a run: its config, metrics, samples and state. Reports read only this."""
+"""The folder of a run: config, metrics, samples and state, beside them TensorBoard and W&B."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Run a workload, time its steps, count compilations, and look for visits to the host in the compiled program."""
+"""The real programs of SFT, GRPO and rollout on a random model, timed."""
 
 import re
 import resource

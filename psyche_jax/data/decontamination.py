@@ -1,4 +1,4 @@
-"""What training data shares with a benchmark: exact twins, near ones, and questions on the same case.
+"""Which benchmark questions and dialogues stand in training data, by what two texts share.
 
 Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`text.comparable`).
 """

@@ -1,4 +1,4 @@
-"""Data of any shape made into records: a config says which column is what (`psyche data import --config`)."""
+"""Records from rows of any shape by a mapping of columns; and what an import says of dialogues."""
 
 import difflib
 import itertools

@@ -1,4 +1,4 @@
-"""Answers kept as they come, so that an evaluation that was killed asks only for the rest."""
+"""Answers kept as they come, so that a killed evaluation asks only for the rest; how figures are shown."""
 
 import hashlib
 import json

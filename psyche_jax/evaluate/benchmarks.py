@@ -1,4 +1,4 @@
-"""The benchmarks: what comes with the package, PCEB, CPsyExam, and files of questions and dialogues."""
+"""Benchmarks by name or file, and which of their questions the training data hold."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A model on disk as one that answers: a Hugging Face folder, a checkpoint or a run."""
+"""A model on this machine as one who answers: completions batch by batch."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""What the folder of a run says of it, for the report."""
+"""What a run's folder tells the report: its steps, and its samples side by side."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""Confidence intervals by bootstrap."""
+"""Scores: multiple choice, essays (ROUGE, BLEU), and their confidence intervals by bootstrap."""
 
 import re
 import statistics

@@ -1,4 +1,4 @@
-"""Drawing a token from logits: temperature, top-k, top-p and min-p, without sorting the vocabulary."""
+"""Decoding: prefill, one token after the other with a KV cache, and how a token is drawn from its logits."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

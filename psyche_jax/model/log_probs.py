@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens without ever holding the logits of a whole batch."""
+"""Log-probabilities of given tokens, of responses behind shared prompts too, never holding whole logits."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""The real training programs, lowered from abstract arrays and compiled for devices that are not there."""
+"""The real program compiled for a slice, and what lies in a chip's memory."""
 
 import math
 import re

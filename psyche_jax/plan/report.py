@@ -1,4 +1,4 @@
-"""A plan: one program compiled for one slice, and what follows from it; and a search over what may be varied."""
+"""`psyche plan`: compile a config for a slice, or search for settings that fit, and say it as text or JSON."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""What each rule means, in plain Python on the decoded text. The tables must agree with this on every string.
+"""What the rules mean, in plain Python on text; the tables of `rules.py` are tested against it.
 
 A response is the token ids up to and including its first stop token. Its text is what the prompt has already
 written of it (`opened`: a template may end in `<think>`), and then what the bytes of the ids before the stop token

@@ -1,4 +1,4 @@
-"""HTTP connections that wait only so long for the head of a request; uvicorn by itself would wait for ever."""
+"""The socket that servers of this package answer on, and connections that wait only so long."""
 
 import asyncio
 import socket

@@ -1,4 +1,4 @@
-"""Decoding for many requests at once, a few tokens at a time: the one place of serving that touches the model.
+"""Decoding for the server: the model in chunks of tokens, and requests batched together.
 
 Rows that begin together are a batch with one key-value cache; between two chunks of a batch others may run, rows may be
 given up, and what was said is handed out.

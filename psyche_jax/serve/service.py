@@ -1,4 +1,4 @@
-"""One model that answers: prompt, crisis gate, decoding, output filter; behind the HTTP server and the terminal."""
+"""From a request to its answer: template, gate, batches, and tokens as text, thought and answer apart."""
 
 import asyncio
 import secrets

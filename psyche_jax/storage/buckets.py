@@ -1,4 +1,4 @@
-"""What is tried again with a bucket, for how long, and the settings of the libraries that ask it."""
+"""Buckets: what is tried again there and for how long, and small files read and written at once."""
 
 import inspect
 import io

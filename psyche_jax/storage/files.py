@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent; local ones, and folders in buckets."""
+"""Files and folders that are either whole or absent, local ones and in buckets; large arrays in blocks."""
 
 import contextlib
 import itertools

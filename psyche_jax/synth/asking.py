@@ -1,4 +1,4 @@
-"""Asking an LLM for something of a given form: what comes back is data, checked before it is used."""
+"""Asking an LLM for one thing: the prompt from its template, and a reply that is read or asked for again."""
 
 import asyncio
 import dataclasses

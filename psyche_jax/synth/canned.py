@@ -1,4 +1,4 @@
-"""Replies written beforehand, for the demo: what LLMs say to the prompts about the shipped passages and a few posts."""
+"""Replies written beforehand, and a server that gives them: LLMs for the demo, without a key."""
 
 import json
 import threading

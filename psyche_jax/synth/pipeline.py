@@ -1,5 +1,4 @@
-"""`psyche synth` and `psyche select` from top to bottom: stages over folders, each made once and made anew if what it
-depends on changed."""
+"""The stages of synthesis in order, what each depends on, and the control of its questions."""
 
 import asyncio
 import contextlib

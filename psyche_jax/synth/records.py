@@ -1,4 +1,4 @@
-"""Questions from passages, as an LLM writes them and a schema lets them through."""
+"""What LLMs write and how it is read: questions, rationales, dialogues; and which questions go to RL."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""The queue of questions for human reviewers: what waits, who decided what and when (SQLite)."""
+"""Review by people: what waits, the decisions, and the page on which they are made."""
 
 import hmac
 import ipaddress

@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimizer state and step; and the optimizer that changes them."""
+"""What training changes: parameters, optimizer state, step; gradients by micro-batches, and the optimizer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Which folders are steps of a checkpoint that were saved whole, and what is to be found in them."""
+"""One checkpoint's folder: whether it is whole, which one is meant, and the checksums of its files."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""The class of a message: what its writer says about suicide, self-harm or violence, by rules and a classifier."""
+"""Crisis classes of a message: written rules, then a small classifier over characters."""
 
 import re
 import unicodedata

@@ -1,4 +1,4 @@
-"""The gate before generation: a fixed text with the region's hotline, and an event in the log without the text."""
+"""The crisis gate: a fixed reply before generation, and a filter on what the model says."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""How well the gate does on labelled messages, on dialogues, and how much of what a model said would be withheld."""
+"""How well the gate does: `psyche safety`, on given sentences, by class."""
 
 import hashlib
 from collections import Counter
