@@ -15,9 +15,12 @@ from tiny import save_model
 import psyche_jax
 from psyche_jax import cli
 from psyche_jax.cli import start, training
+from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.config_files import load_config
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
+from psyche_jax.synth.config import SynthConfig
 
 ROOT = Path(psyche_jax.__file__).parents[1]
 VERBS = (
@@ -76,6 +79,19 @@ def test_help_shows_an_example_that_works(verb, capsys):
     assert parsed.verb == verb
     if verb in ("sft", "grpo", "pack"):
         assert (ROOT / parsed.config).is_file(), f"the example names {parsed.config}, which does not exist"
+
+
+@pytest.mark.parametrize("page", ["README.md", "scripts/psyche_r1.sh"])
+def test_commands_that_are_written_down_are_accepted(page):
+    """All of a page's; with the settings that they change, the configs that they name load."""
+    lines = (ROOT / page).read_text().splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("psyche ")]
+    assert len(commands) >= 8
+    for _, *arguments in commands:
+        parsed = cli._parser().parse_args(arguments)
+        kind = {"sft": SftConfig, "grpo": GrpoConfig, "synth": SynthConfig}.get(parsed.verb)
+        if kind is not None:
+            load_config(kind, ROOT / parsed.config, parsed.overrides)
 
 
 def test_help_of_the_whole(capsys):
