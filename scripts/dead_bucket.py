@@ -20,8 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "train")]
 
-from bucket import running_bucket  # noqa: E402
-from training_fixtures import make_model, sft_config, write_config, write_sft_data  # noqa: E402
+from support.bucket import running_bucket  # noqa: E402
+from support.training_fixtures import make_model, sft_config, write_config, write_sft_data  # noqa: E402
 
 from psyche_jax.config import CheckpointSection  # noqa: E402
 from psyche_jax.storage.files import as_path  # noqa: E402

@@ -27,8 +27,8 @@ from psyche_jax.data.streams import batches
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from bucket import running_bucket
-from faulty_proxy import faulty
+from support.bucket import running_bucket
+from support.faulty_proxy import faulty
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
     """The address of a bucket of its own for the tests of a module, on a real server."""
-    from bucket import running_bucket
+    from support.bucket import running_bucket
 
     with running_bucket() as address:
         yield address

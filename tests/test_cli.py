@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny import save_model
+from support.tiny import save_model
 
 import psyche_jax
 from psyche_jax import cli

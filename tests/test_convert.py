@@ -15,7 +15,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from tiny import save_model
+from support.tiny import save_model
 
 from psyche_jax import cli, convert
 from psyche_jax.cli import start

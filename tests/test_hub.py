@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import NO_TOKENS, READER, SHA, WRITER, running_hub
-from tiny import save_model
+from support.hub_server import NO_TOKENS, READER, SHA, WRITER, running_hub
+from support.tiny import save_model
 
 RUN_ALL = """
 import contextlib, io, json, sys

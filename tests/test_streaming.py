@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx, traverse_util
 from safetensors import safe_open
-from tiny import VOCAB_SIZE, save_model
+from support.tiny import VOCAB_SIZE, save_model
 
 from psyche_jax import cli, convert
 from psyche_jax.config import MeshSection, ModelSection, OptimizerSection

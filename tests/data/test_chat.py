@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import save_tokenizer
+from support.tiny import save_tokenizer
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import opened_text, prompt_tokens, render_prompt, tokenize_example

@@ -13,10 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import yaml
-from hub_server import SHA, running_hub
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from support.hub_server import SHA, running_hub
 
 from psyche_jax.cli import main
 from psyche_jax.config_files import parse_config

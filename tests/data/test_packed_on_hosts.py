@@ -7,7 +7,7 @@ import sys
 from functools import partial
 
 import numpy as np
-from bucket import running_bucket
+from support.bucket import running_bucket
 
 from psyche_jax.data.chat import TokenizedExample
 from psyche_jax.data.dataset import Packing, open_dataset, write_contents

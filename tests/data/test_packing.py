@@ -9,10 +9,10 @@ from importlib.resources import files
 import numpy as np
 import pytest
 import yaml
-from bucket import running_bucket
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import save_tokenizer
+from support.bucket import running_bucket
+from support.tiny import save_tokenizer
 
 from psyche_jax.cli import main
 from psyche_jax.config import PromptSection

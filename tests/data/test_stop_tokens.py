@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from tiny import save_model
+from support.tiny import save_model
 
 from psyche_jax import cli
 from psyche_jax.cli import start

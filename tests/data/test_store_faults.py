@@ -6,7 +6,7 @@ import time
 from unittest import mock
 
 import pytest
-from faulty_proxy import FAULTS, FLIPPED, faulty, refusing
+from support.faulty_proxy import FAULTS, FLIPPED, faulty, refusing
 
 from psyche_jax.cli import main
 from psyche_jax.data import store

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import save_tokenizer
+from support.tiny import save_tokenizer
 from tokenizers import AddedToken
 
 from psyche_jax.config import GrpoConfig, GrpoDataSection, ModelSection, PromptSection, RunSection

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answerers import Answerer
-from chat_server import chat_server
+from support.answerers import Answerer
+from support.chat_server import chat_server
 
 from psyche_jax import cli
 from psyche_jax.errors import UserError

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_server import chat_server
+from support.chat_server import chat_server
 
 from psyche_jax import cli
 from psyche_jax.config import PromptSection

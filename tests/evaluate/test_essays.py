@@ -4,7 +4,7 @@ import collections
 import math
 
 import pytest
-from answerers import Answerer
+from support.answerers import Answerer
 
 from psyche_jax.data.records import Message
 from psyche_jax.evaluate.evaluation import evaluate, scores_table

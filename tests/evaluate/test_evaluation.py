@@ -8,7 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import save_model
+from support.tiny import save_model
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens

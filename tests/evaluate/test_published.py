@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from answerers import Answerer, six_cells
-from made_up_runs import add_empathy, add_evaluation, make_run
+from support.answerers import Answerer, six_cells
+from support.made_up_runs import add_empathy, add_evaluation, make_run
 from test_report import plain, report
 
 from psyche_jax.errors import UserError

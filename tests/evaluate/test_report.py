@@ -8,7 +8,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from made_up_runs import PROMPT, add_evaluation, add_safety, add_samples, make_chain, make_run, write_json, write_lines
+from support.made_up_runs import (
+    PROMPT,
+    add_evaluation,
+    add_safety,
+    add_samples,
+    make_chain,
+    make_run,
+    write_json,
+    write_lines,
+)
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import duration, spoken

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from answerers import Answerer, six_cells
-from contrast import lowest_contrast
-from made_up_runs import add_empathy, add_safety, make_chain, make_run
+from support.answerers import Answerer, six_cells
+from support.contrast import lowest_contrast
+from support.made_up_runs import add_empathy, add_safety, make_chain, make_run
 
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.report import write_report

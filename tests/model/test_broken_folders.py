@@ -7,9 +7,9 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen2_reference import SMALL, one_device, reference
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.qwen2_reference import SMALL, one_device, reference
 
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import read_hf_config

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from qwen2_reference import SMALL, apart, logits, one_device, read, reference, reference_logits, torch, worst
 from safetensors import safe_open
 from safetensors.numpy import save_file
+from support.qwen2_reference import SMALL, apart, logits, one_device, read, reference, reference_logits, torch, worst
 
 from psyche_jax.model import huggingface
 from psyche_jax.model.config import ModelConfig, read_hf_config

@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from qwen2_reference import SHAPES, SMALL, Batch, apart, jit, logits, padded, read, reference, scores, torch, worst
+from support.qwen2_reference import (
+    SHAPES,
+    SMALL,
+    Batch,
+    apart,
+    jit,
+    logits,
+    padded,
+    read,
+    reference,
+    scores,
+    torch,
+    worst,
+)
 
 from psyche_jax.model.decode import Sampling, draw, filter_logits, generate
 from psyche_jax.model.qwen2 import KVCache, bind

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen2_reference import jit, one_device, worst
+from support.qwen2_reference import jit, one_device, worst
 
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import token_scores

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from qwen2_reference import SMALL, Batch, apart, logits, padded, read, reference, scores, worst
+from support.qwen2_reference import SMALL, Batch, apart, logits, padded, read, reference, scores, worst
 
 LENGTHS = (5, 1, 17, 12, 5)
 

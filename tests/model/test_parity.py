@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from qwen2_reference import (
+from support.qwen2_reference import (
     SHAPES,
     SMALL,
     apart,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import transformers
-from published_folders import BILLIONS, FOLDERS, IM_END, R1_IDS, R1_TOKENS
+from support.published_folders import BILLIONS, FOLDERS, IM_END, R1_IDS, R1_TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from psyche_jax.data.chat import end_of_turn_id, opened_text

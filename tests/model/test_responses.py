@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from qwen2_reference import jit
-from tiny import save_model
+from support.qwen2_reference import jit
+from support.tiny import save_model
 
 from psyche_jax.model.config import read_hf_config
 from psyche_jax.model.huggingface import read_parameters

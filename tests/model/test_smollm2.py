@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
-from qwen2_reference import Batch, apart, logits, padded, read, scores, torch, worst
+from support.qwen2_reference import Batch, apart, logits, padded, read, scores, torch, worst
 
 from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer

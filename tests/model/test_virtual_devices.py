@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from qwen2_reference import Shape, jit, one_device, padded, read, reference, worst
+from support.qwen2_reference import Shape, jit, one_device, padded, read, reference, worst
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig

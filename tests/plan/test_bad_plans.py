@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_plans import ROOT, needs_libtpu, write_config
+from support.tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
 from psyche_jax.errors import UsageError, UserError

@@ -5,7 +5,7 @@ import json
 import jax
 import pytest
 from jax.sharding import SingleDeviceSharding
-from tiny_plans import ROOT, needs_libtpu, write_config
+from support.tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
 from psyche_jax.model import decode

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from adversary import Vocabulary, vocabulary
+from support.adversary import Vocabulary, vocabulary
 
 
 @pytest.fixture(scope="session")

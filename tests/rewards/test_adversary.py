@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adversary import FORM_RULES, RULES, TOKENS, Vocabulary, batches, compare
+from support.adversary import FORM_RULES, RULES, TOKENS, Vocabulary, batches, compare
 
 from psyche_jax.rewards.score import advance, compile_rules, finish, initial_state, score
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pydantic
 import pytest
-from adversary import Vocabulary
-from forms import NOTHING, RIGHT, WRONG, letters, table
+from support.adversary import Vocabulary
+from support.forms import NOTHING, RIGHT, WRONG, letters, table
 
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import AnswerSetRule, RuleConfig, extract_letters, rules
@@ -155,4 +155,4 @@ def test_too_large_a_table_says_what_to_take_less_of(tiny: Vocabulary, monkeypat
 
 def test_the_table_of_the_docs_is_current() -> None:
     docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
-    assert table() in docs, "PYTHONPATH=tests python tests/rewards/forms.py prints it"
+    assert table() in docs, "PYTHONPATH=tests python -m support.forms prints it"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adversary import RULES, Vocabulary
+from support.adversary import RULES, Vocabulary
 
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import AnswerSetRule, LengthRule, PatternRule, RepetitionRule, ThinkFormatRule, reference

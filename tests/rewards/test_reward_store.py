@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from adversary import Vocabulary
+from support.adversary import Vocabulary
 
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule, score
 from psyche_jax.rewards.automaton import TokenAutomaton

@@ -5,7 +5,7 @@ import unicodedata
 
 import pytest
 import tokenizers
-from adversary import FRAGMENTS, Vocabulary, qwen_folder, random_text, tiny_tokenizer
+from support.adversary import FRAGMENTS, Vocabulary, qwen_folder, random_text, tiny_tokenizer
 from tokenizers import decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

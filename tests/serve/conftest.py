@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from serving import Server, start_server
-from tiny import save_model
+from support.serving import Server, start_server
+from support.tiny import save_model
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from script_modules import load_script
+from support.script_modules import load_script
 
 from psyche_jax import cli
 from psyche_jax.serve.crisis import Risk, classify

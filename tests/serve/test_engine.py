@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import save_model
+from support.tiny import save_model
 
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.decode import Sampling, generate

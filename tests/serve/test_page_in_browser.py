@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from contrast import lowest_contrast
-from serving import Server
+from support.contrast import lowest_contrast
+from support.serving import Server
 
 EVIL = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
 

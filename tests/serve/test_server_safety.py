@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serving import start_server
+from support.serving import start_server
 
 from psyche_jax import cli
 from psyche_jax.cli import start

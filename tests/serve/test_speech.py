@@ -5,7 +5,7 @@ import copy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import save_tokenizer
+from support.tiny import save_tokenizer
 from tokenizers import AddedToken
 
 from psyche_jax.model.huggingface import load_tokenizer

@@ -18,7 +18,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import save_model
+from support.tiny import save_model
 
 from psyche_jax import cli
 from psyche_jax.cli import start

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty_server import KEY
+from support.faulty_server import KEY
 
 from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore

@@ -8,7 +8,7 @@ from email.utils import formatdate
 
 import httpx2
 import pytest
-from faulty_server import KEY, FaultyServer, _send, answering, stored_keys
+from support.faulty_server import KEY, FaultyServer, _send, answering, stored_keys
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm import retry_after

@@ -9,10 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from held_out import measure_held_out
 from hypothesis import given
 from hypothesis import strategies as st
-from planted import make_question, measure, near_duplicate, with_options
+from support.held_out import measure_held_out
+from support.planted import make_question, measure, near_duplicate, with_options
 
 from psyche_jax.data.records import Question, read_records
 from psyche_jax.errors import UserError

@@ -1,7 +1,7 @@
 """A synthesis that is killed at any moment goes on without asking for anything twice, to the same result."""
 
 import pytest
-from kills import CONCURRENCY, compare
+from support.kills import CONCURRENCY, compare
 
 
 @pytest.mark.slow

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from bucket import running_bucket
 from fastapi.testclient import TestClient
+from support.bucket import running_bucket
 
 from psyche_jax import cli
 from psyche_jax.config_files import config_to_dict

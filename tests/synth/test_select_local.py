@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-from tiny import save_model
+from support.tiny import save_model
 
 from psyche_jax.config import RunSection
 from psyche_jax.data.records import Question, read_records, write_records

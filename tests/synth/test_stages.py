@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from faulty_server import FaultyServer, _send, answering
+from support.faulty_server import FaultyServer, _send, answering
 
 from psyche_jax.data.records import Dialogue, Message, Passage, Question
 from psyche_jax.errors import UsageError

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from cloud import Cloud
+from support.cloud import Cloud
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """tpu/babysit.sh: the run goes on through preemptions, crashes and quotas, or it gives up and says why."""
 
-from cloud import RUN, Cloud
+from support.cloud import RUN, Cloud
 
 
 def running(step: int, status: str = "running", reason: str = "") -> dict[str, object]:

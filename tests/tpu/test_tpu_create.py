@@ -1,7 +1,7 @@
 """tpu/create.sh: a queued resource, until it is there or will not be."""
 
 import pytest
-from cloud import Cloud, one_line_error
+from support.cloud import Cloud, one_line_error
 
 
 def test_create(cloud: Cloud) -> None:

@@ -5,7 +5,7 @@ import subprocess
 import time
 
 import pytest
-from cloud import RUN, Cloud, one_line_error, script
+from support.cloud import RUN, Cloud, one_line_error, script
 
 
 def test_setup(cloud: Cloud) -> None:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cloud import NAMES, RUN, SETTINGS, TPU, Cloud, one_line_error
+from support.cloud import NAMES, RUN, SETTINGS, TPU, Cloud, one_line_error
 
 SCRIPTS = sorted(TPU.glob("*.sh"))
 

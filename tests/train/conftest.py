@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from training_fixtures import make_model, write_prompts, write_sft_data
+from support.training_fixtures import make_model, write_prompts, write_sft_data
 
 from psyche_jax.model.config import ModelConfig, read_hf_config
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from training_fixtures import execution, grpo_config, sft_config
+from support.training_fixtures import execution, grpo_config, sft_config
 
 from psyche_jax.config import ModelSection
 from psyche_jax.convert import export_model, import_model

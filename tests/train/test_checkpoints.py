@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from training_fixtures import PROMPT, execution
+from support.training_fixtures import PROMPT, execution
 
 from psyche_jax.config import OptimizerSection
 from psyche_jax.convert import export_model, import_model

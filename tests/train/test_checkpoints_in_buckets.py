@@ -7,11 +7,11 @@ from unittest import mock
 import aiohttp
 import numpy as np
 import pytest
-from faulty_proxy import FAULTS, dying, faulty, silent
 from google.cloud import storage
 from orbax.checkpoint._src.serialization import tensorstore_utils
+from support.faulty_proxy import FAULTS, dying, faulty, silent
+from support.training_fixtures import PROMPT, execution
 from test_checkpoints import leaves, state_on
-from training_fixtures import PROMPT, execution
 
 from psyche_jax.data import store
 from psyche_jax.errors import UserError

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from iterations import FAST, RATE, Bench, Outcome, bench, outcome
+from support.iterations import FAST, RATE, Bench, Outcome, bench, outcome
+from support.training_fixtures import RULES, execution, grpo_config, largest_difference
 from test_objectives import plain_advantages
-from training_fixtures import RULES, execution, grpo_config, largest_difference
 
 from psyche_jax.config import DynamicSamplingSection, ObjectiveSection, PromptSection
 from psyche_jax.data.chat import prompt_tokens

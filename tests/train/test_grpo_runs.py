@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
+from support.training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
 from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
 from psyche_jax.data.records import Message, RlPrompt, read_records, write_records

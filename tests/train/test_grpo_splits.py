@@ -5,8 +5,8 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from iterations import ALL, FAST, FSDP, Bench, bench, compare, outcome
-from training_fixtures import RULES, largest_difference
+from support.iterations import ALL, FAST, FSDP, Bench, bench, compare, outcome
+from support.training_fixtures import RULES, largest_difference
 
 from psyche_jax.config import ObjectiveSection
 from psyche_jax.rewards import FunctionReward

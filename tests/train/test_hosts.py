@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config
+from support.training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config
 
 from psyche_jax.config import CheckpointSection, OptimizerSection
 from psyche_jax.convert import export_model

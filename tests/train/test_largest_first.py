@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from training_fixtures import grpo_config, metrics_of, sft_config, state_of, write_prompts
+from support.training_fixtures import grpo_config, metrics_of, sft_config, state_of, write_prompts
 
 from psyche_jax.config import GrpoDataSection, SftDataSection
 from psyche_jax.errors import UserError

@@ -6,11 +6,11 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from iterations import Bench, compare
 from safetensors.numpy import load_file
+from support.iterations import Bench, compare
+from support.training_fixtures import PROMPT, execution, largest_difference, make_model, write_prompts, write_sft_data
 from test_checkpoints import FLOAT32, leaves, state_on
 from test_sft import several, train
-from training_fixtures import PROMPT, execution, largest_difference, make_model, write_prompts, write_sft_data
 
 from psyche_jax.convert import export_model
 from psyche_jax.data.chat import tokenize_example

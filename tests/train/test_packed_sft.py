@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bucket import running_bucket
-from training_fixtures import PROMPT, execution, metrics_of, sft_config
+from support.bucket import running_bucket
+from support.training_fixtures import PROMPT, execution, metrics_of, sft_config
 
 from psyche_jax import hosts
 from psyche_jax.config import SftDataSection

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from training_fixtures import (
+from support.training_fixtures import (
     RULES,
     execution,
     grpo_config,

@@ -9,7 +9,15 @@ import time
 import jax
 import numpy as np
 import pytest
-from training_fixtures import execution, grpo_config, metrics_of, sft_config, state_of, write_config, write_sft_data
+from support.training_fixtures import (
+    execution,
+    grpo_config,
+    metrics_of,
+    sft_config,
+    state_of,
+    write_config,
+    write_sft_data,
+)
 
 from psyche_jax import cli
 from psyche_jax.cli import start

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
-from training_fixtures import grpo_config, metrics_of, sft_config
+from support.training_fixtures import grpo_config, metrics_of, sft_config
 
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, LoggingSection

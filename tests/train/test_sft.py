@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import transformers
 from flax import traverse_util
-from optional_torch import torch
-from training_fixtures import PROMPT, execution, largest_difference
+from support.optional_torch import torch
+from support.training_fixtures import PROMPT, execution, largest_difference
 
 from psyche_jax.config import OptimizerSection
 from psyche_jax.data.chat import tokenize_example

@@ -5,7 +5,7 @@ import shutil
 from unittest import mock
 
 import pytest
-from training_fixtures import metrics_of, sft_config, state_of
+from support.training_fixtures import metrics_of, sft_config, state_of
 
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, OptimizerSection, SftDataSection

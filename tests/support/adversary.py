@@ -1,6 +1,6 @@
 """Random responses meant to break the rewards, and the comparison of the graph with the reference.
 
-    python tests/rewards/adversary.py --count 1000000 [--seed 0] [--vocabulary tiny|qwen] [--rules all|forms]
+    PYTHONPATH=tests python -m support.adversary --count 1000000 [--seed 0] [--vocabulary tiny|qwen] [--rules all|forms]
 
 Markers and tags are split across tokens in every way the vocabulary allows, merged with their neighbours,
 nested, repeated and cut; texts end amid a character, hold invalid UTF-8, ids without bytes and ids outside

@@ -1,7 +1,7 @@
 """Planted near duplicates of questions, and look-alikes that are none: what de-duplication is measured on.
 
-    PYTHONPATH=. python tests/synth/planted.py [--pairs 1000] [--held-out] [--twins] [--real FILE]
-    PYTHONPATH=. python tests/synth/planted.py --pairs 0 --memory 100000 [--redis HOST:PORT]
+    PYTHONPATH=tests python -m support.planted [--pairs 1000] [--held-out] [--twins] [--real FILE]
+    PYTHONPATH=tests python -m support.planted --pairs 0 --memory 100000 [--redis HOST:PORT]
 
 The questions are made up from lists of terms, so their texts are alike on purpose. Those of `--memory` are unlike each
 other, so that every one of them is remembered. Prints one JSON object.
@@ -344,7 +344,7 @@ def main() -> None:
     twins = "one that is always right" if arguments.twins else None
     result = measure(arguments.pairs, twins=twins) if arguments.pairs else {}
     if arguments.held_out:
-        from held_out import measure_held_out
+        from support.held_out import measure_held_out
 
         result["held_out"] = measure_held_out(arguments.pairs, twins=twins)
     if arguments.real:

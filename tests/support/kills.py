@@ -1,6 +1,6 @@
 """A synthesis against a server with faults, killed with SIGKILL on the way, beside the same one that is left alone.
 
-    PYTHONPATH=. python tests/synth/kills.py [--items 2000] [--kills 10]
+    PYTHONPATH=tests python -m support.kills [--items 2000] [--kills 10]
 
 Prints one JSON object. CI runs a small one (test_kills.py).
 """
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from faulty_server import KEY, MARK, FaultyServer
+from support.faulty_server import KEY, MARK, FaultyServer
 
 from psyche_jax.synth.canned import serving
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from planted import count, with_options
+from support.planted import count, with_options
 
 from psyche_jax.data.records import Question
 

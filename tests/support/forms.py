@@ -1,6 +1,6 @@
 """Ways in which models write an answer: right ones with their letters, and ones that give no answer or take it back.
 
-    PYTHONPATH=tests python tests/rewards/forms.py     # the table of docs/rewards.md, and what is not read
+    PYTHONPATH=tests python -m support.forms     # the table of docs/rewards.md, and what is not read
 
 The texts stand after the thought. Written by hand after what chat models (Qwen, DeepSeek, GPT, Llama) say in Chinese
 and English; by none of the patterns that read them.

@@ -1,4 +1,4 @@
-"""Proxies before the bucket of tests/bucket.py: busy, broken, cut short, late, damaged; and one that refuses."""
+"""Proxies before the bucket of `bucket.py`: busy, broken, cut short, late, damaged; and one that refuses."""
 
 import http.client
 import json

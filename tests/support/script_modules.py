@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def load_script(name: str) -> ModuleType:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from training_fixtures import PROMPT, execution, grpo_config, largest_difference
+from support.training_fixtures import PROMPT, execution, grpo_config, largest_difference
 
 from psyche_jax.config import ObjectiveSection
 from psyche_jax.data.chat import prompt_tokens

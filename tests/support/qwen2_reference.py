@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
-from optional_torch import torch
+from support.optional_torch import torch
 
 from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.huggingface import read_parameters
