@@ -172,7 +172,7 @@ class _Progress:
 
 
 def _check_space(target: Path, size: int) -> None:
-    """Whether the disk of `target`, which need not exist, has `size` bytes left."""
+    """Raise UserError unless the disk of `target`, which need not exist, has `size` bytes left."""
     place = next(folder for folder in (target.absolute(), *target.absolute().parents) if folder.exists())
     usage = shutil.disk_usage(place)
     if usage.total and usage.free < size:  # some network disks do not say

@@ -207,7 +207,7 @@ class Server:
 
 
 async def _bounded(response: httpx2.Response) -> None:
-    """What every response passes: only so much is read of an error, and prompts do not follow to another place."""
+    """Bound every response: only so much is read of an error, and prompts do not follow to another place."""
     if not response.is_success:
         response.stream = _Beginning(response.stream)
     if response.has_redirect_location:

@@ -26,7 +26,7 @@ def quiet_orbax() -> None:
 
 
 def start_jax(distributed: "DistributedSection | None" = None) -> None:
-    """What must come before the first computation: the persistent compilation cache, the other hosts."""
+    """Do what must come before the first computation: open the compilation cache, wait for the other hosts."""
     quiet_orbax()
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         # XLA's threads, else one a virtual device: collectives that wait for each other could hold all of them.

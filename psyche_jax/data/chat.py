@@ -128,7 +128,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
 
 
 def _check_written(content: str, closed: str, head: str, end: str) -> None:
-    """Whether the template writes `content` and `end` after `head`; it may drop a thought, or space it otherwise."""
+    """Raise UserError unless the template writes `content`, `end` after `head`; a thought may be dropped or spaced."""
     written, ended, _ = closed.removeprefix(head).partition(end)
     if closed.startswith(head) and ended:
         if written == content:

@@ -302,7 +302,7 @@ def published_architecture(name: str) -> ModelConfig:
 
 
 def check_architecture(name: str | None, config: ModelConfig, origin: str) -> None:
-    """Whether the model that was opened at `origin` has the shape of `name` (None: nothing is asked).
+    """Raise UserError unless the model opened at `origin` has the shape of `name` (None: any will do).
 
     Raises:
       UsageError: naming the first size that differs.

@@ -116,7 +116,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
 
 
 def check_mesh_fits(mesh: Mesh, config: ModelConfig) -> None:
-    """Whether the model's dimensions can be split as the rules say; the vocabulary always can.
+    """Raise UsageError unless the model's dimensions can be split as the rules say; the vocabulary always can.
 
     Raises:
       UsageError: naming the axis, its size and the dimension that it does not divide.

@@ -159,20 +159,12 @@ class StoredModel:
         return parameters
 
     def check_shapes(self) -> None:
-        """Whether a Hugging Face folder holds the tensors that its config tells of, before work is done for them.
-
-        Raises:
-          UserError: it does not.
-        """
+        """Raise UserError unless a Hugging Face folder holds the tensors that its config names."""
         if (self.weights / "config.json").is_file():
             WeightFiles(self.weights).check(self.config)
 
     def check(self) -> None:
-        """Whether the weights of a checkpoint are as they were written; a Hugging Face folder holds no checksums.
-
-        Raises:
-          UserError: they are not.
-        """
+        """Raise UserError unless a checkpoint's weights are as they were written; other folders hold no checksums."""
         if not (self.weights / "config.json").is_file():
             read_step_metadata(self.weights, ("parameters",))
 

@@ -52,7 +52,7 @@ def checksums_of(folder: Path, ending: str = "") -> dict[str, dict[str, int]]:
 
 
 def check_files(folder: Path, within: Sequence[str] | None = None, content: bool = True) -> None:
-    """Whether the files in `folder`, or those in its subfolders `within`, are those that `write_checksums` saw.
+    """Raise UserError unless the files in `folder`, or in its subfolders `within`, are as `write_checksums` saw them.
 
     Raises:
       UserError: one is missing, has another size or (with `content`) another CRC32C; or the checksums are themselves
