@@ -73,16 +73,21 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         enough = jnp.float32(sampling.top_k)
         logits = keep_from(logits, lambda kept: kept.sum(axis=-1, keepdims=True, dtype=jnp.float32) >= enough)
     if sampling.top_p < 1:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-
-        def enough_mass(kept: jax.Array) -> jax.Array:
-            return jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= sampling.top_p
-
-        logits = keep_from(logits, enough_mass)
+        logits = keep_nucleus(logits, sampling.top_p)
     if sampling.min_p > 0:
         least = logits.max(axis=-1, keepdims=True) + jnp.log(jnp.float32(sampling.min_p))
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     return logits
+
+
+def keep_nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
+    """-inf on all but each row's smallest set of likeliest tokens with probability `top_p` (arXiv 1904.09751).
+
+    `logits` [rows, vocab]; `top_p` a number, or [rows, 1].
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    kept = keep_from(logits, lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= top_p)
+    return jnp.where(jnp.asarray(top_p) < 1, kept, logits)  # all of them, whatever their sum is rounded to
 
 
 def keep_from(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:

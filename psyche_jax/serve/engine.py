@@ -19,7 +19,7 @@ import numpy as np
 from psyche_jax.config import Dtype, MeshSection
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import keep_from
+from psyche_jax.model.decode import keep_nucleus
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import StoredModel
@@ -231,18 +231,12 @@ def _advance(
 def _draw(logits: jax.Array, draw: _Draw, step: jax.Array) -> jax.Array:
     """A token for each row [rows], each by its own temperature, top-p and seed."""
     tempered = logits / jnp.where(draw.temperature > 0, draw.temperature, 1.0)[:, None]
-    tempered = jax.lax.cond((draw.top_p < 1).any(), lambda: _nucleus(tempered, draw.top_p), lambda: tempered)
+    tempered = jax.lax.cond(
+        (draw.top_p < 1).any(), lambda: keep_nucleus(tempered, draw.top_p[:, None]), lambda: tempered
+    )
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(draw.seed)
     sampled = jax.vmap(jax.random.categorical)(keys, tempered)
     return jnp.where(draw.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-
-
-def _nucleus(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf on all but each row's smallest set of likeliest tokens with probability `top_p` [rows] (1904.09751)."""
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    limit = top_p[:, None]
-    kept = keep_from(logits, lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= limit)
-    return jnp.where(limit < 1, kept, logits)
 
 
 def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -9,10 +9,10 @@ import pytest
 from support.tiny import save_model
 
 from psyche_jax.data.streams import pad_prompts
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import Sampling, generate, keep_nucleus
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.serve.engine import MOST_ALTERNATIVES, Engine, RowSettings, _nucleus
+from psyche_jax.serve.engine import MOST_ALTERNATIVES, Engine, RowSettings
 from psyche_jax.train.checkpoints import open_model
 
 PROMPTS = [[5, 6, 7], [9], [30, 40, 50, 60, 70, 80, 90], [11, 12], [200, 3]]
@@ -115,7 +115,7 @@ def test_the_nucleus_is_what_sorting_gives(seed):
     random = np.random.default_rng(seed)
     logits = random.normal(size=(6, 500)).astype(np.float32) * random.choice([0.1, 1, 8])
     top_p = random.uniform(0.01, 0.999, 6).astype(np.float32)
-    kept = np.isfinite(np.asarray(_nucleus(jnp.asarray(logits), jnp.asarray(top_p))))
+    kept = np.isfinite(np.asarray(keep_nucleus(jnp.asarray(logits), jnp.asarray(top_p)[:, None])))
     for row in range(6):
         probabilities = np.exp(logits[row].astype(np.float64))
         probabilities /= probabilities.sum()
@@ -123,7 +123,7 @@ def test_the_nucleus_is_what_sorting_gives(seed):
         count = 1 + np.searchsorted(np.cumsum(probabilities[order]), top_p[row] - 1e-6)
         assert abs(kept[row].sum() - count) <= 1  # the last token, at the edge of float32
         assert kept[row][order[: count - 1]].all()
-    whole = np.asarray(_nucleus(jnp.asarray(logits), jnp.ones(6)))
+    whole = np.asarray(keep_nucleus(jnp.asarray(logits), jnp.ones((6, 1))))
     assert np.isfinite(whole).all()
 
 
