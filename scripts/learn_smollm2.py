@@ -85,7 +85,7 @@ def make_data(folder: Path, seed: int, grpo_prompts: int) -> None:
     with new_folder(folder) as partial:
         write_records(partial / "sft.jsonl", examples)
         write_records(partial / "rl.jsonl", prompts[SFT_EXAMPLES:-HELD_OUT])
-        write_records(partial / "support.held_out.jsonl", prompts[-HELD_OUT:])
+        write_records(partial / "held_out.jsonl", prompts[-HELD_OUT:])
         write_records(partial / "watched.jsonl", prompts[-HELD_OUT:][:WATCHED])
 
 
@@ -219,7 +219,7 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
     if not exported.is_dir():
         clock.run("export", lambda: psyche("export", str(grpo), str(exported)))
 
-    records = read_records(RlPrompt, data / "support.held_out.jsonl").good
+    records = read_records(RlPrompt, data / "held_out.jsonl").good
     scores_file = folder / "scores.json"
     scores: dict[str, Any] = read_json(scores_file) if scores_file.is_file() else {}
     for name, model in (("base", base), ("sft", sft), ("grpo", grpo)):

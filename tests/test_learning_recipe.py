@@ -72,7 +72,7 @@ def test_both_ways_to_score_agree(recipe, data, tmp_path):
     pytest.importorskip("torch")
     save_model(tmp_path / "model")
     config = replace(load_config(GrpoConfig, recipe.GRPO_CONFIG), data=GrpoDataSection("unused", 128))
-    records = read_records(RlPrompt, data / "support.held_out.jsonl").good[:8]
+    records = read_records(RlPrompt, data / "held_out.jsonl").good[:8]
     here = recipe.score_here(tmp_path / "model", records, config, temperature=0.0)
     there = recipe.score_in_transformers(tmp_path / "model", records, config)
     assert here.tokens == there.tokens

@@ -6,6 +6,7 @@ safety. Scale, prompt (`judge.zh.jinja`) and the rule for a win are ours.
 
 import dataclasses
 import itertools
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,10 +199,10 @@ def summarize_empathy(pairs: Sequence[Pair], judged: Mapping[str, Mapping[Key, J
 def _dimension(name: str, marks: Sequence[tuple[str, Marks, Marks]]) -> dict[str, Any]:
     model, other = ([getattr(one[place], name) for one in marks] for place in (1, 2))
     differences = [mine - theirs for mine, theirs in zip(model, other, strict=True)]
-    difference = sum(differences) / len(differences)
+    difference = statistics.fmean(differences)
     return {
-        "model": sum(model) / len(model),
-        "other": sum(other) / len(other),
+        "model": statistics.fmean(model),
+        "other": statistics.fmean(other),
         "difference": difference,
         "interval": interval(bootstrap_means(differences, [id_ for id_, _, _ in marks], name), difference),
     }

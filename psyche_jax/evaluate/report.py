@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import math
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -84,9 +85,9 @@ def our_rows(name: str, scores: Mapping[str, Any], parameters: int | None) -> li
             continue
         values = {cell: 100 * cells[cell]["strict"] for cell in CELLS}
         values |= {f"{one}_mmcq_elastic": 100 * cells[f"{one}_mmcq"]["elastic"] for one in PARTS}
-        values["average_strict"] = sum(values[cell] for cell in CELLS) / len(CELLS)
+        values["average_strict"] = statistics.fmean(values[cell] for cell in CELLS)
         elastic = [values[f"{one}_{kind}"] for one in PARTS for kind in (SINGLE, f"{MULTIPLE}_elastic")]
-        values["average_elastic"] = sum(elastic) / len(elastic)
+        values["average_elastic"] = statistics.fmean(elastic)
         essays = part.get("essays") or {}
         values |= {f"essay_{key}": essays[key] for key in ("rouge1", "rougeL", "bleu4") if key in essays}
         asked = sum(cells[cell]["count"] for cell in CELLS)

@@ -158,27 +158,27 @@ def _scores(name: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]
         return {"count": 0, "strict": None, "elastic": None, "unanswered": 0}
     answers = [item for task in tasks for item in items[task.id]]
     chances = [chance(task) for task in tasks]
-    strict, elastic = (_mean([getattr(item, key) for item in answers]) for key in ("strict", "elastic"))
+    strict, elastic = (statistics.fmean([getattr(item, key) for item in answers]) for key in ("strict", "elastic"))
     result = {
         "count": len(tasks),
         "strict": strict,
         "elastic": elastic,
         "interval": interval(_resampled(name, "strict", tasks, items), strict),
         "interval_elastic": interval(_resampled(name, "elastic", tasks, items), elastic),
-        "chance": _mean([strict for strict, _ in chances]),
-        "chance_elastic": _mean([elastic for _, elastic in chances]),
+        "chance": statistics.fmean([strict for strict, _ in chances]),
+        "chance_elastic": statistics.fmean([elastic for _, elastic in chances]),
         "unanswered": sum(item.predicted is None for item in answers),
         "failures": dict(Counter(item.failure for item in answers if item.failure)),
         "fallback": {
-            "strict": _mean([item.lenient_strict for item in answers]),
-            "elastic": _mean([item.lenient_elastic for item in answers]),
+            "strict": statistics.fmean([item.lenient_strict for item in answers]),
+            "elastic": statistics.fmean([item.lenient_elastic for item in answers]),
             "read": sum(item.predicted is None and item.lenient is not None for item in answers),
         },
     }
     samples = len(items[tasks[0].id])
     if samples > 1:
         for key, deviation in (("strict", "deviation"), ("elastic", "deviation_elastic")):
-            by_sample = [_mean([getattr(items[task.id][n], key) for task in tasks]) for n in range(samples)]
+            by_sample = [statistics.fmean([getattr(items[task.id][n], key) for task in tasks]) for n in range(samples)]
             result[deviation] = statistics.stdev(by_sample)
     return result
 
@@ -190,20 +190,16 @@ def _average(tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dict
         means, resampled = [], []
         for cell in cells:
             chosen = [task for task in tasks if task.cell == cell]
-            means.append(_mean([getattr(item, key) for task in chosen for item in items[task.id]]))
+            means.append(statistics.fmean([getattr(item, key) for task in chosen for item in items[task.id]]))
             resampled.append(_resampled(cell, key, chosen, items))
-        result[key] = _mean(means)
+        result[key] = statistics.fmean(means)
         result[name] = interval(np.mean(resampled, axis=0), result[key])
     return result
 
 
 def _resampled(name: str, key: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> np.ndarray:
-    values = [_mean([getattr(item, key) for item in items[task.id]]) for task in tasks]
+    values = [statistics.fmean([getattr(item, key) for item in items[task.id]]) for task in tasks]
     return bootstrap_shares(values, [task.group for task in tasks], name)
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 # The library's own pattern for words keeps Latin letters and digits alone.
@@ -247,7 +243,7 @@ def summarize_essays(items: Sequence[EssayItem]) -> dict[str, Any]:
     result: dict[str, Any] = {"count": len({item.id for item in items})}
     for name in ("rouge1", "rougeL"):
         values = [getattr(item, name) for item in items]
-        result[name] = sum(values) / len(values)
+        result[name] = statistics.fmean(values)
         result[f"interval_{name}"] = interval(bootstrap_means(values, [item.id for item in items], name), result[name])
     bleu = BLEU(tokenize="zh")
     said, references = [answer_part(item.response) for item in items], [item.gold for item in items]

@@ -92,7 +92,7 @@ def test_an_independent_script_agrees_to_the_last_digit(tmp_path: Path) -> None:
 
     file = tmp_path / "e.json"
     evaluate(Answerer(say), six_cells(300), label="x", samples=3, files=[file])
-    script = Path(__file__).with_name("support.plain_scores.py")
+    script = Path(__file__).parents[1] / "support" / "plain_scores.py"
     said = subprocess.run([sys.executable, "-I", script, file], capture_output=True, text=True, check=True).stdout
     plain, ours = json.loads(said), json.loads(file.read_text())["scores"]
     assert 0.1 < ours["strict"] < 0.9 and ours["unanswered"] > 50

@@ -4,6 +4,7 @@ It shares no code with the package: its own reading of the letters, its own sums
 """
 
 import json
+import math
 import sys
 
 
@@ -20,14 +21,15 @@ def letters(response):
 
 
 def scores(items):
-    strict = elastic = unanswered = 0
+    strict = unanswered = 0
+    elastic = []
     for item in items:
         said, gold = letters(item["response"]), item["gold"]
         unanswered += not said
         strict += said == gold
         if said and not [letter for letter in said if letter not in gold]:
-            elastic += len(said) / len(gold)
-    return {"strict": strict / len(items), "elastic": elastic / len(items), "unanswered": unanswered}
+            elastic.append(len(said) / len(gold))
+    return {"strict": strict / len(items), "elastic": math.fsum(elastic) / len(items), "unanswered": unanswered}
 
 
 def main(path):
@@ -38,7 +40,7 @@ def main(path):
         cells.setdefault(item["cell"], []).append(item)
     result = {**scores(items), "cells": {cell: scores(some) for cell, some in cells.items()}}
     for name in ("strict", "elastic"):
-        result[f"average_{name}"] = sum(result["cells"][cell][name] for cell in cells) / len(cells)
+        result[f"average_{name}"] = math.fsum(result["cells"][cell][name] for cell in cells) / len(cells)
     print(json.dumps(result))
 
 

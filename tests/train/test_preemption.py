@@ -135,12 +135,12 @@ def test_sigterm_within_the_evaluation_of_sft(tiny_root, tmp_path):
     """Evaluated before the first step and after steps 2, 4 and 5, in two batches each time."""
     for name in ("model", "sft.jsonl"):
         (tmp_path / name).symlink_to(tiny_root / name)
-    write_sft_data(tmp_path / "support.held_out.jsonl", 11)
+    write_sft_data(tmp_path / "held_out.jsonl", 11)
 
     def config(run):
         made = sft_config(tmp_path, run, evaluate_every_steps=2, checkpoints=CheckpointSection(every_steps=100))
         return dataclasses.replace(
-            made, data=dataclasses.replace(made.data, evaluation=str(tmp_path / "support.held_out.jsonl"))
+            made, data=dataclasses.replace(made.data, evaluation=str(tmp_path / "held_out.jsonl"))
         )
 
     train_sft(config("whole"))
@@ -157,12 +157,12 @@ def test_sigterm_within_the_held_out_reward_of_grpo(tiny_root, tmp_path):
     for name in ("model", "rl.jsonl"):
         (tmp_path / name).symlink_to(tiny_root / name)
     held_out = [RlPrompt((Message("user", f"{number}？"),), "ABCD"[number % 4], "single") for number in range(11)]
-    write_records(tmp_path / "support.held_out.jsonl", held_out)
+    write_records(tmp_path / "held_out.jsonl", held_out)
 
     def config(run):
         made = grpo_config(tmp_path, run, epochs=1.0, evaluate_every_steps=1)
         return dataclasses.replace(
-            made, data=dataclasses.replace(made.data, evaluation=str(tmp_path / "support.held_out.jsonl"))
+            made, data=dataclasses.replace(made.data, evaluation=str(tmp_path / "held_out.jsonl"))
         )
 
     train_grpo(config("whole"))

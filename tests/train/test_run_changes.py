@@ -44,7 +44,7 @@ from psyche_jax.train.sft import train_sft
 
 def configs(root, verb, **changes):
     made = {"sft": sft_config, "grpo": grpo_config}[verb](root, f"{verb}-run", **changes)
-    held_out = str(root / "support.held_out.jsonl")
+    held_out = str(root / "held_out.jsonl")
     return dataclasses.replace(made, data=dataclasses.replace(made.data, evaluation=held_out), **changes)
 
 
@@ -58,12 +58,12 @@ def stopped(tiny_root, tmp_path_factory):
     for verb, source in (("sft", "sft.jsonl"), ("grpo", "rl.jsonl")):
         lines = (root / source).read_text(encoding="utf-8").splitlines(keepends=True)
         (root / f"{verb}.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
-        (root / "support.held_out.jsonl").write_text("".join(lines[-2:]), encoding="utf-8")
+        (root / "held_out.jsonl").write_text("".join(lines[-2:]), encoding="utf-8")
         if verb == "grpo":
             (root / "rl.jsonl").write_text("".join(lines[:-2]), encoding="utf-8")
         with mock.patch.object(Stop, "requested", lambda _, step=None: step == 1), pytest.raises(PreemptedError):
             TRAIN[verb](configs(root, verb))
-        (root / "support.held_out.jsonl").rename(root / f"held_out-{verb}.jsonl")
+        (root / "held_out.jsonl").rename(root / f"held_out-{verb}.jsonl")
     return root
 
 
@@ -76,7 +76,7 @@ def verb(request):
 def root(stopped, tmp_path, verb):
     """A copy, elsewhere: the folder of the run, its model and its data have moved."""
     root = shutil.copytree(stopped, tmp_path / "work")
-    (root / f"held_out-{verb}.jsonl").rename(root / "support.held_out.jsonl")
+    (root / f"held_out-{verb}.jsonl").rename(root / "held_out.jsonl")
     return root
 
 
@@ -101,9 +101,9 @@ def one_answer_changed(root, verb):
 
 
 def other_evaluation(root, verb):
-    shutil.copy(data_of(root, verb), root / "support.held_out.jsonl")
-    lines = (root / "support.held_out.jsonl").read_text(encoding="utf-8").replace("什么是记忆？", "什么是遗忘？")
-    (root / "support.held_out.jsonl").write_text(lines, encoding="utf-8")
+    shutil.copy(data_of(root, verb), root / "held_out.jsonl")
+    lines = (root / "held_out.jsonl").read_text(encoding="utf-8").replace("什么是记忆？", "什么是遗忘？")
+    (root / "held_out.jsonl").write_text(lines, encoding="utf-8")
 
 
 def other_template(root, verb):
