@@ -22,7 +22,7 @@ EXTRAS = PROJECT["optional-dependencies"]
 OPTIONAL = {"torch": "torch", "wandb": "wandb", "redis": "redis"}  # module: distribution; need not be installed
 OF_GOOGLE = {"google.cloud": "google-cloud-storage", "google.auth": "google-auth", "google.api_core": "google-api-core"}
 OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
-PRIVATE_IN = {"storage/buckets.py"}  # each with a test below that says what it relies on
+PRIVATE_IN = {"buckets.py"}  # each with a test below that says what it relies on
 
 
 def nodes() -> Iterator[tuple[Path, ast.AST]]:

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -220,15 +221,19 @@ class Asker:
             await self._stop(row, f"{fresh} replies in a row could not be used")
 
     async def check(self, kept: bool) -> None:
-        """To be called at the end of a stage, which `kept` something or not.
+        """Called at the end of a stage, which `kept` something or not. Says which LLM never gave anything of use.
 
         Raises:
-          UserError: no reply was of use, or it kept nothing and one LLM's replies to one prompt never were.
+          UserError: it kept nothing, and one LLM's replies to one prompt were never of use.
         """
         never = [row for pair, row in self._rows.items() if pair not in self._of_use]
-        if never and not (kept and self._of_use):
+        if never and not kept:
             row = max(never, key=len)
             await self._stop(row, f"none of {len(row)} replies could be used")
+        for row in never:
+            asked, _, fault = row[-1]
+            what = f"{asked.prompt.partition('@')[0]}, {asked.llm}: none of {len(row)} replies could be used"
+            print(f"look here: {what}, the last one for: {fault}", file=sys.stderr, flush=True)
 
     async def _stop(self, row: list[tuple[Asked, Reply, str]], what: str) -> None:
         """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""

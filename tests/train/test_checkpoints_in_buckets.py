@@ -50,11 +50,11 @@ def test_a_flipped_bit_in_any_object_is_found_and_named(bucket, state, metadata)
         for blob in storage.Client().bucket(bucket.removeprefix("gs://")).list_blobs(prefix="flips/4/")
         if not blob.name.endswith("/")
     }
-    known = json.loads(objects["step_folders.json"].download_as_bytes())["files"]
-    assert objects.keys() - known.keys() == {"step_folders.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
+    known = json.loads(objects["checksums.json"].download_as_bytes())["files"]
+    assert objects.keys() - known.keys() == {"checksums.json", "_CHECKPOINT_METADATA", "commit_success.txt"}
     random = np.random.default_rng(0)
     with contextlib.closing(Checkpoints(as_path(f"{bucket}/flips"), keep=2)) as checkpoints:
-        for name in (*known, "step_folders.json"):
+        for name in (*known, "checksums.json"):
             whole = objects[name].download_as_bytes()
             content = bytearray(whole)
             content[random.integers(len(content))] ^= 1 << int(random.integers(8))
@@ -93,7 +93,7 @@ def impatient(monkeypatch):
         yield
 
 
-@pytest.mark.parametrize("part", ["", "step_folders.json", "manifest.ocdbt"])
+@pytest.mark.parametrize("part", ["", "checksums.json", "manifest.ocdbt"])
 def test_a_server_that_dies_while_it_is_read_from_ends_in_one_line(part, bucket, state, metadata, impatient):
     """Dead from the beginning, at the checksums, and at the arrays."""
     state, abstract = state
