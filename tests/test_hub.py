@@ -122,7 +122,10 @@ def test_a_mirror_whose_xet_store_does_not_work(hub):
 
 def test_a_xet_store_is_not_waited_for_without_end():
     """What hf_xet is told, unless the user says otherwise."""
-    program = "import os; from psyche_jax.storage import hub\nwith hub._one_line('x'): print(os.environ[{0!r}], os.environ[{1!r}])"
+    program = (
+        "import os; from psyche_jax.storage import hub\n"
+        "with hub._one_line('x'): print(os.environ[{0!r}], os.environ[{1!r}])"
+    )
     names = ("HF_XET_CLIENT_RETRY_MAX_DURATION", "HF_XET_CLIENT_READ_TIMEOUT")
     environment = {**os.environ, "HF_XET_CLIENT_READ_TIMEOUT": "7s"}
     done = subprocess.run(
