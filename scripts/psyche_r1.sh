@@ -3,10 +3,13 @@
 #
 # On a v5litepod-16 the training commands need, by `psyche plan` of the same configs, 8.5 GiB (SFT) and 10.7 GiB (GRPO)
 # of the 15.75 GiB of a chip; docs/tpu.md starts them on all hosts of a slice. How many hours that takes nobody has
-# measured yet: nothing here has run on a TPU. `psyche plan` prints what it takes at least. The paper reports, for its
+# measured yet: nothing here has run on a TPU. `psyche plan` prints a lower bound. The paper reports, for its
 # model on PCEB, 74.4 % strict and 77.6 % elastic as the average (Qwen2.5-7B-Instruct: 57.9 and 64.6).
 #
-#   export OPENAI_API_KEY=…        # what synth.yaml asks: its models, prices and budget are yours to choose
+# Before you start, edit configs/synth.yaml: your source texts (it names the 32 packaged passages), your LLMs (it names
+# two of OpenAI and one at 127.0.0.1:8000), their prices and your budget.
+#
+#   export OPENAI_API_KEY=…
 #   scripts/psyche_r1.sh path/to/PCEB
 #
 # The same way with a tiny model on a CPU, in minutes: psyche demo.
@@ -17,10 +20,10 @@ benchmark=${1:?the folder or zip of PCEB, which the model is measured on}
 # 1. The base: weights and tokenizer of Qwen2.5-7B-Instruct as a checkpoint.
 psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/base
 
-# 2. Records: questions with rationales and empathetic dialogues; what all LLMs answer wrong goes to RL, the rest to SFT.
+# 2. Records: questions with rationales and empathetic dialogues; questions that every LLM gets wrong go to RL, the rest to SFT.
 psyche synth --config configs/synth.yaml
 
-# 3. What the benchmark asks must not stand in the training data.
+# 3. What the benchmark asks must not appear in the training data.
 psyche data import "$benchmark" data/pceb --format pceb
 psyche decontaminate --train data/synth/sft --eval data/pceb --out data/sft
 psyche decontaminate --train data/synth/rl --eval data/pceb --out data/rl
@@ -31,7 +34,7 @@ psyche sft --config configs/sft_7b_v5e16.yaml --set model.path=checkpoints/base 
 # 5. GRPO on what was too hard: eight answers to each question, rewarded for their format and for being right.
 psyche grpo --config configs/grpo_7b_v5e16.yaml --set model.path=runs/sft_7b --set data.train=data/rl
 
-# 6. The benchmark, and whether what it asks stands in the training data after all.
+# 6. The benchmark; what the SFT data may still hold of it is reported apart.
 psyche eval runs/grpo_7b --bench "pceb:$benchmark" --train data/sft --max-new-tokens 2048
 
 # 7. One page about both runs: curves, samples, scores beside the paper's.

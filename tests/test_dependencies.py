@@ -114,9 +114,7 @@ def test_private_names_of_other_packages_stand_in_one_place():
 @pytest.mark.parametrize("name", ["_request", "_rm", "_open"])
 def test_what_bucket_files_replaces_in_gcsfs_is_still_there(name):
     method = getattr(gcsfs.GCSFileSystem, name, None)
-    assert method is not None, (
-        f"gcsfs has no GCSFileSystem.{name} any more: bucket_files.BucketFiles replaces it in vain"
-    )
+    assert method is not None, f"gcsfs has no GCSFileSystem.{name} any more: buckets.BucketFiles replaces it in vain"
 
 
 def test_gcsfs_still_wraps_one_request():

@@ -1,6 +1,6 @@
 """Which benchmark questions and dialogues stand in training data, by what two texts share.
 
-Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`text.comparable`).
+Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`comparable`).
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Products: how precise they are, and those with weights, whose gradients suit the machine in their order."""
+"""Matrix products: their precision on every backend, and products with weights whose gradient is fast on a CPU."""
 
 from functools import partial
 

@@ -1,7 +1,7 @@
-"""A chat template is a program: one step of it may take for ever (`9**(9**9)`, which Jinja computes as it compiles)
-or all memory, so it is tried in a process of its own, within limits of the system.
+"""Try a chat template in a process of its own, within limits of time and memory.
 
-That process runs this file, and needs only Jinja.
+A template is a program: one step of it may take for ever (`9**(9**9)`, which Jinja computes as it compiles) or all
+memory. That process runs this file, and needs only Jinja.
 """
 
 import contextlib

@@ -30,7 +30,7 @@ def client() -> Any:
 def prepare() -> None:
     """Make the libraries that Orbax reads and writes buckets with patient and quiet; once, before the first address.
 
-    gcsfs is replaced by `bucket_files.BucketFiles`. TensorStore tries again by itself, 32 times within about a quarter
+    gcsfs is replaced by `BucketFiles`. TensorStore tries again by itself, 32 times within about a quarter
     of an hour, but by default waits for ever for a server that is silent.
     """
     import fsspec

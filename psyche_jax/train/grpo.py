@@ -6,16 +6,16 @@ Read `Iteration.__call__`, then `sample` and `learn`, which it calls: that is th
     learn    rewards ─► advantages within each group ─► log-probs of the reference and of the old policy
              ─► updates: forward, `policy_loss` (`train/objectives.py`), backward, AdamW (`train/state.py`)
 
-All of it is one XLA program: tokens, rewards and advantages never leave the accelerator. Where a reward is a Python
-function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what becomes of
-its metrics and samples, is in `train/grpo_run.py`.
+All of it is one XLA program without a visit to the host; metrics and samples come out at its end. Where a reward is a
+Python function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what becomes
+of its metrics and samples, is in `train/grpo_run.py`.
 
 Against the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no reward
 model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What later
 papers changed is chosen in the config's `objective` and `dynamic_sampling`; docs/grpo.md lists it.
 
-Shapes: P prompts of a step, G generations per prompt, R = P × G responses (those to one prompt are consecutive rows),
-L tokens of a prompt, T = max_new_tokens of a response. An array that is named `rewards_PG` is [P, G].
+Shapes: P prompts of a step, G generations per prompt, R = P × G responses (in an update, those of its minibatch; those
+to one prompt are consecutive rows), T = max_new_tokens. An array named `rewards_PG` is [P, G].
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ from psyche_jax.train.objectives import (
 )
 from psyche_jax.train.state import TrainState, accumulate_gradients, apply_gradients
 
-# Metrics that say nothing of a step that learned from no token.
+# Metrics that are undefined in a step without a token to learn from.
 _OF_TOKENS = {
     "loss",
     "grad_norm",
@@ -119,9 +119,9 @@ class Iteration:
     shardings: TrainState
 
     def program(self) -> Any:
-        """`(state, reference, rules, prompts, key) -> (state, outputs)`, jitted.
+        """`(state, reference, rules, candidates, key) -> (state, outputs)`, jitted.
 
-        The old state's memory is given to the new one; metrics and samples lie whole on every device.
+        The old state's memory is given to the new one; metrics and samples are replicated.
         """
         everywhere = self.execution.sharding.named()
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=(self.shardings, everywhere))
@@ -168,10 +168,10 @@ class Iteration:
 
         # One part after the other, each as large as a step, until the chosen prompts fill a step.
         size, parts = config.prompts_per_step, config.candidates_per_step // config.prompts_per_step
-        slate = split_rows(candidates, parts, self.execution.sharding)
+        by_part = split_rows(candidates, parts, self.execution.sharding)
 
         def part(number: jax.Array) -> Sampled:
-            prompts = jax.tree.map(lambda leaf: leaf[number], slate)
+            prompts = jax.tree.map(lambda leaf: leaf[number], by_part)
             return self._respond(parameters, rules, prompts, jax.random.fold_in(key, number))
 
         def unfilled(carry: tuple[jax.Array, Sampled]) -> jax.Array:
@@ -247,7 +247,7 @@ class Iteration:
         state, history = self._updates(state, experience)
         state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
 
-        # What is reported. `absent` says by name which metrics are of nothing in this step; they are logged as null.
+        # What is reported. `absent` says by name which metrics are undefined in this step; they are logged as null.
         metrics = self._metrics(state, experience, rollout, finished_R, history)
         about_rewards, absent = reward_metrics(values_PG, rewards_PG, counted_PG)
         metrics |= about_rewards | sampled.statistics
@@ -268,7 +268,7 @@ class Iteration:
     ) -> tuple[Rollout, dict[str, jax.Array]]:
         """One greedy response to each prompt, and the values of the rules, float32 [prompts]."""
         sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.rollout_waves)
-        key = jax.random.key(0)  # of no matter
+        key = jax.random.key(0)  # unused: decoding is greedy
         rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
         return rollout, score(rules, rollout.tokens, prompts["answers"])[1]
 
@@ -279,7 +279,7 @@ class Iteration:
         prompts: dict[str, jax.Array],
         key: jax.Array,
     ) -> Sampled:
-        """Responses to given prompts; those whose responses are equally right are not chosen, if that matters."""
+        """Responses to given prompts; those whose responses are equally right are not chosen under dynamic sampling."""
         config = self.config
         sampling = Sampling(
             config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout_waves
@@ -334,7 +334,7 @@ class Iteration:
         return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
     def _updates(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
-        """All updates of a step: `passes_per_step` times through its minibatches. Of the `Update`s, [updates, ...]."""
+        """All updates of a step: `passes_per_step` times through its minibatches. Returns the `Update`s stacked."""
         config = self.config
         if config.updates_per_step == 1:
             state, update = self._update(state, experience)
@@ -357,16 +357,16 @@ class Iteration:
         weights_RT = token_weights(experience.mask, objective.name, micro_batches)
 
         # Which tokens have the highest entropy is known for the whole minibatch only: one more forward pass.
-        learned_RT = None
+        high_entropy_RT = None
         if objective.top_entropy < 1:
             parts = split_rows(experience, micro_batches, self.execution.sharding)
             entropy_RT = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
-            learned_RT = high_entropy_tokens(entropy_RT, experience.mask, objective.top_entropy)
+            high_entropy_RT = high_entropy_tokens(entropy_RT, experience.mask, objective.top_entropy)
 
         def loss(
             parameters: Parameters, part: tuple[Experience, jax.Array, jax.Array | None]
         ) -> tuple[jax.Array, tuple[TokenScores, TokenLoss, jax.Array | None]]:
-            experience, weights_RT, learned_RT = part
+            experience, weights_RT, high_entropy_RT = part
             scores = self._scores(parameters, experience)
             # On policy the old policy is this one, without its gradient: ratio 1, and the gradient is A·∇log π.
             current_RT = jax.lax.stop_gradient(scores.log_probs)
@@ -382,7 +382,7 @@ class Iteration:
                 entropy=scores.entropy,
                 advantages=experience.advantages,
                 mask=experience.mask,
-                learned=learned_RT,
+                learned=high_entropy_RT,
                 correction=correction_RT,
             )
             terms = policy_loss(tokens, objective)
@@ -391,7 +391,7 @@ class Iteration:
         value, extras, gradients = accumulate_gradients(
             loss,
             state.parameters,
-            (experience, weights_RT, learned_RT),
+            (experience, weights_RT, high_entropy_RT),
             micro_batches,
             self.execution.sharding,
             self.shardings.parameters,
