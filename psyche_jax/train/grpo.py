@@ -7,8 +7,8 @@ Read `Iteration.__call__`, then `sample` and `learn`, which it calls: that is th
              ─► updates: forward, `policy_loss` (`train/objectives.py`), backward, AdamW (`train/state.py`)
 
 All of it is one XLA program without a visit to the host; metrics and samples come out at its end. Where a reward is a
-Python function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what becomes
-of its metrics and samples, is in `train/grpo_run.py`.
+Python function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what
+becomes of its metrics and samples, is in `train/grpo_run.py`.
 
 Against the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no reward
 model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What later

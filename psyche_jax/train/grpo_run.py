@@ -83,6 +83,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     )
     execution = setup.execution
     model = setup.model.config
+
+    # What cannot work is said before the work begins: shapes that the mesh does not divide, rules, functions, data.
     check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", execution.sharding)
     check_rows(
         config.prompts_per_micro_batch * config.generations_per_prompt,
@@ -98,6 +100,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         held_out, more = _tokenized(setup.tokenizer, config, config.data.evaluation)
         held_out, seen = _without(held_out, prompts, config.data.evaluation)
         faults += [*more, *seen]
+
+    # The iteration, and what it starts from. The reference is the model as it is now, read once more.
     total_steps = math.ceil(config.epochs * len(prompts) / config.candidates_per_step)
     schedule = make_schedule(config.optimizer, total_steps, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -112,6 +116,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         stream = batches(prompts, config.candidates_per_step, config.run.seed, collate, range(first, total_steps))
         return (hosts.place(batch, place) for batch in stream)
 
+    # Functions of the host need to see the responses between sampling and learning, so they cut the program in two.
     if functions:
         judge = partial(_judged, functions, setup, prompts)
         step, lower = _two_programs(iteration, reference, rules, key, judge)
@@ -131,6 +136,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             batch = hosts.place(collate([_longest(held_out)] * config.prompts_per_step), place)
             yield program.lower(state.parameters, rules, batch)
 
+    # The loop. Keys are folded in by step, so that a run that is resumed draws what it would have drawn.
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, _content(prompts), _content(held_out) if held_out else None)
     if functions:

@@ -245,6 +245,8 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
     """
     setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length", as_path(config.run.dir))
     execution = setup.execution
+
+    # What cannot work is said before the work begins.
     micro_batch = config.rows_per_micro_batch
     check_rows(micro_batch, "micro_batch_size", execution.sharding)
     train = open_examples(config.data.train, setup.tokenizer, config.prompt, config.data.max_length)
@@ -258,6 +260,8 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         )
         faults += more
         evaluation_content = digest.hexdigest()[:16]
+
+    # The step, and what it starts from.
     total_steps = math.ceil(config.epochs * len(train.items) / config.batch_size)
     schedule = make_schedule(config.optimizer, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -305,6 +309,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             batch = next(_evaluation_batches([longest_there], micro_batch, config.data.max_length))
             yield evaluate.lower(state.parameters, hosts.place(_counted(batch), place))
 
+    # The loop.
     values = config_to_dict(config)
     contents = trained_on(setup, config.prompt, train.content, evaluation_content)
     folder = as_path(config.run.dir)
