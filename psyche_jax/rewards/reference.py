@@ -76,7 +76,8 @@ class Grammar:
     `statements`: pairs of what stands before an answer's first letter, and from that letter to the end of the text,
     where `bare` names a list of letters and `named` one of letters with their options' texts. `goes_on`: what before a
     letter makes it one more of an answer that has begun. `withdrawn`: what from the first letter on takes the answer
-    back. `denied`: what ends with the first character of a marker that is none, as it is denied or another one's.
+    back. `denied`: what ends with the first character of a marker that is none, as it is denied or another one's;
+    `marker_starts`: what that character can be, so that no other place need be looked at.
     `unlisted`: what within a `bare` list, `texts`: what within a `named` list may hold letters that are not given.
     """
 
@@ -84,6 +85,7 @@ class Grammar:
     goes_on: str
     withdrawn: str
     denied: str
+    marker_starts: str
     unlisted: str
     texts: str
 
@@ -230,6 +232,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
         further or r"[^\s\S]",
         f".*(?:{either(_TAKEN_BACK, instead, empty)}.*|{_NOT_SO}{closing}*)",
         f".*{either(f'(?:{_DENIED}){_BETWEEN}{_any(emphasis)}*{first}', in_english)}",
+        f"{first}|[aAcC]",
         either(joined, boxes) if on("boxed", "-") else joined,
         either(delimited, spaced),
     )
@@ -330,8 +333,10 @@ def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
 
 def what_is_heard(text: str, rule: AnswerSetRule) -> str:
     """The text with markers broken by a NUL where no answer follows them: it is denied there, or another one's."""
-    denied = [re.fullmatch(grammar(rule).denied, text[:end], re.DOTALL) for end in range(len(text))]
-    return "".join("\0" if no else character for character, no in zip(text, denied, strict=True))
+    known = grammar(rule)
+    starts = [match.end() for match in re.finditer(known.marker_starts, text[:-1])]
+    denied = {end for end in starts if re.fullmatch(known.denied, text[:end], re.DOTALL)}
+    return "".join("\0" if place in denied else character for place, character in enumerate(text))
 
 
 def _on_the_line(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
