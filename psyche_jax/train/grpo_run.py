@@ -31,7 +31,7 @@ from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
-from psyche_jax.train.loop import Evaluation, training
+from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.objectives import total_rewards
 from psyche_jax.train.preemption import listening
 from psyche_jax.train.setup import (
@@ -156,7 +156,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             reference=config.model.path,
             contents=contents,
         )
-        with training(
+        with Training(
             "grpo",
             run,
             stop,

@@ -139,23 +139,18 @@ class Evaluation:
     higher_is_better: bool
 
 
-@contextlib.contextmanager
-def training(
-    name: str,
-    run: Run,
-    stop: Stop,
-    *,
-    total_steps: int,
-    metadata: dict[str, Any],
-    checkpoints: CheckpointSection,
-    max_skipped_steps: int,
-    evaluation: Evaluation | None,
-    headline: tuple[str, ...],
-    flops: Callable[[dict[str, Any]], float],
-    memory_settings: str,
-    profile_steps: int = 0,
-) -> Iterator["Training"]:
-    """Go on with the run from its last checkpoint, or begin it; within the block it is trained, see `Training`.
+class Training(contextlib.AbstractContextManager["Training"]):
+    """What SFT and GRPO do alike around their steps: resume, measure, log, save, and stop when told to.
+
+    ```
+    with Training(...) as this:  # goes on with the run from its last checkpoint, or begins it
+        if this.finished():
+            return
+        state = this.begin(initial, abstract, lower_largest)
+        for step, batch in this.steps(batches_from(this.first)):
+            state, outputs = train_step(state, batch)
+            this.end_step(state, this.measured(outputs["metrics"]))
+    ```
 
     Args:
       name: what is trained, `sft` or `grpo`.
@@ -176,76 +171,53 @@ def training(
       UserError: the gradients of `max_skipped_steps` steps in a row were not finite; the state before them is saved.
         Or memory does not suffice, if that can be known before the first step.
     """
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(out_of_memory(memory_settings))
-        logged = max((line["step"] for line in run.metrics()), default=None)  # where the state cannot tell
-        set_aside_look_alikes(run.checkpoints, logged if run.saved is None else run.saved)
-        kept = Checkpoints(run.checkpoints, checkpoints.keep, checkpoints.keep_every_hours)
-        stack.enter_context(contextlib.closing(kept))
-        compilations = stack.enter_context(count_compilations())
-        first = kept.latest or 0
-        run.continue_from(first or -1)
-        profile = stack.enter_context(contextlib.closing(_Profile(run.folder / "profile", first + 2, profile_steps)))
-        this = Training(
-            name=name,
-            run=run,
-            first=first,
-            total_steps=total_steps,
-            _stop=stop,
-            _checkpoints=kept,
-            _section=checkpoints,
-            _metadata=metadata,
-            _evaluations=_Evaluations(evaluation, total_steps, run, first, stop),
-            _max_skipped_steps=max_skipped_steps,
-            _headline=headline,
-            _flops=flops,
-            _memory_settings=memory_settings,
-            _compilations=compilations,
-            _profile=profile,
-        )
-        yield this
-    run.write_state("done", this.step, **this.best_so_far())
 
+    def __init__(
+        self,
+        name: str,
+        run: Run,
+        stop: Stop,
+        *,
+        total_steps: int,
+        metadata: dict[str, Any],
+        checkpoints: CheckpointSection,
+        max_skipped_steps: int,
+        evaluation: Evaluation | None,
+        headline: tuple[str, ...],
+        flops: Callable[[dict[str, Any]], float],
+        memory_settings: str,
+        profile_steps: int = 0,
+    ) -> None:
+        self.name, self.run, self.total_steps = name, run, total_steps
+        self._stop, self._metadata, self._section = stop, metadata, checkpoints
+        self._evaluation, self._headline, self._flops = evaluation, headline, flops
+        self._max_skipped_steps, self._memory_settings = max_skipped_steps, memory_settings
+        self._profile_steps = profile_steps
+        self._skipped = 0  # steps in a row
 
-@dataclass
-class Training:
-    """What SFT and GRPO do alike around their steps: resume, measure, log, save, and stop when told to.
+    def __enter__(self) -> "Training":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(out_of_memory(self._memory_settings))
+            run, section = self.run, self._section
+            logged = max((line["step"] for line in run.metrics()), default=None)  # where the state cannot tell
+            set_aside_look_alikes(run.checkpoints, logged if run.saved is None else run.saved)
+            self._checkpoints = Checkpoints(run.checkpoints, section.keep, section.keep_every_hours)
+            stack.enter_context(contextlib.closing(self._checkpoints))
+            self._compilations = stack.enter_context(count_compilations())
+            self.first = self._checkpoints.latest or 0  # the steps that are done already
+            self.step = self.first  # the one that is being done, or the last
+            run.continue_from(self.first or -1)
+            self._profile = _Profile(run.folder / "profile", self.first + 2, self._profile_steps)
+            stack.enter_context(contextlib.closing(self._profile))
+            self._evaluations = _Evaluations(self._evaluation, self.total_steps, run, self.first, self._stop)
+            self._checkpoints.best = self._evaluations.best_step
+            self._open = stack.pop_all()
+        return self
 
-    ```
-    with training(...) as this:
-        if this.finished():
-            return
-        state = this.begin(initial, abstract, lower_largest)
-        for step, batch in this.steps(batches_from(this.first)):
-            state, outputs = train_step(state, batch)
-            this.end_step(state, this.measured(outputs["metrics"]))
-    ```
-    """
-
-    name: str
-    run: Run
-    first: int  # the steps that are done already
-    total_steps: int
-    _stop: Stop
-    _checkpoints: Checkpoints
-    _section: CheckpointSection
-    _metadata: dict[str, Any]
-    _evaluations: "_Evaluations"
-    _max_skipped_steps: int
-    _headline: tuple[str, ...]
-    _flops: Callable[[dict[str, Any]], float]
-    _memory_settings: str
-    _compilations: list[float]
-    _profile: "_Profile"
-    _skipped: int = 0  # steps in a row
-
-    def __post_init__(self) -> None:
-        self.step = self.first  # the one that is being done, or the last
-        self._checkpoints.best = self._evaluations.best_step
-
-    def best_so_far(self) -> dict[str, Any]:
-        """For `state.json`: the best step so far, if there is an evaluation."""
-        return self._evaluations.best_so_far()
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
+        self._open.__exit__(kind, error, traceback)
+        if kind is None:
+            self.run.write_state("done", self.step, **self._evaluations.best_so_far())
 
     def finished(self) -> bool:
         """Whether there is nothing left to do, which is said.
@@ -279,7 +251,7 @@ class Training:
             state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
             _say(f"{self.name}: going on after step {self.first}")
         if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
-            self.run.write_state("running", self.first, **self.best_so_far())
+            self.run.write_state("running", self.first, **self._evaluations.best_so_far())
         for lowered in lower_largest(state):
             check_memory(lowered.compile(), self._memory_settings)
         if self._evaluations.missed:
@@ -288,7 +260,7 @@ class Training:
             except StoppedError:
                 raise _preempted(self._stop, self.first) from None
             self._checkpoints.best = self._evaluations.best_step
-            self.run.write_state("running", self.first, **self.best_so_far())
+            self.run.write_state("running", self.first, **self._evaluations.best_so_far())
         return state
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -352,7 +324,7 @@ class Training:
             self._checkpoints.best = self._evaluations.best_step
             self._checkpoints.save(state, step, self._metadata)
             self._pace.saved()
-            self.run.write_state("running", step, **self.best_so_far())
+            self.run.write_state("running", step, **self._evaluations.best_so_far())
         if broken:
             raise UserError(
                 f"{self.name}: the loss or gradient of step {step} is not finite, as in the {self._skipped - 1} steps "

@@ -28,7 +28,7 @@ from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
 from psyche_jax.train.checkpoints import checkpoint_metadata
-from psyche_jax.train.loop import Evaluation, training
+from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import listening
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
 from psyche_jax.train.state import (
@@ -327,7 +327,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             started_from=config.model.path,
             contents=contents,
         )
-        with training(
+        with Training(
             "sft",
             run,
             stop,

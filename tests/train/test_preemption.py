@@ -22,7 +22,7 @@ from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
 from psyche_jax.runs import PreemptedError, open_run
 from psyche_jax.train.grpo_run import train_grpo
-from psyche_jax.train.loop import Evaluation, training
+from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
 from psyche_jax.train.setup import abstract_like
 from psyche_jax.train.sft import train_sft
@@ -49,7 +49,7 @@ def toy_training(folder, check=None):
         mock.patch.object(Stop, "check", check or Stop.check),
         open_run(folder, "toy", {"a": 1}, LoggingSection()) as run,
         listening() as stop,
-        training(
+        Training(
             "toy",
             run,
             stop,
