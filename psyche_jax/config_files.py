@@ -150,6 +150,15 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: there is no {key!r} to set") from None
 
 
+# By pydantic's names of errors.
+_BOUNDS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:.10g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:.10g}",
+}
+
+
 def _describe(kind: type, error: Any) -> str:
     location = error["loc"]
     # Behind the index of a rule pydantic names the rule's kind, which stands in no config as a key.
@@ -164,6 +173,8 @@ def _describe(kind: type, error: Any) -> str:
         return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {name!r} is missing"
+    if bound := _BOUNDS.get(error["type"]):
+        return f"{name} {bound.format(**error['ctx'])}, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     where = f"{name}: " if name else ""
     return f"{where}{message}" if error["type"] == "value_error" else f"{where}{message}, not {error['input']!r}"
