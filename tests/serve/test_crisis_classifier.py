@@ -80,7 +80,7 @@ def test_the_measure_names_it_and_can_leave_it_out(tmp_path, capsys):
 
 
 def test_it_finds_some_of_the_sentences_that_it_was_not_trained_on():
-    """Few, for a threshold that lets little through (docs/crisis.md)."""
+    """Few, for a threshold that lets little through (docs/measurements/crisis.md)."""
     posts = own_sentences("after")
     model = classifier()
     found = {label: [] for label in Risk}

@@ -114,7 +114,7 @@ def test_an_interval_holds_its_share(count, more):
 
 
 def test_the_own_sentences_are_labelled_once_and_the_gate_knows_most_of_them():
-    """What they show of other sentences is in docs/crisis.md; this holds the rules to what they reach."""
+    """What they show of other sentences is in docs/measurements/crisis.md; this holds the rules to what they reach."""
     posts = own_sentences()
     assert len({post.text for post in posts}) == len(posts) > 400
     measured = measure_posts(posts)["classes"]

@@ -29,7 +29,7 @@ def test_recall_and_precision_on_planted_duplicates():
 
 
 def test_other_kinds_of_duplicates_are_found_less_often_and_look_alikes_let_through():
-    """Nothing was tuned on these: docs/synthesis.md has the figures of 1,000."""
+    """Nothing was tuned on these: docs/measurements/synthesis.md has the figures of 1,000."""
     result = measure_held_out(120)
     assert result["planted"] == result["look_alikes"] == 120 and result["precision"] >= 0.95, result
 
