@@ -280,6 +280,7 @@ def open_run(
     Raises:
       UserError: the folder holds something else, or a run of another config (each difference is named).
     """
+    # Refused before anything is written: a folder that holds something else.
     with bucket_errors(folder):
         found = _check(folder, config, contents, accepted)
         hosts.wait_for_all("checked the run's folder")
@@ -292,6 +293,7 @@ def open_run(
             old = _rebuilt_state(folder)
             if hosts.is_first():
                 write_text(folder / "config.yaml", dump_yaml(config))
+        # What the run had reached, and what it was trained on so far.
         run = Run(folder, kind, logging, lock)
         run.saved = old.get("step")
         run.best = old.get("best")
@@ -301,6 +303,7 @@ def open_run(
             extra["contents"] = dict(contents)
             if "status" in old and "contents" not in old:
                 _say(f"{folder}: this run has no record of what it was trained on; from now on it has")
+        # Changes that were accepted are recorded for good: a report, and a later start, can tell.
         if found:
             lines = [line for lines in found.values() for line in lines]
             _say(f"{folder}: goes on with changes that were accepted: {'; '.join(lines)}")
@@ -312,6 +315,7 @@ def open_run(
         run.evaluated_otherwise = max((e["step"] for e in entries if EVALUATED & set(e["kinds"])), default=-1)
         # A checkpoint from before what was accepted earlier may be the last one still.
         run.accepted |= {kind for entry in entries if entry["step"] >= (run.saved or 0) for kind in entry["kinds"]}
+        # Whatever ends the run is its state; an error in saying so does not hide the first.
         run.write_state("running", run.saved or 0, **extra)
         try:
             yield run

@@ -149,9 +149,11 @@ def _lower_grpo(
     config: GrpoConfig, model: ModelConfig, execution: Execution
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     sharding = execution.sharding
+    # What a run would refuse before its first step is refused here too.
     rows = config.prompts_per_micro_batch * config.generations_per_prompt
     check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", sharding)
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
+    # The very program of a run, with shapes in place of arrays.
     schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     state, shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), sharding, optimizer)
@@ -169,6 +171,7 @@ def _lower_grpo(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         compile_rules(config.rules, vocabulary, model.stop_token_ids, cache_dir=None),
     )
+    # A batch of the largest shape.
     place = sharding.named("batch")
     prompts, length = config.candidates_per_step, config.data.max_prompt_length
     batch = {

@@ -125,7 +125,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     def either(*expressions: str) -> str:
         return "(?:" + "|".join(e for e in expressions if e) + ")"
 
-# What may stand around and between letters, widened by the forms that are on.
+    # What may stand around and between letters, widened by the forms that are on.
     letters = "".join(spellings(rule))
     letter = f"({_any(letters)})"
     emphasis, openers = on("markdown", _EMPHASIS), on("brackets", _OPENERS)
@@ -170,7 +170,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     )
     spaced = rf"[ \u3000]+{begins}{more}"
 
-# Words that join letters or begin a reason; in lower case English ones would be read as options.
+    # Words that join letters or begin a reason; in lower case English ones would be read as options.
     joined, reasons = _AND, _REASONS
     if not rule.lower_case:  # else their first letters could be options
         joined, reasons = f"{_AND}|and", f"{_REASONS}|because|since"
@@ -183,19 +183,19 @@ def grammar(rule: AnswerSetRule) -> Grammar:
         on("markers", f"{between}*(?:{joined}){between}*"),
         on("boxed", boxes),
     ]
-# What follows the letters and does not change them: another item, a sentence, a reason.
+    # What follows the letters and does not change them: another item, a sentence, a reason.
     next_item = f"{_any(rule.separators, emphasis, '。；;')}+{_any(openers, emphasis)}*"
     goes_on = _but(letters, "\r\n", rule.separators, rule.closers, emphasis, _OPENERS, _CLOSERS, _LATEX_END)
     sentence = on("reasons", rf"{closing}*[。！!]{between}*{goes_on}.*")
     reason = on("reasons", f"{space}*[，,；;。]{space}*(?:{reasons}).*")
     several = on("markers", f"(?:{_COUNT})?")
 
-# Answers over several lines; a new paragraph ends them.
+    # Answers over several lines; a new paragraph ends them.
     next_line = f"{closing}*{new_line}(?:{_NUMBER}{_any(rule.separators, emphasis, openers)}*)?"
     fresh = _but(letters, "\r\n", rule.separators, emphasis, openers, _BULLETS, "0123456789", _CIRCLED)
     new_text = either(on("lines", f"{new_line}(?:{fresh}.*)?"), "" if on("lines", "-") else r"[\r\n].*")
 
-# "B is right" behind the letters, for answers that have no marker.
+    # "B is right" behind the letters, for answers that have no marker.
     right = either(f"{between}*{several}{between}*{_RIGHT}", "" if rule.lower_case else _IS_RIGHT)
     is_right = f"{_any(emphasis, on('brackets', _CLOSERS))}*{right}{closing}*[\\r\\n]*"
 
@@ -210,8 +210,8 @@ def grammar(rule: AnswerSetRule) -> Grammar:
             on("texts", f"(?P<named>{named}){either(f'{closing}*{new_text}?', sentence)}"),
         )
 
-# A statement is what leads to an answer, and the answer. The first that matches counts: on one line, below its
-# marker, or alone.
+    # A statement is what leads to an answer, and the answer. The first that matches counts: on one line, below its
+    # marker, or alone.
     opening = f"(?:(?:{_CONCLUDES})[，,]?)?(?:(?:选项|[Oo]ption) ?)?" if on("markers", "-") else ""
     lines = bool(on("lines", "lines"))
     statements = [(lead, answer(lines=False))]
@@ -221,7 +221,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     if on("alone", "alone"):
         start = f"{_any(chr(13), chr(10), rule.separators, emphasis, openers, _BULLETS)}*{opening}"
         statements.append((start, answer(lines, on("markers", is_right))))
-# What takes a statement back or denies it, wherever it comes later.
+    # What takes a statement back or denies it, wherever it comes later.
     instead = either(
         rf"[{_CLAUSE}](?:但是?|不过|然而|可是|[Bb]ut)(?:其实|实际上)? ?{_any(letters)}",
         f"[{_CLAUSE}](?:不是{_any(letters)}|{_any(letters)}(?:选项|项)?(?:才|更[合适好恰准]))",

@@ -362,6 +362,7 @@ def compile_letters(
     goal = positions.add(None, [])
     start = positions.build(parse(pattern, flags), goal)
     letters = [((ord(letter), ord(letter) + 1),) for letter in bits]
+    # Characters that no position tells apart are one symbol; each letter is a symbol of its own.
     sets = sorted({spans for spans in positions.sets if spans is not None}.union(letters))
     class_of, member = _character_classes(sets)
     symbols = {spans: np.flatnonzero(row).tolist() for spans, row in zip(sets, member, strict=True)}
@@ -369,6 +370,7 @@ def compile_letters(
     for letter, bit in bits.items():
         bit_of[class_of[ord(letter)]] = bit
     example = [chr(int(np.argmax(class_of == symbol))) for symbol in range(len(bit_of))]
+    # Kept beside each state, so that an ambiguity can be shown as a text.
     begin = tuple((position, 0) for position in _bits(positions.closure(start)))
     texts = {begin: ""}  # a state → a text that leads there
     moves: dict[int, list[int]] = {}
@@ -386,6 +388,7 @@ def compile_letters(
                 for target in moves[position]:
                     if reached[symbol].setdefault(target, bits_now) != bits_now:
                         raise Ambiguous(texts[state] + example[symbol])
+        # Bits that all ways share are certain: they go into the register now, and out of the state.
         found = []
         for symbol, targets in enumerate(reached):
             certain = functools.reduce(operator.and_, targets.values()) if targets else 0
