@@ -195,7 +195,7 @@ def model_card(stored: StoredModel, name: str) -> str:
             prompt=stored.prompt or PromptSection(),
             stages=_stages(stored.weights),
             version=psyche_jax.__version__,
-            commit=_commit(),
+            commit=code_version(),
         )
     except (jinja2.TemplateError, LookupError, TypeError) as error:
         raise UserError(
@@ -224,7 +224,7 @@ def _run_of(model: Path) -> Path:
     return model.parent if model.name == "checkpoints" else model
 
 
-def _commit() -> str:
+def code_version() -> str:
     """The commit of the code, or its version when it does not run from a checkout."""
     checkout = Path(__file__).parents[1]
     commit = ""

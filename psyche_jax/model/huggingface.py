@@ -129,7 +129,7 @@ class WeightFiles:
                 f"{self.folder}: weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}, "
                 f"and the files hold {len(self._slices)} tensors"
             )
-        expected = dict(_expected_shapes(config))
+        expected = dict(expected_shapes(config))
         found = {n for n in self._slices if not n.endswith("rotary_emb.inv_freq")}  # a buffer in old exports
         head, embedding = _TOP_NAMES["head"], _TOP_NAMES["embedding"]
         repeated = config.tie_word_embeddings and head in found
@@ -262,7 +262,7 @@ def stream_weights(
         for path in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/")
         for layer, name in enumerate(tensor_names(path, config.num_hidden_layers))
     }
-    shapes = dict(_expected_shapes(config))
+    shapes = dict(expected_shapes(config))
     shards = _shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
 
     def jobs(names: list[str]) -> Iterator[tuple[str, Index]]:
@@ -425,7 +425,7 @@ def make_portable(folder: Path) -> None:
     write_json(path, {name: value for name, value in values.items() if name not in _OF_A_SESSION})
 
 
-def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of the model: the embedding, layer by layer, the final norm, the head."""
     shapes = {p: v.shape for p, v in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/").items()}
     stacked = [path for path in shapes if path.startswith("layers/")]

@@ -94,11 +94,11 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     token_bytes = token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size)
     rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened_text(setup.tokenizer))
     functions = load_functions(config.functions)
-    prompts, faults = _tokenized(setup.tokenizer, config, config.data.train)
+    prompts, faults = tokenized_prompts(setup.tokenizer, config, config.data.train)
     held_out: list[Prompt] = []
     if config.data.evaluation is not None:
-        held_out, more = _tokenized(setup.tokenizer, config, config.data.evaluation)
-        held_out, seen = _without(held_out, prompts, config.data.evaluation)
+        held_out, more = tokenized_prompts(setup.tokenizer, config, config.data.evaluation)
+        held_out, seen = without_trained(held_out, prompts, config.data.evaluation)
         faults += [*more, *seen]
 
     # The iteration, and what it starts from. The reference is the model as it is now, read once more.
@@ -118,13 +118,13 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
 
     # Functions of the host need to see the responses between sampling and learning, so they cut the program in two.
     if functions:
-        judge = partial(_judged, functions, setup, prompts)
+        judge = partial(judged, functions, setup, prompts)
         step, lower = _two_programs(iteration, reference, rules, key, judge)
     else:
         step, lower = _one_program(iteration, reference, rules, key)
     evaluation = None
     if held_out:
-        judge = partial(_judged, functions, setup, held_out)
+        judge = partial(judged, functions, setup, held_out)
         program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
         measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
@@ -232,7 +232,7 @@ def _two_programs(
     return step, lower
 
 
-def _judged(
+def judged(
     functions: Sequence[LoadedFunction], setup: Setup, prompts: Sequence[Prompt], numbers: Any, tokens: Any, mask: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What the functions say of responses. The first process asks them, and tells the others.
@@ -393,7 +393,7 @@ def decoded_samples(
         }
 
 
-def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prompt], list[str]]:
+def tokenized_prompts(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prompt], list[str]]:
     largest = config.data.max_prompt_length
     records = load_records(RlPrompt, path)
     prompts: list[Prompt] = []
@@ -430,7 +430,7 @@ def _content(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _without(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:
+def without_trained(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:
     """Held-out prompts that are not trained on, numbered anew, and a line for each that is."""
     known = {tuple(prompt.tokens) for prompt in trained}
     kept = [prompt for prompt in held_out if tuple(prompt.tokens) not in known]

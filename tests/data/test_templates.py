@@ -311,6 +311,6 @@ def test_a_prompt_that_a_template_refuses_is_set_aside(tiny, tmp_path):
         generations_per_prompt=2,
         max_new_tokens=2,
     )
-    prompts, (line,) = grpo_run._tokenized(tokenizer, config, str(tmp_path / "rl.jsonl"))
+    prompts, (line,) = grpo_run.tokenized_prompts(tokenizer, config, str(tmp_path / "rl.jsonl"))
     assert [prompt.record for prompt in prompts] == [good]
     assert f"record {bad.id}: the tokenizer's chat template is broken" in line

@@ -8,7 +8,7 @@ from email.utils import formatdate
 
 import httpx2
 import pytest
-from support.faulty_server import KEY, FaultyServer, _send, answering, stored_keys
+from support.faulty_server import KEY, FaultyServer, answering, send_answer, stored_keys
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm import retry_after
@@ -44,7 +44,7 @@ class Scripted(FaultyServer):
         self.times.append(time.monotonic())
         if step != "ok":
             self.tries[key] += 1
-            return await _send(send, step[0], {"error": {"message": f"no, {KEY}"}}, step[1])
+            return await send_answer(send, step[0], {"error": {"message": f"no, {KEY}"}}, step[1])
         return await super()._respond(request, headers, send)
 
 
@@ -161,7 +161,7 @@ class Odd(FaultyServer):
         self.requests.append(request)
         value = completion(request, "好")
         value["choices"][0] |= self.choice
-        await _send(send, 200, {**value, **self.changes})
+        await send_answer(send, 200, {**value, **self.changes})
 
 
 @pytest.mark.parametrize("count", [10**30, -7, 1.5, "12", None, [], True, 2**63])
@@ -222,7 +222,7 @@ def test_parameters_that_are_refused_are_paid_for_once(ask, tmp_path, capsys):
                 said = (
                     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
                 )
-                return await _send(send, 400, {"error": {"message": said, "param": "max_tokens"}})
+                return await send_answer(send, 400, {"error": {"message": said, "param": "max_tokens"}})
             return await super()._respond(request, headers, send)
 
     server = Newer()
@@ -246,7 +246,7 @@ def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
     class Picky(FaultyServer):
         async def _respond(self, request, headers, send):
             if "第1问" in request["messages"][0]["content"]:
-                return await _send(send, 400, {"error": {"message": f"no, {KEY}"}})
+                return await send_answer(send, 400, {"error": {"message": f"no, {KEY}"}})
             return await super()._respond(request, headers, send)
 
     (taken, refused), _ = ask(Picky(share=0.0), many(2), concurrency=1)

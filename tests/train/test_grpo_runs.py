@@ -159,9 +159,9 @@ def test_rewards_know_what_the_template_has_opened(root, monkeypatch):
 
     function = LoadedFunction(FunctionReward(function="a:b"), lambda p, c, r: heard.extend([*p, *c]) or [0.0])
     setup = SimpleNamespace(tokenizer=tokenizer, model=open_model(str(root / "model")))
-    prompts, _ = grpo_run._tokenized(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
+    prompts, _ = grpo_run.tokenized_prompts(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
     rows = np.asarray([tokens])
-    grpo_run._judged([function], setup, prompts, [0], rows, rows >= 0)
+    grpo_run.judged([function], setup, prompts, [0], rows, rows >= 0)
     assert heard[0].endswith("<think>\n")
     assert heard[1] == "<think>\n想</think>B"
 
@@ -194,9 +194,9 @@ def test_what_is_held_out_is_not_trained_on(root):
     write_prompts(root / "more.jsonl", 18)
     config = grpo_config(root)
     tokenizer = load_tokenizer(root / "model")
-    trained, _ = grpo_run._tokenized(tokenizer, config, str(root / "rl.jsonl"))
-    more, _ = grpo_run._tokenized(tokenizer, config, str(root / "more.jsonl"))
-    kept, faults = grpo_run._without(more, trained, "more.jsonl")
+    trained, _ = grpo_run.tokenized_prompts(tokenizer, config, str(root / "rl.jsonl"))
+    more, _ = grpo_run.tokenized_prompts(tokenizer, config, str(root / "more.jsonl"))
+    kept, faults = grpo_run.without_trained(more, trained, "more.jsonl")
     assert [prompt.record for prompt in kept] == [prompt.record for prompt in more[16:]]
     assert [prompt.number for prompt in kept] == [0, 1]
     assert len(faults) == 16
