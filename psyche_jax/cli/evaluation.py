@@ -38,6 +38,7 @@ def add_verbs(add: AddVerb) -> None:
         metavar="NAME|FILE",
         help="samples, dialogues, pceb:FOLDER, cpsyexam:FILE, or a JSONL file of questions or dialogues",
     )
+    # Which questions.
     verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
     verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
@@ -48,6 +49,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--shots-from", metavar="NAME|FILE", help="where they are from: a benchmark with the same cells, not scored"
     )
+    # How they are asked.
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
@@ -58,6 +60,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
     )
+    # Who judges, and what endpoints need.
     verb.add_argument(
         "--judge",
         action="append",
@@ -87,6 +90,7 @@ def add_verbs(add: AddVerb) -> None:
         help="accept answers under this model's name, too (a deployment often answers under its model's); "
         "several may be given",
     )
+    # How it is computed, and where the result goes.
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     verb.add_argument(
@@ -140,6 +144,7 @@ def add_verbs(add: AddVerb) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    # Refused before anything is read: what cannot be asked for together.
     if (arguments.shots is None) != (arguments.shots_from is None):
         raise UsageError("--shots and --shots-from go together")
     for name in ("limit", "shots", "samples", "max_new_tokens", "batch_size"):
@@ -159,6 +164,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.evaluation import evaluate, evaluation_file, scores_table
     from psyche_jax.storage.files import as_path, bucket_errors
 
+    # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)
     for line in benchmark.set_aside:
         print(f"set aside: {line}", file=sys.stderr)
@@ -169,11 +175,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
     if arguments.shots:
         benchmark = with_shots(benchmark, read_benchmark(arguments.shots_from), arguments.shots)
+    # Who answers and who judges. An endpoint that is asked by name is reached only now.
     judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name
     addresses = [arguments.model, *arguments.judge]
     warn_of_gates({address.partition("#")[0]: os.environ.get("OPENAI_API_KEY") for address in addresses})
+    # A run keeps its own evaluations, which the report reads; --out writes one more file.
     folder = as_path(arguments.model)
     with bucket_errors(folder):
         is_run = (folder / "config.yaml").is_file()

@@ -26,6 +26,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
     _add_dtype(verb)
 
+    # SFT and GRPO take the same options.
     for name, run, text in (
         ("sft", _sft, "Fine-tune a model on chat records."),
         ("grpo", _grpo, "Train a model with GRPO on prompts with checkable answers."),
