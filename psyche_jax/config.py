@@ -329,7 +329,8 @@ EXECUTION_SETTINGS = (
     "share_prompt",
     "rollout_waves",
 )
-# Settings that only say where to find what a run remembers by its content (`run_changes.py`), or what of it to take.
+# Settings that only say where to find what a run remembers by its content (`train/run_changes.py`), or what of it to
+# take.
 FOUND_BY_CONTENT = ("model.path", "data", "prompt")
 
 

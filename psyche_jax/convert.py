@@ -21,7 +21,6 @@ from psyche_jax.config_files import config_to_dict, dump_yaml, parse_yaml_mappin
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
-from psyche_jax.runs import read_state
 from psyche_jax.storage import hub
 from psyche_jax.storage.files import (
     Index,
@@ -34,6 +33,7 @@ from psyche_jax.storage.files import (
     write_text,
 )
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
+from psyche_jax.train.runs import read_state
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
 
 _SECONDS_A_LINE = 10.0

@@ -54,13 +54,13 @@ from psyche_jax.model.huggingface import make_portable, write_weights
 from psyche_jax.model.qwen2 import Execution, bind, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
-from psyche_jax.runs import read_lines, read_state
 from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.pipeline import run_synth
 from psyche_jax.synth.publish import CARD_JSON
 from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.grpo_run import train_grpo
+from psyche_jax.train.runs import read_lines, read_state
 from psyche_jax.train.sft import train_sft
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -33,7 +33,7 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
         os.environ.setdefault("NPROC", "64")
     import jax
 
-    from psyche_jax import hosts
+    from psyche_jax.train import hosts
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE))

@@ -9,7 +9,7 @@ from pathlib import Path
 from psyche_jax.cli import start
 from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, check_seed
 from psyche_jax.errors import UserError
-from psyche_jax.run_changes import CHANGES
+from psyche_jax.train.run_changes import CHANGES
 
 
 def add_verbs(add: AddVerb) -> None:

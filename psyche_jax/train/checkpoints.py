@@ -36,8 +36,8 @@ from psyche_jax.model.huggingface import (
 )
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
-from psyche_jax.run_changes import changes, differences, refused
 from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
+from psyche_jax.train.run_changes import changes, differences, refused
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import (
     CHECKSUMS,

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from psyche_jax import hosts
 from psyche_jax.config import GrpoConfig
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import decoded_text, opened_text, prompt_tokens
@@ -27,13 +26,14 @@ from psyche_jax.model.sharding import Sharding
 from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions, sources_hash
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
-from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
+from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.objectives import total_rewards
 from psyche_jax.train.preemption import listening
+from psyche_jax.train.runs import open_run
 from psyche_jax.train.setup import (
     Setup,
     abstract_state,

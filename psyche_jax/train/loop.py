@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import peak_of_all_devices
-from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.storage.files import bucket_errors, files_under, in_bucket
+from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.preemption import Stop, StoppedError
+from psyche_jax.train.runs import PreemptedError, Run
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import set_aside_look_alikes
 

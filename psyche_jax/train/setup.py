@@ -18,7 +18,6 @@ from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.runs import Run
 from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.train.checkpoints import (
     StoredModel,
@@ -29,6 +28,7 @@ from psyche_jax.train.checkpoints import (
     with_stop_tokens_of,
     write_tokenizer,
 )
+from psyche_jax.train.runs import Run
 from psyche_jax.train.state import TrainState, state_shardings
 
 
@@ -83,7 +83,7 @@ def _open_base(path: str) -> StoredModel:
 
 
 def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:
-    """Hashes of all that a run learns from, by kind: see `run_changes.py`. The model's weights are read whole.
+    """Hashes of all that a run learns from, by kind: see `train/run_changes.py`. The model's weights are read whole.
 
     Args:
       setup: the model.

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psyche_jax import hosts
 from psyche_jax.config import PromptSection, SftConfig
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, tokenize_example
@@ -25,11 +24,12 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
-from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
+from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import listening
+from psyche_jax.train.runs import open_run
 from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
 from psyche_jax.train.state import (
     TrainState,

@@ -12,12 +12,12 @@ from typing import Any
 import google_crc32c
 import orbax.checkpoint as ocp
 
-from psyche_jax import hosts
 from psyche_jax.data.store import StoredObject, crc32c_of, open_store
 from psyche_jax.errors import UserError
-from psyche_jax.runs import read_state
 from psyche_jax.storage.buckets import DEADLINE_SECONDS
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json, write_text
+from psyche_jax.train import hosts
+from psyche_jax.train.runs import read_state
 
 CHECKSUMS = "checksums.json"
 # Orbax still writes the first when the checksums are made, and the second after all else.

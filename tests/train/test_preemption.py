@@ -17,13 +17,13 @@ import pytest
 from support.training_fixtures import grpo_config, metrics_of, sft_config, state_of, write_sft_data
 
 import psyche_jax
-from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
-from psyche_jax.runs import PreemptedError, open_run
+from psyche_jax.train import hosts
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
+from psyche_jax.train.runs import PreemptedError, open_run
 from psyche_jax.train.setup import abstract_like
 from psyche_jax.train.sft import train_sft
 from psyche_jax.train.state import TrainState
@@ -179,7 +179,7 @@ BUSY = """
 import hashlib, sys
 from pathlib import Path
 from psyche_jax.config import LoggingSection
-from psyche_jax.runs import open_run
+from psyche_jax.train.runs import open_run
 from psyche_jax.train.preemption import listening
 
 with open_run(Path(sys.argv[1]), "toy", {"a": 1}, LoggingSection()) as run, listening(run.write_last_words) as stop:

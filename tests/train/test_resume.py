@@ -25,8 +25,8 @@ from support.training_fixtures import (
 import psyche_jax
 from psyche_jax.config import CheckpointSection, DynamicSamplingSection, GrpoDataSection, ObjectiveSection
 from psyche_jax.rewards import FunctionReward
-from psyche_jax.runs import read_lines
 from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.runs import read_lines
 
 
 class Command:

@@ -10,9 +10,9 @@ from support.training_fixtures import metrics_of, sft_config, state_of
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
-from psyche_jax.runs import PreemptedError
 from psyche_jax.train.checkpoints import find_checkpoint, open_model
 from psyche_jax.train.preemption import Stop
+from psyche_jax.train.runs import PreemptedError
 from psyche_jax.train.sft import train_sft
 
 

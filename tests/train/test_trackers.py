@@ -9,7 +9,7 @@ import pytest
 
 from psyche_jax.config import LoggingSection
 from psyche_jax.errors import UserError
-from psyche_jax.runs import open_run, read_lines
+from psyche_jax.train.runs import open_run, read_lines
 
 LOGGING = LoggingSection(wandb_project="psyche")
 

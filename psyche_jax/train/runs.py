@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import psyche_jax
-from psyche_jax import hosts
 from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UsageError, UserError, first_reason
 from psyche_jax.model.products import FLOAT32_PRECISION
-from psyche_jax.run_changes import CHANGES, EVALUATED, Change, Contents, changes, how_to_accept, refused
 from psyche_jax.storage.files import GrowingFile, as_path, bucket_errors, in_bucket, read_json, write_json, write_text
 from psyche_jax.storage.locks import FILE as LOCK_FILE
 from psyche_jax.storage.locks import Lock, LostLockError, locked
+from psyche_jax.train import hosts
+from psyche_jax.train.run_changes import CHANGES, EVALUATED, Change, Contents, changes, how_to_accept, refused
 
 Metrics = Mapping[str, float | None]
 
