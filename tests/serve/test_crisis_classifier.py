@@ -22,7 +22,7 @@ HARD_TO_TELL = [OBLIQUE, "我爸去世三年了，我很想他", "今天好累�
 
 @pytest.fixture(scope="module")
 def training():
-    return load_script("train_crisis_classifier")
+    return load_script("crisis", "train_classifier")
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_it_finds_some_of_the_sentences_that_it_was_not_trained_on():
 
 def test_the_weights_in_the_package_are_of_the_sentences_in_the_repository(training):
     sentences = training.read()
-    assert classifier().data == training.fingerprint(sentences), "run scripts/train_crisis_classifier.py"
+    assert classifier().data == training.fingerprint(sentences), "run scripts/crisis/train_classifier.py"
     assert classifier().classes == tuple(risk.value for risk in Risk)
     assert len({one.text for one in sentences}) == len(sentences) > 3000
     assert len({one.author for one in sentences}) > 80

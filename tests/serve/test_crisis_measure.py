@@ -45,7 +45,7 @@ def files(tmp_path):
 
 
 def test_the_measuring_script_counts(files):
-    script = [sys.executable, ROOT / "scripts" / "measure_crisis.py"]
+    script = [sys.executable, ROOT / "scripts" / "crisis" / "measure.py"]
     out = subprocess.run(
         [*script, *files, "--show", "1", "--errors"], capture_output=True, text=True, check=True
     ).stdout

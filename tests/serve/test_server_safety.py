@@ -296,7 +296,7 @@ def test_told_to_stop_it_breaks_off_what_takes_too_long(tiny_model):
 
 @pytest.mark.slow
 def test_sixty_four_clients_lose_nothing(server):
-    script = Path(__file__).parents[2] / "scripts" / "serve_load.py"
+    script = Path(__file__).parents[2] / "scripts" / "benchmarks" / "serve_load.py"
     done = subprocess.run(
         [sys.executable, script, server.address, "--seconds", "6", "--pid", str(server.process.pid)],
         capture_output=True,

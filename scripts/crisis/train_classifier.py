@@ -1,9 +1,9 @@
 """Train the crisis gate's classifier on written sentences, and choose its threshold on authors that it did not see.
 
-    python scripts/train_crisis_classifier.py            # rewrites psyche_jax/serve/crisis/classifier.npz
-    python scripts/train_crisis_classifier.py --out new.npz --false-alarms 0.02
+    python scripts/crisis/train_classifier.py            # rewrites psyche_jax/serve/crisis/classifier.npz
+    python scripts/crisis/train_classifier.py --out new.npz --false-alarms 0.02
 
-The sentences are those in crisis_training/ and the part `before` of the package's sentences.yaml. Multinomial logistic
+The sentences are those in training/ and the part `before` of the package's sentences.yaml. Multinomial logistic
 regression on character n-grams. For the threshold the authors are dealt into folds; the sentences of each fold, alone
 and joined to longer messages, are classed by a model that saw none of its authors.
 """
@@ -25,8 +25,8 @@ from psyche_jax.serve.crisis.classify import WEIGHTS, Classifier, ngrams, normal
 from psyche_jax.serve.crisis.measure import own_sentences
 
 HERE = Path(__file__).parent
-DATA = HERE / "crisis_training"
-PACKAGE = HERE.parent / "psyche_jax" / "serve" / "crisis"
+DATA = HERE / "training"
+PACKAGE = HERE.parents[1] / "psyche_jax" / "serve" / "crisis"
 CLASSES = tuple(risk.value for risk in Risk)
 HARMLESS = Risk.EXPLORATION.severity + 1
 LEAST = 2  # sentences that an n-gram must stand in

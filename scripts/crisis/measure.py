@@ -1,8 +1,8 @@
 """Measure the crisis gate while its rules are written: both halves of a file apart, errors, flagged turns.
 
-    python scripts/measure_crisis.py --posts psyguard_valid.jsonl --dialogues smile_600.jsonl --show 50
-    python scripts/measure_crisis.py --posts psyguard_valid.jsonl --rules-alone
-    python scripts/measure_crisis.py --posts psyguard_valid.jsonl --speed
+    python scripts/crisis/measure.py --posts psyguard_valid.jsonl --dialogues smile_600.jsonl --show 50
+    python scripts/crisis/measure.py --posts psyguard_valid.jsonl --rules-alone
+    python scripts/crisis/measure.py --posts psyguard_valid.jsonl --speed
 
 Without `--posts` the package's own sentences are measured. `psyche safety` gives the figures alone, for a report.
 Texts are only shown where `--show` or `--errors` asks for it, errors of the first half alone: the other is not read.

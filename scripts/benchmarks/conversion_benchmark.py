@@ -5,7 +5,7 @@ Writes a random model at the shapes of Qwen2.5-7B (fewer layers where the disk i
 back in processes of their own, and compares the weights that come out with those that went in.
 
 Example:
-  python scripts/conversion_benchmark.py --folder /mnt/scratch --json
+  python scripts/benchmarks/conversion_benchmark.py --folder /mnt/scratch --json
 """
 
 import argparse
