@@ -7,11 +7,11 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jinja2
 import pydantic
@@ -19,8 +19,9 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.extraction import answer_part
-from psyche_jax.llm_answers import FILTERED, json_object
-from psyche_jax.synth.calls import Reply
+from psyche_jax.llm.objects import json_object
+from psyche_jax.llm.reply import FILTERED, Reply, printable
+from psyche_jax.synth.calls import Call
 from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import CallsSection
 
@@ -99,7 +100,6 @@ def fenced(text: str, name: str) -> str:
 
 
 T = TypeVar("T")
-Messages: TypeAlias = Sequence[Mapping[str, str]]
 _LONGEST_FAULT = 200  # characters
 _LONGEST_SHOWN = 300  # characters of a reply
 _DRAW = 1_000_000  # samples of a request that were filtered are drawn again under numbers that no stage uses
@@ -111,16 +111,6 @@ class FaultyReplyError(Exception):
 
 class SetAsideError(Exception):
     """An item is given up; the message says why."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request as the client takes it."""
-
-    llm: str
-    prompt: str
-    messages: Messages
-    sample: int
 
 
 class Asker:
@@ -138,7 +128,7 @@ class Asker:
         self._of_use: set[tuple[str, str]] = set()  # LLMs and prompts that brought something
         self._reasks = reasks
         self._give_up_after = give_up_after
-        self._rows: dict[tuple[str, str], list[tuple[Asked, Reply, str]]] = {}  # those since the last one of use
+        self._rows: dict[tuple[str, str], list[tuple[Call, Reply, str]]] = {}  # those since the last one of use
         self._stopped: UserError | None = None
 
     async def ask(self, llm: str, prompt: str, values: dict[str, Any], read: Callable[[str], T], sample: int = 0) -> T:
@@ -146,14 +136,12 @@ class Asker:
 
         Raises:
           SetAsideError: none of the replies could be used, or the server refused or filtered all of them.
-          UserError: too many in a row could not be used; else as `Client.call`.
-          CallFailedError: as `Client.call`.
+          NoReplyError, UserError: as `Client.reply`; the latter also where too many in a row could not be used.
         """
         template = self.prompts[prompt]
-        asked = Asked(llm, template.id, template.messages(**values), sample)
-        fault = ""
+        call = self.client.request(llm, template.id, template.messages(**values), sample)
         for attempt in range(self._reasks + 1):
-            reply = await self.reply(asked)
+            reply = await self.reply(call)
             try:
                 if reply.finish == "length":
                     raise FaultyReplyError("回答太长，没有写完")
@@ -163,46 +151,46 @@ class Asker:
             except FaultyReplyError as error:
                 fault = str(error)[:_LONGEST_FAULT]
             else:
-                self.count(asked, reply)
+                self.count(call, reply)
                 return found
-            await self.count_unusable(asked, reply, fault)
+            await self.count_unusable(call, reply, fault)
             if attempt < self._reasks:
                 self.asked_again += 1
-                again = self.prompts["again"].text(fault=fault)
                 said = answer_part(reply.text) or "（空）"  # servers want no thoughts back
+                again = self.prompts["again"].text(fault=fault)
                 turns = ({"role": "assistant", "content": said}, {"role": "user", "content": again})
-                asked = replace(asked, messages=(*asked.messages, *turns))
+                call = replace(call, messages=(*call.messages, *turns))
         raise SetAsideError(f"no usable reply: {prompt}, {llm}: {fault}")
 
-    async def reply(self, asked: Asked) -> Reply:
+    async def reply(self, call: Call) -> Reply:
         """What the LLM answers. What its server filters out is drawn again, if it is drawn at all.
 
         Raises:
           SetAsideError: the server refused the request, or filtered every answer.
-          CallFailedError, UserError: as `ask`.
+          NoReplyError, UserError: as `ask`.
         """
-        draws = self._reasks + 1 if self.client.temperature(asked.llm) > 0 else 1
+        draws = self._reasks + 1 if self.client.temperature(call.llm) > 0 else 1
         for draw in range(draws):
             if self._stopped is not None:
                 raise self._stopped
-            drawn = replace(asked, sample=asked.sample + draw * _DRAW)
-            reply = await self.client.call(drawn.llm, drawn.prompt, drawn.messages, drawn.sample)
+            drawn = replace(call, sample=call.sample + draw * _DRAW)
+            reply = await self.client.reply(drawn)
             if reply.finish not in ("refused", *FILTERED):
                 return reply
             what = "refused" if reply.finish == "refused" else "filtered"
             said = f": {reply.text[:_LONGEST_FAULT]}" if reply.text else ""
-            reason = f"{what} by the server: {asked.prompt.partition('@')[0]}, {asked.llm}{said}"
+            reason = f"{what} by the server: {_names(call)}{said}"
             await self.count_unusable(drawn, reply, reason)
             if what == "refused":
                 break
         raise SetAsideError(reason)
 
-    def count(self, asked: Asked, reply: Reply) -> None:
+    def count(self, call: Call, reply: Reply) -> None:
         """A reply was of use."""
-        self._of_use.add((asked.llm, asked.prompt))
-        self._rows.pop((asked.llm, asked.prompt), None)
+        self._of_use.add((call.llm, call.prompt))
+        self._rows.pop((call.llm, call.prompt), None)
 
-    async def count_unusable(self, asked: Asked, reply: Reply, fault: str) -> None:
+    async def count_unusable(self, call: Call, reply: Reply, fault: str) -> None:
         """A reply was of no use.
 
         Raises:
@@ -210,11 +198,11 @@ class Asker:
         """
         self.unusable += 1
         if not reply.stored:
-            self.client.fault(asked.llm, fault)
-        row = self._rows.setdefault((asked.llm, asked.prompt), [])
-        row.append((asked, reply, fault))
+            self.client.fault(call.llm, fault)
+        row = self._rows.setdefault((call.llm, call.prompt), [])
+        row.append((call, reply, fault))
         if self._stopped is not None:
-            await self._forget(asked)
+            await self.client.forget(call)
             raise self._stopped
         fresh = sum(not reply.stored for _, reply, _ in row)
         if fresh >= self._give_up_after:
@@ -231,25 +219,27 @@ class Asker:
             row = max(never, key=len)
             await self._stop(row, f"none of {len(row)} replies could be used")
         for row in never:
-            asked, _, fault = row[-1]
-            what = f"{asked.prompt.partition('@')[0]}, {asked.llm}: none of {len(row)} replies could be used"
+            call, _, fault = row[-1]
+            what = f"{_names(call)}: none of {len(row)} replies could be used"
             print(f"look here: {what}, the last one for: {fault}", file=sys.stderr, flush=True)
 
-    async def _stop(self, row: list[tuple[Asked, Reply, str]], what: str) -> None:
+    async def _stop(self, row: list[tuple[Call, Reply, str]], what: str) -> None:
         """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""
-        asked, reply, _ = row[-1]
+        call, reply, _ = row[-1]
         fault, count = Counter(fault for _, _, fault in row).most_common(1)[0]
-        shown = "".join(character if character.isprintable() else " " for character in reply.text[:_LONGEST_SHOWN])
         self._stopped = UserError(
-            f"{asked.prompt.partition('@')[0]}, {asked.llm}: {what}, {count} of them: {fault}; the last one was: "
-            f"{shown or '(nothing)'}; mend the LLM or its prompt and start again, or raise calls.give_up_after"
+            f"{_names(call)}: {what}, {count} of them: {fault}; the last one was: "
+            f"{printable(reply.text, _LONGEST_SHOWN) or '(nothing)'}; "
+            "mend the LLM or its prompt and start again, or raise calls.give_up_after"
         )
         self.client.stop()
-        await asyncio.gather(*(self._forget(one) for one, _, _ in row))
+        await asyncio.gather(*(self.client.forget(one) for one, _, _ in row))
         raise self._stopped
 
-    async def _forget(self, asked: Asked) -> None:
-        await self.client.forget(asked.llm, asked.prompt, asked.messages, asked.sample)
+
+def _names(call: Call) -> str:
+    """The prompt and the LLM."""
+    return f"{call.prompt.partition('@')[0]}, {call.llm}"
 
 
 def read_json(kind: type[T]) -> Callable[[str], T]:

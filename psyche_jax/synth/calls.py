@@ -1,18 +1,18 @@
 """The store of calls: every request before it is sent, every reply before it is used, keyed by content (SQLite)."""
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UserError
+from psyche_jax.llm.reply import Reply
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -56,20 +56,6 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came back. `finish`: stop, length, content_filter, …, or `refused` where the server took no request.
-
-    `stored`: it was there already.
-    """
-
-    text: str
-    finish: str
-    prompt_tokens: int
-    completion_tokens: int
-    stored: bool = False
-
-
-@dataclass(frozen=True)
 class Usage:
     """Calls and tokens of one LLM with one prompt.
 
@@ -88,8 +74,9 @@ class Usage:
 class CallStore:
     """Writes of one turn of the event loop make one transaction; each is awaited. A killed process loses none of them.
 
-    (WAL without a sync at each commit: what a process has committed survives its death. A crash of the machine may
-    lose the last ones, never the file. No thread: it would fight for the interpreter with what it serves.)
+    WAL without a sync at each commit: what a process has committed survives its death. A crash of the machine may
+    lose the last ones, never the file. No thread: it would fight for the interpreter with what it serves. And no lines
+    of JSON, as `evaluate/answers.py` has: of 100,000 replies each is found by its key, without all in memory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,7 +96,10 @@ class CallStore:
             "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL",
             (key,),
         ).fetchone()
-        return replace(Reply(*row), stored=True) if row else None
+        if row is None:
+            return None
+        text, finish, asked, said = row
+        return Reply(text, finish=finish, prompt_tokens=asked, completion_tokens=said, stored=True)
 
     async def opened(self, call: Call) -> None:
         """Write the request; one that is there without a reply was in flight when a run ended, and is counted."""
@@ -159,15 +149,12 @@ class CallStore:
             return
         fault: UserError | None = None
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            for sql, values, _ in waiting:
-                self._database.execute(sql, values)
-            self._database.execute("COMMIT")
+            with self._database:  # which commits, or takes back what was written before a fault
+                self._database.execute("BEGIN IMMEDIATE")
+                for sql, values, _ in waiting:
+                    self._database.execute(sql, values)
         except Exception as error:  # a full disk, say; whatever it is, those who wait must hear of it
             fault = UserError(f"{self._path}: cannot be written ({error})")
-            with contextlib.suppress(sqlite3.Error):
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
         for _, _, done in waiting:
             if done.done():  # whoever waited was cancelled
                 continue
