@@ -3,9 +3,8 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from psyche_jax.errors import UserError
@@ -39,9 +38,10 @@ class Answers:
 
     def __init__(self, evaluation: Path | None, identity: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-        self.path = evaluation and evaluation.with_name(f"{evaluation.stem}.{digest}.answers.jsonl")
         self.known: dict[Key, Completion] = {}
-        self._file = None if self.path is None else GrowingFile(self.path)
+        self._file: GrowingFile | None = None
+        if evaluation is not None:
+            self._file = GrowingFile(evaluation.with_name(f"{evaluation.stem}.{digest}.answers.jsonl"))
 
     def __enter__(self) -> "Answers":
         """Read what is there.
@@ -49,23 +49,21 @@ class Answers:
         Raises:
           UserError: the file was changed by hand.
         """
-        if self.path is None or self._file is None:
+        if self._file is None:
             return self
-        with bucket_errors(self.path):
-            lines = read_lines(self.path)
+        with bucket_errors(self._file.path):
+            lines = read_lines(self._file.path)
         try:
             for line in lines:
                 key = (line["id"], line["sample"])
                 self.known[key] = Completion(line["text"], line["tokens"], line["finished"])
         except (KeyError, TypeError):
-            raise UserError(f"{self.path}: holds something else than answers; remove it") from None
+            raise UserError(f"{self._file.path}: holds something else than answers; remove it") from None
         if lines:  # a last line cut short by a crash would spoil the next one
             self._file.replace([json.dumps(line) + "\n" for line in lines])
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Write what is not written yet."""
         if self._file is not None:
             self._file.flush()
@@ -73,22 +71,15 @@ class Answers:
     def keep(self, key: Key, completion: Completion) -> None:
         """Take an answer, and write it down before anything else happens."""
         self.known[key] = completion
-        if self.path is None or self._file is None:
+        if self._file is None:
             return
-        line = {
-            "id": key[0],
-            "sample": key[1],
-            "text": completion.text,
-            "tokens": completion.tokens,
-            "finished": completion.finished,
-        }
-        if not in_bucket(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file.append(json.dumps(line) + "\n")
+        if not in_bucket(self._file.path):
+            self._file.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.append(json.dumps({"id": key[0], "sample": key[1], **asdict(completion)}) + "\n")
         self._file.flush(every=_SECONDS_BETWEEN_WRITES)
 
     def discard(self) -> None:
-        """Remove the file: its content stands in the evaluation now."""
-        if self.path is not None:
-            with bucket_errors(self.path):
-                self.path.unlink(missing_ok=True)
+        """Remove the file: the evaluation holds its content now."""
+        if self._file is not None:
+            with bucket_errors(self._file.path):
+                self._file.path.unlink(missing_ok=True)

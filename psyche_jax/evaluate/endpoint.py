@@ -146,16 +146,14 @@ class Endpoint:
                     )
 
         async def all_workers() -> None:
-            async with self._server() as server:
-                tasks = [asyncio.create_task(worker(server)) for _ in range(min(self._concurrency, len(keys)))]
-                try:
-                    await asyncio.gather(*tasks)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+            async with self._server() as server, asyncio.TaskGroup() as group:
+                for _ in range(min(self._concurrency, len(keys))):
+                    group.create_task(worker(server))
 
-        asyncio.run(all_workers())
+        try:
+            asyncio.run(all_workers())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
         return failed
 
     async def ask(self, server: Server, messages: Sequence[Mapping[str, str]], seed: int) -> Reply:

@@ -25,7 +25,7 @@ def number(value: float) -> str:
 
 
 def cell(text: str) -> str:
-    """A text as it may stand in a cell of a Markdown table, with no markup of its own."""
+    """A text for a cell of a Markdown table, with no markup of its own."""
     return re.sub(r"([\\`*_{}\[\]<>()#|])", r"\\\1", " ".join(str(text).split()))
 
 

@@ -27,7 +27,7 @@ _THOUGHTS = (  # fields beside `content`; a server that sends several says the s
 _TEXTS = ("text", "thinking", "reasoning", "reasoning_content", "summary", "content", "value", "refusal")  # in a part
 _THINKS = re.compile("think|thought|reason")  # the type of a part
 _COMPLAINTS = ("message", "msg", "detail", "error_msg", "error", "errors")  # fields that say what is wrong
-_MOST_TOKENS = 10**9  # what is more is no count
+_MOST_TOKENS = 10**9  # more is no count, but a fault
 _LONGEST_LINE = 200  # characters
 
 
@@ -128,21 +128,6 @@ def read_reply(content: str | bytes, whole: bool = True) -> Reply:
     return joined([replace(about, **texts, finish=finish or "stop")])
 
 
-def read_models(content: bytes) -> list[dict[str, Any]]:
-    """What `/models` lists, by `id`.
-
-    Raises:
-      NoReplyError: it is not JSON.
-    """
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        raise NoReplyError("the answer is not JSON", came=True) from None
-    listed = value.get("data") if isinstance(value, dict) else None
-    models = listed if isinstance(listed, list) else []
-    return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
-
-
 def joined(parts: Sequence[Reply]) -> Reply:
     """One reply of its parts: of what several of them say the last counts; an end that is no answer's stays."""
 
@@ -151,7 +136,7 @@ def joined(parts: Sequence[Reply]) -> Reply:
         return next((value for value in said if value not in (None, "")), getattr(Reply, name))
 
     def text(name: str) -> str:
-        """Joined: halves of a surrogate pair may have come apart; one that is alone is no text."""
+        """Joined: halves of a surrogate pair may have come apart; one that stays alone is replaced."""
         whole = "".join(getattr(part, name) for part in parts)
         return whole.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 

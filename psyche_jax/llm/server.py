@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import httpx2
 import openai
 
-from psyche_jax.llm.reply import NoReplyError, Reply, complaint, joined, printable, read_models, read_reply
+from psyche_jax.llm.reply import NoReplyError, Reply, complaint, joined, printable, read_reply
 from psyche_jax.llm.retries import retry_after
 
 SCHEMES = ("http://", "https://")
@@ -96,7 +96,7 @@ class Server:
         """
         try:
             async with asyncio.timeout(seconds):
-                return joined([part async for part in self._parts(body, headers)])
+                return joined([part async for part in self.parts(body, headers)])
         except TimeoutError as error:
             raise NoReplyError(self._said(error)) from None
 
@@ -105,24 +105,6 @@ class Server:
 
         Raises: as `ask`.
         """
-        async for part in self._parts({**body, "stream": True}, headers):
-            yield part
-
-    async def models(self) -> list[dict[str, Any]]:
-        """What `/models` lists, by `id`.
-
-        Raises:
-          NoReplyError: the server has no such list.
-        """
-        client = self._client.with_options(timeout=_MODELS_SECONDS, max_retries=0)
-        with self._faults():
-            async with asyncio.timeout(2 * _MODELS_SECONDS):
-                stream = await client.get("/models", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object])
-                async with contextlib.aclosing(stream.response) as response:
-                    return read_models(await _content(response))
-        raise AssertionError
-
-    async def _parts(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> AsyncIterator[Reply]:
         with self._faults():
             response = await self._sent(body, headers)
         with self._faults(came=True):
@@ -152,6 +134,22 @@ class Server:
                     raise NoReplyError("the stream ended early" if came else "nothing came")
             finally:
                 await response.aclose()
+
+    async def models(self) -> list[dict[str, Any]]:
+        """What `/models` lists, by `id`.
+
+        Raises:
+          NoReplyError: the server has no such list.
+        """
+        client = self._client.with_options(timeout=_MODELS_SECONDS, max_retries=0)
+        with self._faults():
+            async with asyncio.timeout(2 * _MODELS_SECONDS):
+                stream = await client.get("/models", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object])
+                async with contextlib.aclosing(stream.response) as response:
+                    listed = json.loads(await _content(response))
+        models = listed.get("data") if isinstance(listed, dict) else None
+        models = models if isinstance(models, list) else []
+        return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
 
     async def _sent(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> httpx2.Response:
         """The response, of which nothing is read; asked for again without a parameter that the server refuses."""
@@ -191,7 +189,7 @@ class Server:
         except openai.APIStatusError as error:
             wait = retry_after(error.response.headers)
             raise NoReplyError(self._said(error), status=error.status_code, wait=wait) from None
-        except (NoReplyError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError) as error:
+        except (NoReplyError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError, RecursionError) as error:
             broken = came and isinstance(error, httpx2.HTTPError)
             raise NoReplyError("the answer broke off" if broken else self._said(error), came=came) from None
 
@@ -214,7 +212,14 @@ class Server:
 async def _bounded(response: httpx2.Response) -> None:
     """Bound every response: only so much is read of an error, and prompts do not follow to another place."""
     if not response.is_success:
-        response.stream = _Beginning(response.stream)
+        stream: Any = response.stream
+        begun = bytearray()
+        async for chunk in stream:
+            begun += chunk
+            if len(begun) >= _MOST_ERROR_BYTES:
+                break
+        await stream.aclose()
+        response.stream = httpx2.ByteStream(bytes(begun[:_MOST_ERROR_BYTES]))
     if response.has_redirect_location:
         resent = response.request.method == "GET" or response.status_code in (307, 308)  # others make it a GET
         if not resent or not _same_place(response.url, response.headers["location"]):
@@ -222,32 +227,14 @@ async def _bounded(response: httpx2.Response) -> None:
 
 
 def _same_place(here: httpx2.URL, location: str) -> bool:
-    """Whether a redirect stays with the server: the same host and port, or its TLS."""
+    """Whether a redirect stays with the server: the same host and port (None: its scheme's own), or its TLS."""
     try:
         there = here.join(location)
     except httpx2.InvalidURL:
         return False
-    ports = [url.port or {"http": 80, "https": 443}.get(url.scheme) for url in (here, there)]
-    same = here.scheme == there.scheme and ports[0] == ports[1]
-    return here.host == there.host and (same or (here.scheme, there.scheme, *ports) == ("http", "https", 80, 443))
-
-
-class _Beginning(httpx2.AsyncByteStream):
-    """The first bytes of a stream."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = _MOST_ERROR_BYTES
-        async for chunk in self._stream:
-            yield chunk[:left]
-            left -= len(chunk)
-            if left <= 0:
-                return
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
+    schemes = here.scheme, there.scheme
+    same = schemes[0] == schemes[1] or (schemes == ("http", "https") and here.port is None)
+    return same and (here.host, here.port) == (there.host, there.port)
 
 
 async def _content(response: httpx2.Response) -> bytes:

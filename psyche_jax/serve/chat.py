@@ -118,6 +118,7 @@ class RemoteModel:
             "temperature": self._config.temperature,
             "top_p": self._config.top_p,
             "max_tokens": self._config.limits.new_tokens,
+            "stream": True,
         }
         thinking = False
         async for part in server.parts(body):

@@ -1,6 +1,5 @@
 """Asking an LLM for one thing: the prompt from its template, and a reply that is read or asked for again."""
 
-import asyncio
 import dataclasses
 import hashlib
 import json
@@ -58,14 +57,13 @@ class Prompts:
     """The package's prompts, or those of a folder where it has a file of that name."""
 
     def __init__(self, folder: str | None = None) -> None:
-        self._folders = [Path(folder)] if folder else []
         if folder and not Path(folder).is_dir():
             raise UsageError(f"prompts: there is no folder {folder}")
-        known = sorted(path.stem for path in _PACKAGED.glob("*.jinja"))
+        self._paths = {path.stem: path for path in sorted(_PACKAGED.glob("*.jinja"))}
         for path in sorted(Path(folder).glob("*.jinja")) if folder else ():
-            if path.stem not in known:
-                raise UsageError(f"{path}: no stage has a prompt of that name; known: {', '.join(known)}")
-        self._folders.append(_PACKAGED)
+            if path.stem not in self._paths:
+                raise UsageError(f"{path}: no stage has a prompt of that name; known: {', '.join(self._paths)}")
+            self._paths[path.stem] = path
         self._environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         self._environment.filters["fenced"] = fenced
         self._prompts: dict[str, Prompt] = {}
@@ -77,7 +75,7 @@ class Prompts:
           UsageError: its file is broken or lacks the version or the block `user`.
         """
         if name not in self._prompts:
-            path = next(path for folder in self._folders if (path := folder / f"{name}.jinja").is_file())
+            path = self._paths[name]
             text = path.read_text(encoding="utf-8")
             version = _VERSION.match(text)
             if version is None:
@@ -153,7 +151,7 @@ class Asker:
             else:
                 self.count(call, reply)
                 return found
-            await self.count_unusable(call, reply, fault)
+            self.count_unusable(call, reply, fault)
             if attempt < self._reasks:
                 self.asked_again += 1
                 said = answer_part(reply.text) or "（空）"  # servers want no thoughts back
@@ -180,7 +178,7 @@ class Asker:
             what = "refused" if reply.finish == "refused" else "filtered"
             said = f": {reply.text[:_LONGEST_FAULT]}" if reply.text else ""
             reason = f"{what} by the server: {_names(call)}{said}"
-            await self.count_unusable(drawn, reply, reason)
+            self.count_unusable(drawn, reply, reason)
             if what == "refused":
                 break
         raise SetAsideError(reason)
@@ -190,7 +188,7 @@ class Asker:
         self._of_use.add((call.llm, call.prompt))
         self._rows.pop((call.llm, call.prompt), None)
 
-    async def count_unusable(self, call: Call, reply: Reply, fault: str) -> None:
+    def count_unusable(self, call: Call, reply: Reply, fault: str) -> None:
         """A reply was of no use.
 
         Raises:
@@ -202,13 +200,13 @@ class Asker:
         row = self._rows.setdefault((call.llm, call.prompt), [])
         row.append((call, reply, fault))
         if self._stopped is not None:
-            await self.client.forget(call)
+            self.client.forget(call)
             raise self._stopped
         fresh = sum(not reply.stored for _, reply, _ in row)
         if fresh >= self._give_up_after:
-            await self._stop(row, f"{fresh} replies in a row could not be used")
+            self._stop(row, f"{fresh} replies in a row could not be used")
 
-    async def check(self, kept: bool) -> None:
+    def check(self, kept: bool) -> None:
         """Called at the end of a stage, which `kept` something or not. Says which LLM never gave anything of use.
 
         Raises:
@@ -217,13 +215,13 @@ class Asker:
         never = [row for pair, row in self._rows.items() if pair not in self._of_use]
         if never and not kept:
             row = max(never, key=len)
-            await self._stop(row, f"none of {len(row)} replies could be used")
+            self._stop(row, f"none of {len(row)} replies could be used")
         for row in never:
             call, _, fault = row[-1]
             what = f"{_names(call)}: none of {len(row)} replies could be used"
             print(f"look here: {what}, the last one for: {fault}", file=sys.stderr, flush=True)
 
-    async def _stop(self, row: list[tuple[Call, Reply, str]], what: str) -> None:
+    def _stop(self, row: list[tuple[Call, Reply, str]], what: str) -> None:
         """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""
         call, reply, _ = row[-1]
         fault, count = Counter(fault for _, _, fault in row).most_common(1)[0]
@@ -233,7 +231,8 @@ class Asker:
             "mend the LLM or its prompt and start again, or raise calls.give_up_after"
         )
         self.client.stop()
-        await asyncio.gather(*(self.client.forget(one) for one, _, _ in row))
+        for one, _, _ in row:
+            self.client.forget(one)
         raise self._stopped
 
 
@@ -243,7 +242,7 @@ def _names(call: Call) -> str:
 
 
 def read_json(kind: type[T]) -> Callable[[str], T]:
-    """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever stands around it."""
+    """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever is around it."""
     adapter = pydantic.TypeAdapter(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     names = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -253,7 +252,7 @@ def read_json(kind: type[T]) -> Callable[[str], T]:
             value = json_object(answer_part(text), names)
             if value is None:
                 raise FaultyReplyError("回答里没有 JSON 对象")
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
             return adapter.validate_python(value)
         except pydantic.ValidationError as error:
             first = error.errors()[0]

@@ -17,8 +17,8 @@ class Client:
     """All LLMs of a run. To be used within one event loop.
 
     `sent` counts requests that went out, `faults` those of them that failed or brought nothing of use (`last_fault`
-    says why the last one did), `known` calls whose reply was stored. `names`: what the LLMs, by their names, call our
-    parameters; what they refuse is added.
+    says why the last one did), `known` calls whose reply was stored. `names` is filled with what each LLM calls our
+    parameters, as configured and as its server turns out to want them; the next client may be given it.
     """
 
     def __init__(
@@ -27,9 +27,9 @@ class Client:
         calls: CallsSection,
         budget: BudgetSection,
         store: CallStore,
-        names: Mapping[str, Names] | None = None,
+        names: dict[str, Names] | None = None,
     ) -> None:
-        names = names or names_of(llms)
+        names = {} if names is None else names
         self._llms = {llm.name: llm for llm in llms}
         self._budget = budget
         self._store = store
@@ -50,7 +50,7 @@ class Client:
                 _key(llm),
                 timeout=llm.timeout_seconds,
                 connections=calls.concurrency,
-                names=names[llm.name],
+                names=names.setdefault(llm.name, dict(llm.parameters)),
             )
             for llm in llms
         }
@@ -79,7 +79,7 @@ class Client:
     async def reply(self, call: Call) -> Reply:
         """The stored reply to a call, or that of the same call now under way, or a new one.
 
-        `finish` is `refused` where the server took this request not, and `text` is then what it said.
+        Where the server refused this request alone, `finish` is `refused` and `text` what it said.
 
         Raises:
           UserError: the server refuses all calls (a wrong key, say), the budget is used up, or too many calls failed.
@@ -93,9 +93,9 @@ class Client:
             self._asking[call.key].add_done_callback(lambda _: self._asking.pop(call.key, None))
         return await asyncio.shield(self._asking[call.key])
 
-    async def forget(self, call: Call) -> None:
+    def forget(self, call: Call) -> None:
         """Ask for this reply again when it is wanted again."""
-        await self._store.forget(call.key)
+        self._store.forget(call.key)
 
     def fault(self, llm: str, reason: str) -> None:
         """Count a request that failed, or whose reply is of no use."""
@@ -142,7 +142,7 @@ class Client:
         async with self._slots:
             self._check_budget()
             self._check_running()
-            await self._store.opened(call)
+            self._store.opened(call)
             try:
                 reply = _counted(call, await ask_patiently(once, self._patience, pace, on_fault))
                 self._taken.add(llm.name)
@@ -153,11 +153,11 @@ class Client:
             asked, said = reply.prompt_tokens or 0, reply.completion_tokens or 0
             self._spend(llm.name, asked, said)
             pace.spend(asked + said)
-            await self._store.answered(call.key, reply)
+            self._store.answered(call.key, reply)
         return reply
 
     def _refused(self, llm: LlmSection, error: NoReplyError) -> Reply:
-        """The reply that stands for a request which the server will never take; all else ends the call or the run."""
+        """Reply `refused` where the server takes only this request not; any other error ends the call or the run."""
         if error.for_all:
             hint = f"is the key in {llm.key_env} right?" if error.status in (401, 403) else "see its base_url and model"
             raise UserError(f"{_title(llm)}: {error}; {hint}") from None
@@ -188,11 +188,6 @@ class Client:
             limit = getattr(self._budget, name)
             if limit is not None and spent >= limit:
                 raise UserError(f"budget.{name} of {limit:g} is used up ({spent:g}); raise it and start again to go on")
-
-
-def names_of(llms: Sequence[LlmSection]) -> dict[str, Names]:
-    """What LLMs call our parameters, as configured."""
-    return {llm.name: dict(llm.parameters) for llm in llms}
 
 
 def _title(llm: LlmSection) -> str:

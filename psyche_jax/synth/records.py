@@ -323,7 +323,7 @@ async def _letters(asker: Asker, asked: Call) -> str:
     if letters:
         asker.count(asked, reply)
     else:
-        await asker.count_unusable(asked, reply, "no letters after the marker")
+        asker.count_unusable(asked, reply, "no letters after the marker")
     return letters
 
 
