@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from collections import Counter
 from collections.abc import Awaitable, Mapping, Sequence
 
 from psyche_jax.errors import UsageError, UserError
@@ -56,8 +55,6 @@ class Client:
         }
         self._give_up_after = calls.give_up_after
         self._stopping = False
-        self._taken: set[str] = set()  # LLMs that took a request
-        self._refusals: Counter[str] = Counter()  # of those that took none yet
         self.sent = self.faults = self.known = self.failed = 0
         self.last_fault = ""
         self.tokens = 0
@@ -145,11 +142,8 @@ class Client:
             self._store.opened(call)
             try:
                 reply = _counted(call, await ask_patiently(once, self._patience, pace, on_fault))
-                self._taken.add(llm.name)
             except NoReplyError as error:
                 reply = self._refused(llm, error)
-                if llm.name not in self._taken:
-                    return reply  # not stored: what is wrong with all requests will be mended
             asked, said = reply.prompt_tokens or 0, reply.completion_tokens or 0
             self._spend(llm.name, asked, said)
             pace.spend(asked + said)
@@ -168,10 +162,6 @@ class Client:
             if self.failed >= self._give_up_after:
                 raise UserError(f"{reason}; {self.failed} calls failed in spite of retries, start again later")
             raise NoReplyError(reason)
-        if llm.name not in self._taken:
-            self._refusals[llm.name] += 1
-            if (count := self._refusals[llm.name]) >= self._give_up_after:
-                raise UserError(f"{_title(llm)} refused {count} requests and took none: {error}")
         return Reply(str(error), finish="refused", prompt_tokens=0, completion_tokens=0)
 
     def _spend(self, name: str, prompt_tokens: int, completion_tokens: int) -> None:

@@ -13,6 +13,7 @@ from support.faulty_server import KEY, FaultyServer, _send, answering, stored_ke
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.reply import NoReplyError, Reply
 from psyche_jax.llm.retries import retry_after
+from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import Call, CallStore
 from psyche_jax.synth.canned import completion, serving
 from psyche_jax.synth.client import Client
@@ -258,8 +259,13 @@ def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
 
 
 def test_an_llm_that_refuses_everything_ends_the_run_and_is_asked_again_when_it_is_mended(ask):
-    with pytest.raises(UserError, match="refused 3 requests and took none: HTTP 400"):
-        ask(Scripted((400, ())), many(9), give_up_after=3)
+    async def work(asker):
+        calls = [asker.client.request("llm", "p@1", user(f"第{n}问")) for n in range(9)]
+        return await asyncio.gather(*map(asker.reply, calls), return_exceptions=True)
+
+    faults = ask(Scripted((400, ())), work, give_up_after=3)
+    assert [type(fault) for fault in faults] == [SetAsideError] * 2 + [UserError] * 7
+    assert "3 replies in a row could not be used, 3 of them: refused by the server: p, llm: HTTP 400" in str(faults[2])
     replies, client = ask(FaultyServer(share=0.0), many(9))
     assert {reply.finish for reply in replies} == {"stop"} and client.known == 0
 
