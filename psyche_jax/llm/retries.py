@@ -100,11 +100,13 @@ async def ask_patiently(
             if not error.passing:
                 raise
             on_fault(error)
+            # An answer costs what it took the model to write, so fewer of them are asked for than of requests sent.
             tries, answers = tries + 1, answers + error.came
             if answers == patience.answers:
                 raise NoReplyError(f"{error}, {answers} times" if answers > 1 else str(error), came=True) from None
             if tries > patience.retries:
                 raise
+            # What the server asked for holds back all requests to it; our own guess only this one.
             if error.wait:  # not where it names a time that has passed
                 pace.rest(error.wait, patience)
             else:

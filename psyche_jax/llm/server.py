@@ -109,6 +109,7 @@ class Server:
             response = await self._sent(body, headers)
         with self._faults(came=True):
             try:
+                # Some servers answer whole though a stream was asked for, and the other way round.
                 if response.headers.get("content-type", "").partition(";")[0].strip().lower() != "text/event-stream":
                     yield read_reply(await _content(response))
                     return
@@ -123,6 +124,7 @@ class Server:
                         break
                     if event.event == "error":
                         raise NoReplyError(f"an error came in place of the answer: {event.data}")
+                    # Events may be short or empty and without an end, so each counts for something.
                     came = True
                     part = read_reply(event.data, whole=False)
                     size += len(part.text) + len(part.reasoning) + _EVENT_BYTES
@@ -130,6 +132,7 @@ class Server:
                         raise NoReplyError("the answer has no end")
                     finish = finish or part.finish is not None
                     yield part
+                # A stream that was cut ends like any other; only its reason of finishing says that it is whole.
                 if not finish:
                     raise NoReplyError("the stream ended early" if came else "nothing came")
             finally:
