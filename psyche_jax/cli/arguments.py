@@ -54,7 +54,7 @@ def check_seed(seed: int) -> None:
 
 def warn_of_gates(servers: Mapping[str, str | None]) -> None:
     """Say at which of `servers` (base URL: key) an answer may be the crisis gate's and not the model's."""
-    from psyche_jax.llm import gate_warnings
+    from psyche_jax.llm.server import gate_warnings
 
     for line in gate_warnings(servers):
         print(f"look here: {line}", file=sys.stderr)

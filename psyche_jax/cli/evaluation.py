@@ -208,7 +208,7 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
     """Who judges empathy."""
     from psyche_jax.evaluate.empathy import MAX_TOKENS
     from psyche_jax.evaluate.endpoint import Endpoint
-    from psyche_jax.llm import SCHEMES
+    from psyche_jax.llm.server import SCHEMES
 
     if arguments.judge and not any(task.kind == "dialogue" for task in benchmark.tasks):
         raise UsageError(f"--judge: {arguments.bench} holds no dialogues; try --bench dialogues")
@@ -246,7 +246,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
     """What `psyche eval` asks."""
     from psyche_jax.config import PromptSection
     from psyche_jax.evaluate.endpoint import Endpoint
-    from psyche_jax.llm import SCHEMES
+    from psyche_jax.llm.server import SCHEMES
 
     prompt = PromptSection(system="", instruction="") if arguments.bare else None
     if arguments.model.startswith(SCHEMES):

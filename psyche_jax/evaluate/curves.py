@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from psyche_jax.evaluate.answers import number
+from psyche_jax.evaluate.formatting import number
 
 SMOOTH_ABOVE = 30  # points; a longer curve gets a moving mean over its faint raw line
 COLORS = 6

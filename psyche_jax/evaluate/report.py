@@ -23,10 +23,10 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 import psyche_jax
 from psyche_jax.config_files import dump_yaml
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.answers import brief, cell, clip, interval, number, percent, points, spoken
 from psyche_jax.evaluate.comparison import Bench, read_benches
 from psyche_jax.evaluate.curves import GRID, SERIES, SFT_METRICS, TEXT, Chart, charts, grpo_metrics, style, themed
 from psyche_jax.evaluate.empathy import TITLES
+from psyche_jax.evaluate.formatting import brief, cell, clip, interval, number, percent, points, spoken
 from psyche_jax.evaluate.run_records import KINDS, RunRecord, flat, read_rollouts, read_run
 from psyche_jax.storage.files import write_text
 

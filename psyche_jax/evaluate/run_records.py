@@ -11,8 +11,8 @@ from typing import Any
 
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.answers import duration, number, percent
 from psyche_jax.evaluate.comparison import Evaluation
+from psyche_jax.evaluate.formatting import duration, number, percent
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json
 from psyche_jax.train.runs import read_state, read_steps
 

@@ -11,15 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, TextIO
 
-import openai
-
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import render_prompt
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
-from psyche_jax.llm import FAULTS, SCHEMES, Names, Server
-from psyche_jax.llm_answers import BrokenAnswerError
+from psyche_jax.llm.reply import NoReplyError
+from psyche_jax.llm.server import SCHEMES, Names, Server
 from psyche_jax.rewards.reference import CLOSE, OPEN, split_thought
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, OutputFilter, language_of
@@ -98,20 +96,16 @@ class RemoteModel:
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None
         failure = None
-        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2, names=self._names)
-        try:
-            async for piece in self._stream(server, turns):
-                yield output.feed(piece) if output else piece
-                if output and output.stopped:
-                    return
-        except BrokenAnswerError as error:
-            failure = f"the answer broke off ({error})"
-        except openai.APIStatusError as error:
-            failure = f"{server.said(error)}; see OPENAI_API_KEY, the URL and the model"
-        except FAULTS as error:
-            failure = f"the answer broke off ({server.said(error)})"
-        finally:
-            await server.close()
+        key = os.environ.get("OPENAI_API_KEY")
+        async with Server(self._url, key, timeout=_SECONDS, retries=2, names=self._names) as server:
+            try:
+                async for piece in self._stream(server, turns):
+                    yield output.feed(piece) if output else piece
+                    if output and output.stopped:
+                        return
+            except NoReplyError as error:
+                hint = f"{error}; see OPENAI_API_KEY, the URL and the model"
+                failure = hint if error.status else f"the answer broke off ({error})"
         if output:
             yield output.finish()
         if failure:
@@ -124,17 +118,18 @@ class RemoteModel:
             "temperature": self._config.temperature,
             "top_p": self._config.top_p,
             "max_tokens": self._config.limits.new_tokens,
+            "stream": True,
         }
         thinking = False
-        async for piece in server.pieces(body):
-            if piece.reasoning:
-                yield piece.reasoning if thinking else OPEN + piece.reasoning
+        async for part in server.parts(body):
+            if part.reasoning:
+                yield part.reasoning if thinking else OPEN + part.reasoning
                 thinking = True
-            if text := piece.text or piece.refusal:
+            if text := part.text or part.refusal:
                 yield (CLOSE if thinking else "") + text
                 thinking = False
-            if piece.finish is not None and piece.fault:
-                raise BrokenAnswerError(piece.fault)
+            if part.finish is not None and part.fault:
+                raise NoReplyError(part.fault)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -18,11 +18,12 @@ from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.dataset import is_dataset, open_dataset
 from psyche_jax.data.records import Dialogue, Passage, Question, question_text
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.llm.server import Names
 from psyche_jax.storage.files import write_text
 from psyche_jax.synth.asking import Asker, Prompts, SetAsideError, read_json
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.clean import Cleaner
-from psyche_jax.synth.client import Client, names_of
+from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import ControlSection, LlmSection, SelectConfig, StageName, SynthConfig
 from psyche_jax.synth.duplicates import Duplicates, Twin
 from psyche_jax.synth.publish import check_place, publish
@@ -183,7 +184,7 @@ class _Workshop:
         self.folder = Path(config.run.dir)
         self.reports: dict[str, Any] = {}
         self.prompts = Prompts(config.prompts)
-        self._names = names_of(config.llms)
+        self._names: dict[str, Names] = {}
         self._stack = ExitStack()
         self.asker: Asker | None = None
 
@@ -241,7 +242,7 @@ class _Workshop:
                 async for outcome in results:
                     kept = kept or bool(outcome.records)
                     yield outcome
-            await self.asker.check(kept)
+            self.asker.check(kept)
 
         return run
 

@@ -13,7 +13,8 @@ from psyche_jax.data.records import Dialogue, Message, Passage, Question, questi
 from psyche_jax.rewards.reference import CLOSE, OPEN, extract_letters, split_thought
 from psyche_jax.serve.crisis.classify import Risk, classify
 from psyche_jax.serve.crisis.gate import check_output
-from psyche_jax.synth.asking import Asked, Asker, FaultyReplyError, SetAsideError, read_json
+from psyche_jax.synth.asking import Asker, FaultyReplyError, SetAsideError, read_json
+from psyche_jax.synth.calls import Call
 from psyche_jax.synth.clean import clean_text
 from psyche_jax.synth.config import (
     CleanSection,
@@ -281,7 +282,10 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
     template = asker.prompts["answer"]
     messages = template.messages(question=question_text(question))
     answers = {
-        llm: [await _letters(asker, Asked(llm, template.id, messages, sample)) for sample in range(section.samples)]
+        llm: [
+            await _letters(asker, asker.client.request(llm, template.id, messages, sample))
+            for sample in range(section.samples)
+        ]
         for llm in section.llms
     }
     right = {llm: sum(answer == question.answer for answer in given) for llm, given in answers.items()}
@@ -312,14 +316,14 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
     return outcome
 
 
-async def _letters(asker: Asker, asked: Asked) -> str:
+async def _letters(asker: Asker, asked: Call) -> str:
     """What an LLM answers; what does not come to an answer at all sets the question aside, since it is not wrong."""
     reply = await asker.reply(asked)
     letters = "".join(sorted(extract_letters(reply.text) or ()))
     if letters:
         asker.count(asked, reply)
     else:
-        await asker.count_unusable(asked, reply, "no letters after the marker")
+        asker.count_unusable(asked, reply, "no letters after the marker")
     return letters
 
 

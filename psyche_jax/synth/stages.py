@@ -17,9 +17,9 @@ from typing import IO, Any, TypeVar
 from psyche_jax.data.dataset import is_dataset, open_dataset
 from psyche_jax.data.records import BaseRecord, Record, fault_of, record_from_json, record_to_json
 from psyche_jax.errors import UserError
+from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.synth.asking import Asker, SetAsideError
-from psyche_jax.synth.client import CallFailedError
 
 Item = TypeVar("Item")
 REPORT = "report.json"  # in the folder of a stage; written last
@@ -63,7 +63,7 @@ async def outcomes(
         except SetAsideError as error:
             outcome = Outcome()
             outcome.drop(str(error), item)
-        except CallFailedError as error:
+        except NoReplyError as error:
             outcome = Outcome(counts=Counter({UNANSWERED: 1}))
             outcome.set_aside.append((f"{UNANSWERED}: {error}", None))
         return outcome

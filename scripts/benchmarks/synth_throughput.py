@@ -74,7 +74,7 @@ async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -
 
     async def work(number: int) -> Outcome:
         question = f"{number}：" + "心理学" * 200
-        reply = await client.call("llm", "throughput@1", [{"role": "user", "content": question}])
+        reply = await client.reply(client.request("llm", "throughput@1", [{"role": "user", "content": question}]))
         outcome = Outcome()
         outcome.keep("passages", Passage(question + reply.text, "made up"))
         return outcome

@@ -20,9 +20,9 @@ from support.made_up_runs import (
 )
 
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.answers import duration, spoken
 from psyche_jax.evaluate.comparison import Evaluation, read_benches, wilson
 from psyche_jax.evaluate.curves import SFT_METRICS, charts, grpo_metrics, moving_mean, number
+from psyche_jax.evaluate.formatting import duration, spoken
 from psyche_jax.evaluate.report import write_report
 
 

@@ -19,11 +19,11 @@ from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.records import Passage, Question, RlPrompt, SftExample, read_records, write_records
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.rewards.reference import think_format
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import canned_answer, canned_config, read_body, replay_app, serving
-from psyche_jax.synth.client import CallFailedError
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.review import LOOPBACK, Decision, ReviewStore, review_app
@@ -417,7 +417,7 @@ def test_progress_is_said_while_no_item_is_done_with_the_last_fault(tmp_path, ca
 def test_items_without_a_reply_are_named_with_the_reason_of_theirs(tmp_path):
     async def work(item):
         if item == 0:
-            raise CallFailedError("writer: no reply in time")
+            raise NoReplyError("writer: no reply in time")
         raise SetAsideError("no usable reply: questions")
 
     progress = Progress("synth", "questions", 2, None)

@@ -1,0 +1,1 @@
+"""Servers of LLMs: one request, its reply, and what is asked again."""
