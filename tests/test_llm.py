@@ -6,10 +6,11 @@ import json
 import time
 
 import pytest
+from starlette.requests import Request
 
 from psyche_jax.llm import FAULTS, Server, retry_after
 from psyche_jax.llm_answers import BrokenAnswerError, joined, json_object, read_answer
-from psyche_jax.synth.canned import read_body, serving
+from psyche_jax.synth.canned import serving
 
 KEY = "sk-secret-of-the-test"
 BODY = {
@@ -31,7 +32,7 @@ class Scripted:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return
-        body = await read_body(receive)
+        body = await Request(scope, receive).body()
         request = json.loads(body) if body else {}
         self.requests.append(request)
         given = self.answer(request, scope["path"])

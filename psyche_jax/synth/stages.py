@@ -35,18 +35,20 @@ class Outcome:
     set_aside: list[tuple[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def keep(self, file: str, record: BaseRecord) -> None:
-        """Put a record into `file`."""
+    def keep(self, file: str, record: BaseRecord) -> "Outcome":
+        """Put a record into `file`; returns the outcome."""
         self.records.append((file, record))
+        return self
 
-    def drop(self, reason: str, item: Any) -> None:
-        """Set an item (a record, or one with what was found out about it) aside.
+    def drop(self, reason: str, item: Any) -> "Outcome":
+        """Skip an item (a record, or one with what was found out about it); returns the outcome.
 
         What comes before the first colon of the reason is counted.
         """
         if isinstance(item, tuple):
             item = item[0]
         self.set_aside.append((reason, record_to_json(item) if isinstance(item, BaseRecord) else item))
+        return self
 
 
 async def outcomes(
@@ -61,12 +63,9 @@ async def outcomes(
         try:
             return await work(item)
         except SetAsideError as error:
-            outcome = Outcome()
-            outcome.drop(str(error), item)
+            return Outcome().drop(str(error), item)
         except CallFailedError as error:
-            outcome = Outcome(counts=Counter({UNANSWERED: 1}))
-            outcome.set_aside.append((f"{UNANSWERED}: {error}", None))
-        return outcome
+            return Outcome(counts=Counter({UNANSWERED: 1})).drop(f"{UNANSWERED}: {error}", None)
 
     tasks: deque[asyncio.Task[Outcome]] = deque()
     try:
