@@ -1,7 +1,7 @@
 """The whole way, tiny, on a CPU: a random model with its own tokenizer, synthesis, SFT, GRPO, scores, report.
 
 The model has a few million random parameters and learns from the sample data that comes with the package. It shows
-that every stage works and that GRPO raises the reward on the prompts it trains on; it is no psychologist.
+that every stage works and that GRPO raises the reward on the prompts it trains on; it knows no psychology.
 """
 
 import math
@@ -169,7 +169,7 @@ def run_demo(out: Path, seed: int) -> None:
 def synthesize(out: Path, seed: int) -> None:
     """The shipped passages and a few posts, through all stages of `psyche synth`, over HTTP and without a key.
 
-    The replies were written for this demo beforehand. What comes out lies beside the data of the stages below, which
+    The replies were written for this demo beforehand. What comes out is kept beside the data of the stages below, which
     train on the sample records.
     """
     with serving(replay_app(canned_answer)) as url:

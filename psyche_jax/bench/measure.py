@@ -128,7 +128,7 @@ _WORKLOADS: dict[type, tuple[What, Callable[[Any, int, int], Workload]]] = {
 
 
 def _model(shape: ModelShape) -> tuple[ModelConfig, Execution]:
-    """The architecture and how it computes. Its only stop token lies beyond the vocabulary: it is never drawn."""
+    """The architecture and how it computes. Its only stop token is beyond the vocabulary, so that it is never drawn."""
     config = ModelConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,

@@ -43,13 +43,13 @@ def evaluate(
       label: what the report calls the model.
       samples: answers to each question.
       files: where to write the evaluation. Beside the first, answers are kept as they come until it is written; an
-        evaluation that was killed, or to which some questions have no answer, goes on from them.
+        evaluation that was killed, or to which some questions have no answer, resumes from them.
       judges: who compares the replies to dialogues with the references, or with another evaluation's replies.
       against: `reference`, or the file of another evaluation of the same dialogues.
 
     Returns:
       `label, model, parameters, bench, step, samples, sampling, scores, set_aside, no_answer, items`. `no_answer`
-      counts what is set aside since no answer came, by reason (`content_filter`, say). `scores` is what
+      counts what is skipped since no answer came, by reason (`content_filter`, say). `scores` is what
       `choice.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
       leaked tasks) and `leaked` (how many) if leaks were looked for. With judges also `empathy`, which is what
       `empathy.summarize_empathy` returns, and `judgements`.
@@ -73,7 +73,7 @@ def evaluate(
             advance()
 
         failed = model.answer(requests, answers.known.keys(), keep)
-    # A question without an answer is no wrong one: it is named and left out of the scores.
+    # A question without an answer is not a wrong one: it is named and left out of the scores.
     unanswered = {task_id: reason for (task_id, _), reason in failed.items()}
     tasks = [task for task in benchmark.tasks if task.id not in unanswered]
     if not tasks:
@@ -107,7 +107,7 @@ def evaluate(
 
 def evaluation_file(run: Path, bench: str, label: str) -> Path:
     """Where `report` looks for an evaluation of a run."""
-    name = Path(bench).name.replace(".jsonl", "")  # behind it may stand which part it is: x.jsonl-first-20
+    name = Path(bench).name.replace(".jsonl", "")  # a part of it may follow: x.jsonl-first-20
     return run / "evaluations" / f"{name}-{label}.json".replace("/", "-")
 
 

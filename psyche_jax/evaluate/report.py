@@ -70,7 +70,7 @@ def published() -> tuple[str, tuple[PaperRow, ...]]:
 def our_rows(name: str, scores: Mapping[str, Any], parameters: int | None) -> list[PaperRow]:
     """The scores of an evaluation as rows; none if it has not all six cells of PCEB.
 
-    A second row leaves out what stands in the training data too, if that was looked for.
+    A second row leaves out what the training data hold too, if that was looked for.
     """
     rows = []
     clean = scores.get("decontaminated")

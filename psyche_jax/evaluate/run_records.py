@@ -55,7 +55,7 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """Where the run stands, as a sentence."""
+        """How far the run is, as a sentence."""
         step, reason = self.state.get("step", 0), str(self.state.get("reason") or "")
         steps = f"{step:,} step{'' if step == 1 else 's'}" if isinstance(step, int) else f"{step} steps"
         known = {"done": f"Done after {steps}", "running": f"Running; {steps} saved"}
@@ -113,13 +113,13 @@ class RunRecord:
 
     @property
     def continuation(self) -> str:
-        """What goes on with a run that has not ended; empty if it has."""
+        """The command that resumes a run that has not ended; empty if it has."""
         config = shlex.quote(str(self.folder / "config.yaml"))
         return "" if self.state.get("status") == "done" else f"psyche {self.kind} --config {config}"
 
     @property
     def trained_on(self) -> list[str]:
-        """Where its training data lie: one place, or the parts of a mixture."""
+        """Where its training data are: one place, or the parts of a mixture."""
         data = self.config.get("data")
         places = data.get("train") if isinstance(data, dict) else None
         return [places] if isinstance(places, str) else list(map(str, places or ()))

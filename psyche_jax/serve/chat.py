@@ -35,7 +35,7 @@ HELP = """\
 /history      what was said so far
 /save FILE    write the conversation as JSON
 /quit         leave; so do Ctrl-D, and Ctrl-C while nothing is being said
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
+Ctrl-C stops an answer. A line that ends with \\ continues in the next one."""
 
 
 class LocalModel:
@@ -61,7 +61,7 @@ class LocalModel:
         except TooLongError as error:
             raise UserError(f"{error}; /new begins anew") from None
         except FailedError:
-            raise UserError("decoding failed; the reason stands above") from None
+            raise UserError("decoding failed; see the reason above") from None
 
     def close(self) -> None:
         """End its thread."""

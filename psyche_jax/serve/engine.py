@@ -74,7 +74,7 @@ class _Draw(NamedTuple):
 
 
 class Batch:
-    """Rows that are decoded together. `capacity` rows lie in memory until the last of them is done."""
+    """Rows that are decoded together. `capacity` rows stay in memory until the last of them is done."""
 
     def __init__(self, state: _State, draw: _Draw, settings: Sequence[RowSettings], alternatives: bool) -> None:
         self.capacity = len(draw.seed)
@@ -290,7 +290,7 @@ class _Running:
 
 
 class Batcher:
-    """Feeds an engine. `rows`: how many may lie in memory; `waiting`: how many jobs may wait."""
+    """Feeds an engine. `rows`: how many may be in memory; `waiting`: how many jobs may wait."""
 
     def __init__(self, engine: Engine, rows: int, waiting: int) -> None:
         self._engine = engine

@@ -175,7 +175,7 @@ class _Body:
 
 
 def _split(url: str) -> SplitResult:
-    """The parts of an address that a client gave; empty ones if it is none."""
+    """The parts of an address that a client gave; empty ones if it cannot be read."""
     try:
         return urlsplit(url)
     except ValueError:
@@ -186,7 +186,7 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0 is any that is free.
 
     Raises:
-      UserError: the address is none, or taken.
+      UserError: the address is invalid, or taken.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)

@@ -169,6 +169,6 @@ class ModelList(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every answer that reports an error."""
 
     error: ErrorObject

@@ -204,7 +204,7 @@ def _wanted(body: protocol.ChatRequest, service: Service, config: ServeConfig) -
     turns = [
         Message("system" if message.role == "developer" else message.role, message.text)
         for message in body.messages
-        if message.text.strip()  # a system prompt or an answer without a word is none
+        if message.text.strip()  # a system prompt or an answer without a word is left out
     ]
     return Wanted(
         turns,

@@ -164,7 +164,7 @@ def _personal(text: str) -> tuple[str, int]:
 
 
 def _punctuation(text: str) -> tuple[str, int]:
-    """Chinese punctuation among Chinese characters, one mark where several stand, no spaces within Chinese."""
+    """Chinese punctuation among Chinese characters, one mark where there are several, no spaces within Chinese."""
     old = before = text
     for _ in range(_PASSES):
         text = _punctuate(before)

@@ -88,9 +88,9 @@ class CleanSection(Section):
     emoji: bool = True
     emoticons: bool = True
     punctuation: bool = True
-    repetitions: bool = True  # sentences that stand twice, characters that run on
-    duplicates: bool = True  # texts that stand twice
-    shortest: PositiveInt = 20  # characters of a passage; shorter ones are set aside
+    repetitions: bool = True  # sentences said twice, characters repeated many times
+    duplicates: bool = True  # texts that come twice
+    shortest: PositiveInt = 20  # characters of a passage; shorter ones are skipped
 
 
 @dataclass(frozen=True)

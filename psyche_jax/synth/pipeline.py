@@ -1,12 +1,11 @@
 """The stages of synthesis in order, what each depends on, and which are done already."""
 
 import asyncio
-import contextlib
 import dataclasses
 import shutil
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,11 +50,11 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
       The reports of the stages by name.
 
     Raises:
-      UserError: as the stages do; a run that ends so goes on when it is started again.
+      UserError: as the stages do; a run that ends so resumes when it is started again.
     """
     if stage in (None, "publish"):
         check_place(config.out)
-    with _Workshop(config, "synth") as shop:
+    with _open_workshop(config, "synth") as shop:
         for name in STAGES if stage is None else (stage,):
             shop.do(name, _synth_stage(shop, config, name))
         return shop.reports
@@ -64,7 +63,7 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
 def run_select(config: SelectConfig) -> dict[str, Any]:
     """Selection and publication of questions from files; returns the reports of the stages by name."""
     check_place(config.out)
-    with _Workshop(config, "select") as shop:
+    with _open_workshop(config, "select") as shop:
         states = [_state_of(location) for location in config.questions]
         shop.do("selection", _selection(shop, states, shop.decided(_sources(config))))
         shop.do("publish", _publication(shop, ["selection"]))
@@ -85,33 +84,28 @@ class _Stage:
     after: Callable[[Path], None] = lambda folder: None
 
 
+@contextmanager
+def _open_workshop(config: SynthConfig | SelectConfig, verb: str) -> Iterator["_Workshop"]:
+    """The folder of a run, locked, with its config written and its stores open."""
+    prompts, folder = Prompts(config.prompts), Path(config.run.dir)
+    with locked(folder):
+        for left in folder.glob(".*.partial"):
+            shutil.rmtree(left, ignore_errors=True)
+        write_text(folder / "config.yaml", dump_yaml(config_to_dict(config)))
+        with closing(CallStore(folder / CALLS)) as store, closing(ReviewStore(folder)) as review:
+            yield _Workshop(config, verb, prompts, store, review)
+
+
 class _Workshop:
     """The folder of a run with its stores, and the reports of the stages as they are made."""
 
-    def __init__(self, config: SynthConfig | SelectConfig, verb: str) -> None:
-        self.config = config
-        self.verb = verb
+    def __init__(
+        self, config: SynthConfig | SelectConfig, verb: str, prompts: Prompts, store: CallStore, review: ReviewStore
+    ) -> None:
+        self.config, self.verb, self.prompts, self.store, self.review = config, verb, prompts, store, review
         self.folder = Path(config.run.dir)
         self.reports: dict[str, Any] = {}
-        self.prompts = Prompts(config.prompts)
         self._names = names_of(config.llms)
-        self._stack = ExitStack()
-
-    def __enter__(self) -> "_Workshop":
-        with ExitStack() as stack:
-            stack.enter_context(locked(self.folder))
-            for left in self.folder.glob(".*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
-            write_text(self.folder / "config.yaml", dump_yaml(config_to_dict(self.config)))
-            self.store = CallStore(self.folder / CALLS)
-            stack.callback(self.store.close)
-            self.review = ReviewStore(self.folder)
-            stack.callback(self.review.close)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
 
     def do(self, name: str, stage: _Stage) -> None:
         """Make a stage's folder, unless it is there and depends on the same."""
@@ -130,7 +124,7 @@ class _Workshop:
         asker = Asker(client, self.prompts, self.config.calls.reasks, self.config.calls.give_up_after)
         try:
             progress = Progress(self.verb, name, stage.total, asker)
-            async with contextlib.aclosing(stage.run(asker)) as results:
+            async with aclosing(stage.run(asker)) as results:
                 return await write_stage(self.folder / name, fingerprint, stage.files, results, progress)
         except UserError:
             await client.finish()  # what is in flight is paid for
@@ -164,7 +158,7 @@ class _Workshop:
         async def run(asker: Asker) -> AsyncGenerator[Outcome, None]:
             window = WINDOW * self.config.calls.concurrency
             kept = False
-            async with contextlib.aclosing(outcomes(items, lambda item: work(item, asker), window)) as results:
+            async with aclosing(outcomes(items, lambda item: work(item, asker), window)) as results:
                 async for outcome in results:
                     kept = kept or bool(outcome.records)
                     yield outcome
@@ -193,7 +187,7 @@ class _Workshop:
         return [[self.prompts[name].id for name in (*prompts, "again")], sampled, self.config.calls.reasks]
 
     def decided(self, questions: Iterable[Question | Outcome]) -> Iterator[Question | Outcome]:
-        """Questions as the reviewers left them; what became of those rejected, and of what was set aside before."""
+        """Questions as the reviewers left them; what became of those rejected, and of what was skipped before."""
         decisions = {item.question.id: item.decision for item in self.review.items()}
         for question in questions:
             if isinstance(question, Outcome) or (found := decisions.get(question.id)) is None:

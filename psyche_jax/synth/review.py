@@ -246,7 +246,7 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
     """The application. The page itself is public; whatever is read or written wants the token.
 
     `hosts`: the names by which it may be asked; another one is a page elsewhere that points a name of its own at this
-    machine. None: all, for an address that stands for every one of the machine's.
+    machine. Empty: all, for an address that means every one of the machine's.
     """
     app = FastAPI(title="psyche review", docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -301,7 +301,7 @@ def _edited(store: ReviewStore, decided: Decided) -> Question | None:
 
 
 def serve_review(store: ReviewStore, who: str, host: str, port: int) -> None:
-    """Serve until interrupted. The token stands behind the # of the printed address: browsers do not send that."""
+    """Serve until interrupted. The token follows the # of the printed address: browsers do not send that."""
     token = secrets.token_urlsafe(24)
     names = LOOPBACK if _is_loopback(host) else () if host in ("0.0.0.0", "::") else (host,)
     sock = listen(host, port)

@@ -56,7 +56,7 @@ async def outcomes(
 ) -> AsyncGenerator[Outcome, None]:
     """Work on `window` items at a time; outcomes come in the order of the items, which are read as they are needed.
 
-    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is set aside.
+    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is skipped.
     """
 
     async def one(item: Item) -> Outcome:
@@ -156,14 +156,14 @@ def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
 
 
 def source_place(location: str) -> str:
-    """Where a user's source lies: as said or, where nothing is there, in the package if it begins with its name."""
+    """Where a user's source is: as said or, where nothing is there, in the package if it begins with its name."""
     first, *rest = Path(location).parts or ("",)
     shipped = Path(str(files("psyche_jax"))).joinpath(*rest)
     return str(shipped) if first == "psyche_jax" and not Path(location).exists() and shipped.exists() else location
 
 
 def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
-    """The records of a user's JSONL file or data set, one after the other; what is none as a line that says why.
+    """The records of a user's JSONL file or data set, one after the other; a faulty one is a line that says why.
 
     Raises:
       UserError: it cannot be read, or holds records of another kind.

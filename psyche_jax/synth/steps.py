@@ -145,7 +145,7 @@ def with_twins(questions: Iterable[Question], section: ControlSection) -> Iterat
 
 
 async def control(item: tuple[Question, Twin | None], asker: Asker, section: ControlSection) -> Outcome:
-    """Set duplicates aside; let the LLMs vote; keep, drop, or leave to a person."""
+    """Skip duplicates; let the LLMs vote; keep, skip, or leave to a person."""
     question, twin = item
     outcome = Outcome()
     # Where the comparison of texts leaves open whether two questions are one, an LLM says so.
@@ -335,7 +335,7 @@ class Checked:
 
 
 async def rewrite(dialogue: Dialogue, asker: Asker, section: DialoguesSection) -> Outcome:
-    """The dialogue with a warmer reply, or the post on the track of crises, or set aside with the checker's reason."""
+    """The dialogue with a warmer reply, or the post on the track of crises, or skipped with the checker's reason."""
     outcome = Outcome()
     post, reply = (turn.content for turn in dialogue.turns)
     found = classify(post)
