@@ -286,7 +286,7 @@ async def _events(
 
     def event(choices: list[dict[str, Any]], **more: Any) -> str:
         chunk = {"object": "chat.completion.chunk", "choices": choices, **about, **more}
-        return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
     def part(index: int, finish: str | None = None, log_probs: Any = None, **delta: str) -> list[dict[str, Any]]:
         whole = {"role": None, "content": None, **delta}
