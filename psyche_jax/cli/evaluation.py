@@ -14,7 +14,7 @@ from psyche_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from psyche_jax.evaluate.endpoint import Endpoint
-    from psyche_jax.evaluate.evaluation import Model
+    from psyche_jax.evaluate.local import LocalModel
     from psyche_jax.evaluate.tasks import Benchmark
 
 
@@ -242,7 +242,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, str | None]:
     return names
 
 
-def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
+def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint":
     """What `psyche eval` asks."""
     from psyche_jax.config import PromptSection
     from psyche_jax.evaluate.endpoint import Endpoint

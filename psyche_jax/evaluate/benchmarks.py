@@ -153,7 +153,7 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
 
 
 def _on_case(essay: Task) -> Question:
-    """A question that stands for an essay's case, since cases are looked for by the questions on them."""
+    """A question in place of an essay's case, since cases are looked for by the questions on them."""
     return Question(essay.text, {"A": "是", "B": "否"}, "A", "single", meta={"case": essay.group})
 
 

@@ -44,7 +44,8 @@ def complete(
     without it, since batches are always cut alike. `batch_size` is rounded up to a multiple of what the mesh's batch
     axes need. `opened` is what the chat template has written of each response; their texts begin with it.
     """
-    places = _batch_places(execution)
+    shape = execution.sharding.mesh.shape
+    places = shape["data"] * shape["fsdp"]
     rows = -(-min(batch_size, len(prompts)) // places) * places
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     program: Callable[..., Rollout] = jax.jit(
@@ -69,11 +70,6 @@ def complete(
             completions[index] = Completion(text, len(tokens), finished)
             keep(index, completions[index])
     return completions
-
-
-def _batch_places(execution: Execution) -> int:
-    shape = execution.sharding.mesh.shape
-    return shape["data"] * shape["fsdp"]
 
 
 class LocalModel:

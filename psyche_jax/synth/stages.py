@@ -35,18 +35,20 @@ class Outcome:
     set_aside: list[tuple[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def keep(self, file: str, record: BaseRecord) -> None:
-        """Put a record into `file`."""
+    def keep(self, file: str, record: BaseRecord) -> "Outcome":
+        """Put a record into `file`; returns the outcome."""
         self.records.append((file, record))
+        return self
 
-    def drop(self, reason: str, item: Any) -> None:
-        """Set an item (a record, or one with what was found out about it) aside.
+    def drop(self, reason: str, item: Any) -> "Outcome":
+        """Skip an item (a record, or one with what was found out about it); returns the outcome.
 
         What comes before the first colon of the reason is counted.
         """
         if isinstance(item, tuple):
             item = item[0]
         self.set_aside.append((reason, record_to_json(item) if isinstance(item, BaseRecord) else item))
+        return self
 
 
 async def outcomes(
@@ -54,19 +56,16 @@ async def outcomes(
 ) -> AsyncGenerator[Outcome, None]:
     """Work on `window` items at a time; outcomes come in the order of the items, which are read as they are needed.
 
-    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is set aside.
+    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is skipped.
     """
 
     async def one(item: Item) -> Outcome:
         try:
             return await work(item)
         except SetAsideError as error:
-            outcome = Outcome()
-            outcome.drop(str(error), item)
+            return Outcome().drop(str(error), item)
         except NoReplyError as error:
-            outcome = Outcome(counts=Counter({UNANSWERED: 1}))
-            outcome.set_aside.append((f"{UNANSWERED}: {error}", None))
-        return outcome
+            return Outcome(counts=Counter({UNANSWERED: 1})).drop(f"{UNANSWERED}: {error}", None)
 
     tasks: deque[asyncio.Task[Outcome]] = deque()
     try:
@@ -157,14 +156,14 @@ def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
 
 
 def source_place(location: str) -> str:
-    """Where a user's source lies: as said or, where nothing is there, in the package if it begins with its name."""
+    """Where a user's source is: as said or, where nothing is there, in the package if it begins with its name."""
     first, *rest = Path(location).parts or ("",)
     shipped = Path(str(files("psyche_jax"))).joinpath(*rest)
     return str(shipped) if first == "psyche_jax" and not Path(location).exists() and shipped.exists() else location
 
 
 def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
-    """The records of a user's JSONL file or data set, one after the other; what is none as a line that says why.
+    """The records of a user's JSONL file or data set, one after the other; a faulty one is a line that says why.
 
     Raises:
       UserError: it cannot be read, or holds records of another kind.

@@ -21,7 +21,7 @@ import yaml
 from scipy import optimize, sparse
 
 from psyche_jax.serve.crisis import Risk, classify
-from psyche_jax.serve.crisis.classify import WEIGHTS, Classifier, ngrams, normalize, pieces
+from psyche_jax.serve.crisis.classify import SEPARATOR, WEIGHTS, Classifier, ngrams, normalize, pieces
 from psyche_jax.serve.crisis.measure import own_sentences
 
 HERE = Path(__file__).parent
@@ -54,8 +54,23 @@ def main() -> None:
     print(f"{len(sentences)} sentences of {len({one.author for one in sentences})} authors:", counts(sentences))
     threshold = choose(sentences, arguments.false_alarms, arguments.seed)
     trained = train(sentences, threshold, fingerprint(sentences))
-    trained.save(arguments.out)
+    write(trained, arguments.out)
     print(f"{arguments.out}: {len(trained.vocabulary)} n-grams, {arguments.out.stat().st_size} bytes")
+
+
+def write(model: Classifier, path: Path) -> None:
+    """Write the file that `classify.load` reads; the same model gives the same bytes."""
+    np.savez_compressed(
+        path,
+        classes=np.array(model.classes),
+        harmless=np.array(model.harmless),
+        vocabulary=np.frombuffer(SEPARATOR.join(model.vocabulary).encode(), np.uint8),
+        rarity=model.rarity.astype(np.float16),
+        weights=model.weights.astype(np.float16),
+        bias=model.bias.astype(np.float32),
+        threshold=np.array(model.threshold),
+        data=np.array(model.data),
+    )
 
 
 def read() -> list[Sentence]:

@@ -6,12 +6,13 @@ import json
 import time
 
 import pytest
+from starlette.requests import Request
 
 from psyche_jax.llm.objects import json_object
 from psyche_jax.llm.reply import NoReplyError, joined, read_reply
 from psyche_jax.llm.retries import retry_after
 from psyche_jax.llm.server import Server
-from psyche_jax.synth.canned import read_body, serving
+from psyche_jax.synth.canned import serving
 
 KEY = "sk-secret-of-the-test"
 BODY = {
@@ -33,7 +34,7 @@ class Scripted:
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http":
             return
-        body = await read_body(receive)
+        body = await Request(scope, receive).body()
         request = json.loads(body) if body else {}
         self.requests.append(request)
         given = self.answer(request, scope["path"])

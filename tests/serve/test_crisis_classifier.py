@@ -106,7 +106,7 @@ def test_the_same_sentences_and_seed_give_the_same_file(training, small, tmp_pat
     contents = []
     for name in ("one.npz", "two.npz"):
         threshold = training.choose(small, 0.02, seed=3)
-        training.train(small, threshold, training.fingerprint(small)).save(tmp_path / name)
+        training.write(training.train(small, threshold, training.fingerprint(small)), tmp_path / name)
         contents.append((tmp_path / name).read_bytes())
     assert contents[0] == contents[1]
     assert "of the messages of unseen authors" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_model_knows_what_it_was_trained_on_and_survives_its_file(training, sm
     model = training.train(small, 0.5, "data")
     wrong = [one for one in small if model.probabilities(one.text).argmax() != one.label]
     assert len(wrong) < len(small) / 20
-    model.save(tmp_path / "model.npz")
+    training.write(model, tmp_path / "model.npz")
     stored = load(tmp_path / "model.npz")
     assert replace(stored, rarity=0, weights=0, bias=0) == replace(model, rarity=0, weights=0, bias=0)
     for one in small[::10]:

@@ -17,7 +17,9 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.synth.canned import completion, read_body
+from starlette.requests import Request
+
+from psyche_jax.synth.canned import completion
 
 SERVER_FAULTS = ("429", "500", "time-out", "cut")
 MODEL_FAULTS = ("invalid JSON", "wrong letters", "refusal", "injection")
@@ -43,7 +45,7 @@ class FaultyServer:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        body = await read_body(receive)
+        body = await Request(scope, receive).body()
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         self.running += 1
         self.most_running = max(self.most_running, self.running)

@@ -18,7 +18,7 @@ from psyche_jax.data.records import Question, read_records
 from psyche_jax.errors import UserError
 from psyche_jax.synth.config import ControlSection
 from psyche_jax.synth.duplicates import Duplicates, fold
-from psyche_jax.synth.pipeline import with_twins
+from psyche_jax.synth.steps import with_twins
 
 SAMPLES = Path(__file__).parents[2] / "psyche_jax" / "data" / "samples"
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from starlette.requests import Request
 from support.bucket import running_bucket
 
 from psyche_jax import cli
@@ -21,12 +22,13 @@ from psyche_jax.data.records import Passage, Question, RlPrompt, SftExample, rea
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.rewards.reference import think_format
+from psyche_jax.serve.guard import LOOPBACK
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
-from psyche_jax.synth.canned import canned_answer, canned_config, read_body, replay_app, serving
+from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
-from psyche_jax.synth.review import LOOPBACK, Decision, ReviewStore, review_app
+from psyche_jax.synth.review import Decision, ReviewStore, review_app
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 
@@ -214,7 +216,7 @@ def test_a_refused_parameter_is_asked_about_once_in_a_run_of_many_stages(tmp_pat
     async def picky(scope, receive, send):
         if scope["type"] != "http":
             return None
-        body = await read_body(receive)
+        body = await Request(scope, receive).body()
 
         async def again():
             return {"type": "http.request", "body": body}

@@ -17,8 +17,16 @@ from psyche_jax.synth.config import (
     RationalesSection,
     SelectionSection,
 )
-from psyche_jax.synth.pipeline import control, with_twins
-from psyche_jax.synth.records import agreed_answer, read_answered, rewrite, select, write_questions, write_rationale
+from psyche_jax.synth.steps import (
+    agreed_answer,
+    control,
+    read_answered,
+    rewrite,
+    select,
+    with_twins,
+    write_questions,
+    write_rationale,
+)
 
 PASSAGE = Passage("经典条件反射由巴甫洛夫发现，说明中性刺激怎样获得意义。", "教材", "CC0", {"subject": "基础"})
 OPTIONS = {"A": "巴甫洛夫", "B": "斯金纳", "C": "班杜拉", "D": "华生"}

@@ -1,6 +1,5 @@
 """How well the gate does: `psyche safety`, on given sentences, by class."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from psyche_jax.serve.crisis.gate import check_output
 from psyche_jax.storage.files import read_json, write_json
 
 Item = TypeVar("Item")
-HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD that is no class of the gate
+HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD without a class of the gate
 PSYGUARD = {  # its labels
     "自杀未遂": Risk.ATTEMPT,
     "自杀准备行为": Risk.PLAN_OR_PREPARATION,
@@ -45,11 +44,6 @@ class Post:
     text: str
     label: str
     id: str = ""
-
-    @property
-    def half(self) -> int:
-        """0 or 1, by a hash of the id, or of the text where there is none."""
-        return hashlib.sha256((self.id or self.text).encode()).digest()[-1] % 2
 
 
 @dataclass(frozen=True)
