@@ -16,7 +16,6 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any, ClassVar
 
-import google_crc32c
 import numpy as np
 import pydantic
 
@@ -30,10 +29,9 @@ from psyche_jax.data.records import (
     record_from_json,
     record_to_json,
 )
-from psyche_jax.data.store import Store, crc32c_of, open_store
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
 from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.store import Store, crc32c_of, open_store, seal
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -173,7 +171,6 @@ def write_dataset(
     records: Iterable[BaseRecord],
     config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    deadline: float = DEADLINE_SECONDS,
 ) -> Manifest:
     """Write records of one kind as a new data set.
 
@@ -182,7 +179,6 @@ def write_dataset(
       records: all of the same class, at least one.
       config: how they were made; stored in the manifest.
       shard_bytes: content of a shard, before compression.
-      deadline: seconds that one file may take, see `store`.
 
     Raises:
       UserError: there is a data set already, there are no records, or the store cannot be written to.
@@ -199,7 +195,7 @@ def write_dataset(
                 raise TypeError(f"{uri}: a {kind.__name__} and a {type(record).__name__} in one data set")
             yield json.dumps(record_to_json(record), ensure_ascii=False).encode()
 
-    return write_contents(uri, kind.__name__, contents(), config or {}, shard_bytes, deadline)
+    return write_contents(uri, kind.__name__, contents(), config or {}, shard_bytes)
 
 
 def write_contents(
@@ -208,11 +204,10 @@ def write_contents(
     contents: Iterable[bytes],
     config: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
-    deadline: float = DEADLINE_SECONDS,
     packing: Packing | None = None,
 ) -> Manifest:
     """As `write_dataset`, with the records' contents and the name of their schema."""
-    store = _new_place(uri, deadline)
+    store = _new_place(uri)
     shards = _write_shards(store, contents, shard_bytes)
     records = sum(shard.records for shard in shards)
     manifest = Manifest(kind, records, shards, config=dict(config), packing=packing)
@@ -223,20 +218,20 @@ def write_contents(
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Make the shards that are there a data set."""
     values = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json")
-    sealed = {**values, "crc32c": _seal(values)}
+    sealed = {**values, "crc32c": seal(values)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MANIFEST
         path.write_text(json.dumps(sealed, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         store.upload(path, MANIFEST)
 
 
-def open_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> Dataset:
+def open_dataset(uri: str) -> Dataset:
     """Open a data set: its manifest is read, and its files' names and sizes (in a bucket CRC32Cs) are compared.
 
     Raises:
       UserError: there is no whole data set, it was changed, or a newer version wrote it.
     """
-    store = open_store(uri, deadline)
+    store = open_store(uri)
     manifest = _read_manifest(store)
     there = {stored.name: stored for stored in store.objects()}
     for shard in manifest.shards:
@@ -275,7 +270,7 @@ def load_records(kind: type[Record], location: str) -> Records[Record]:
     return Records(tuple(good), tuple(set_aside))
 
 
-def verify_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> tuple[Manifest, list[str]]:
+def verify_dataset(uri: str) -> tuple[Manifest, list[str]]:
     """Read every byte of a data set.
 
     Returns:
@@ -284,20 +279,20 @@ def verify_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> tuple[Manife
     Raises:
       UserError: the first file that is not as it was written.
     """
-    dataset = open_dataset(uri, deadline)
+    dataset = open_dataset(uri)
     if sum(1 for _ in dataset) != len(dataset):
         raise UserError(f"{uri}: holds another number of records than its manifest says")
     listed = {MANIFEST, *(shard.name for shard in dataset.manifest.shards)}
     return dataset.manifest, [stored.name for stored in dataset.store.objects() if stored.name not in listed]
 
 
-def first_records(uri: str, limit: int | None = None, deadline: float = DEADLINE_SECONDS) -> Iterator[str]:
+def first_records(uri: str, limit: int | None = None) -> Iterator[str]:
     """The records of a data set as JSON, all or the first `limit`.
 
     Raises:
       UserError: the data set is broken, or its records are no JSON (packed ones are not).
     """
-    dataset = open_dataset(uri, deadline)
+    dataset = open_dataset(uri)
     contents = iter(dataset) if limit is None else (dataset[index] for index in range(min(limit, len(dataset))))
     if dataset.manifest.packing is not None:
         raise UserError(f"{uri}: holds packed tokens, which are no text; look at what was packed")
@@ -305,14 +300,14 @@ def first_records(uri: str, limit: int | None = None, deadline: float = DEADLINE
         yield content.decode("utf-8")
 
 
-def copy_dataset(source: str, target: str, deadline: float = DEADLINE_SECONDS) -> Manifest:
+def copy_dataset(source: str, target: str) -> Manifest:
     """Copy a data set, its manifest last; every file's CRC32C is checked on the way.
 
     Raises:
       UserError: `source` is broken, `target` is taken, or a store cannot be used.
     """
-    dataset = open_dataset(source, deadline)
-    store = _new_place(target, deadline)
+    dataset = open_dataset(source)
+    store = _new_place(target)
     with tempfile.TemporaryDirectory() as folder:
         for shard in dataset.manifest.shards:
             path = Path(folder) / shard.name
@@ -323,23 +318,23 @@ def copy_dataset(source: str, target: str, deadline: float = DEADLINE_SECONDS) -
     return dataset.manifest
 
 
-def find_datasets(uri: str, deadline: float = DEADLINE_SECONDS) -> list[tuple[str, Manifest]]:
+def find_datasets(uri: str) -> list[tuple[str, Manifest]]:
     """The data sets at or under `uri`, by address.
 
     Raises:
       UserError: there is none.
     """
-    store = open_store(uri, deadline)
+    store = open_store(uri)
     names = [stored.name for stored in store.objects() if stored.name.rpartition("/")[2] == MANIFEST]
     if not names:
         why = f"no {MANIFEST}" if in_bucket(uri) or Path(uri).exists() else "no such folder"
         raise UserError(f"{uri}: there is no data set here ({why})")
     folders = [store.path(name).removesuffix(MANIFEST).rstrip("/") for name in names]
-    return [(folder, _read_manifest(open_store(folder, deadline))) for folder in folders]
+    return [(folder, _read_manifest(open_store(folder))) for folder in folders]
 
 
-def _new_place(uri: str, deadline: float) -> Store:
-    store = open_store(uri, deadline)
+def _new_place(uri: str) -> Store:
+    store = open_store(uri)
     if store.read(MANIFEST) is not None:
         raise UserError(f"{uri}: there is a data set already; choose another place or remove it first")
     return store
@@ -394,15 +389,11 @@ def _read_manifest(store: Store) -> Manifest:
         checksum = values.pop("crc32c")
         if isinstance(version := values.get("format"), int) and version > FORMAT:
             raise UserError(f"{where}: was written by a newer version of psyche_jax (format {version}); upgrade it")
-        if checksum != _seal(values):
+        if checksum != seal(values):
             raise ValueError("its CRC32C is another: it was changed")
         return pydantic.TypeAdapter(Manifest).validate_python(values)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: the manifest is broken ({fault_of(error)})") from None
-
-
-def _seal(values: Mapping[str, Any]) -> int:
-    return google_crc32c.value(json.dumps(values, ensure_ascii=False, sort_keys=True).encode())
 
 
 def _check(store: Store, shard: Shard, crc32c: int, size: int) -> None:

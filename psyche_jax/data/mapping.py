@@ -27,7 +27,6 @@ from psyche_jax.data.records import (
 )
 from psyche_jax.data.sources import ReadingSection, Row, RowError, read_rows
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
 
 _LABELS = {  # how transcripts call the side that must not speak in a turn of this one
     "assistant": "来访者|求助者|咨询者|当事人|患者|病人|用户|client|patient|help-?seeker|seeker|user|human",
@@ -208,7 +207,7 @@ class NoRecordsError(UserError):
         self.set_aside, self.faults = set_aside, faults
 
 
-def import_rows(source: str, target: str, config: ImportConfig, deadline: float = DEADLINE_SECONDS) -> Imported:
+def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
     """Write the records of a source as a new data set; rows stream through, only ids stay in memory.
 
     A row with the content of an earlier one is set aside.
@@ -217,7 +216,6 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
       source: see `sources.read_rows`.
       target: a new local folder or gs://bucket/prefix.
       config: how rows become records.
-      deadline: seconds that one file of a bucket may take to be read or written.
 
     Raises:
       NoRecordsError: the source has no usable row.
@@ -230,7 +228,7 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
 
     def records() -> Iterator[BaseRecord]:
         seen: dict[str, tuple[str, Any]] = {}
-        for where, row in _checked(source, config, deadline):
+        for where, row in _checked(source, config):
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -252,12 +250,12 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
             raise NoRecordsError(f"{source}: no row gives a {config.record}{first}", tuple(set_aside), faults)
 
     origin = {"source": source, "import": config_to_dict(config)}
-    manifest = write_dataset(target, records(), origin, deadline=deadline)
+    manifest = write_dataset(target, records(), origin)
     return Imported(manifest, tuple(set_aside), faults, remarks.lines())
 
 
-def _checked(source: str, config: ImportConfig, deadline: float) -> Iterator[Row]:
-    rows = read_rows(source, config.reading, deadline)
+def _checked(source: str, config: ImportConfig) -> Iterator[Row]:
+    rows = read_rows(source, config.reading)
     head = list(itertools.islice(rows, _HEAD))
     there = dict.fromkeys(name for _, row in head if not isinstance(row, RowError) for name in row)
     if there:

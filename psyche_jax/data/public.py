@@ -22,7 +22,6 @@ from psyche_jax.data.mapping import DialogueRemarks, Imported, NoRecordsError
 from psyche_jax.data.published_files import NO_TEXT, PublishedValue, published_values
 from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question
 from psyche_jax.data.sources import RowError
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
 
 _REFERS_TO_CASE = re.compile("案例|该求助者|该咨询师|上题|本案")
 _CASE_LENGTH = 150  # characters: a stem as long brings its case with it
@@ -177,14 +176,13 @@ READERS: Mapping[str, Reader] = {
 }
 
 
-def import_public(name: str, place: Path, target: str, deadline: float = DEADLINE_SECONDS) -> Imported:
+def import_public(name: str, place: Path, target: str) -> Imported:
     """Write the records of public data as a new data set.
 
     Args:
       name: one of `READERS`.
       place: a file, a folder or a zip.
       target: a new local folder or gs://bucket/prefix.
-      deadline: seconds that one file of a bucket may take to be written.
 
     Raises:
       NoRecordsError: nothing usable is there.
@@ -200,7 +198,7 @@ def import_public(name: str, place: Path, target: str, deadline: float = DEADLIN
         if record is None:
             raise _none_usable(name, place, notes)
 
-    manifest = write_dataset(target, records(), {"source": str(place)}, deadline=deadline)
+    manifest = write_dataset(target, records(), {"source": str(place)})
     return Imported(manifest, tuple(notes.set_aside), +notes.faults, remarks.lines())
 
 

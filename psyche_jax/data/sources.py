@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from psyche_jax.config import Section
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UsageError, UserError, first_reason
 from psyche_jax.storage import hub
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
 from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.store import open_store
 
 
 class RowError(ValueError):
@@ -49,7 +48,7 @@ class ReadingSection(Section):
             raise ValueError(f"encoding: Python knows none of the name {self.encoding!r}") from None
 
 
-def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_SECONDS) -> Iterator[Row]:
+def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
     """The rows of a file, of all files in a folder (by name), either in a bucket too, or of `hub:NAME[@REVISION]`,
     which is streamed.
 
@@ -58,7 +57,6 @@ def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_S
     Args:
       source: what is read.
       reading: what its bytes do not say.
-      deadline: seconds that one file of a bucket may take, see `store`.
 
     Raises:
       UserError: the source cannot be read, or ends in the middle.
@@ -69,7 +67,7 @@ def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_S
             yield f"{source} {reading.split}: row {number}", row
         return
     unchecked = []
-    for name, path in _files_in_bucket(source, deadline) if in_bucket(source) else _local_files(source):
+    for name, path in _files_in_bucket(source) if in_bucket(source) else _local_files(source):
         try:
             yield from _READERS[path.suffix](name, path, reading.encoding)
             if path.suffix == ".parquet" and not _has_page_checksums(path):
@@ -98,17 +96,17 @@ def _local_files(source: str) -> Iterator[tuple[str, Path]]:
         yield str(file), file
 
 
-def _files_in_bucket(source: str, deadline: float) -> Iterator[tuple[str, Path]]:
+def _files_in_bucket(source: str) -> Iterator[tuple[str, Path]]:
     """Addresses with a local copy of each, compared with the bucket's CRC32C; one copy is there at a time."""
     folder, _, name = source.rpartition("/")
     names = [name]
     if Path(name).suffix not in _READERS:  # a folder, then
         folder = source
-        there = (stored.name for stored in open_store(folder, deadline).objects())
+        there = (stored.name for stored in open_store(folder).objects())
         names = [name for name in there if "/" not in name and Path(name).suffix in _READERS]
         if not names:
             raise _holds_none(source)
-    store = open_store(folder, deadline)
+    store = open_store(folder)
     for name in names:
         with tempfile.TemporaryDirectory() as local:
             path = Path(local) / name

@@ -51,13 +51,9 @@ def bucket_errors(path: Path) -> Iterator[None]:
     if not in_bucket(path):
         yield
         return
-    from aiohttp import ClientError
-    from gcsfs.retry import HttpError
-    from google.auth.exceptions import GoogleAuthError
-
     try:
         yield
-    except (OSError, ClientError, HttpError, GoogleAuthError) as error:
+    except buckets.FILE_ERRORS as error:
         raise UserError(
             f"{path}: the bucket cannot be used ({buckets.reason(error)}); see `gcloud auth list`"
         ) from None

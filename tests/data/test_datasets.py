@@ -23,9 +23,9 @@ from psyche_jax.data.dataset import (
     write_dataset,
 )
 from psyche_jax.data.records import Message, Question, RlPrompt, SftExample, write_records
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.storage.store import open_store
 
 
 def examples(count: int, start: int = 0) -> list[SftExample]:
