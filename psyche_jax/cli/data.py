@@ -119,7 +119,8 @@ def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
 
 def _import(arguments: argparse.Namespace) -> None:
     uri, to = arguments.uri, arguments.to
-    from psyche_jax.data.mapping import ImportConfig, Imported, NoRecordsError, import_rows
+    from psyche_jax.data.imports import Imported, NoRecordsError
+    from psyche_jax.data.mapping import ImportConfig, import_rows
 
     def report(found: Imported | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
         if arguments.report is not None:

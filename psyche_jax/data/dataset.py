@@ -4,6 +4,7 @@ A folder without a manifest is no data set, so one is either whole or absent. Sh
 the same records make the same files, and what a killed writer left behind never gets in the way of the next one.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -22,15 +23,20 @@ import pydantic
 import psyche_jax
 from psyche_jax.data.records import (
     BaseRecord,
+    Dialogue,
+    Question,
     Record,
     Records,
+    RlPrompt,
+    SftExample,
+    collected,
     fault_of,
-    read_records,
-    record_from_json,
+    iterate_file,
+    record_or_fault,
     record_to_json,
 )
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.files import in_bucket, parsed_json, read_jsonl
 from psyche_jax.storage.store import Store, crc32c_of, open_store, seal
 
 FORMAT = 1
@@ -247,27 +253,61 @@ def is_dataset(uri: str) -> bool:
     return in_bucket(uri) or Path(uri).is_dir()
 
 
+def iterate_records(kind: type[Record], location: str) -> Iterator[tuple[str, Record | ValueError]]:
+    """The records of a JSONL file or of a data set, as `records.iterate_file` gives them.
+
+    Raises:
+      UserError: it cannot be read, or holds records of another kind.
+    """
+    if not is_dataset(location):
+        yield from iterate_file(kind, Path(location))
+        return
+    dataset = open_dataset(location)
+    if dataset.manifest.kind != kind.__name__:
+        raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
+    for number, content in enumerate(dataset):
+        text = content.decode("utf-8", "surrogateescape")
+        yield f"{location}: record {number}", record_or_fault(kind, parsed_json(text))
+
+
 def load_records(kind: type[Record], location: str) -> Records[Record]:
     """Records of a JSONL file or of a data set, with a line for each bad one.
 
     Raises:
       UserError: nothing usable is there, or a data set holds records of another kind.
     """
-    if not is_dataset(location):
-        return read_records(kind, Path(location))
-    dataset = open_dataset(location)
-    if dataset.manifest.kind != kind.__name__:
-        raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
-    good: list[Record] = []
-    set_aside = []
-    for number, content in enumerate(dataset):
-        try:
-            good.append(record_from_json(kind, content))
-        except (ValueError, RecursionError) as error:
-            set_aside.append(f"{location}: record {number}: {fault_of(error)}")
-    if not good:
-        raise UserError(f"{location}: holds no usable record of {kind.__name__}")
-    return Records(tuple(good), tuple(set_aside))
+    return collected(kind, location, iterate_records(kind, location))
+
+
+KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}
+
+
+def kind_at(location: str) -> str:
+    """The name of the records' class: as a data set says, else as the first line of a JSONL file looks.
+
+    What is wrong with a file is found on reading it.
+    """
+    if is_dataset(location):
+        return open_dataset(location).manifest.kind
+    with contextlib.suppress(UserError):
+        _, first = next(read_jsonl(Path(location)), (1, None))
+        if isinstance(first, dict) and "messages" in first:
+            return RlPrompt.__name__ if "answer" in first else SftExample.__name__
+        if isinstance(first, dict) and "turns" in first:
+            return Dialogue.__name__
+    return Question.__name__
+
+
+def load_any_records(location: str) -> Records[Any]:
+    """Records of whatever kind is at a location.
+
+    Raises:
+      UserError: nothing usable is there, or no text: packed tokens, say.
+    """
+    kind = kind_at(location)
+    if kind not in KINDS:
+        raise UserError(f"{location}: holds records of {kind}, which cannot be compared as text")
+    return load_records(KINDS[kind], location)
 
 
 def verify_dataset(uri: str) -> tuple[Manifest, list[str]]:

@@ -1,4 +1,4 @@
-"""Records from rows of any shape by a mapping of columns; and what an import says of dialogues."""
+"""Records from rows of any shape, by a config that says which column is what (`psyche data import --config`)."""
 
 import difflib
 import itertools
@@ -6,14 +6,13 @@ import json
 import re
 import string
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from psyche_jax.config import Section
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.dataset import Manifest, write_dataset
+from psyche_jax.data.imports import Imported, Notes, write_import
 from psyche_jax.data.records import (
     BaseRecord,
     Dialogue,
@@ -25,66 +24,8 @@ from psyche_jax.data.records import (
     question_to_rl,
     question_to_sft,
 )
-from psyche_jax.data.sources import ReadingSection, Row, RowError, read_rows
-from psyche_jax.errors import UsageError, UserError
-
-_LABELS = {  # how transcripts call the side that must not speak in a turn of this one
-    "assistant": "来访者|求助者|咨询者|当事人|患者|病人|用户|client|patient|help-?seeker|seeker|user|human",
-    "user": "咨询师|治疗师|辅导员|支持者|助人者|助手|counsell?or|therapist|supporter|assistant",
-}
-_OTHER_SIDE = {
-    role: re.compile(rf"(?<![A-Za-z])(?:{labels})\s*[】\]*]*\s*[:：]", re.IGNORECASE)
-    for role, labels in _LABELS.items()
-}
-_REPEATED = 12  # characters: as long a turn is not said again by the other side by chance
-_SHOWN = 40
-
-
-class DialogueRemarks:
-    """Counts over the dialogues that it has seen."""
-
-    def __init__(self) -> None:
-        self._mixed: list[str] = []
-        self._mixed_turns = 0
-        self._first_turns: Counter[str] = Counter()
-
-    def see(self, record: BaseRecord) -> None:
-        """Take note of a record, if it is a conversation."""
-        if not isinstance(record, Dialogue | SftExample):
-            return
-        said = record.turns if isinstance(record, Dialogue) else record.messages
-        turns = [turn for turn in said if turn.role != "system"]
-        self._first_turns[turns[0].content] += 1
-        if mixed := sum(_holds_other_side(turns, place) for place in range(len(turns))):
-            self._mixed_turns += mixed
-            self._mixed.append(record.id)
-
-    def lines(self) -> tuple[str, ...]:
-        """What there is to say, a line each."""
-        found = []
-        if self._mixed:
-            found.append(
-                f"{self._mixed_turns} turns in {len(self._mixed)} dialogues hold the other side's words "
-                f"(a label such as 来访者： in a reply, or its turn repeated); the first is {self._mixed[0]}"
-            )
-        shared = {text: count for text, count in self._first_turns.items() if count > 1}
-        if shared:
-            text, count = max(shared.items(), key=lambda pair: pair[1])
-            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-            found.append(
-                f"{sum(shared.values())} dialogues share their first turn with another, in {len(shared)} groups; "
-                f"the commonest, of {count}: {' '.join(shown.split())}"
-            )
-        return tuple(found)
-
-
-def _holds_other_side(turns: Sequence[Message], place: int) -> bool:
-    turn = turns[place]
-    if _OTHER_SIDE[turn.role].search(turn.content):
-        return True
-    before = turns[place - 1].content if place else ""
-    return len(before) >= _REPEATED and before in turn.content
-
+from psyche_jax.data.sources import ReadingSection, Row, read_rows
+from psyche_jax.errors import RowError, UsageError
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 
@@ -186,27 +127,6 @@ def _uses(record: str, form: Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return (("assistant",), ("system", "rationale")) if form == "user" else ((), ())
 
 
-@dataclass(frozen=True)
-class Imported:
-    """What came of it: the data set's manifest, a line for each row set aside, and how many for each reason.
-
-    `remarks` say what is odd about the dialogues among them.
-    """
-
-    manifest: Manifest
-    set_aside: tuple[str, ...]
-    faults: Counter[str]
-    remarks: tuple[str, ...] = ()
-
-
-class NoRecordsError(UserError):
-    """A source gives no record; why not is told as of any other import."""
-
-    def __init__(self, message: str, set_aside: tuple[str, ...], faults: Counter[str]) -> None:
-        super().__init__(message)
-        self.set_aside, self.faults = set_aside, faults
-
-
 def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
     """Write the records of a source as a new data set; rows stream through, only ids stay in memory.
 
@@ -222,9 +142,7 @@ def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
       UserError: it cannot be read, or the target cannot be written.
       UsageError: the config names a column that is in none of the first 1,000 rows.
     """
-    set_aside: list[str] = []
-    faults: Counter[str] = Counter()
-    remarks = DialogueRemarks()
+    notes = Notes()
 
     def records() -> Iterator[BaseRecord]:
         seen: dict[str, tuple[str, Any]] = {}
@@ -239,19 +157,15 @@ def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
                     other = "" if key == its_key else " with another answer"
                     raise RowError(f"a duplicate{other}", f"of {earlier}")
             except ValueError as error:
-                fault = error if isinstance(error, RowError) else RowError(str(error))
-                faults[fault.reason] += 1
-                set_aside.append(f"{where}: {fault}")
+                notes.leave_out(where, error)
                 continue
-            remarks.see(record)
             yield record
-        if not seen:
-            first = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ": it holds no rows"
-            raise NoRecordsError(f"{source}: no row gives a {config.record}{first}", tuple(set_aside), faults)
 
-    origin = {"source": source, "import": config_to_dict(config)}
-    manifest = write_dataset(target, records(), origin)
-    return Imported(manifest, tuple(set_aside), faults, remarks.lines())
+    def none() -> str:
+        first = f"; the first of {len(notes.set_aside)} faults: {notes.set_aside[0]}" if notes.set_aside else None
+        return f"{source}: no row gives a {config.record}{first or ': it holds no rows'}"
+
+    return write_import(target, records(), {"source": source, "import": config_to_dict(config)}, notes, none)
 
 
 def _checked(source: str, config: ImportConfig) -> Iterator[Row]:

@@ -11,17 +11,17 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from psyche_jax.data.dataset import write_dataset
-from psyche_jax.data.decontamination import clean_text, comparable, without_prefix
-from psyche_jax.data.mapping import DialogueRemarks, Imported, NoRecordsError
-from psyche_jax.data.published_files import NO_TEXT, PublishedValue, published_values
+from psyche_jax.data.imports import Imported, Notes, write_import
+from psyche_jax.data.json_stream import PublishedValue, published_values
 from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question
-from psyche_jax.data.sources import RowError
+from psyche_jax.data.text import clean_text, comparable, without_prefix
+from psyche_jax.errors import RowError
+from psyche_jax.storage.files import NO_TEXT
 
 _REFERS_TO_CASE = re.compile("案例|该求助者|该咨询师|上题|本案")
 _CASE_LENGTH = 150  # characters: a stem as long brings its case with it
@@ -37,20 +37,6 @@ _ROLES: Mapping[str, Literal["user", "assistant"]] = {"client": "user", "counsel
 _NO_KEY = "empty answer"
 _PARTS_OF_CPSYEXAM = {"CA": "analyse", "KG": "knowledge"}  # as its files' names begin
 _LAST_USUAL_OPTION = "D"
-
-
-@dataclass
-class Notes:
-    """What is said of a source while it is read: a line for each record set aside; how often each fault was seen."""
-
-    set_aside: list[str] = field(default_factory=list)
-    faults: Counter[str] = field(default_factory=Counter)
-
-    def leave_out(self, where: str, fault: str, error: ValueError) -> None:
-        """Set aside what stands there; `fault` is its kind, unless the error says that itself."""
-        fault = error.reason if isinstance(error, RowError) else fault
-        self.faults[fault] += 1
-        self.set_aside.append(f"{where}: {error if isinstance(error, RowError) else f'{fault} ({error})'}")
 
 
 @dataclass(frozen=True)
@@ -125,7 +111,7 @@ def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[t
             case = _object(found.value)
             text, pairs = _case(case), _list(case, "questions_and_answers")
         except ValueError as error:
-            notes.leave_out(found.where, "no essay", error)
+            notes.leave_out(found.where, error, "no essay")
             continue
         for number, pair in enumerate(pairs, start=1):
             try:
@@ -133,7 +119,7 @@ def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[t
                 if not question.strip() or not answer.strip():
                     raise ValueError("question or answer is empty")
             except ValueError as error:
-                notes.leave_out(f"{found.where}.{number}", "no essay", error)
+                notes.leave_out(f"{found.where}.{number}", error, "no essay")
                 continue
             notes.faults["reference embeds marks"] += bool(_MARKS.search(answer))
             asked = without_prefix(clean_text(_MARKS.sub("", question)))
@@ -165,7 +151,7 @@ def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
                 turns = turns[:-1]
             yield Dialogue(tuple(turns), "SMILE", _named(row))
         except ValueError as error:
-            notes.leave_out(where, "no dialogue", error)
+            notes.leave_out(where, error, "no dialogue")
 
 
 Reader = Callable[[Path, Notes], Iterator[BaseRecord]]
@@ -188,21 +174,12 @@ def import_public(name: str, place: Path, target: str) -> Imported:
       NoRecordsError: nothing usable is there.
       UserError: the data cannot be read, or the target cannot be written.
     """
-    notes, remarks = Notes(), DialogueRemarks()
-
-    def records() -> Iterator[BaseRecord]:
-        record = None
-        for record in READERS[name](place, notes):
-            remarks.see(record)
-            yield record
-        if record is None:
-            raise _none_usable(name, place, notes)
-
-    manifest = write_dataset(target, records(), {"source": str(place)})
-    return Imported(manifest, tuple(notes.set_aside), +notes.faults, remarks.lines())
+    notes = Notes()
+    records = READERS[name](place, notes)
+    return write_import(target, records, {"source": str(place)}, notes, lambda: _none_usable(name, place, notes))
 
 
-def _none_usable(name: str, place: Path, notes: Notes) -> NoRecordsError:
+def _none_usable(name: str, place: Path, notes: Notes) -> str:
     without_key = notes.faults[_NO_KEY]
     if without_key and without_key == len(notes.set_aside):
         why = f"none of its {without_key} questions has a key (as in CPsyExam's test split): there is nothing to import"
@@ -210,7 +187,7 @@ def _none_usable(name: str, place: Path, notes: Notes) -> NoRecordsError:
         why = f"holds nothing of {name}; the first of {len(notes.set_aside)} faults: {notes.set_aside[0]}"
     else:
         why = f"holds nothing of {name}"
-    return NoRecordsError(f"{place}: {why}", tuple(notes.set_aside), +notes.faults)
+    return f"{place}: {why}"
 
 
 def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
@@ -267,7 +244,7 @@ def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str, no
             item = make()
             seen[_content(item)] += 1
         except ValueError as error:
-            notes.leave_out(where, "not of this format", error)
+            notes.leave_out(where, error, "not of this format")
             continue
         letters = re.sub(r"[,，\s]", "", unicodedata.normalize("NFKC", item.answer)).upper()
         found = list(_faults(item, letters))
@@ -284,7 +261,7 @@ def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str, no
                 stem, dict(item.options), "".join(sorted(set(letters))), kind, item.rationale, source, meta
             )
         except ValueError as error:
-            notes.leave_out(item.where, "no question", error)
+            notes.leave_out(item.where, error, "no question")
             continue
         groups.setdefault((_content(item), comparable(item.case)), []).append((item, question))
     notes.faults["duplicate"] += sum(count - 1 for count in seen.values())

@@ -3,19 +3,18 @@
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import pydantic
 
-from psyche_jax.errors import UserError
-from psyche_jax.storage.files import write_text
+from psyche_jax.errors import NotTextError, RowError, UserError
+from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
-
 _ADAPTERS: dict[type, pydantic.TypeAdapter[Any]] = {}
 
 
@@ -133,30 +132,51 @@ class Records(Generic[Record]):
     set_aside: tuple[str, ...]
 
 
+def iterate_file(kind: type[Record], path: Path) -> Iterator[tuple[str, Record | ValueError]]:
+    """Read a JSONL file: the place of each line (file, line number) and its record or what is wrong with it.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    for number, value in read_jsonl(path):
+        yield f"{path}:{number}", record_or_fault(kind, value)
+
+
+def record_or_fault(kind: type[Record], value: Any) -> Record | ValueError:
+    """The record of a JSON value or what is wrong with it, for `fault_of`; `value` may be that already."""
+    try:
+        return record_of_json(kind, value)
+    except ValueError as error:
+        return error
+
+
 def read_records(kind: type[Record], path: Path) -> Records[Record]:
     """Read a JSONL file of records.
 
     Raises:
-      UserError: the file is missing, empty, or holds no good record.
+      UserError: the file is missing, empty, no UTF-8 text, or holds no good record.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not `splitlines`: U+2028 may stand within a string
-    except OSError as error:
-        raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return collected(kind, str(path), iterate_file(kind, path))
+
+
+def collected(kind: type[Record], location: str, read: Iterable[tuple[str, Record | ValueError]]) -> Records[Record]:
+    """All records of a location, as `iterate_file` gives them.
+
+    Raises:
+      UserError: it holds no good one, or bytes that are no text.
+    """
     good: list[Record] = []
     set_aside = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            good.append(record_from_json(kind, line))
-        except (ValueError, RecursionError) as error:
-            set_aside.append(f"{path}:{number}: {fault_of(error)}")
+    for where, found in read:
+        if isinstance(found, NotTextError):
+            raise UserError(f"{location}: is not UTF-8 text (the first such bytes are at {where})")
+        if isinstance(found, ValueError):
+            set_aside.append(f"{where}: {fault_of(found)}")
+        else:
+            good.append(found)
     if not good:
         first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
-        raise UserError(f"{path}: holds no usable record of {kind.__name__}{first_fault}")
+        raise UserError(f"{location}: holds no usable record of {kind.__name__}{first_fault}")
     return Records(tuple(good), tuple(set_aside))
 
 
@@ -171,14 +191,27 @@ def record_to_json(record: BaseRecord) -> dict[str, Any]:
     return _adapter(type(record)).dump_python(record, mode="json")
 
 
-def record_from_json(kind: type[Record], text: str | bytes) -> Record:
-    """The record that a JSON text holds.
+def record_from_json(kind: type[Record], text: str) -> Record:
+    """The record of a JSON text.
 
     Raises:
-      ValueError, RecursionError: it holds none; `fault_of` says why.
+      ValueError: it holds none; `fault_of` says why.
     """
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair ("\ud800") is no text
+    return record_of_json(kind, parsed_json(text))
+
+
+def record_of_json(kind: type[Record], value: Any) -> Record:
+    """The record of a JSON value.
+
+    Raises:
+      ValueError: it is none, or a `RowError` already; `fault_of` says why.
+    """
+    if isinstance(value, RowError):
+        raise value
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is no text
+        raise RowError("not JSON", str(error)) from None
     return _adapter(kind).validate_python(value)
 
 
@@ -188,10 +221,10 @@ def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
     return _ADAPTERS[kind]
 
 
-def fault_of(error: BaseException) -> str:
+def fault_of(error: Exception) -> str:
     """What is wrong with a record, in one line."""
     if not isinstance(error, pydantic.ValidationError):
-        return f"not JSON ({error})"  # also: numbers too long, nesting too deep
+        return str(error)
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     return " ".join(f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}".split())

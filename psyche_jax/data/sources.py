@@ -5,7 +5,6 @@ What a row holds is not judged here; what cannot be read as a row at all is a `R
 """
 
 import csv
-import json
 import re
 import sys
 import tempfile
@@ -15,19 +14,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from psyche_jax.config import Section
-from psyche_jax.errors import UsageError, UserError, first_reason
+from psyche_jax.errors import NotTextError, RowError, UsageError, UserError, first_reason
 from psyche_jax.storage import hub
-from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.files import NO_TEXT, in_bucket, read_jsonl, text_lines
 from psyche_jax.storage.store import open_store
-
-
-class RowError(ValueError):
-    """What is wrong with a row: `reason`, the same words for all such rows, and details of this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
-
 
 Row: TypeAlias = tuple[str, dict[str, Any] | RowError]
 """Where it stands (file and line, file and row, data set and row), and its columns."""
@@ -74,8 +64,6 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
                 unchecked.append(name)
         except OSError as error:
             raise UserError(f"{name}: the data cannot be read ({error.strerror or first_reason(error)})") from None
-        except UnicodeError as error:  # UTF-16 without its mark
-            raise UserError(f"{name}: is not {reading.encoding} text ({first_reason(error)})") from None
     if unchecked:
         which = unchecked[0] if len(unchecked) == 1 else f"{unchecked[0]} and {len(unchecked) - 1} more"
         print(f"{which}: has no page checksums, so damage can look like data (pyarrow: write_page_checksum=True)",
@@ -118,42 +106,22 @@ def _holds_none(folder: str) -> UserError:
     return UserError(f"{folder}: holds no files that end with {', '.join(_READERS)}")
 
 
-def _lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
-    """Lines as text; bytes that are none in this encoding become halves of surrogate pairs."""
-    known = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    with path.open(encoding=known, errors="surrogateescape", newline=newline) as file:
-        yield from file
-
-
-def _is_text(line: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in line) if not line.isascii() else True
-
-
-def jsonl_rows(name: str, path: Path, encoding: str = "utf-8") -> Iterator[Row]:
-    """The rows of a JSONL file, called `name`; empty lines are passed over. An OSError is the caller's to tell."""
-    for number, line in enumerate(_lines_of(path, encoding, "\n"), start=1):  # U+2028 may stand within a string
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        if not _is_text(line):
-            yield where, RowError(f"not {encoding} text", "set reading.encoding")
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also: numbers too long, nesting too deep
-            yield where, RowError("not JSON", str(error))
-            continue
-        yield where, value if isinstance(value, dict) else RowError("not a JSON object")
+def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
+    for number, value in read_jsonl(path, encoding, name):
+        if isinstance(value, NotTextError):
+            value = RowError(value.reason, "set reading.encoding")
+        row = value if isinstance(value, dict | RowError) else RowError("not a JSON object")
+        yield f"{name}:{number}", row
 
 
 def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(_lines_of(path, encoding, ""), strict=True)
+    reader = csv.reader(text_lines(path, encoding, newline="", name=name), strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
     except csv.Error as error:
         raise UserError(f"{name}:1: the header is no CSV ({error})") from None
-    if not all(map(_is_text, header)):
+    if NO_TEXT.search("".join(header)):
         raise UserError(f"{name}:1: the header is not {encoding} text; set reading.encoding (gb18030, say)")
     if twice := [column for column in header if header.count(column) > 1]:
         raise UserError(f"{name}:1: two columns have the name {twice[0]!r}")
@@ -170,7 +138,7 @@ def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
             continue
         if len(values) != len(header):
             yield where, RowError("another number of columns than the header", f"{len(values)}, not {len(header)}")
-        elif not all(map(_is_text, values)):
+        elif NO_TEXT.search("".join(values)):
             yield where, RowError(f"not {encoding} text", "set reading.encoding")
         else:
             yield where, dict(zip(header, values, strict=True))
@@ -213,7 +181,7 @@ def _has_page_checksums(path: Path) -> bool:
 
 
 _READERS: dict[str, Callable[[str, Path, str], Iterator[Row]]] = {
-    ".jsonl": jsonl_rows,
+    ".jsonl": _jsonl,
     ".csv": _csv,
     ".parquet": _parquet,
 }

@@ -1,21 +1,23 @@
-"""Files and folders that are either whole or absent, local ones and in buckets; large arrays in blocks."""
+"""Files and folders that are either whole or absent, local ones and in buckets; JSON and JSONL; arrays in blocks."""
 
 import contextlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
-from psyche_jax.errors import UserError
+from psyche_jax.errors import NotTextError, RowError, UserError, first_reason
 from psyche_jax.storage import buckets
 
 _BUCKETS = "gs://"
@@ -137,6 +139,56 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # numbers of 5,000 digits, objects within objects
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+NO_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, or a byte that `text_lines` could not read
+
+
+def text_lines(path: Path, encoding: str = "utf-8", newline: str = "\n", name: str | None = None) -> Iterator[str]:
+    """Read the lines of a file; a byte order mark is left out, bytes that are no text match `NO_TEXT`.
+
+    Args:
+      path: of the file.
+      encoding: as Python calls it.
+      newline: "\n": lines end there alone, since U+2028 and the like may be within a string; "": CSV's.
+      name: of the file in errors, where it is not `path`.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    known = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    try:
+        with bucket_errors(path), path.open("rb") as file:
+            yield from TextIOWrapper(file, known, "surrogateescape", newline)
+    except OSError as error:
+        why = error.strerror or first_reason(error)
+        raise UserError(f"{name or path}: the data cannot be read ({why})") from None
+    except UnicodeError as error:  # UTF-16 without its mark
+        raise UserError(f"{name or path}: is not {encoding} text ({first_reason(error)})") from None
+
+
+def read_jsonl(path: Path, encoding: str = "utf-8", name: str | None = None) -> Iterator[tuple[int, Any]]:
+    """Read the values of a JSONL file, each with the number of its line, from 1; blank lines have none.
+
+    All JSONL is read here. A line that cannot be read is a `RowError` in its place: bytes that are no text
+    (`NotTextError`), no JSON, numbers and nesting beyond Python's limits, a last line cut short by a crash.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    for number, line in enumerate(text_lines(path, encoding, name=name), start=1):
+        if line.strip():
+            yield number, parsed_json(line, encoding)
+
+
+def parsed_json(text: str, encoding: str = "utf-8") -> Any:
+    """The value of a JSON text or what is wrong with it, a `RowError`."""
+    if NO_TEXT.search(text):
+        return NotTextError(f"not {encoding} text")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return RowError("not JSON", str(error))
 
 
 @contextlib.contextmanager

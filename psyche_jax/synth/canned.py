@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from psyche_jax.config import RunSection
+from psyche_jax.storage.files import read_jsonl
 from psyche_jax.synth.config import (
     CallsSection,
     ControlSection,
@@ -121,11 +122,11 @@ def canned_answer(request: Mapping[str, Any]) -> str:
     if '"advice_kept"' in asked:
         return json.dumps({"advice_kept": True, "safe": True, "warmer": True, "fault": ""})
     if '{"reply"' in asked:
-        reply = next(line["reply"] for line in _lines("warmer.jsonl") if line["post"] in asked)
+        reply = next(line["reply"] for line in _lines(FOLDER / "warmer.jsonl") if line["post"] in asked)
         return json.dumps({"reply": reply}, ensure_ascii=False)
     if '{"instruction"' in asked:
         return json.dumps({"instruction": _INSTRUCTION}, ensure_ascii=False)
-    question = next((question for question in _lines("questions.jsonl") if question["stem"] in asked), None)
+    question = next((question for question in _lines(FOLDER / "questions.jsonl") if question["stem"] in asked), None)
     if '"worth"' in asked:
         return _vote(question)
     if question is None:
@@ -138,11 +139,13 @@ def canned_answer(request: Mapping[str, Any]) -> str:
 
 
 def _written(asked: str, again: bool) -> str:
-    titles = {json.loads(line)["text"]: json.loads(line)["meta"]["title"] for line in _passages()}
+    titles = {passage["text"]: passage["meta"]["title"] for passage in _lines(_PASSAGES)}
     title = next(title for text, title in titles.items() if text in asked)
     keys = ("kind", "stem", "options", "answer")
     found = [
-        {key: question[key] for key in keys} for question in _lines("questions.jsonl") if question["title"] == title
+        {key: question[key] for key in keys}
+        for question in _lines(FOLDER / "questions.jsonl")
+        if question["title"] == title
     ]
     if title == _POOR:
         options = {"A": "1924年", "B": "1905年", "C": "1956年", "D": "材料没有说"}
@@ -174,10 +177,5 @@ def _solved(question: Mapping[str, Any], model: str) -> str:
 
 
 @cache
-def _passages() -> tuple[str, ...]:
-    return tuple(_PASSAGES.read_text(encoding="utf-8").splitlines())
-
-
-@cache
-def _lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [value for _, value in read_jsonl(path)]

@@ -19,6 +19,7 @@ from psyche_jax.data.dataset import is_dataset, open_dataset
 from psyche_jax.data.records import Dialogue, Passage, Question, question_text
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.storage.files import write_text
+from psyche_jax.storage.locks import locked
 from psyche_jax.synth.asking import Asker, Prompts, SetAsideError, read_json
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.clean import Cleaner
@@ -34,7 +35,6 @@ from psyche_jax.synth.stages import (
     digest,
     iterate,
     iterate_source,
-    locked,
     outcomes,
     source_place,
     stage_report,
@@ -189,6 +189,7 @@ class _Workshop:
 
     def __enter__(self) -> "_Workshop":
         with ExitStack() as stack:
+            self.folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(self.folder))
             for left in self.folder.glob(".*.partial"):
                 shutil.rmtree(left, ignore_errors=True)

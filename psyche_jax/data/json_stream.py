@@ -14,13 +14,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
-from psyche_jax.data.sources import RowError
-from psyche_jax.errors import UserError, first_reason
+from psyche_jax.errors import RowError, UserError, first_reason
+from psyche_jax.storage.files import NO_TEXT
 
 _ENDINGS = (".json", ".jsonl")
 _CHARACTERS = 2**16  # read at once, and more for a longer value
 _TOKEN = 16  # characters: an error as near to the end of what was read may go away with what follows
-NO_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, or a byte that is not UTF-8
 
 
 @dataclass(frozen=True)
