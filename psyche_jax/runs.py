@@ -464,10 +464,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = list(read_jsonl(path))
     if lines and isinstance(lines[-1][1], RowError):
         lines.pop()
-    for number, value in lines:
+    for where, value in lines:
         if not isinstance(value, dict):
             what = "JSON" if isinstance(value, RowError) else "a JSON object"
-            raise UserError(f"{path}:{number}: is not {what}; the file was changed by hand; remove that line")
+            raise UserError(f"{where}: is not {what}; the file was changed by hand; remove that line")
     return [value for _, value in lines]
 
 

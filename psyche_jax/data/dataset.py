@@ -6,16 +6,16 @@ the same records make the same files, and what a killed writer left behind never
 
 import contextlib
 import functools
-import itertools
 import json
 import resource
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pydantic
@@ -29,10 +29,9 @@ from psyche_jax.data.records import (
     Records,
     RlPrompt,
     SftExample,
+    Strict,
     collected,
     fault_of,
-    iterate_file,
-    record_or_fault,
     record_to_json,
 )
 from psyche_jax.errors import UserError, first_reason
@@ -49,10 +48,8 @@ _OPTIONS = "group_size:1,zstd:3"  # a record can be read alone
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Strict):
     """One file of a data set."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     name: str
     records: int
@@ -61,10 +58,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packing(Strict):
     """How tokenized examples were packed into rows of `length` tokens (`packing.pack`)."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     length: int
     examples: int
@@ -77,10 +72,8 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Strict):
     """What a data set holds: `kind` names the schema of its records, `config` is how it was made."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     kind: str
     records: int
@@ -128,8 +121,6 @@ class Dataset:
           UserError: a shard is missing, broken or not the one that the manifest names.
         """
         places = np.asarray(indices, np.int64)
-        if places.size and (places.min() < 0 or places.max() >= len(self)):
-            raise IndexError(f"{self.store.address} has {len(self)} records, and none of them is {places.max()}")
         shards = np.searchsorted(self._starts, places, side="right") - 1
         positions = places - self._starts[shards]
         return list(self._threads.imap(self._read, zip(shards.tolist(), positions.tolist(), strict=True)))
@@ -193,15 +184,8 @@ def write_dataset(
     first = next(several, None)
     if first is None:
         raise UserError(f"{uri}: there are no records to write")
-    kind = type(first)
-
-    def contents() -> Iterator[bytes]:
-        for record in itertools.chain([first], several):
-            if type(record) is not kind:
-                raise TypeError(f"{uri}: a {kind.__name__} and a {type(record).__name__} in one data set")
-            yield json.dumps(record_to_json(record), ensure_ascii=False).encode()
-
-    return write_contents(uri, kind.__name__, contents(), config or {}, shard_bytes)
+    contents = (json.dumps(record_to_json(record), ensure_ascii=False).encode() for record in chain([first], several))
+    return write_contents(uri, type(first).__name__, contents, config or {}, shard_bytes)
 
 
 def write_contents(
@@ -253,21 +237,20 @@ def is_dataset(uri: str) -> bool:
     return in_bucket(uri) or Path(uri).is_dir()
 
 
-def iterate_records(kind: type[Record], location: str) -> Iterator[tuple[str, Record | ValueError]]:
-    """The records of a JSONL file or of a data set, as `records.iterate_file` gives them.
+def read_values(kind: type[BaseRecord], location: str) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file or of a data set, as `read_jsonl` gives them.
 
     Raises:
       UserError: it cannot be read, or holds records of another kind.
     """
     if not is_dataset(location):
-        yield from iterate_file(kind, Path(location))
+        yield from read_jsonl(Path(location))
         return
     dataset = open_dataset(location)
     if dataset.manifest.kind != kind.__name__:
         raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
     for number, content in enumerate(dataset):
-        text = content.decode("utf-8", "surrogateescape")
-        yield f"{location}: record {number}", record_or_fault(kind, parsed_json(text))
+        yield f"{location}: record {number}", parsed_json(content.decode("utf-8", "surrogateescape"))
 
 
 def load_records(kind: type[Record], location: str) -> Records[Record]:
@@ -276,7 +259,7 @@ def load_records(kind: type[Record], location: str) -> Records[Record]:
     Raises:
       UserError: nothing usable is there, or a data set holds records of another kind.
     """
-    return collected(kind, location, iterate_records(kind, location))
+    return collected(kind, location, read_values(kind, location))
 
 
 KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psyche_jax.data.dataset import Manifest, write_dataset
-from psyche_jax.data.records import BaseRecord, Dialogue, Message, SftExample
+from psyche_jax.data.records import BaseRecord, Dialogue, Message, SftExample, fault_of
 from psyche_jax.errors import RowError, UserError
 
 _LABELS = {  # how transcripts call the side that must not speak in a turn of this one
@@ -32,7 +32,7 @@ class Notes:
     def leave_out(self, where: str, error: ValueError, kind: str = "") -> None:
         """Skip a row; `kind` is what is counted, unless the error says that itself."""
         if not isinstance(error, RowError):
-            error = RowError(kind, str(error)) if kind else RowError(str(error))
+            error = RowError(kind, fault_of(error)) if kind else RowError(fault_of(error))
         self.faults[error.reason] += 1
         self.set_aside.append(f"{where}: {error}")
 
@@ -61,14 +61,7 @@ class NoRecordsError(UserError):
 def write_import(
     target: str, records: Iterable[BaseRecord], origin: Mapping[str, Any], notes: Notes, none: Callable[[], str]
 ) -> Imported:
-    """Write records as a new data set, as they come.
-
-    Args:
-      target: a new local folder or gs://bucket/prefix.
-      records: reading them fills `notes`.
-      origin: where they come from; stored in the manifest.
-      notes: what is said of the source.
-      none: says why there is no record, if there is none.
+    """Write records as a new data set, as they come; reading them fills `notes`, `none` says why there are none.
 
     Raises:
       NoRecordsError: there is no record.

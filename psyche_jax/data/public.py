@@ -10,15 +10,17 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
+
+import pydantic
 
 from psyche_jax.data.imports import Imported, Notes, write_import
 from psyche_jax.data.json_stream import PublishedValue, published_values
-from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question
+from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question, Records, from_json
 from psyche_jax.data.text import clean_text, comparable, without_prefix
 from psyche_jax.errors import RowError
 from psyche_jax.storage.files import NO_TEXT
@@ -40,21 +42,77 @@ _LAST_USUAL_OPTION = "D"
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """`good` records; a line for each record set aside; how often each fault was seen, mended or not."""
-
-    good: tuple[BaseRecord, ...]
-    set_aside: tuple[str, ...]
-    faults: Counter[str]
-
-
-@dataclass(frozen=True)
 class Essay:
     """An essay question of PCEB with its reference answer, whose marks are taken out."""
 
     case: str
     question: str
     reference: str
+
+
+def _real_text(text: str) -> str:
+    if NO_TEXT.search(text):
+        raise ValueError("is not UTF-8 text")
+    return text
+
+
+Text: TypeAlias = Annotated[str, pydantic.AfterValidator(_real_text)]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A question as CPsyExam and PCEB publish it. Other keys are passed over, here and below."""
+
+    question: Text
+    options: dict[str, Text | None]
+    answer: Text | None = None
+    question_type: Text = ""
+    kind: Text | None = None
+    explanation: Text | None = None  # in CPsyExam
+    analysis: Text | None = None  # in PCEB
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A case of PCEB with the questions on it."""
+
+    general_info: Text
+    case_introduction: Text
+    questions_and_answers: tuple[Any, ...]
+
+    @property
+    def text(self) -> str:
+        return clean_text(f"{self.general_info}\n{self.case_introduction}")
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("general_info and case_introduction are empty")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An essay question of PCEB."""
+
+    question: Text
+    answer: Text
+
+    def __post_init__(self) -> None:
+        if not self.question.strip() or not self.answer.strip():
+            raise ValueError("question or answer is empty")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    role: Literal["client", "counselor"]
+    content: Text
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A dialogue of SMILE."""
+
+    turns: tuple[_Turn, ...]
+    id: pydantic.StrictInt | Text | None = None
 
 
 @dataclass(frozen=True)
@@ -69,35 +127,17 @@ class _Item:
     part: str = ""
 
 
-def load_cpsyexam(place: Path) -> Loaded:
-    """CPsyExam. `meta["part"]` is what a question tests: `knowledge` or `analyse`."""
-    return _loaded(cpsyexam_questions, place)
-
-
-def load_pceb(place: Path) -> Loaded:
-    """The choice questions of PCEB: `cases/mix`, `moral` and `theory`, of any exam; a question on a case brings it."""
-    return _loaded(pceb_questions, place)
-
-
-def load_smile(place: Path) -> Loaded:
-    """All dialogues of SMILE; see `smile_dialogues`."""
-    return _loaded(smile_dialogues, place)
-
-
-def _loaded(read: "Reader", place: Path) -> Loaded:
-    notes = Notes()
-    good = tuple(read(place, notes))
-    return Loaded(good, tuple(notes.set_aside), +notes.faults)
-
-
 def cpsyexam_questions(place: Path, notes: Notes) -> Iterator[Question]:
-    """The questions of CPsyExam, whose files are arrays by subject; what is wrong goes into `notes`."""
+    """The questions of CPsyExam, whose files are arrays by subject; what is wrong goes into `notes`.
+
+    `meta["part"]` is what a question tests: `knowledge` or `analyse`.
+    """
     items = ((found.where, partial(_cpsyexam_item, found)) for found in published_values(place))
     yield from _questions(items, "CPsyExam", notes)
 
 
 def pceb_questions(place: Path, notes: Notes) -> Iterator[Question]:
-    """The choice questions of PCEB; what is wrong goes into `notes`."""
+    """The choice questions of PCEB: `cases/mix`, `moral` and `theory`, of any exam; a question on a case brings it."""
     yield from _questions(_pceb_items(place), "PCEB", notes)
 
 
@@ -108,22 +148,19 @@ def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[t
         if _folder_of(found.path) != "essay":
             continue
         try:
-            case = _object(found.value)
-            text, pairs = _case(case), _list(case, "questions_and_answers")
+            case = from_json(_Case, found.value)
         except ValueError as error:
             notes.leave_out(found.where, error, "no essay")
             continue
-        for number, pair in enumerate(pairs, start=1):
+        for number, pair in enumerate(case.questions_and_answers, start=1):
             try:
-                question, answer = _text(_object(pair), "question"), _text(pair, "answer")
-                if not question.strip() or not answer.strip():
-                    raise ValueError("question or answer is empty")
+                essay = from_json(_Pair, pair)
             except ValueError as error:
                 notes.leave_out(f"{found.where}.{number}", error, "no essay")
                 continue
-            notes.faults["reference embeds marks"] += bool(_MARKS.search(answer))
-            asked = without_prefix(clean_text(_MARKS.sub("", question)))
-            essays.append(Essay(text, asked, clean_text(_MARKS.sub("", answer))))
+            notes.faults["reference embeds marks"] += bool(_MARKS.search(essay.answer))
+            asked = without_prefix(clean_text(_MARKS.sub("", essay.question)))
+            essays.append(Essay(case.text, asked, clean_text(_MARKS.sub("", essay.answer))))
     return tuple(essays), +notes.faults
 
 
@@ -135,9 +172,10 @@ def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
     """
     for where, row in _dialogues(place):
         try:
+            talk = from_json(_Talk, row)
             turns: list[Message] = []
-            for turn in _list(row, "turns"):
-                role, content = _role(turn), clean_text(_text(turn, "content"))
+            for turn in talk.turns:
+                role, content = _ROLES[turn.role], clean_text(turn.content)
                 if turns and turns[-1].role == role:
                     notes.faults["turns in a row"] += 1
                     turns[-1] = Message(role, f"{turns[-1].content}\n{content}")
@@ -149,7 +187,7 @@ def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
             if turns and turns[-1].role == "user":
                 notes.faults["the client ends"] += 1
                 turns = turns[:-1]
-            yield Dialogue(tuple(turns), "SMILE", _named(row))
+            yield Dialogue(tuple(turns), "SMILE", {} if talk.id is None else {"id": talk.id})
         except ValueError as error:
             notes.leave_out(where, error, "no dialogue")
 
@@ -160,6 +198,16 @@ READERS: Mapping[str, Reader] = {
     "pceb": pceb_questions,
     "smile": smile_dialogues,
 }
+
+
+def load_public(name: str, place: Path) -> Records[Any]:
+    """All records of public data (one of `READERS`), without writing them."""
+    notes = Notes()
+    good = tuple(READERS[name](place, notes))
+    return Records(good, tuple(notes.set_aside), +notes.faults)
+
+
+load_cpsyexam, load_pceb, load_smile = (partial(load_public, name) for name in ("cpsyexam", "pceb", "smile"))
 
 
 def import_public(name: str, place: Path, target: str) -> Imported:
@@ -203,36 +251,19 @@ def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
             yield found.where, {"turns": found.value} if isinstance(found.value, list) else found.value
 
 
-def _role(turn: Any) -> Literal["user", "assistant"]:
-    name = _text(_object(turn), "role")
-    if name not in _ROLES:
-        raise ValueError(f"the role {repr(name)[:80]} is neither {' nor '.join(_ROLES)}")
-    return _ROLES[name]
-
-
-def _named(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a row's name."""
-    name = row.get("id")
-    if name is None:
-        return {}
-    return {"id": name if isinstance(name, int) and not isinstance(name, bool) else _text(row, "id")}
-
-
 def _cpsyexam_item(found: PublishedValue) -> _Item:
-    row = _object(found.value)
-    options = row.get("options")
-    if "options" not in row:  # as columns, as the hub shows them
-        options = {letter: row[letter] for letter in string.ascii_uppercase if letter in row}
-    kind = _text(row, "question_type") if "question_type" in row else found.path.stem
-    part = _text(row, "kind", optional=True) or _PARTS_OF_CPSYEXAM.get(found.path.name.partition("-")[0], "")
+    value = found.value
+    if isinstance(value, Mapping) and "options" not in value:  # as columns, as the hub shows them
+        value = {**value, "options": {letter: value[letter] for letter in string.ascii_uppercase if letter in value}}
+    row = from_json(_Row, value)
     return _Item(
         found.where,
-        clean_text(_text(row, "question")),
-        _options(options),
-        _text(row, "answer", optional=True),
-        "multi" if re.search("multi|多", kind) else "single",
-        clean_text(_text(row, "explanation", optional=True)) or None,
-        part=part,
+        clean_text(row.question),
+        _options(row),
+        row.answer or "",
+        "multi" if re.search("multi|多", row.question_type or found.path.stem) else "single",
+        clean_text(row.explanation or "") or None,
+        part=row.kind or _PARTS_OF_CPSYEXAM.get(found.path.name.partition("-")[0], ""),
     )
 
 
@@ -337,8 +368,7 @@ def _pceb_items(place: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
             continue
         pairs = found.value["questions_and_answers"]
         if not isinstance(pairs, list) or not pairs:
-            what = f"{_kind_of(pairs)}, not a list" if pairs != [] else "empty"
-            yield found.where, partial(_refuse, f"'questions_and_answers' is {what}")
+            yield found.where, partial(_refuse, "questions_and_answers: is empty, or not a list")
             continue
         for inner, question in enumerate(pairs, start=1):
             name = f"{found.where}.{inner}"
@@ -350,70 +380,33 @@ def _folder_of(path: Path) -> str:
     return next((part for part in reversed(path.parts) if part in ("essay", "mix", "single", "multiple")), "")
 
 
-def _pceb_item(where: str, row: Any, folder: str, around: Mapping[str, Any] | None = None) -> _Item:
-    """A question of a file of one kind, or one on a case (`around`), whose kind stands before its stem."""
-    question = _text(_object(row), "question")
+def _pceb_item(where: str, value: Any, folder: str, around: Any = None) -> _Item:
+    """A question of a file of one kind, or one on a case (`around`), whose kind is written before its stem."""
+    row = from_json(_Row, value)
     kind = {"multiple": "multi", "single": "single"}.get(folder)
     return _Item(
         where,
-        without_prefix(clean_text(question)),
-        _options(row.get("options")),
-        _text(row, "answer", optional=True),
-        kind or ("multi" if re.match(r"\s*多", question) else "single"),
-        clean_text(_text(row, "analysis", optional=True)) or None,
-        "" if around is None else _case(around),
+        without_prefix(clean_text(row.question)),
+        _options(row),
+        row.answer or "",
+        kind or ("multi" if re.match(r"\s*多", row.question) else "single"),
+        clean_text(row.analysis or "") or None,
+        "" if around is None else from_json(_Case, around).text,
     )
 
 
-def _case(row: Mapping[str, Any]) -> str:
-    text = clean_text(f"{_text(row, 'general_info')}\n{_text(row, 'case_introduction')}")
-    if not text:
-        raise ValueError("'general_info' and 'case_introduction' are empty")
-    return text
-
-
-def _options(value: Any) -> dict[str, str]:
+def _options(row: _Row) -> dict[str, str]:
     """Clean texts by letter, in the letters' order; without those that have none."""
     options: dict[str, str] = {}
-    for name, text in _object(value, "options").items():
+    for name, text in row.options.items():
         letter = unicodedata.normalize("NFKC", name).strip().upper()
         if len(letter) != 1 or letter not in string.ascii_uppercase or letter in options:
-            raise ValueError(f"'options' has the letter {name!r}, or has it twice")
-        if text is not None or letter <= _LAST_USUAL_OPTION:
-            options[letter] = clean_text(_text({f"option {letter}": text}, f"option {letter}"))
+            raise ValueError(f"options: has the letter {name!r}, or has it twice")
+        if text is None and letter <= _LAST_USUAL_OPTION:
+            raise ValueError(f"options: {letter} is null, not text")
+        options[letter] = clean_text(text or "")
     return {letter: options[letter] for letter in sorted(options) if options[letter]}
 
 
 def _refuse(why: str) -> _Item:
     raise ValueError(why)
-
-
-def _object(value: Any, name: str = "") -> Mapping[str, Any]:
-    if isinstance(value, RowError):
-        raise value
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{repr(name) if name else 'it'} is {_kind_of(value)}, not an object")
-    return value
-
-
-def _list(row: Any, key: str) -> Sequence[Any]:
-    value = _object(row).get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{key!r} is {_kind_of(value)}, not a list")
-    return value
-
-
-def _text(row: Mapping[str, Any], key: str, optional: bool = False) -> str:
-    value = row.get(key)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{key!r} is {_kind_of(value)}, not text")
-    if NO_TEXT.search(value):
-        raise ValueError(f"{key!r} is not UTF-8 text")
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return kinds.get(type(value), "absent or null")

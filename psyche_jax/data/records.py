@@ -3,6 +3,7 @@
 import hashlib
 import json
 import string
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,19 @@ from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
+Class = TypeVar("Class")
 _ADAPTERS: dict[type, pydantic.TypeAdapter[Any]] = {}
 
 
-@dataclass(frozen=True)
-class Message:
-    """One turn: who speaks, and what."""
+class Strict:
+    """Base of what is read from JSON: unknown keys are errors."""
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class Message(Strict):
+    """One turn: who speaks, and what."""
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -32,10 +38,8 @@ class Message:
             raise ValueError(f"a message of the {self.role} is empty")
 
 
-class BaseRecord:
-    """Base of all records: unknown keys are errors."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+class BaseRecord(Strict):
+    """Base of all records."""
 
 
 @dataclass(frozen=True)
@@ -126,28 +130,14 @@ class RlPrompt(BaseRecord):
 
 @dataclass(frozen=True)
 class Records(Generic[Record]):
-    """The good records of a file, and a line for each bad one: file, line number, what is wrong."""
+    """The good records of a file and a line for each bad one: file, line number, what is wrong.
+
+    `faults`: in public data how often each was seen, mended or not.
+    """
 
     good: tuple[Record, ...]
     set_aside: tuple[str, ...]
-
-
-def iterate_file(kind: type[Record], path: Path) -> Iterator[tuple[str, Record | ValueError]]:
-    """Read a JSONL file: the place of each line (file, line number) and its record or what is wrong with it.
-
-    Raises:
-      UserError: the file cannot be read.
-    """
-    for number, value in read_jsonl(path):
-        yield f"{path}:{number}", record_or_fault(kind, value)
-
-
-def record_or_fault(kind: type[Record], value: Any) -> Record | ValueError:
-    """The record of a JSON value or what is wrong with it, for `fault_of`; `value` may be that already."""
-    try:
-        return record_of_json(kind, value)
-    except ValueError as error:
-        return error
+    faults: Counter[str] = field(default_factory=Counter)
 
 
 def read_records(kind: type[Record], path: Path) -> Records[Record]:
@@ -156,18 +146,18 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
     Raises:
       UserError: the file is missing, empty, no UTF-8 text, or holds no good record.
     """
-    return collected(kind, str(path), iterate_file(kind, path))
+    return collected(kind, str(path), read_jsonl(path))
 
 
-def collected(kind: type[Record], location: str, read: Iterable[tuple[str, Record | ValueError]]) -> Records[Record]:
-    """All records of a location, as `iterate_file` gives them.
+def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any]]) -> Records[Record]:
+    """All records of a location, from its values with their places.
 
     Raises:
-      UserError: it holds no good one, or bytes that are no text.
+      UserError: it holds no good record, or bytes that are no text.
     """
     good: list[Record] = []
     set_aside = []
-    for where, found in read:
+    for where, found in checked(kind, values):
         if isinstance(found, NotTextError):
             raise UserError(f"{location}: is not UTF-8 text (the first such bytes are at {where})")
         if isinstance(found, ValueError):
@@ -178,6 +168,17 @@ def collected(kind: type[Record], location: str, read: Iterable[tuple[str, Recor
         first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
         raise UserError(f"{location}: holds no usable record of {kind.__name__}{first_fault}")
     return Records(tuple(good), tuple(set_aside))
+
+
+def checked(
+    kind: type[Record], values: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, Record] | tuple[str, ValueError]]:
+    """The records of values, as `read_jsonl` gives them with their places; what is wrong in place of what is none."""
+    for where, value in values:
+        try:
+            yield where, record_of_json(kind, value)
+        except ValueError as error:
+            yield where, error
 
 
 def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
@@ -206,12 +207,22 @@ def record_of_json(kind: type[Record], value: Any) -> Record:
     Raises:
       ValueError: it is none, or a `RowError` already; `fault_of` says why.
     """
-    if isinstance(value, RowError):
-        raise value
+    record = from_json(kind, value)
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is no text
         raise RowError("not JSON", str(error)) from None
+    return record
+
+
+def from_json(kind: type[Class], value: Any) -> Class:
+    """What a JSON value holds, as a dataclass whose annotations pydantic checks.
+
+    Raises:
+      ValueError: it is something else, or a `RowError` already; `fault_of` says why.
+    """
+    if isinstance(value, RowError):
+        raise value
     return _adapter(kind).validate_python(value)
 
 

@@ -107,11 +107,10 @@ def _holds_none(folder: str) -> UserError:
 
 
 def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
-    for number, value in read_jsonl(path, encoding, name):
+    for where, value in read_jsonl(path, encoding, name):
         if isinstance(value, NotTextError):
             value = RowError(value.reason, "set reading.encoding")
-        row = value if isinstance(value, dict | RowError) else RowError("not a JSON object")
-        yield f"{name}:{number}", row
+        yield where, value if isinstance(value, dict | RowError) else RowError("not a JSON object")
 
 
 def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:

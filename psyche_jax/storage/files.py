@@ -167,8 +167,8 @@ def text_lines(path: Path, encoding: str = "utf-8", newline: str = "\n", name: s
         raise UserError(f"{name or path}: is not {encoding} text ({first_reason(error)})") from None
 
 
-def read_jsonl(path: Path, encoding: str = "utf-8", name: str | None = None) -> Iterator[tuple[int, Any]]:
-    """Read the values of a JSONL file, each with the number of its line, from 1; blank lines have none.
+def read_jsonl(path: Path, encoding: str = "utf-8", name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Read the values of a JSONL file, each with its place, file and line; blank lines are left out.
 
     All JSONL is read here. A line that cannot be read is a `RowError` in its place: bytes that are no text
     (`NotTextError`), no JSON, numbers and nesting beyond Python's limits, a last line cut short by a crash.
@@ -178,7 +178,7 @@ def read_jsonl(path: Path, encoding: str = "utf-8", name: str | None = None) -> 
     """
     for number, line in enumerate(text_lines(path, encoding, name=name), start=1):
         if line.strip():
-            yield number, parsed_json(line, encoding)
+            yield f"{name or path}:{number}", parsed_json(line, encoding)
 
 
 def parsed_json(text: str, encoding: str = "utf-8") -> Any:

@@ -24,7 +24,7 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from psyche_jax.errors import UserError
 from psyche_jax.storage import buckets
-from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.files import in_bucket, parsed_json
 
 FILE = "lock.json"
 BEAT_SECONDS = 15.0  # between two writings of the object
@@ -248,8 +248,5 @@ class _BucketLock:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:  # its holder is just writing it
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = parsed_json(content.decode("utf-8", "replace"))
+    return found if isinstance(found, dict) else {}  # else its holder is just writing it

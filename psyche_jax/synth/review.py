@@ -163,7 +163,7 @@ class ReviewStore:
         known = {(decision.item, decision.verdict, decision.who, decision.time) for decision in self.history()}
         taken = 0
         faults = []
-        for number, value in read_jsonl(path):
+        for where, value in read_jsonl(path):
             try:
                 if isinstance(value, RowError):
                     raise value
@@ -178,11 +178,11 @@ class ReviewStore:
                 taken += 1
             except pydantic.ValidationError as error:
                 first = error.errors()[0]
-                faults.append(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+                faults.append(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                faults.append(f"{path}:{number}: is no decision ({error!r})")
+                faults.append(f"{where}: is no decision ({error!r})")
             except UserError as error:
-                faults.append(f"{path}:{number}: {error}")
+                faults.append(f"{where}: {error}")
         return taken, faults
 
     def close(self) -> None:

@@ -14,10 +14,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from psyche_jax.data.dataset import iterate_records
-from psyche_jax.data.records import BaseRecord, Record, fault_of, iterate_file, record_to_json
+from psyche_jax.data.dataset import read_values
+from psyche_jax.data.records import BaseRecord, Record, checked, fault_of, record_to_json
 from psyche_jax.errors import UserError
-from psyche_jax.storage.files import new_folder, read_json, write_json
+from psyche_jax.storage.files import new_folder, read_json, read_jsonl, write_json
 from psyche_jax.synth.asking import Asker, SetAsideError
 from psyche_jax.synth.client import CallFailedError
 
@@ -148,7 +148,7 @@ def digest(*parts: Any) -> str:
 
 def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
     """The records of a file that a stage wrote, one after the other."""
-    for where, found in iterate_file(kind, path):
+    for where, found in checked(kind, read_jsonl(path)):
         if isinstance(found, ValueError):
             raise UserError(f"{where}: was changed by hand; remove {path.parent} to make it anew")
         yield found
@@ -167,7 +167,7 @@ def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
     Raises:
       UserError: it cannot be read, or holds records of another kind.
     """
-    for where, found in iterate_records(kind, source_place(location)):
+    for where, found in checked(kind, read_values(kind, source_place(location))):
         yield f"{where}: {fault_of(found)}" if isinstance(found, ValueError) else found
 
 

@@ -199,8 +199,7 @@ def interval(one: dict[str, Any]) -> str:
 def _read(path: Path, read: Callable[[str, dict[str, Any]], Item]) -> tuple[list[Item], list[str]]:
     good: list[Item] = []
     bad: list[str] = []
-    for number, row in read_jsonl(path):
-        where = f"{path}:{number}"
+    for where, row in read_jsonl(path):
         try:
             if not isinstance(row, dict):
                 raise row if isinstance(row, RowError) else RowError("not a JSON object")
