@@ -33,7 +33,7 @@ class RowError(ValueError):
 
 
 class NotTextError(RowError):
-    """A row holds bytes that are no text in the encoding of its file."""
+    """A row holds bytes that are not text in the encoding of its file."""
 
 
 def first_reason(error: BaseException) -> str:

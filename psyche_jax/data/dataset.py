@@ -1,7 +1,7 @@
 """Data sets: a folder, local or in a bucket, of ArrayRecord shards and a manifest that is written last.
 
-A folder without a manifest is no data set, so one is either whole or absent. Shards are named by number and CRC32C:
-the same records make the same files, and what a killed writer left behind never gets in the way of the next one.
+A folder without a manifest does not count, so a data set is whole or absent. Shards are named by number and CRC32C: the
+same records make the same files, and what a killed writer left behind never gets in the way of the next one.
 """
 
 import contextlib
@@ -233,7 +233,7 @@ def open_dataset(uri: str) -> Dataset:
 
 
 def is_dataset(uri: str) -> bool:
-    """Whether `uri` is to be read as a data set: a folder, or anything in a bucket."""
+    """Return whether `uri` is to be read as a data set: a folder, or anything in a bucket."""
     return in_bucket(uri) or Path(uri).is_dir()
 
 
@@ -313,7 +313,7 @@ def first_records(uri: str, limit: int | None = None) -> Iterator[str]:
     """The records of a data set as JSON, all or the first `limit`.
 
     Raises:
-      UserError: the data set is broken, or its records are no JSON (packed ones are not).
+      UserError: the data set is broken, or its records are packed.
     """
     dataset = open_dataset(uri)
     contents = iter(dataset) if limit is None else (dataset[index] for index in range(min(limit, len(dataset))))

@@ -1,4 +1,4 @@
-"""Which benchmark questions and dialogues stand in training data, by what two texts share.
+"""Find benchmark questions and cases in training data, by what two texts share.
 
 Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`comparable`).
 """
@@ -28,7 +28,7 @@ def shingles(text: str) -> frozenset[str]:
 NEAR = 0.3  # of the shingles of both; docs/data.md says what was seen above and below
 SHARED_CASE = 0.5  # of a case's shingles
 HELD = 0.8  # of the shingles of one, where the other one is longer
-_LEAST = 12  # shingles: "the main symptom is" with two options is asked about every case, and is no question by itself
+_LEAST = 12  # shingles: "the main symptom is" with two options is asked about every case and says nothing by itself
 _OPTION = re.compile(r"(?<![A-Za-z])([A-Z])\s*[.、:)]\s*")
 
 Reason = Literal["exact", "near", "case"]
@@ -143,12 +143,12 @@ class _Index:
         self._case_sizes = np.array([len(found) for found in case_shingles])
 
     def leaks(self, record: BaseRecord, near: float, shared_case: float) -> list[Leak]:
-        """What is found of each question in a record, exact twins first, then shared cases, the nearest first."""
+        """What is found of each question in a record, exact copies first, then shared cases, the nearest first."""
         text, options = _text(record)
         exact = self._exact.get(_key(text, options), [])
         found: dict[int, tuple[Reason, float]] = dict.fromkeys(exact, ("exact", 1.0))
         parts = shingles(_joined(text, options))
-        # A case is looked for in the text alone, where options do not stand between.
+        # A case is looked for in the text alone, without options between its parts.
         whole = shingles(comparable(text))
         count = len(self._questions)
         shared = self._counts(parts)

@@ -130,7 +130,7 @@ def _uses(record: str, form: Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
     """Write the records of a source as a new data set; rows stream through, only ids stay in memory.
 
-    A row with the content of an earlier one is set aside.
+    A row with the content of an earlier one is skipped.
 
     Args:
       source: see `sources.read_rows`.
@@ -186,7 +186,7 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
     """
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
-    except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is no text
+    except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is not text
         raise RowError("holds characters that are no text") from None
     columns = config.columns
     meta = {name: _plain(row.get(name)) for name in columns.meta}
@@ -319,14 +319,14 @@ def _text(row: Mapping[str, Any], column: str | None) -> str:
 
 
 def _optional_text(row: Mapping[str, Any], column: str | None) -> str | None:
-    """None where the cell is empty; what is there must be text."""
+    """None where the field is empty; what is there must be text."""
     value = row.get(column or "")
     empty = value is None or value != value or (isinstance(value, str) and not value.strip())
     return None if empty else _text(row, column)
 
 
 def _is_filled(value: Any) -> bool:
-    """Whether a cell holds something: text, or a number that is one (tables leave NaN where nothing is)."""
+    """Return whether a field holds something: text, or a number but NaN, which tables leave where nothing is."""
     if isinstance(value, bool):
         return False
     return value == value if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
@@ -341,5 +341,5 @@ def _json(text: str, column: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a value; dates become text, what is no number nothing."""
+    """What JSON can hold of a value; dates become text, NaN becomes null."""
     return json.loads(json.dumps(value, ensure_ascii=False, default=str), parse_constant=lambda _: None)

@@ -47,10 +47,10 @@ class PackConfig(Section):
 def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
     """Tokenize, pack and write a data set.
 
-    All tokens stand in memory: five bytes each.
+    All tokens are in memory: five bytes each.
 
     Returns:
-      The manifest, and a line for each record that was set aside.
+      The manifest, and a line for each record that was skipped.
 
     Raises:
       UserError: the input holds nothing usable, or `out` is taken or cannot be written to.
@@ -178,7 +178,7 @@ def unpacked_rows(contents: Sequence[bytes], length: int) -> Batch:
     bool, [rows, length].
 
     Raises:
-      ValueError: a content is no row of at most that length.
+      ValueError: a content is not a row of at most that length.
     """
     batch = {name: np.zeros((len(contents), length), np.int32) for name in ("tokens", "segments", "positions")}
     loss_mask = np.zeros((len(contents), length), bool)

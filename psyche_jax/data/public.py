@@ -1,6 +1,6 @@
 """Public psychology data: CPsyExam, PCEB and SMILE, as published, read into records.
 
-Each record comes out clean or is set aside, and every fault is counted: these files hold merged options, keys that
+Each record comes out clean or is skipped, and every fault is counted: these files hold merged options, keys that
 point nowhere, questions about cases that are not there, and duplicates with conflicting keys. Each is read from a file
 (an array, or a value a line), a folder of files, or a zip of one.
 """
@@ -142,7 +142,7 @@ def pceb_questions(place: Path, notes: Notes) -> Iterator[Question]:
 
 
 def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[tuple[Essay, ...], Counter[str]]:
-    """The essay questions of PCEB, and how often each fault was seen; what is no essay is named in `set_aside`."""
+    """The essay questions of PCEB, and how often each fault was seen; what is not an essay is named in `set_aside`."""
     essays, notes = [], Notes(set_aside=[] if set_aside is None else set_aside)
     for found in published_values(place):
         if _folder_of(found.path) != "essay":
@@ -167,7 +167,7 @@ def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[t
 def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
     """Dialogues of `client` and `counselor`: each a list of turns (in SMILE a file of its own) or one under `turns`.
 
-    Turns of one speaker in a row become one; what stands before the client's first turn, or after the counsellor's
+    Turns of one speaker in a row become one; what comes before the client's first turn, or after the counsellor's
     last, is left out. The dialogues are streamed, and what is wrong goes into `notes`.
     """
     for where, row in _dialogues(place):
@@ -310,7 +310,7 @@ _MENDED = ("separators in the answer", "multiple-answer question with one letter
 
 
 def _faults(item: _Item, letters: str) -> Iterator[str]:
-    """Everything that is wrong with a question as published; what is in `_MENDED` is no reason to set it aside."""
+    """Everything that is wrong with a question as published; what is in `_MENDED` does not make it skipped."""
     if not item.answer.strip():
         yield _NO_KEY
     else:
@@ -334,7 +334,7 @@ def _faults(item: _Item, letters: str) -> Iterator[str]:
 
 
 def _lacks_case(stem: str) -> bool:
-    """Whether a stem refers to a case and does not tell one before it does."""
+    """Return whether a stem refers to a case and does not tell one before it does."""
     references = list(_REFERS_TO_CASE.finditer(stem))
     if not references:
         return False
@@ -344,7 +344,7 @@ def _lacks_case(stem: str) -> bool:
 
 
 def _holds_next(letter: str, options: Mapping[str, str]) -> bool:
-    """Whether an option goes on with the next one, which has no text of its own: `丙 D.丁`."""
+    """Return whether an option continues with the next one, which has no text of its own: `丙 D.丁`."""
     following = chr(ord(letter) + 1)
     if following in options:
         return False
@@ -376,7 +376,7 @@ def _pceb_items(place: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
 
 
 def _folder_of(path: Path) -> str:
-    """Which of PCEB's folders a file stands in: the innermost of these names."""
+    """Return which of PCEB's folders a file is in: the innermost of these names."""
     return next((part for part in reversed(path.parts) if part in ("essay", "mix", "single", "multiple")), "")
 
 

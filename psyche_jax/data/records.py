@@ -1,4 +1,7 @@
-"""What a record is, and reading records from JSONL with the bad ones named and set aside."""
+"""Passages, questions, dialogues, SFT examples and RL prompts, read from JSONL with the bad ones named and skipped.
+
+A record checks itself: `__post_init__` holds what types cannot say, for records that code makes too.
+"""
 
 import hashlib
 import json
@@ -210,7 +213,7 @@ def record_of_json(kind: type[Record], value: Any) -> Record:
     record = from_json(kind, value)
     try:
         json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is no text
+    except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is not text
         raise RowError("not JSON", str(error)) from None
     return record
 

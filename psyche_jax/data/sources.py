@@ -1,5 +1,6 @@
-"""Rows of JSONL, CSV and Parquet files, local or in a bucket, and of data sets on the Hugging Face hub, in order, with
-their places.
+"""Rows of JSONL, CSV and Parquet files, local or in a bucket, and of data sets on the hub, in order, with their places.
+
+Files are read by `json`, `csv` and `pyarrow`: the loaders of `datasets` give up on a file for one bad row.
 
 What a row holds is not judged here; what cannot be read as a row at all is a `RowError` in its place.
 """
@@ -20,7 +21,7 @@ from psyche_jax.storage.files import NO_TEXT, in_bucket, read_jsonl, text_lines
 from psyche_jax.storage.store import open_store
 
 Row: TypeAlias = tuple[str, dict[str, Any] | RowError]
-"""Where it stands (file and line, file and row, data set and row), and its columns."""
+"""Its place (file and line, file and row, data set and row), and its columns."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
 
 
 def _has_page_checksums(path: Path) -> bool:
-    """Whether the first page has one; pyarrow compares those that are there, and does not say whether any is.
+    """Return whether the first page has one; pyarrow compares those that are there, and does not say whether any is.
 
     A page begins with a Thrift struct, whose numbers 1 to 3 (type, sizes) are there always, and 4 is the checksum.
     """

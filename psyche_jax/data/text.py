@@ -29,7 +29,7 @@ def clean_text(text: str) -> str:
 
 
 def without_prefix(stem: str) -> str:
-    """A stem without its number and the kind that may stand before it."""
+    """A stem without its number and the kind that may come before it."""
     return _PREFIX.sub("", stem)
 
 

@@ -63,7 +63,7 @@ def client() -> storage.Client:
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether trying again may help: "later" (408, 429, 5xx), answers cut short or damaged, broken connections."""
+    """Return whether to try again: after "later" (408, 429, 5xx), answers cut short or damaged, broken connections."""
     if isinstance(error, exceptions.GoogleAPICallError):
         return error.code in (408, 429) or (error.code is not None and error.code >= 500)
     if isinstance(error, InvalidResponse):

@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, local ones and in buckets; JSON and JSONL; arrays in blocks."""
+"""Files and folders that are either whole or absent, on disks and in buckets; JSON and JSONL; arrays in blocks."""
 
 import contextlib
 import itertools
@@ -34,7 +34,7 @@ def as_path(path: str | Path) -> Path:
 
 
 def in_bucket(path: str | Path) -> bool:
-    """Whether `path` is an address in a bucket."""
+    """Return whether `path` is an address in a bucket."""
     return str(path).startswith(_BUCKETS)
 
 
@@ -237,7 +237,7 @@ Index: TypeAlias = tuple[slice, ...]
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-# One layer's largest matrix of a 7B model (18944 × 3584) is one piece; a few of them stand in memory at a time.
+# One layer's largest matrix of a 7B model (18944 × 3584) is one piece; a few of them are in memory at a time.
 PIECE_ELEMENTS = 80 * 2**20
 
 
@@ -271,7 +271,7 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[t
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Whether there is no NaN and no infinity: in both all bits of the exponent are set, which is cheap to look for."""
+    """Return whether there is no NaN and no infinity: both have all bits of the exponent set, which is cheap to find."""
     bits = values.view(f"u{values.itemsize}")
     infinity = np.array(np.inf, values.dtype).view(bits.dtype)
     return not values.size or bool((bits & infinity).max() < infinity)

@@ -100,7 +100,7 @@ def _started(pid: int) -> str | None:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether it is certain that the holder is gone: it ran here, and does not any more."""
+    """Return whether it is certain that the holder is gone: it ran here, and does not any more."""
     here = _place()
     return here is not None and holder.get("place") == here and _started(holder["pid"]) != holder["started"]
 
