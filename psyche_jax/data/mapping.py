@@ -26,6 +26,7 @@ from psyche_jax.data.records import (
 )
 from psyche_jax.data.sources import ReadingSection, Row, read_rows
 from psyche_jax.errors import RowError, UsageError
+from psyche_jax.rewards.reference import with_thought
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 
@@ -61,6 +62,20 @@ class TurnsSection(Section):
     )
 
 
+# Which columns each record must have in each form of rows, and which it may have.
+_USES: dict[tuple[str, Form], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("Question", "question"): (("options", "answer"), ("kind", "rationale")),
+    ("RlPrompt", "question"): (("options", "answer"), ("kind",)),
+    ("RlPrompt", "user"): (("answer",), ("kind", "system")),
+    ("RlPrompt", "messages"): (("answer",), ("kind",)),
+    ("SftExample", "question"): (("options", "answer", "rationale"), ("kind",)),
+    ("SftExample", "user"): (("assistant",), ("system", "rationale")),
+    ("SftExample", "messages"): ((), ()),
+    ("Dialogue", "user"): (("assistant",), ("system", "rationale")),
+    ("Dialogue", "messages"): ((), ()),
+}
+
+
 @dataclass(frozen=True)
 class ImportConfig(Section):
     """How the rows of a source become records."""
@@ -77,14 +92,13 @@ class ImportConfig(Section):
         if len(named) != 1:
             found = " and ".join(named) or "none"
             raise ValueError(f"columns must name one of question, user and messages, not {found}")
-        never = {"Question": ("user", "messages"), "Dialogue": ("question",)}
-        if self.form in never.get(self.record, ()):
+        if (self.record, self.form) not in _USES:
             raise ValueError(f"record: {self.record} cannot be made of columns.{self.form}")
-        must, may = _uses(self.record, self.form)
-        for name, column in self._columns():
+        must, may = _USES[self.record, self.form]
+        given = dict(self._columns())
+        for name, column in given.items():
             if name not in (self.form, "meta", *must, *may):
                 raise ValueError(f"columns.{name}: {column!r} has no place in {self.record} with columns.{self.form}")
-        given = {name for name, _ in self._columns()}
         if absent := [name for name in must if name not in given]:
             raise ValueError(f"columns.{absent[0]} must be named for {self.record} with columns.{self.form}")
         if self.answer_is == "text" and self.columns.options is None:
@@ -111,20 +125,6 @@ class ImportConfig(Section):
                 nearest = difflib.get_close_matches(column, there, 1, 0.5)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else f"columns there: {', '.join(there)}"
                 raise UsageError(f"{source}: columns.{name}: there is no column {column!r}; {hint}")
-
-
-def _uses(record: str, form: Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The columns that such a record must have, and those that it may have."""
-    if form == "question":
-        of_record = {
-            "Question": (("options", "answer"), ("kind", "rationale")),
-            "RlPrompt": (("options", "answer"), ("kind",)),
-            "SftExample": (("options", "answer", "rationale"), ("kind",)),
-        }
-        return of_record[record]
-    if record == "RlPrompt":
-        return ("answer",), ("kind", "system") if form == "user" else ("kind",)
-    return (("assistant",), ("system", "rationale")) if form == "user" else ((), ())
 
 
 def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
@@ -294,7 +294,7 @@ def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
             return tuple(asked)
         reply = _text(row, columns.assistant)
         if columns.rationale is not None:
-            reply = f"<think>{_text(row, columns.rationale)}</think>\n{reply}"
+            reply = with_thought(_text(row, columns.rationale), reply)
         return (*asked, Message("assistant", reply))
     value = row.get(columns.messages or "")
     if isinstance(value, str):

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 import pydantic
 
 from psyche_jax.errors import NotTextError, RowError, UserError
+from psyche_jax.rewards.reference import with_thought
 from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
@@ -259,7 +260,7 @@ def question_to_sft(question: Question) -> SftExample:
     """
     if not question.rationale:
         raise UserError(f"question {question.id}: has no rationale to train on")
-    response = f"<think>{question.rationale}</think>\n答案：{question.answer}"
+    response = with_thought(question.rationale, f"答案：{question.answer}")
     turns = (Message("user", question_text(question)), Message("assistant", response))
     return SftExample(turns, question.source, question.meta)
 

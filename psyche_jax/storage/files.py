@@ -271,7 +271,7 @@ def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[t
 
 
 def all_finite(values: np.ndarray) -> bool:
-    """Return whether there is no NaN and no infinity: both have all bits of the exponent set, which is cheap to find."""
+    """Return whether there is no NaN and no infinity: both have all bits of the exponent set, cheap to find."""
     bits = values.view(f"u{values.itemsize}")
     infinity = np.array(np.inf, values.dtype).view(bits.dtype)
     return not values.size or bool((bits & infinity).max() < infinity)
