@@ -135,9 +135,8 @@ class Dataset:
     def __iter__(self) -> Iterator[bytes]:
         """All records in order, each shard checked against its CRC32C before any of its records is given."""
         for shard in self.manifest.shards:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / shard.name
-                _check(self.store, shard, self.store.download(shard.name, path), path.stat().st_size)
+            with self.store.local(shard.name) as path:
+                _check(self.store, shard, crc32c_of(path), path.stat().st_size)
                 reader = _open_reader(str(path), self.store.path(shard.name))
                 for start in range(0, shard.records, 256):
                     yield from reader.read(start, min(start + 256, shard.records))
@@ -184,8 +183,14 @@ def write_dataset(
     first = next(several, None)
     if first is None:
         raise UserError(f"{uri}: there are no records to write")
-    contents = (json.dumps(record_to_json(record), ensure_ascii=False).encode() for record in chain([first], several))
-    return write_contents(uri, type(first).__name__, contents, config or {}, shard_bytes)
+
+    def contents() -> Iterator[bytes]:
+        for record in chain([first], several):
+            if type(record) is not type(first):
+                raise TypeError(f"{uri}: a {type(first).__name__} and a {type(record).__name__} in one data set")
+            yield json.dumps(record_to_json(record), ensure_ascii=False).encode()
+
+    return write_contents(uri, type(first).__name__, contents(), config or {}, shard_bytes)
 
 
 def write_contents(
@@ -198,7 +203,7 @@ def write_contents(
 ) -> Manifest:
     """As `write_dataset`, with the records' contents and the name of their schema."""
     store = _new_place(uri)
-    shards = _write_shards(store, contents, shard_bytes)
+    shards = _write_shards(store, iter(contents), shard_bytes)
     records = sum(shard.records for shard in shards)
     manifest = Manifest(kind, records, shards, config=dict(config), packing=packing)
     write_manifest(store, manifest)
@@ -331,12 +336,10 @@ def copy_dataset(source: str, target: str) -> Manifest:
     """
     dataset = open_dataset(source)
     store = _new_place(target)
-    with tempfile.TemporaryDirectory() as folder:
-        for shard in dataset.manifest.shards:
-            path = Path(folder) / shard.name
-            _check(dataset.store, shard, dataset.store.download(shard.name, path), path.stat().st_size)
+    for shard in dataset.manifest.shards:
+        with dataset.store.local(shard.name) as path:
+            _check(dataset.store, shard, crc32c_of(path), path.stat().st_size)
             store.upload(path, shard.name)
-            path.unlink()
     write_manifest(store, dataset.manifest)
     return dataset.manifest
 
@@ -363,39 +366,32 @@ def _new_place(uri: str) -> Store:
     return store
 
 
-def _write_shards(store: Store, contents: Iterable[bytes], shard_bytes: int) -> tuple[Shard, ...]:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
+def _write_shards(store: Store, contents: Iterator[bytes], shard_bytes: int) -> tuple[Shard, ...]:
     shards: list[Shard] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
-
-        def finish(writer: Any, records: int) -> None:
-            writer.close()
+        while records := _write_shard(path, contents, shard_bytes):
             number = crc32c_of(path)
             stored = store.upload(path, f"{len(shards):05}-{number:08x}.array_record")
             shards.append(Shard(stored.name, records, stored.bytes, number))
-
-        writer, records, filled = None, 0, 0
-        try:
-            for content in contents:
-                if writer is None:
-                    writer, records, filled = ArrayRecordWriter(str(path), _OPTIONS), 0, 0
-                writer.write(content)
-                records += 1
-                filled += len(content)
-                if filled >= shard_bytes:
-                    finish(writer, records)
-                    writer = None
-            if writer is not None:
-                finish(writer, records)
-                writer = None
-        finally:
-            if writer is not None:
-                writer.close()
     if not shards:
         raise UserError(f"{store.address}: there are no records to write")
     return tuple(shards)
+
+
+def _write_shard(path: Path, contents: Iterator[bytes], shard_bytes: int) -> int:
+    """Write records until the shard is full or there are none left; return how many it holds."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    records = filled = 0
+    with contextlib.closing(ArrayRecordWriter(str(path), _OPTIONS)) as writer:
+        for content in contents:
+            writer.write(content)
+            records += 1
+            filled += len(content)
+            if filled >= shard_bytes:
+                break
+    return records
 
 
 def _read_manifest(store: Store) -> Manifest:

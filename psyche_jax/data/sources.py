@@ -8,7 +8,6 @@ What a row holds is not judged here; what cannot be read as a row at all is a `R
 import csv
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +57,7 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
             yield f"{source} {reading.split}: row {number}", row
         return
     unchecked = []
-    for name, path in _files_in_bucket(source) if in_bucket(source) else _local_files(source):
+    for name, path in _files(source):
         try:
             yield from _READERS[path.suffix](name, path, reading.encoding)
             if path.suffix == ".parquet" and not _has_page_checksums(path):
@@ -71,40 +70,26 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
               file=sys.stderr)  # fmt: skip
 
 
-def _local_files(source: str) -> Iterator[tuple[str, Path]]:
-    if "://" in source:
+def _files(source: str) -> Iterator[tuple[str, Path]]:
+    """The names of a source's files, with a local file that has the content; one copy is there at a time."""
+    if "://" in source and not in_bucket(source):
         raise UsageError(f"{source}: must be a file or a folder of them, local or gs://…, or {hub.PREFIX}NAME")
-    files = [Path(source)]
-    if files[0].is_dir():
-        files = sorted(file for file in files[0].iterdir() if file.suffix in _READERS)
-        if not files:
-            raise _holds_none(source)
-    for file in files:
-        if file.suffix not in _READERS:
-            raise UsageError(f"{file}: is read by the end of its name, which must be one of {', '.join(_READERS)}")
-        yield str(file), file
-
-
-def _files_in_bucket(source: str) -> Iterator[tuple[str, Path]]:
-    """Addresses with a local copy of each, compared with the bucket's CRC32C; one copy is there at a time."""
-    folder, _, name = source.rpartition("/")
-    names = [name]
-    if Path(name).suffix not in _READERS:  # a folder, then
+    known = ", ".join(_READERS)
+    if Path(source).is_dir() or (in_bucket(source) and Path(source).suffix not in _READERS):
         folder = source
-        there = (stored.name for stored in open_store(folder).objects())
-        names = [name for name in there if "/" not in name and Path(name).suffix in _READERS]
+        there = [stored.name for stored in open_store(folder).objects() if "/" not in stored.name]
+        names = [name for name in there if Path(name).suffix in _READERS]
         if not names:
-            raise _holds_none(source)
+            raise UserError(f"{source}: holds no files that end with {known}")
+    else:
+        name = source.rpartition("/")[2]
+        folder, names = source.removesuffix(name), [name]
+        if Path(name).suffix not in _READERS:
+            raise UsageError(f"{source}: is read by the end of its name, which must be one of {known}")
     store = open_store(folder)
     for name in names:
-        with tempfile.TemporaryDirectory() as local:
-            path = Path(local) / name
-            store.download(name, path)
+        with store.local(name) as path:
             yield store.path(name), path
-
-
-def _holds_none(folder: str) -> UserError:
-    return UserError(f"{folder}: holds no files that end with {', '.join(_READERS)}")
 
 
 def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:

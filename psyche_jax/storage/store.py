@@ -10,8 +10,10 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -50,8 +52,8 @@ class Store(Protocol):
     def read(self, name: str) -> bytes | None:
         """The content of an object; None if there is none of that name."""
 
-    def download(self, name: str, target: Path) -> int:
-        """Copy an object into the local file `target`; returns the CRC32C of what came."""
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        """Within the block, a local file with the object's content: of a bucket a copy, compared with its CRC32C."""
 
     def upload(self, source: Path, name: str) -> StoredObject:
         """Write an object from a local file. An object of the same content may be there already.
@@ -110,16 +112,14 @@ class _Folder:
         except OSError as error:
             raise UserError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
 
-    def download(self, name: str, target: Path) -> int:
-        checksum = google_crc32c.Checksum()
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        path = self._folder / name
         try:
-            with (self._folder / name).open("rb") as source, target.open("wb") as copy:
-                while block := source.read(_BLOCK):
-                    checksum.update(block)
-                    copy.write(block)
+            path.open("rb").close()
         except OSError as error:
-            raise UserError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
-        return int.from_bytes(checksum.digest(), "big")
+            raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
+        yield path
 
     def upload(self, source: Path, name: str) -> StoredObject:
         target = self._folder / name
@@ -180,12 +180,12 @@ class _Bucket:
 
         return self._tried(name, content)
 
-    def download(self, name: str, target: Path) -> int:
-        def copy(once: dict[str, Any]) -> int:
-            self._blob(name).download_to_filename(str(target), checksum="crc32c", **once)
-            return crc32c_of(target)
-
-        return self._tried(name, copy)
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, Path(name).name))
+            self._tried(name, lambda once: self._blob(name).download_to_filename(path, checksum="crc32c", **once))
+            yield Path(path)
 
     def upload(self, source: Path, name: str) -> StoredObject:
         stored = StoredObject(name, source.stat().st_size, crc32c_of(source))
