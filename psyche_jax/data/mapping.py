@@ -21,6 +21,7 @@ from psyche_jax.data.records import (
     Question,
     RlPrompt,
     SftExample,
+    first_of,
     question_to_rl,
     question_to_sft,
 )
@@ -162,8 +163,7 @@ def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
             yield record
 
     def none() -> str:
-        first = f"; the first of {len(notes.set_aside)} faults: {notes.set_aside[0]}" if notes.set_aside else None
-        return f"{source}: no row gives a {config.record}{first or ': it holds no rows'}"
+        return f"{source}: no row gives a {config.record}{first_of(notes.set_aside) or ': it holds no rows'}"
 
     return write_import(target, records(), {"source": source, "import": config_to_dict(config)}, notes, none)
 

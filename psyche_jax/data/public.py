@@ -11,7 +11,7 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -20,7 +20,7 @@ import pydantic
 
 from psyche_jax.data.imports import Imported, Notes, write_import
 from psyche_jax.data.json_stream import PublishedValue, published_values
-from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question, Records, from_json
+from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question, Records, first_of, from_json
 from psyche_jax.data.text import clean_text, comparable, without_prefix
 from psyche_jax.errors import RowError
 from psyche_jax.storage.files import NO_TEXT
@@ -117,7 +117,8 @@ class _Talk:
 
 @dataclass(frozen=True)
 class _Item:
-    where: str
+    """What both publish of a choice question."""
+
     stem: str
     options: Mapping[str, str]
     answer: str
@@ -132,13 +133,12 @@ def cpsyexam_questions(place: Path, notes: Notes) -> Iterator[Question]:
 
     `meta["part"]` is what a question tests: `knowledge` or `analyse`.
     """
-    items = ((found.where, partial(_cpsyexam_item, found)) for found in published_values(place))
-    yield from _questions(items, "CPsyExam", notes)
+    yield from _questions(published_values(place), _cpsyexam_item, "CPsyExam", notes)
 
 
 def pceb_questions(place: Path, notes: Notes) -> Iterator[Question]:
     """The choice questions of PCEB: `cases/mix`, `moral` and `theory`, of any exam; a question on a case brings it."""
-    yield from _questions(_pceb_items(place), "PCEB", notes)
+    yield from _questions(_pceb_values(place), _pceb_item, "PCEB", notes)
 
 
 def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[tuple[Essay, ...], Counter[str]]:
@@ -231,11 +231,8 @@ def _none_usable(name: str, place: Path, notes: Notes) -> str:
     without_key = notes.faults[_NO_KEY]
     if without_key and without_key == len(notes.set_aside):
         why = f"none of its {without_key} questions has a key (as in CPsyExam's test split): there is nothing to import"
-    elif notes.set_aside:
-        why = f"holds nothing of {name}; the first of {len(notes.set_aside)} faults: {notes.set_aside[0]}"
-    else:
-        why = f"holds nothing of {name}"
-    return f"{place}: {why}"
+        return f"{place}: {why}"
+    return f"{place}: holds nothing of {name}{first_of(notes.set_aside)}"
 
 
 def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
@@ -257,7 +254,6 @@ def _cpsyexam_item(found: PublishedValue) -> _Item:
         value = {**value, "options": {letter: value[letter] for letter in string.ascii_uppercase if letter in value}}
     row = from_json(_Row, value)
     return _Item(
-        found.where,
         clean_text(row.question),
         _options(row),
         row.answer or "",
@@ -267,42 +263,48 @@ def _cpsyexam_item(found: PublishedValue) -> _Item:
     )
 
 
-def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str, notes: Notes) -> Iterator[Question]:
-    groups: dict[Any, list[tuple[_Item, Question]]] = {}
+def _questions(
+    values: Iterable[PublishedValue], make: Callable[[PublishedValue], _Item], source: str, notes: Notes
+) -> Iterator[Question]:
+    groups: dict[Any, list[tuple[str, Question]]] = {}
     seen: Counter[Any] = Counter()
-    for where, make in items:
+    for found in values:
+        # What is not of the format at all, and what is wrong with a question as published.
         try:
-            item = make()
+            item = make(found)
             seen[_content(item)] += 1
         except ValueError as error:
-            notes.leave_out(where, error, "not of this format")
+            notes.leave_out(found.where, error, "not of this format")
             continue
         letters = re.sub(r"[,，\s]", "", unicodedata.normalize("NFKC", item.answer)).upper()
-        found = list(_faults(item, letters))
-        notes.faults.update(found)
-        if fatal := [fault for fault in found if fault not in _MENDED]:
-            notes.set_aside.append(f"{item.where}: {fatal[0]}")
+        faults = list(_faults(item, letters))
+        notes.faults.update(faults)
+        if fatal := [fault for fault in faults if fault not in _MENDED]:
+            notes.set_aside.append(f"{found.where}: {fatal[0]}")
             continue
+
+        # The rest is mended: the key decides the kind, and the case comes before the question on it.
         kind: Kind = "multi" if item.kind == "multi" or len(letters) > 1 else "single"
+        key = "".join(sorted(set(letters)))
         stem = f"{item.case}\n{item.stem}" if item.case else item.stem
         meta = {"case": item.case, "question": item.stem} if item.case else {}
         meta |= {"part": item.part} if item.part else {}
         try:
-            question = Question(
-                stem, dict(item.options), "".join(sorted(set(letters))), kind, item.rationale, source, meta
-            )
+            question = Question(stem, dict(item.options), key, kind, item.rationale, source, meta)
         except ValueError as error:
-            notes.leave_out(item.where, error, "no question")
+            notes.leave_out(found.where, error, "no question")
             continue
-        groups.setdefault((_content(item), comparable(item.case)), []).append((item, question))
+        groups.setdefault((_content(item), comparable(item.case)), []).append((found.where, question))
+
+    # Of questions that ask the same the first is kept, and none where their keys differ.
     notes.faults["duplicate"] += sum(count - 1 for count in seen.values())
     for group in groups.values():
         keys = {frozenset(comparable(question.options[letter]) for letter in question.answer) for _, question in group}
         if len(keys) > 1:
             notes.faults["duplicates with conflicting keys"] += 1
-            notes.set_aside += [f"{item.where}: duplicates with conflicting keys" for item, _ in group]
+            notes.set_aside += [f"{where}: duplicates with conflicting keys" for where, _ in group]
             continue
-        notes.set_aside += [f"{item.where}: duplicate of {group[0][0].where}" for item, _ in group[1:]]
+        notes.set_aside += [f"{where}: duplicate of {group[0][0]}" for where, _ in group[1:]]
         yield group[0][1]
 
 
@@ -358,21 +360,21 @@ def _content(item: _Item) -> tuple[str, tuple[str, ...]]:
     return comparable(item.stem), tuple(sorted(filter(None, map(comparable, item.options.values()))))
 
 
-def _pceb_items(place: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
+def _pceb_values(place: Path) -> Iterator[PublishedValue]:
+    """PCEB's choice questions; each `value` is a question and, if it is on a case, that case."""
     for found in published_values(place):
-        folder = _folder_of(found.path)
-        if folder == "essay":
+        if _folder_of(found.path) == "essay":
             continue
         if not isinstance(found.value, Mapping) or "questions_and_answers" not in found.value:
-            yield found.where, partial(_pceb_item, found.where, found.value, folder)
+            yield replace(found, value=(found.value, None))
             continue
         pairs = found.value["questions_and_answers"]
         if not isinstance(pairs, list) or not pairs:
-            yield found.where, partial(_refuse, "questions_and_answers: is empty, or not a list")
+            fault = RowError("not of this format", "questions_and_answers is empty, or not a list")
+            yield replace(found, value=(fault, None))
             continue
         for inner, question in enumerate(pairs, start=1):
-            name = f"{found.where}.{inner}"
-            yield name, partial(_pceb_item, name, question, "mix", found.value)
+            yield replace(found, where=f"{found.where}.{inner}", value=(question, found.value))
 
 
 def _folder_of(path: Path) -> str:
@@ -380,18 +382,18 @@ def _folder_of(path: Path) -> str:
     return next((part for part in reversed(path.parts) if part in ("essay", "mix", "single", "multiple")), "")
 
 
-def _pceb_item(where: str, value: Any, folder: str, around: Any = None) -> _Item:
-    """A question of a file of one kind, or one on a case (`around`), whose kind is written before its stem."""
-    row = from_json(_Row, value)
-    kind = {"multiple": "multi", "single": "single"}.get(folder)
+def _pceb_item(found: PublishedValue) -> _Item:
+    """A question of a file of one kind, or one on a case, whose kind is written before its stem."""
+    question, case = found.value
+    row = from_json(_Row, question)
+    kind = {"multiple": "multi", "single": "single"}.get("" if case else _folder_of(found.path))
     return _Item(
-        where,
         without_prefix(clean_text(row.question)),
         _options(row),
         row.answer or "",
         kind or ("multi" if re.match(r"\s*多", row.question) else "single"),
         clean_text(row.analysis or "") or None,
-        "" if around is None else from_json(_Case, around).text,
+        from_json(_Case, case).text if case else "",
     )
 
 
@@ -406,7 +408,3 @@ def _options(row: _Row) -> dict[str, str]:
             raise ValueError(f"options: {letter} is null, not text")
         options[letter] = clean_text(text or "")
     return {letter: options[letter] for letter in sorted(options) if options[letter]}
-
-
-def _refuse(why: str) -> _Item:
-    raise ValueError(why)

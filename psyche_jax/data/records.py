@@ -169,9 +169,13 @@ def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any
         else:
             good.append(found)
     if not good:
-        first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
-        raise UserError(f"{location}: holds no usable record of {kind.__name__}{first_fault}")
+        raise UserError(f"{location}: holds no usable record of {kind.__name__}{first_of(set_aside)}")
     return Records(tuple(good), tuple(set_aside))
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """How a message on a source without good rows ends."""
+    return f"; the first of {len(faults)} faults: {faults[0]}" if faults else ""
 
 
 def checked(
