@@ -58,12 +58,9 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
         return
     unchecked = []
     for name, path in _files(source):
-        try:
-            yield from _READERS[path.suffix](name, path, reading.encoding)
-            if path.suffix == ".parquet" and not _has_page_checksums(path):
-                unchecked.append(name)
-        except OSError as error:
-            raise UserError(f"{name}: the data cannot be read ({error.strerror or first_reason(error)})") from None
+        yield from _READERS[path.suffix](name, path, reading.encoding)
+        if path.suffix == ".parquet" and not _has_page_checksums(path):
+            unchecked.append(name)
     if unchecked:
         which = unchecked[0] if len(unchecked) == 1 else f"{unchecked[0]} and {len(unchecked) - 1} more"
         print(f"{which}: has no page checksums, so damage can look like data (pyarrow: write_page_checksum=True)",
@@ -141,8 +138,6 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
                     number += 1
                     yield f"{name}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
         after = f" after row {number}" if number else ""
         raise UserError(f"{name}: is broken{after}, or no Parquet file ({first_reason(error)})") from None
 
