@@ -61,14 +61,14 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "decontaminate",
         _decontaminate,
-        "Take out of training data what a benchmark asks: exact and near twins, and questions on its cases.",
+        "Take out of training data what a benchmark asks: exact and near copies, and questions on its cases.",
         "psyche decontaminate --train data/cpsyexam --eval data/pceb --out data/clean",
     )
     verb.add_argument("--train", required=True, metavar="URI", help="a data set of records of any kind")
     verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
     verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
     verb.add_argument(
-        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near twin (default 0.3)"
+        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near copy (default 0.3)"
     )
     verb.add_argument("--json", action="store_true", help="print counts and examples as one JSON object")
 
