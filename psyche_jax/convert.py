@@ -22,16 +22,8 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
 from psyche_jax.storage import hub
-from psyche_jax.storage.files import (
-    Index,
-    all_finite,
-    as_path,
-    in_bucket,
-    new_folder,
-    read_json,
-    write_json,
-    write_text,
-)
+from psyche_jax.storage.arrays import Index, all_finite
+from psyche_jax.storage.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
 from psyche_jax.train.runs import read_state
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters

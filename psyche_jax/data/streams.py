@@ -52,7 +52,7 @@ def batches(
       parts: sizes and weights of what the items are a mixture of; each part is shuffled by itself and goes through
         epochs of its own. None: all are one.
       rows: which places of every batch are read: this host's.
-      prefetch: how many batches may stand ready.
+      prefetch: how many batches may be ready.
     """
     indices_of = batch_indices(parts or [(len(items), 1.0)], batch_size, seed, rows)
 

@@ -22,7 +22,8 @@ from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.model.template_trial import excess
-from psyche_jax.storage.files import Index, all_finite, blocks, in_bucket, read_ahead, read_json, write_json
+from psyche_jax.storage.arrays import Index, all_finite, blocks, read_ahead
+from psyche_jax.storage.files import in_bucket, read_json, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -249,6 +249,11 @@ def grammar(rule: AnswerSetRule) -> Grammar:
 OPEN, CLOSE = "<think>", "</think>"
 
 
+def with_thought(thought: str, answer: str) -> str:
+    """A response of thought and answer, as `split_thought` takes it apart."""
+    return f"{OPEN}{thought}{CLOSE}\n{answer}"
+
+
 def split_thought(text: str) -> tuple[str | None, str]:
     """Thought and answer of a response, without outer white space; None if there is no thought.
 

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from psyche_jax.config import RunSection
+from psyche_jax.storage.files import read_jsonl
 from psyche_jax.synth.config import (
     CallsSection,
     ControlSection,
@@ -162,4 +163,4 @@ def _solved(question: Mapping[str, Any], model: str) -> str:
 
 @cache
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [value for _, value in read_jsonl(path)]

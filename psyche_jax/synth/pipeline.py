@@ -17,6 +17,7 @@ from psyche_jax.data.records import Dialogue, Passage, Question
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.server import Names
 from psyche_jax.storage.files import write_text
+from psyche_jax.storage.locks import locked
 from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.clean import Cleaner
@@ -30,7 +31,6 @@ from psyche_jax.synth.stages import (
     digest,
     iterate,
     iterate_source,
-    locked,
     outcomes,
     source_place,
     stage_report,
@@ -89,6 +89,7 @@ class _Stage:
 def _open_workshop(config: SynthConfig | SelectConfig, verb: str) -> Iterator["_Workshop"]:
     """The folder of a run, locked, with its config written and its stores open."""
     prompts, folder = Prompts(config.prompts), Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         for left in folder.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)

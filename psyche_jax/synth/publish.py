@@ -13,9 +13,9 @@ from typing import Any
 import psyche_jax
 from psyche_jax.data.dataset import MANIFEST, open_dataset, write_dataset
 from psyche_jax.data.records import BaseRecord, Dialogue, Question, SftExample, question_to_rl, question_to_sft
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UserError
 from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.store import open_store
 from psyche_jax.synth.calls import Usage
 from psyche_jax.synth.stages import iterate
 

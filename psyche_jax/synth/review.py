@@ -21,9 +21,9 @@ from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
 from psyche_jax.data.records import Kind, Question, record_from_json, record_to_json
-from psyche_jax.errors import UserError
+from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.guard import HEADERS, LOOPBACK, listen
-from psyche_jax.storage.files import write_text
+from psyche_jax.storage.files import read_jsonl, write_text
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
 STORE = "review.sqlite"
@@ -153,18 +153,13 @@ class ReviewStore:
         Returns:
           How many were taken, and a line for each that was not: what is wrong with it, and where.
         """
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
         known = {(decision.item, decision.verdict, decision.who, decision.time) for decision in self.history()}
         taken = 0
         faults = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        for where, value in read_jsonl(path):
             try:
-                value = json.loads(line)
+                if isinstance(value, RowError):
+                    raise value
                 if value.get("decision") is None:
                     continue
                 given = {"who": who, **value["decision"], "item": value["question"]["id"], "number": 0}
@@ -176,11 +171,11 @@ class ReviewStore:
                 taken += 1
             except pydantic.ValidationError as error:
                 first = error.errors()[0]
-                faults.append(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                faults.append(f"{path}:{number}: is no decision ({error!r})")
+                faults.append(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                faults.append(f"{where}: is no decision ({error!r})")
             except UserError as error:
-                faults.append(f"{path}:{number}: {error}")
+                faults.append(f"{where}: {error}")
         return taken, faults
 
     def close(self) -> None:

@@ -8,17 +8,17 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from psyche_jax.data.dataset import is_dataset, open_dataset
-from psyche_jax.data.records import BaseRecord, Record, fault_of, record_from_json, record_to_json
+from psyche_jax.data.dataset import read_values
+from psyche_jax.data.records import BaseRecord, Record, checked, fault_of, record_to_json
 from psyche_jax.errors import UserError
 from psyche_jax.llm.reply import NoReplyError
-from psyche_jax.storage.files import new_folder, read_json, write_json
+from psyche_jax.storage.files import new_folder, read_json, read_jsonl, write_json
 from psyche_jax.synth.asking import Asker, SetAsideError
 
 Item = TypeVar("Item")
@@ -147,12 +147,10 @@ def digest(*parts: Any) -> str:
 
 def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
     """The records of a file that a stage wrote, one after the other."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield record_from_json(kind, line)
-            except ValueError:
-                raise UserError(f"{path}:{number}: was changed by hand; remove {path.parent} to make it anew") from None
+    for where, found in checked(kind, read_jsonl(path)):
+        if isinstance(found, ValueError):
+            raise UserError(f"{where}: was changed by hand; remove {path.parent} to make it anew")
+        yield found
 
 
 def source_place(location: str) -> str:
@@ -168,27 +166,8 @@ def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
     Raises:
       UserError: it cannot be read, or holds records of another kind.
     """
-    location = source_place(location)
-    if is_dataset(location):
-        dataset = open_dataset(location)
-        if dataset.manifest.kind != kind.__name__:
-            raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
-        yield from _read(kind, location, enumerate(dataset))
-        return
-    try:
-        with Path(location).open("rb") as file:
-            yield from _read(kind, location, enumerate(file, start=1))
-    except OSError as error:
-        raise UserError(f"{location}: the data cannot be read ({error.strerror})") from None
-
-
-def _read(kind: type[Record], location: str, contents: Iterable[tuple[int, bytes]]) -> Iterator[Record | str]:
-    for number, content in contents:
-        if content.strip():
-            try:
-                yield record_from_json(kind, content.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                yield f"{location}:{number}: {fault_of(error)}"
+    for where, found in checked(kind, read_values(kind, source_place(location))):
+        yield f"{where}: {fault_of(found)}" if isinstance(found, ValueError) else found
 
 
 def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:
@@ -240,21 +219,3 @@ class Progress:
             line += f"; last fault: {client.last_fault}" if client.last_fault else ""
         width = shutil.get_terminal_size().columns - 1
         return f"{line[:width]:<{width}}" if self._terminal else line
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process works in `folder`.
-
-    Raises:
-      UserError: another one does.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process works in it; wait for it, or choose another run.dir") from None
-        yield

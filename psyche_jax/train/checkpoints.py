@@ -36,6 +36,7 @@ from psyche_jax.model.huggingface import (
 )
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
+from psyche_jax.storage import buckets
 from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.train.run_changes import changes, differences, refused
 from psyche_jax.train.state import TrainState
@@ -124,7 +125,6 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-SAVE_SECONDS = 1200  # how long writing one in the background may take, with all that is tried again
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
@@ -197,7 +197,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS, post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(timeout_secs=buckets.SAVE_SECONDS, post_finalization_callback=self._seal),
         )
         self._saving: int | None = None
         try:

@@ -15,9 +15,18 @@ from typing import Any, Literal, TypeAlias
 import psyche_jax
 from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import UsageError, UserError, first_reason
+from psyche_jax.errors import RowError, UsageError, UserError, first_reason
 from psyche_jax.model.products import FLOAT32_PRECISION
-from psyche_jax.storage.files import GrowingFile, as_path, bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.storage.files import (
+    GrowingFile,
+    as_path,
+    bucket_errors,
+    in_bucket,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_text,
+)
 from psyche_jax.storage.locks import FILE as LOCK_FILE
 from psyche_jax.storage.locks import Lock, LostLockError, locked
 from psyche_jax.train import hosts
@@ -456,22 +465,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    *lines, rest = path.read_bytes().split(b"\n")  # not `splitlines`: U+2028 may stand within a string
-    lines += [rest] if rest else []
-    objects = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise UserError(
-                    f"{path}:{number}: is not JSON; the file was changed by hand; remove that line"
-                ) from None
-            continue
+    lines = list(read_jsonl(path))
+    if lines and isinstance(lines[-1][1], RowError):
+        lines.pop()
+    for where, value in lines:
         if not isinstance(value, dict):
-            raise UserError(f"{path}:{number}: is not a JSON object; the file was changed by hand; remove that line")
-        objects.append(value)
-    return objects
+            what = "JSON" if isinstance(value, RowError) else "a JSON object"
+            raise UserError(f"{where}: is not {what}; the file was changed by hand; remove that line")
+    return [value for _, value in lines]
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

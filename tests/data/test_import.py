@@ -23,8 +23,8 @@ from psyche_jax.config_files import parse_config
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.mapping import ImportConfig, import_rows, record_of
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_text
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.storage.store import open_store
 
 COLUMNS = {"question": "题目", "options": ["甲", "乙", "丙"], "answer": "答案"}
 RECORDS = {kind.__name__: kind for kind in (Question, Dialogue, SftExample, RlPrompt)}

@@ -9,9 +9,9 @@ import pytest
 
 from psyche_jax.cli import main
 from psyche_jax.data.dataset import load_records
-from psyche_jax.data.decontamination import clean_text, comparable
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays, load_smile
 from psyche_jax.data.records import Question
+from psyche_jax.data.text import clean_text, comparable
 from psyche_jax.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"

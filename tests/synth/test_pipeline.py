@@ -357,10 +357,10 @@ def test_a_budget_that_is_used_up_stops_and_goes_on(tmp_path, url):
 
 
 def test_two_processes_do_not_work_in_one_folder(made):
-    from psyche_jax.synth.stages import locked
+    from psyche_jax.storage.locks import locked
 
     config, _ = made
-    with locked(Path(config.run.dir)), pytest.raises(UserError, match="another process"):
+    with locked(Path(config.run.dir)), pytest.raises(UserError, match="another run is writing there"):
         run_synth(config)
 
 
