@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.script_modules import load_script
 
 from psyche_jax import cli
 from psyche_jax.serve.crisis import Risk
@@ -54,7 +55,8 @@ def test_the_measuring_script_counts(files):
     assert rows["active_ideation"][:2] == ["1", "1.000"]
     assert rows["passive_ideation"][:2] == ["1", "0.000"]
     errors = "- passive_ideation as none (): '今天好累'"
-    assert (errors in out) == (Post("", "", "2").half == 0), "errors of the second half are not shown"
+    half = load_script("measure_crisis").half_of(Post("", "", "2"))
+    assert (errors in out) == (half == 0), "errors of the second half are not shown"
     assert "- passive_ideation (does not want to live) d: '不想活了'" in out
     assert "- withheld: '你这是典型的抑郁症。'" in out
 
