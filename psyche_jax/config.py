@@ -309,8 +309,8 @@ class GrpoConfig(Section):
         return self.passes_per_step * self.prompts_per_step // self.prompts_per_update
 
 
-# What a run that goes on may have otherwise than before, by dotted keys (a section stands for all in it): where things
-# lie, how often something is saved, shown or measured, and how numbers are computed, not which ones: they stay the
+# What may change when a run resumes, by dotted keys (a section stands for all in it): where things
+# are, how often something is saved, shown or measured, and how numbers are computed, not which ones: they stay the
 # same but for rounding.
 EXECUTION_SETTINGS = (
     "run.dir",

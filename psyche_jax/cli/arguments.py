@@ -47,7 +47,7 @@ def check_at_least(name: str, value: int | None, least: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that is no 32-bit number."""
+    """Refuse a seed that is not a 32-bit number."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed must be from 0 to 4294967295, not {seed}")
 

@@ -44,7 +44,7 @@ def add_verbs(add: AddVerb) -> None:
     )
     what = "which column is what, where `import` reads JSONL, CSV, Parquet or a data set on the Hugging Face hub"
     add_config(verb, f"{what}; such as import", required=False)
-    verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it set aside, as JSON")
+    verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it skipped, as JSON")
     verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
     verb.add_argument(
         "--deadline", type=float, metavar="SECONDS", help="give up on a file in a bucket after that long (300)"
@@ -143,9 +143,9 @@ def _import(arguments: argparse.Namespace) -> None:
         raise
     print(f"{to}: {imported.manifest}")
     for line in imported.set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     mended = "; faults seen, mended ones among them" if arguments.format is not None else ""
-    print(f"{len(imported.set_aside)} set aside{mended}{':' if imported.faults else ''}")
+    print(f"{len(imported.set_aside)} skipped{mended}{':' if imported.faults else ''}")
     for fault, count in imported.faults.most_common():
         print(f"{count:8} {fault}")
     for remark in imported.remarks:
@@ -161,9 +161,9 @@ def _pack(arguments: argparse.Namespace) -> None:
     config = load_config(PackConfig, arguments.config, arguments.overrides)
     manifest, set_aside = pack(config)
     for line in set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     cut = f"; {manifest.packing.cut} cut" if manifest.packing is not None and manifest.packing.cut else ""
-    print(f"{config.out}: {manifest}; {len(set_aside)} set aside{cut}")
+    print(f"{config.out}: {manifest}; {len(set_aside)} skipped{cut}")
 
 
 def _decontaminate(arguments: argparse.Namespace) -> None:

@@ -97,7 +97,7 @@ def add_verbs(add: AddVerb) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="also write scores and answers to a JSON file; what was killed goes on from what is kept beside it",
+        help="also write scores and answers to a JSON file; one that was killed resumes from what is kept beside it",
     )
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
@@ -167,7 +167,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)
     for line in benchmark.set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     if arguments.train:
         from psyche_jax.evaluate.benchmarks import look_for_leaks
 
@@ -197,7 +197,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         against=arguments.against,
     )
     for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"]), "no_answer": evaluation["no_answer"]}
     if judges:
         summary["empathy"] = evaluation["empathy"]
@@ -282,7 +282,7 @@ def _safety(arguments: argparse.Namespace) -> None:
         arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone
     )
     for line in bad:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     print(json.dumps(measured, ensure_ascii=False) if arguments.json else "\n".join(safety_lines(measured)))
 
 

@@ -43,7 +43,7 @@ def add_verbs(add: AddVerb) -> None:
             default=[],
             action="extend",
             metavar="WHAT[,WHAT]",
-            help=f"go on with a run though this is otherwise than before: {', '.join(CHANGES)}; the run records it",
+            help=f"resume a run although this has changed: {', '.join(CHANGES)}; the run records it",
         )
 
     verb = add(

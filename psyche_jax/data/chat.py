@@ -113,7 +113,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
         said = _continued(content, opened)
         if said is None:
             if index == spoken[-1]:
-                raise UserError(f"the last turn does not go on from {opened!r}, with which the chat template begins it")
+                raise UserError(f"the last turn does not continue {opened!r}, with which the chat template begins it")
             continue
         if not before.startswith(done):
             tokens, mask, done = [], [], ""

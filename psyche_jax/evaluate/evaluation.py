@@ -219,7 +219,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{summary['dialogues']} replies to dialogues; no --judge was given, so they have no marks")
     # What is in no score must be seen, or the scores look better than they are.
     if summary["set_aside"]:
-        lines.append(f"{summary['set_aside']} records set aside")
+        lines.append(f"{summary['set_aside']} records skipped")
     if unanswered := summary.get("no_answer"):
         told = ", ".join(f"{count} {reason}" for reason, count in unanswered.items())
         lines.append(f"of these without an answer, which is not scored: {told}")

@@ -219,7 +219,7 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
 
 
 def unsound_tensors(parameters: Parameters, sharding: Sharding) -> list[str]:
-    """Names of the tensors, as in Hugging Face's files, that hold NaN or infinity; looked for where they lie."""
+    """Names of the tensors, as in Hugging Face's files, that hold NaN or infinity; looked for on their devices."""
     flat = traverse_util.flatten_dict(parameters, sep="/")
 
     @partial(jax.jit, out_shardings=sharding.named())
@@ -305,7 +305,7 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
-    """The start of a safetensors file: the length of a JSON object, and that object, which says where tensors lie."""
+    """The start of a safetensors file: the length of a JSON object, and that object, which says where tensors are."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -379,7 +379,7 @@ def _default_template(folder: Path, found: Any) -> str | None:
             raise UserError(f"{folder}: none of its chat templates ({names}) is called default; rename one")
         found = found["default"]
     if found is not None and not isinstance(found, str):
-        raise UserError(f"{folder}: the tokenizer's chat template is broken: it is no text; use Qwen2.5's")
+        raise UserError(f"{folder}: the tokenizer's chat template is broken: it is not text; use Qwen2.5's")
     return found
 
 

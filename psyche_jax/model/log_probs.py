@@ -92,7 +92,7 @@ def token_scores(
       hidden: [batch, sequence, width]; position t predicts `targets[:, t]`.
       targets: int32 [batch, sequence].
       temperature: the one that the tokens were sampled at.
-      chunk_tokens: how many positions' logits stand at once, over all rows; backward recomputes those of
+      chunk_tokens: how many positions' logits exist at once, over all rows; backward recomputes those of
         several chunks.
     """
     # Logits of all positions at once would be the largest array of the program: chunks of equal size instead.

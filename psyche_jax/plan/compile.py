@@ -1,4 +1,4 @@
-"""The real program compiled for a slice, and what lies in a chip's memory."""
+"""The real program compiled for a slice, and what is in a chip's memory."""
 
 import math
 import re
@@ -202,8 +202,8 @@ WITHIN_TEMPORARIES = ("gradients", "saved_activations", "kv_cache", "decoding_we
 
 
 def memory_by_kind(lowered: Lowered, config: PlanConfig, peak: int | None) -> dict[str, float | None]:
-    """GiB a chip. The arguments and `temporaries` add up to `peak`; the other kinds lie within the temporaries, and
-    not all at the same time (the cache and the decoding weights are gone when gradients stand)."""
+    """GiB a chip. The arguments and `temporaries` add up to `peak`; the other kinds are part of the temporaries, and
+    not all at the same time (the cache and the decoding weights are gone when there are gradients)."""
     kinds: dict[str, float | None] = {
         name: bytes_per_chip(lowered.arguments.get(name)) / GIB for name in ARGUMENTS if name in lowered.arguments
     }

@@ -313,7 +313,7 @@ def as_text(plan: Plan) -> str:
         "",
         f"{f'memory a {unit}':37}GiB",
     ]
-    # Memory: what lies there all the time, then what comes and goes within the program.
+    # Memory: what is there all the time, then what comes and goes within the program.
     for name in ARGUMENTS:
         if name in plan.memory_gib:
             lines.append(_gib_line(_LABELS[name], plan.memory_gib[name]))
@@ -321,7 +321,7 @@ def as_text(plan: Plan) -> str:
     for name in WITHIN_TEMPORARIES:
         if name in plan.memory_gib:
             lines.append(_gib_line(f"  {_LABELS[name]}*", plan.memory_gib[name]))
-    lines.append("  * by arithmetic; not all of them stand at the same time")
+    lines.append("  * by arithmetic; not all of them exist at the same time")
     # Collectives by place, and the three that move most. A program that does not fit has not been compiled to its end.
     if plan.fits:
         lines += ["", f"{'collectives':20}{'in program':>12}{'executed':>12}{'GiB':>10}{'weight-sized':>14}"]

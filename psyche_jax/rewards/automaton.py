@@ -163,14 +163,14 @@ def intersect(
 
 def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     """The same automaton over the bytes of UTF-8: [states, 256]. Bytes that are not valid UTF-8 lead to a
-    dead state, and an end amid a character is not accepted. Effects happen at a character's last byte.
+    dead state, and an end within a character is not accepted. Effects happen at a character's last byte.
 
     Raises TooLarge beyond `max_states`.
     """
     table, dead = with_dead_state(automaton.table)
     states = len(table.accept)
     # A transition as one number: the state in the low half, the effect in the high half. The extra symbol at
-    # the end (index -1) is for bytes that stand for no character.
+    # the end (index -1) is for bytes that are part of no character.
     packed = (table.effect.astype(np.int64) << 32) | table.next
     packed = np.concatenate([packed, np.full((states, 1), dead, np.int64)], axis=1)
 
@@ -187,7 +187,7 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     second_rows = np.full((5, 64), -1, np.int64)
     second_rows.flat[16 : len(second_of_4)] = second_of_4[16:]  # before: overlong; after: beyond U+10FFFF
 
-    # States amid a character: one for each different row of transitions on the bytes that may come next, whichever
+    # States within a character: one for each different row of transitions on the bytes that may come next, whichever
     # character they belong to.
     continuations: dict[bytes, int] = {}  # a row of 64 packed transitions → its state
     rows: list[Wide] = []
@@ -218,7 +218,7 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
         full[state, 0xE0:0xF0] = intern(one_left[last_of_3])[:-1]
         two_left = intern(one_left[third_rows])
         full[state, 0xF0:0xF5] = intern(two_left[second_rows])[:-1]
-    # States amid a character behind the old ones; a text that ends in one of them is not accepted.
+    # States within a character behind the old ones; a text that ends in one of them is not accepted.
     amid = np.full((len(rows), 256), dead, np.int64)
     if rows:
         amid[:, 0x80:0xC0] = np.stack(rows)

@@ -73,7 +73,7 @@ _NUMBER, _FIRST_NUMBER = f"(?:[0-9][.、)）]|[{_CIRCLED}])", "(?:1[.、)）]|�
 class Grammar:
     """Regular expressions, each for a whole text, under the flag DOTALL.
 
-    `statements`: pairs of what stands before an answer's first letter, and from that letter to the end of the text,
+    `statements`: pairs of what comes before an answer's first letter, and from that letter to the end of the text,
     where `bare` names a list of letters and `named` one of letters with their options' texts. `goes_on`: what before a
     letter makes it one more of an answer that has begun. `withdrawn`: what from the first letter on takes the answer
     back. `denied`: what ends with the first character of a marker that is none, as it is denied or another one's;
@@ -125,7 +125,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     def either(*expressions: str) -> str:
         return "(?:" + "|".join(e for e in expressions if e) + ")"
 
-    # What may stand around and between letters, widened by the forms that are on.
+    # What may come around and between letters, widened by the forms that are on.
     letters = "".join(spellings(rule))
     letter = f"({_any(letters)})"
     emphasis, openers = on("markdown", _EMPHASIS), on("brackets", _OPENERS)
@@ -144,7 +144,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     in_latex = on("boxed", f"(?:{_IN_LATEX})?")
     lead = either(f".*{markers}{link}*{in_latex}", on("markers", chooses))
 
-    # An option's own text, in which letters of options stand only in words and names.
+    # An option's own text, in which letters of options occur only in words and names.
     others = "".join(c for c in _LATIN if c not in letters)
     ends = "\r\n。！!？?错吗×✗✘❌" + on("boxed", "}$\\")
     word = f"{_any(letters)}*(?:{_any(others)}{_any(_LATIN)}*|{_any(letters)}{_any(_NAMES)})"
@@ -286,7 +286,7 @@ def pattern(text: str, rule: PatternRule) -> bool:
 def think_format(text: str) -> bool:
     """Whether the text is white space, `<think>`, a thought, `</think>`, an answer.
 
-    Each tag stands exactly once; thought and answer hold at least one character that is not white space
+    Each tag occurs exactly once; thought and answer hold at least one character that is not white space
     (`str.isspace`, so an ideographic space is white space and a zero-width space is not).
     """
     if text.count(OPEN) != 1 or text.count(CLOSE) != 1:
@@ -300,10 +300,10 @@ def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[s
     """The option letters that the text gives as its answer, as capitals; None if it gives none.
 
     Strictly (a rule without forms): the last marker (`答案：`, `答案:`) counts, by where it ends, even if nothing
-    follows it, and only if it stands after the last `</think>`. The answer is the rest of the marker's line. It is a
+    follows it, and only if it comes after the last `</think>`. The answer is the rest of the marker's line. It is a
     list of letters if it holds nothing but option letters and separators, and after the last letter also closers (a
-    full stop, a closing bracket or quote, `*`). Whatever else it holds makes it no list: then there are no letters,
-    rather than those that came first, so nothing is gained by hedging. Later lines do not matter.
+    full stop, a closing bracket or quote, `*`). With anything else in it, it is not a list: then there are no
+    letters, rather than those that came first, so nothing is gained by hedging. Later lines do not matter.
 
         答案：ABC  答案：A、C。  答案： A 和 C  **答案：Ｂ**     read: ABC, AC, AC, B
         答案：A\\n因为…                                        read: A (the line ends the list)
@@ -320,7 +320,7 @@ def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[s
 
 
 def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
-    """What the last statement gives: a letter that stands where `forms.grammar` lets an answer begin, and the rest."""
+    """What the last statement gives: a letter that comes where `forms.grammar` lets an answer begin, and the rest."""
     if rule.answer_after is not None:
         text = text[_end_of_last(text, rule.answer_after) :]
     if rule.answer_after == CLOSE and OPEN in text:

@@ -1,8 +1,8 @@
 """Regular expressions as automata over characters: the meaning of `re.fullmatch`, exactly.
 
 The pattern is validated by `re` itself, and what a single character matches (`\\w`, `[^，、]`, `.`, under the
-flags) is asked of `re` for every code point. Only what stands between is done here: sequence, choice, groups
-and repetition. Greed makes no difference to a full match. What is no regular language, or depends on the
+flags) is asked of `re` for every code point. Only what is between them is done here: sequence, choice, groups
+and repetition. Greed makes no difference to a full match. What is not a regular language, or depends on the
 order in which `re` tries, is refused with its place: look-around, back-references, conditions, atomic groups,
 possessive repetition, word boundaries. Anchors are allowed where a full match makes them true.
 """
@@ -42,7 +42,7 @@ Span = tuple[int, int]  # code points, the end not included
 
 @dataclass(frozen=True)
 class Characters:
-    """One character of a set; `captured` if it stands in a capturing group."""
+    """One character of a set; `captured` if it is in a capturing group."""
 
     spans: tuple[Span, ...]
     captured: bool = False
@@ -95,7 +95,7 @@ _ADVICE = "rules are automata and cannot do this; write the pattern without it"
 
 
 def refuse(pattern: str, place: int, what: str, advice: str = _ADVICE) -> NoReturn:
-    """Raises UsageError for what stands at index `place` of the pattern."""
+    """Raises UsageError for what is at index `place` of the pattern."""
     found = pattern[place : place + 8]
     raise UsageError(f"pattern {pattern!r}: {what} at position {place} ({found!r}): {advice}")
 
@@ -219,7 +219,7 @@ def parse(pattern: str, flags: int = 0) -> Node:
             warnings.simplefilter("ignore", FutureWarning)
             all_flags = re.compile(pattern, flags).flags
     except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise UsageError(f"pattern {pattern!r} is no regular expression: {error}; correct it") from error
+        raise UsageError(f"pattern {pattern!r} is not a regular expression: {error}; correct it") from error
     if flags & re.VERBOSE:
         raise UsageError(f"pattern {pattern!r}: the flag VERBOSE is not supported; write it without spaces")
     tree = _Parser(pattern).choice(all_flags)
@@ -228,7 +228,7 @@ def parse(pattern: str, flags: int = 0) -> Node:
 
 
 def _check_anchors(pattern: str, node: Node, *, first: bool, last: bool) -> None:
-    """Refuses an anchor that is not true in every full match. `first`: nothing stands before the node."""
+    """Refuses an anchor that is not true in every full match. `first`: nothing comes before the node."""
     if isinstance(node, Anchor):
         if not (first if node.text in (r"\A", "^") else last):
             side = "start" if node.text in (r"\A", "^") else "end"
@@ -350,7 +350,7 @@ def compile_pattern(pattern: str, flags: int = 0, max_states: int = MAX_STATES) 
 def compile_letters(
     pattern: str, bits: Mapping[str, int], flags: int = 0, max_states: int = MAX_STATES
 ) -> CharacterAutomaton:
-    """The automaton of `compile_pattern` which also reads letters: those of `bits` that stand in a capturing group (not
+    """The automaton of `compile_pattern` which also reads letters: those of `bits` in a capturing group (not
     a named one) have their bit or-ed into the register.
 
     A state is a set of positions, each with the bits that were read on the way there and not on every way here: they

@@ -32,7 +32,7 @@ MAX_TABLE_BYTES = 160 << 20
 
 
 def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None], opened: str = "") -> TokenAutomaton:
-    """The table of a rule, for responses that go on from the text `opened`.
+    """The table of a rule, for responses that continue the text `opened`.
 
     Raises UsageError if its automaton is too large, or nothing that the tokenizer can spell is worth anything.
     """

@@ -254,8 +254,8 @@ def score(
 ) -> tuple[Array, dict[str, Array]]:
     """The rewards of whole responses `tokens` int32 [N, T]; can be jitted, and traced inside any program.
 
-    A response ends at its first stop token, which counts as one of its tokens but is no text, or after
-    `lengths` int32 [N] tokens (T if None) if there is none before. What stands after that does not matter.
+    A response ends at its first stop token, which counts as one of its tokens but is not text, or after
+    `lengths` int32 [N] tokens (T if None) if there is none before. What comes after that does not matter.
     Arguments, results and errors are otherwise those of `finish`.
     """
     batch, steps = tokens.shape

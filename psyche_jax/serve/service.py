@@ -208,7 +208,7 @@ class Service:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
-        """A token as text, and its bytes (None for ids that are no text)."""
+        """A token as text, and its bytes (None for ids that are not text)."""
         own = self._bytes[token] if token < len(self._bytes) else None
         if own is None:
             return self.tokenizer.convert_ids_to_tokens(token) or "", None

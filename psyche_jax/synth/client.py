@@ -177,7 +177,7 @@ class Client:
         for name, spent in (("tokens", self.tokens), ("cost", self.cost)):
             limit = getattr(self._budget, name)
             if limit is not None and spent >= limit:
-                raise UserError(f"budget.{name} of {limit:g} is used up ({spent:g}); raise it and start again to go on")
+                raise UserError(f"budget.{name} of {limit:g} is used up ({spent:g}); raise it and start again")
 
 
 def _title(llm: LlmSection) -> str:

@@ -211,7 +211,7 @@ class Progress:
         files = [key for key in sorted(counts) if key.startswith(("out/", "published/"))]
         kept = ", ".join(f"{counts[key]} {key.partition('/')[2]}" for key in files)
         total = f"/{self._total}" if self._total is not None else ""
-        line = f"{self._name}: {counts['in']}{total} items; {kept or 'nothing'} kept, {set_aside.total()} set aside"
+        line = f"{self._name}: {counts['in']}{total} items; {kept or 'nothing'} kept, {set_aside.total()} skipped"
         if client := self._client:
             sent = client.sent - self._sent
             line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"

@@ -1,4 +1,4 @@
-"""Orbax checkpoints: parameters, optimizer state and what it takes to go on; and opening any kind of model.
+"""Orbax checkpoints: parameters, optimizer state and what it takes to resume; and opening any kind of model.
 
 A checkpoint folder holds `tokenizer/` and one folder a step with `parameters`, `optimizer` (absent from imported
 models) and `metadata`; each of them has its checksums.
@@ -218,7 +218,7 @@ class Checkpoints:
         return self._manager.is_saving_in_progress()
 
     def save(self, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
-        """Save after `step` steps. Returns when `state` may be changed; writing goes on in the background.
+        """Save after `step` steps. Returns when `state` may be changed; writing continues in the background.
 
         Raises:
           UserError: this one, or the one before, cannot be written.
@@ -270,11 +270,11 @@ class Checkpoints:
         except UserError as error:
             if error.details:
                 raise
-            raise UserError(f"{error}; remove this folder to go on from the one before it") from None
+            raise UserError(f"{error}; remove this folder to resume from the one before it") from None
         except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(
                 f"{folder}: the checkpoint is broken: {first_reason(error)}; "
-                "remove this folder to go on from the one before it"
+                "remove this folder to resume from the one before it"
             ) from None
         place = abstract.step.sharding
         return TrainState(jax.device_put(jnp.int32(step), place), restored["parameters"], restored["optimizer"])
@@ -340,7 +340,7 @@ class EverySoOften:
 
 
 def checkpoint_metadata(model: ModelConfig, prompt: PromptSection | None, **more: Any) -> dict[str, Any]:
-    """What stands in a checkpoint beside arrays."""
+    """What a checkpoint holds beside arrays."""
     prompt_values = None if prompt is None else config_to_dict(prompt)
     return {"model": dataclasses.asdict(model), "prompt": prompt_values, **more}
 

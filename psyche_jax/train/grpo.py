@@ -330,7 +330,7 @@ class Iteration:
             share_prompt,
         )
         scores = token_scores(model, hidden, experience.tokens, self.execution, self.config.temperature)
-        # What stands after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
+        # What comes after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
         return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
     def _updates(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:

@@ -64,12 +64,12 @@ class Prompt:
 
 
 def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
-    """Run GRPO as `config` says, or go on with it; see `psyche grpo --help`.
+    """Run GRPO as `config` says, or resume it; see `psyche grpo --help`.
 
     Args:
       config: the run.
       profile_steps: how many to trace.
-      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
+      accepted: what may have changed, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data, a rule or the run folder cannot be used.
@@ -168,7 +168,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             headline=("reward", "evaluation_reward", "kl", "completions/mean_length"),
             flops=partial(step_flops, model, config),
             memory_settings="set model.remat=full, a smaller micro_batch_prompts, more rollout_waves or more devices "
-            "(all of which a run that goes on may change), or a smaller max_new_tokens or data.max_prompt_length",
+            "(all of which may change when a run resumes), or a smaller max_new_tokens or data.max_prompt_length",
             profile_steps=profile_steps,
         ) as this:
             if this.finished():

@@ -103,7 +103,7 @@ def check_memory(program: jax.stages.Compiled, settings: str) -> None:
     meets the shape. Where devices do not say how much memory they have (CPUs), nothing can be compared.
 
     Args:
-      program: compiled; its arguments lie on the devices already.
+      program: compiled; its arguments are on the devices already.
       settings: what to set otherwise.
 
     Raises:
@@ -120,7 +120,7 @@ def check_memory(program: jax.stages.Compiled, settings: str) -> None:
         free = known["bytes_limit"] - known.get("bytes_in_use", 0)
         if wanted > free:
             raise UserError(
-                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB beside what lies on {device}, which "
+                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB beside what is on {device}, which "
                 f"has {free / _GIB:.2f} GiB left; {settings}"
             )
 
@@ -143,7 +143,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
     """What SFT and GRPO do alike around their steps: resume, measure, log, save, and stop when told to.
 
     ```
-    with Training(...) as this:  # goes on with the run from its last checkpoint, or begins it
+    with Training(...) as this:  # resumes the run from its last checkpoint, or begins it
         if this.finished():
             return
         state = this.begin(initial, abstract, lower_largest)
@@ -237,7 +237,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         abstract: TrainState,
         lower_largest: Callable[[TrainState], Iterable[Any]] = lambda _: (),
     ) -> TrainState:
-        """The state to go on from: the last checkpoint's, or `initial()`.
+        """The state to start from: the last checkpoint's, or `initial()`.
 
         Args:
           initial: makes the state of step 0.
@@ -249,7 +249,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         else:
             places = jax.tree.map(lambda x: x.sharding, abstract)
             state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
-            _say(f"{self.name}: going on after step {self.first}")
+            _say(f"{self.name}: resuming after step {self.first}")
         if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
             self.run.write_state("running", self.first, **self._evaluations.best_so_far())
         for lowered in lower_largest(state):
@@ -308,7 +308,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         if self._evaluations.due(step):
             try:
                 metrics |= self._evaluations.measure(step, state)
-            except StoppedError:  # it is made up for when the run goes on
+            except StoppedError:  # it is made up for when the run resumes
                 stopped_in_evaluation = True
         self.run.log_metrics(step, metrics)
         self._progress.update(step, metrics)
@@ -336,7 +336,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
 
 
 def _preempted(stop: Stop, step: int) -> PreemptedError:
-    return PreemptedError(f"stopped by {stop} after step {step}; start the same command again to go on")
+    return PreemptedError(f"stopped by {stop} after step {step}; start the same command again to resume")
 
 
 class _Evaluations:
@@ -386,7 +386,7 @@ class _Evaluations:
     def _compare(self, value: Any, step: int) -> None:
         """`value` may come of a file that was changed by hand."""
         assert self._evaluation is not None
-        if step == 0 or not isinstance(value, int | float) or not math.isfinite(value):  # at 0 is no checkpoint
+        if step == 0 or not isinstance(value, int | float) or not math.isfinite(value):  # there is no checkpoint at 0
             return
         if self._best is None or (
             value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]
@@ -428,7 +428,7 @@ class _Profile:
 
     def __init__(self, folder: Path, first: int, steps: int) -> None:
         self._folder, self._first, self._last, self._steps = folder, first, first + steps - 1, steps
-        self._traced: Path | None = None  # while it goes on: where to
+        self._traced: Path | None = None  # while tracing: where to
 
     def before(self, step: int) -> None:
         if self._steps and step == self._first:

@@ -41,7 +41,7 @@ class Trackers:
     Args:
       logging: the section of the config.
       folder: the run's.
-      run_id: what W&B knows the run by: another for every run, the same when it goes on.
+      run_id: what W&B knows the run by: another for every run, the same when it resumes.
 
     Raises:
       UserError: one is not installed, or does not work with such a folder.
@@ -87,7 +87,7 @@ class Trackers:
         except Exception as error:  # a library's, a server's, a disk's
             self._trackers.pop(name, None)
             print(
-                f"{name}: {first_reason(error)}; the run goes on without it (all is in metrics.jsonl)",
+                f"{name}: {first_reason(error)}; the run continues without it (all is in metrics.jsonl)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -126,7 +126,7 @@ _FLUSH_SECONDS = 30.0
 
 
 class PreemptedError(UserError):
-    """The run was told to stop, has saved where it was, and goes on when started again."""
+    """The run was told to stop, has saved where it was, and resumes when started again."""
 
 
 class Run:
@@ -136,7 +136,7 @@ class Run:
     minute, before each checkpoint and at the end.
 
     `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `best`: the best of them by
-    then, with its value, if there was one; `accepted`: what may be otherwise than before, see `open_run`;
+    then, with its value, if there was one; `accepted`: what may have changed, see `open_run`;
     `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
 
@@ -157,7 +157,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints lie."""
+        """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
     def continue_from(self, step: int) -> None:
@@ -217,7 +217,7 @@ class Run:
         """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
         step = _known_state(self.folder).get("step", 0)
         reason = f"quit by Ctrl-C; what was done after step {step} is not saved"
-        print(f"{self.folder}: {reason}; start the same command again to go on", file=sys.stderr, flush=True)
+        print(f"{self.folder}: {reason}; start the same command again to resume", file=sys.stderr, flush=True)
         with suppress(UserError, OSError):
             self.write_state("preempted", step, reason)
 
@@ -251,7 +251,7 @@ def _identity(folder: Path) -> dict[str, str]:
     place = str(folder) if in_bucket(folder) else os.path.realpath(folder)
     run_id, former = state.get("run_id"), state.get("folder")
     if isinstance(former, str) and former != place:
-        with suppress(OSError, UserError), bucket_errors(as_path(former)):  # what cannot be read is no original
+        with suppress(OSError, UserError), bucket_errors(as_path(former)):  # what cannot be read is not the original
             original = as_path(former)
             same = not in_bucket(former) and not in_bucket(folder) and original.samefile(folder)
             if not same and read_state(original).get("run_id") == run_id:
@@ -272,7 +272,7 @@ def open_run(
     contents: Contents | None = None,
     accepted: Collection[str] = (),
 ) -> Iterator[Run]:
-    """Start the run `folder`, or go on with it if it holds a run of the same config, trained on the same.
+    """Start the run `folder`, or resume it if it holds a run of the same config, trained on the same.
 
     What `config.EXECUTION_SETTINGS` names may differ from before; the config on disk is then the new one.
 
@@ -284,7 +284,7 @@ def open_run(
       config: its config, plain values.
       logging: where metrics go.
       contents: hashes of what it is trained on.
-      accepted: what may be otherwise, of `run_changes.CHANGES`; what then is, is written into `state.json`.
+      accepted: what may have changed, of `run_changes.CHANGES`; what has is written into `state.json`.
 
     Raises:
       UserError: the folder holds something else, or a run of another config (each difference is named).
@@ -315,7 +315,7 @@ def open_run(
         # Changes that were accepted are recorded for good: a report, and a later start, can tell.
         if found:
             lines = [line for lines in found.values() for line in lines]
-            _say(f"{folder}: goes on with changes that were accepted: {'; '.join(lines)}")
+            _say(f"{folder}: resumes with changes that were accepted: {'; '.join(lines)}")
             entry = {"step": run.saved or 0, "kinds": sorted(found), "changes": lines, "time": time.time()}
             extra["accepted"] = [*old.get("accepted", []), entry]
         entries = extra.get("accepted", old.get("accepted", []))

@@ -53,7 +53,7 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
       model, mesh: sections of the config.
       longest: how many tokens the longest sequence may have.
       longest_name: the keys of the config that say so.
-      run: the run's folder; one that goes on keeps the stop tokens that it began with.
+      run: the run's folder; one that resumes keeps the stop tokens it began with.
 
     Raises:
       UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
@@ -139,7 +139,7 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
 
 
 def report(run: Run, warning: str, lines: Sequence[str]) -> None:
-    """Give a warning, if there is one, and name each record that was set aside: the first ones on stderr, all of them
+    """Give a warning, if there is one, and name each record that was skipped: the first ones on stderr, all of them
     in the run's folder."""
     if not run.writes:
         return
@@ -149,5 +149,5 @@ def report(run: Run, warning: str, lines: Sequence[str]) -> None:
         return
     write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:
-        print(f"set aside: {line}", file=sys.stderr)
-    print(f"{len(lines)} records set aside; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
+    print(f"{len(lines)} records skipped; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)

@@ -101,7 +101,7 @@ def tokenized(
 ) -> tuple[list[TokenizedExample], list[str]]:
     """All examples of a JSONL file or data set that the chat template can render and that are short enough.
 
-    Beside them a line for each record that is set aside.
+    Beside them a line for each record that is skipped.
 
     To `digest`, a hash of hashlib's, the turns of those examples are added.
 
@@ -233,12 +233,12 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
 
 
 def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
-    """Run SFT as `config` says, or go on with it; see `psyche sft --help`.
+    """Run SFT as `config` says, or resume it; see `psyche sft --help`.
 
     Args:
       config: the run.
       profile_steps: how many to trace.
-      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
+      accepted: what may have changed, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data or the run folder cannot be used.

@@ -140,7 +140,7 @@ def step_folders(root: Path, items: Sequence[str] = ("parameters",)) -> tuple[li
 def what_is_missing(folder: Path, items: Sequence[str] = ("parameters",)) -> str:
     """Why a folder that is named as a step was not saved whole as that step; empty if it was.
 
-    A checkpoint that is whole and was damaged later is no matter of this: what reads it says so.
+    A checkpoint that is whole and was damaged later is not noticed here: what reads it says so.
     """
     for item in items:
         if not (folder / item).is_dir():
@@ -191,7 +191,7 @@ def set_aside_look_alikes(root: Path, saved: int | None) -> None:
             elif (path / _MARK).is_file():
                 (path / _MARK).unlink()
                 print(f"{path}: not a whole checkpoint ({missing}); its {_MARK} is removed", file=sys.stderr)
-        hosts.wait_for_all("set aside what is no checkpoint")
+        hosts.wait_for_all("renamed what is not a checkpoint")
 
 
 def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:

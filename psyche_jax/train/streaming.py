@@ -78,7 +78,7 @@ class _StreamHandler(type_handlers.TypeHandler):
                 dtype=value.dtype,
                 process_index=0,
             )
-            # The dtype stands in the spec only from Orbax 0.12.5 on.
+            # The dtype is in the spec only from Orbax 0.12.5 on.
             store = ts.open(spec, dtype=value.dtype, create=True, open=True, context=info.ts_context).result()
             writing = None
             try:

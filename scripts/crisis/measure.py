@@ -40,7 +40,7 @@ def main() -> None:
     if not arguments.posts:
         report("those written after the rules", measure.own_sentences("after"), learned)
     for line in bad:
-        print(f"set aside: {line}")
+        print(f"skipped: {line}")
     if arguments.errors:
         show_errors([post for post in posts if half_of(post) == 0], learned)
     if arguments.dialogues:

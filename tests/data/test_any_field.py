@@ -234,7 +234,7 @@ def test_the_command_on_a_file_of_such_rows(tmp_path, capsys):
     command = ["data", "import", str(tmp_path / "a.json"), str(tmp_path / "out"), "--format", "cpsyexam"]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert f"{len(OTHERS)} set aside" in out
+    assert f"{len(OTHERS)} skipped" in out
     assert "1 records of Question" in out
-    assert err.count("set aside: ") == len(OTHERS) and "Traceback" not in err
+    assert err.count("skipped: ") == len(OTHERS) and "Traceback" not in err
     assert "None" not in err

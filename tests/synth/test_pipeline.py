@@ -312,7 +312,7 @@ def test_export_and_import_of_reviews(tmp_path, capsys):
     file.write_text(text + "no JSON\n", encoding="utf-8")
     assert cli.main(["review", str(tmp_path), "--import", str(file), "--who", "我"]) == 0
     out, err = capsys.readouterr()
-    assert "2 decisions taken, 2 set aside" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    assert "2 decisions taken, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
     found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
     assert found == [("accept", "远方"), ("edit", "我"), None, None]
     store.export(file)

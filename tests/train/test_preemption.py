@@ -90,7 +90,7 @@ def stopped(folder, call):
         toy_training(folder, signal_at(call))
     step = state_of(folder)["step"]
     assert state_of(folder)["status"] == "preempted"
-    assert str(error.value) == f"stopped by SIGTERM after step {step}; start the same command again to go on"
+    assert str(error.value) == f"stopped by SIGTERM after step {step}; start the same command again to resume"
     assert all("distance" not in line for line in metrics_of(folder) if line["step"] == step)
     return step
 
@@ -221,7 +221,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_is_busy(presses, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to go on" in said
+    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to resume" in said
     assert "Traceback" not in said
     assert (state_of(tmp_path / "run")["status"], state_of(tmp_path / "run")["step"]) == ("preempted", 3)
     assert not list((tmp_path / "run").glob("*.partial"))

@@ -248,7 +248,7 @@ def test_records_that_do_not_fit_are_set_aside_by_name(root, capsys):
     assert len(lines) == 2
     assert f"{root / 'sft.jsonl'}:21: not JSON" in lines[0]
     assert "over data.max_length 96" in lines[1]
-    assert "2 records set aside" in capsys.readouterr().err
+    assert "2 records skipped" in capsys.readouterr().err
     assert state_of(root / "run")["status"] == "done"
 
 
