@@ -190,7 +190,7 @@ def psyche(*arguments: str) -> None:
     """Run a verb of `psyche`; where it was stopped before, it goes on."""
     code = subprocess.run([sys.executable, "-m", "psyche_jax.cli", *arguments], cwd=REPOSITORY).returncode
     if code:
-        raise UserError(f"psyche {arguments[0]} ended with exit code {code}; start this again to go on")
+        raise UserError(f"psyche {arguments[0]} ended with exit code {code}; start this again to resume")
 
 
 def run_done(run: Path) -> bool:
