@@ -90,7 +90,8 @@ def batch_indices(
 def _turns(weights: Sequence[float]) -> tuple[list[int], list[int]]:
     """Which part comes at each place of a period, and how often it came before in it; shares are exact to 0.1 %.
 
-    The part that is furthest behind its share comes next (smooth weighted round-robin).
+    The part that is furthest behind its share comes next (smooth weighted round-robin). `grain.MapDataset.mix` has
+    another order, in which a run that was begun with this one could not resume.
     """
     counts = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
     counts = [count // math.gcd(*counts) for count in counts]

@@ -313,7 +313,8 @@ def _of_another_run(folder: Path, found: Sequence[str]) -> UserError:
 
 @dataclass(frozen=True)
 class _ThatStep:
-    """Orbax's policy to preserve the step that a function gives."""
+    """Orbax's policy to preserve the step that a function gives: its BestN wants the metrics with every save, and ours
+    may be measured in some steps alone, or anew when a run resumes."""
 
     step: Callable[[], int | None]
 

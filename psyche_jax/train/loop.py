@@ -48,7 +48,11 @@ def count_compilations() -> Iterator[list[float]]:
 
 
 class Pace:
-    """Says after which steps a checkpoint is due. Measures by a clock that nobody sets."""
+    """Says after which steps a checkpoint is due. Measures by a clock that nobody sets.
+
+    Orbax's ContinuousCheckpointingPolicy goes by the wall clock, and saves when so much work could have been lost
+    already, not before another step makes it so much.
+    """
 
     def __init__(self, section: CheckpointSection, clock: Callable[[], float] = time.monotonic) -> None:
         self._section = section
