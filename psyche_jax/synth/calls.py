@@ -1,10 +1,11 @@
 """The store of calls: every request before it is sent, every reply before it is used, keyed by content (SQLite)."""
 
+import asyncio
 import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -71,7 +72,7 @@ class Usage:
 
 
 class CallStore:
-    """Each write is there before the method returns, and survives a killed process.
+    """Requests and replies are there before a method returns, and survive a killed process.
 
     (WAL without a sync at each commit: a crash of the machine may lose the last ones, never the file. No thread: it
     would fight for the interpreter with what it serves. And not lines of JSON, as `evaluate/answers.py` writes: of
@@ -87,6 +88,8 @@ class CallStore:
             self._database.execute(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: is no store of calls ({error}); move it away") from None
+        self._waiting: list[tuple[str, tuple[Any, ...]]] = []
+        self._writing: asyncio.Task[None] | None = None
 
     def find(self, key: str) -> Reply | None:
         """The stored reply to the call `key`."""
@@ -99,17 +102,17 @@ class CallStore:
         text, finish, asked, said = row
         return Reply(text, finish=finish, prompt_tokens=asked, completion_tokens=said, stored=True)
 
-    def opened(self, call: Call) -> None:
+    async def opened(self, call: Call) -> None:
         """Write the request; one that is there without a reply was in flight when a run ended, and is counted."""
-        self._write(
+        await self._written(
             "INSERT INTO calls (key, llm, model, prompt, request, asked) VALUES (?, ?, ?, ?, ?, ?) "
             "ON CONFLICT (key) DO UPDATE SET repeated = repeated + 1",
             *(call.key, call.llm, call.model, call.prompt, call.request, time.time()),
         )
 
-    def answered(self, key: str, reply: Reply) -> None:
+    async def answered(self, key: str, reply: Reply) -> None:
         """Write the reply; its tokens are added to those of one that was forgotten."""
-        self._write(
+        await self._written(
             "UPDATE calls SET text = ?, finish = ?, prompt_tokens = COALESCE(prompt_tokens, 0) + ?, "
             "completion_tokens = COALESCE(completion_tokens, 0) + ?, received = ? WHERE key = ?",
             *(reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens, time.time(), key),
@@ -117,7 +120,7 @@ class CallStore:
 
     def forget(self, key: str) -> None:
         """The call will be asked again; what it cost stays counted."""
-        self._write("UPDATE calls SET received = NULL WHERE key = ?", key)
+        self._write([("UPDATE calls SET received = NULL WHERE key = ?", (key,))])
 
     def usage(self) -> list[Usage]:
         """Calls that had a reply and their tokens, by LLM and prompt."""
@@ -128,11 +131,27 @@ class CallStore:
         return [Usage(*row) for row in rows]
 
     def close(self) -> None:
-        """Close the file."""
+        """Write what waits, and close the file."""
+        if self._waiting:  # the event loop was ended before their turn
+            self._write(self._waiting)
         self._database.close()
 
-    def _write(self, sql: str, *values: Any) -> None:
+    async def _written(self, sql: str, *values: Any) -> None:
+        """Wait until it is written; all of one turn of the event loop are one transaction, which is cheaper by half."""
+        self._waiting.append((sql, values))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_waiting())
+        await asyncio.shield(self._writing)
+
+    async def _write_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        self._write(waiting)
+
+    def _write(self, statements: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
         try:
-            self._database.execute(sql, values)
+            with self._database:  # which commits, or takes back what was written before a fault
+                self._database.execute("BEGIN IMMEDIATE")
+                for sql, values in statements:
+                    self._database.execute(sql, values)
         except (sqlite3.Error, OverflowError, ValueError) as error:  # a full disk, half of a surrogate pair
             raise UserError(f"{self._path}: cannot be written ({error})") from None

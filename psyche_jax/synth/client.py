@@ -139,7 +139,7 @@ class Client:
         async with self._slots:
             self._check_budget()
             self._check_running()
-            self._store.opened(call)
+            await self._store.opened(call)
             try:
                 reply = _counted(call, await ask_patiently(once, self._patience, pace, on_fault))
             except NoReplyError as error:
@@ -147,7 +147,7 @@ class Client:
             asked, said = reply.prompt_tokens or 0, reply.completion_tokens or 0
             self._spend(llm.name, asked, said)
             pace.spend(asked + said)
-            self._store.answered(call.key, reply)
+            await self._store.answered(call.key, reply)
         return reply
 
     def _refused(self, llm: LlmSection, error: NoReplyError) -> Reply:

@@ -178,16 +178,20 @@ def test_counts_that_no_store_can_hold_are_taken_for_unknown(ask, count):
     assert client.tokens == 4
 
 
-def test_what_the_store_cannot_write_is_said_and_it_goes_on(tmp_path):
-    store = CallStore(tmp_path / "calls.sqlite")
-    asked = Call("llm", "m", "p@1", tuple(user("问")), ())
-    store.opened(asked)
-    for text, count in (("好", 10**30), ("\ud800", 1)):
-        with pytest.raises(UserError, match="cannot be written"):
-            store.answered(asked.key, Reply(text, finish="stop", prompt_tokens=count, completion_tokens=1))
-    store.answered(asked.key, Reply("好", finish="stop", prompt_tokens=1, completion_tokens=1))
-    assert store.find(asked.key).text == "好"
-    store.close()
+@pytest.mark.parametrize(("text", "count"), [("好", 10**30), ("\ud800", 1)])
+def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path, text, count):
+    async def work():
+        store = CallStore(tmp_path / "calls.sqlite")
+        asked = Call("llm", "m", "p@1", tuple(user("问")), ())
+        bad = Reply(text, finish="stop", prompt_tokens=count, completion_tokens=1)
+        async with asyncio.timeout(5):
+            waiting = [store.opened(asked), store.answered(asked.key, bad), store.opened(asked)]
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+            assert [type(one) for one in found] == [UserError] * 3 and "cannot be written" in str(found[0])
+            await store.opened(asked)  # it goes on
+        store.close()
+
+    asyncio.run(work())
 
 
 @pytest.mark.parametrize("finish", ["error", "insufficient_system_resource"])
