@@ -309,9 +309,8 @@ class GrpoConfig(Section):
         return self.passes_per_step * self.prompts_per_step // self.prompts_per_update
 
 
-# What may change when a run resumes, by dotted keys (a section stands for all in it): where things
-# are, how often something is saved, shown or measured, and how numbers are computed, not which ones: they stay the
-# same but for rounding.
+# What may change when a run resumes, by dotted keys (a section stands for all in it): where things are, how often
+# something is saved, shown or measured, and how numbers are computed: results stay the same up to rounding.
 EXECUTION_SETTINGS = (
     "run.dir",
     "model.architecture",

@@ -39,8 +39,8 @@ from psyche_jax.train.state import TrainState, initial_state, make_optimizer, ma
 class Workload:
     """A jitted program and how to call it again and again.
 
-    `arguments(carry, step)` are the program's in step `step`; `split(result)` are the next carry and what a step
-    reports (scalars by name).
+    `arguments(carry, step)` gives the program's arguments in step `step`; `split(result)` the next carry and what the
+    step reports (scalars by name).
     """
 
     program: Any
@@ -239,7 +239,7 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
 
 
 def as_text(outcome: dict[str, Any]) -> str:
-    """An outcome for people."""
+    """An outcome as readable text."""
     lines = [
         f"{outcome['what']} on {outcome['devices']} × {outcome['device']}: "
         + ", ".join(f"{name} {value}" for name, value in outcome["shape"].items()),

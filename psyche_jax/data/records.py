@@ -154,7 +154,7 @@ def read_records(kind: type[Record], path: Path) -> Records[Record]:
 
 
 def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any]]) -> Records[Record]:
-    """All records of a location, from its values with their places.
+    """All records of a location, from (place, value) pairs.
 
     Raises:
       UserError: it holds no good record, or bytes that are no text.
@@ -181,7 +181,7 @@ def first_of(faults: Sequence[str]) -> str:
 def checked(
     kind: type[Record], values: Iterable[tuple[str, Any]]
 ) -> Iterator[tuple[str, Record] | tuple[str, ValueError]]:
-    """The records of values, as `read_jsonl` gives them with their places; what is wrong in place of what is none."""
+    """The records of values, as `read_jsonl` gives them with their places; a `ValueError` in place of each value that is not a record."""
     for where, value in values:
         try:
             yield where, record_of_json(kind, value)

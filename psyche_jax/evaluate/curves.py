@@ -103,7 +103,10 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
     return (
         # Does it learn, and has it still something to learn from?
         Metric(
-            "Reward", "mean reward", (("reward", "total"), *rules), about="The total weighs the rules; they do not."
+            "Reward",
+            "mean reward",
+            (("reward", "total"), *rules),
+            about="The total is weighted; the curves of single rules are not.",
         ),
         Metric("Spread of reward in a group", "standard deviation", (("reward_std", "mean over groups"),)),
         Metric(
@@ -175,7 +178,7 @@ def charts(metrics: Sequence[Metric], runs: Sequence[tuple[str, Sequence[dict[st
 
 
 def moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` (odd) points, or those of them that exist; what is not finite is left out."""
+    """Centred mean over `window` (odd) points, fewer at the ends; values that are not finite are left out."""
     array = np.asarray(values, float)
     finite = np.isfinite(array)
     half = window // 2

@@ -174,12 +174,6 @@ def compile_rules(
     return CompiledRules(tables, tuple(rules), stops)
 
 
-def completion_mask(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
-    """bool [N, T]: True up to and including the first stop token of `tokens` [N, T], or all True."""
-    stop = _is_stop(tokens, stop_token_ids).astype(jnp.int32)
-    return jnp.cumsum(stop, axis=1) - stop == 0
-
-
 def _is_stop(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
     return jnp.isin(tokens, jnp.asarray(stop_token_ids, tokens.dtype))
 

@@ -45,7 +45,7 @@ Item = TypeVar("Item")
 
 
 def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, Any]:
-    """All stages, or one whose predecessors are there. What is done and unchanged is not done again.
+    """All stages, or one whose predecessors are there. Stages that are complete and unchanged are skipped.
 
     Returns:
       The reports of the stages by name.
@@ -75,7 +75,7 @@ def run_select(config: SelectConfig) -> dict[str, Any]:
 class _Stage:
     """What a stage depends on, the files it writes, and `run`, which gives the outcomes in the order of its items.
 
-    `after` is called with its folder, also where that was there already.
+    `after` is called with its folder, even if the stage was already complete.
     """
 
     depends_on: tuple[Any, ...]
@@ -145,7 +145,7 @@ class _Workshop:
         total: int | None,
         after: Callable[[Path], None] = lambda folder: None,
     ) -> _Stage:
-        """A stage that asks LLMs about each item; one that gets nothing of use ends in an error.
+        """A stage that asks LLMs about each item; it fails if no item yields a record.
 
         Args:
           section: its settings.
@@ -199,7 +199,7 @@ class _Workshop:
                 yield reviewed(question, found) or Outcome().drop(rejected, question)
 
     def decisions(self) -> list[Any]:
-        """What of the reviews a stage depends on."""
+        """The decisions of reviewers, as what a stage depends on."""
         return [[d.number, d.item, d.verdict] for d in self.review.history()]
 
 
@@ -294,7 +294,7 @@ def _faulty(line: str) -> Outcome:
 
 
 def _queue(shop: _Workshop, folder: Path) -> None:
-    """Put what a stage leaves to people into their queue."""
+    """Add what a stage leaves to people to the review queue."""
     shop.review.add(iterate(Question, folder / "review.jsonl"))
 
 

@@ -40,7 +40,7 @@ from psyche_jax.train.setup import (
     check_rows,
     keep_tokenizer,
     prepare,
-    report,
+    report_skipped,
     trained_on,
 )
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule, schedule_warning
@@ -147,7 +147,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         listening(run.write_last_words) as stop,
     ):
         keep_tokenizer(run, setup)
-        report(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
+        report_skipped(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
         metadata = checkpoint_metadata(
             model,
             config.prompt,

@@ -47,7 +47,7 @@ def count_compilations() -> Iterator[list[float]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-class Pace:
+class SavePace:
     """Says after which steps a checkpoint is due. Measures by a clock that nobody sets.
 
     Orbax's ContinuousCheckpointingPolicy goes by the wall clock, and saves when so much work could have been lost
@@ -270,7 +270,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """The steps that are left, with their batches. Each must end with `end_step`."""
         self._progress = Progress(self.name, self.first, self.total_steps, self._headline)
-        self._pace = Pace(self._section)
+        self._pace = SavePace(self._section)
         self._peak = peak_of_all_devices()
         self._started = time.perf_counter()
         for step, batch in enumerate(batches, start=self.first + 1):

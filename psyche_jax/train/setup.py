@@ -42,7 +42,7 @@ class Setup:
     execution: Execution
 
     def read_parameters(self, dtype: str | None = None) -> Parameters:
-        """The model's weights, placed for training, in the dtype that is trained if `dtype` names no other."""
+        """The model's weights, placed for training, in the training dtype unless `dtype` is given."""
         return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
 
 
@@ -52,7 +52,7 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
     Args:
       model, mesh: sections of the config.
       longest: how many tokens the longest sequence may have.
-      longest_name: the keys of the config that say so.
+      longest_name: the config keys to name in the error.
       run: the run's folder; one that resumes keeps the stop tokens it began with.
 
     Raises:
@@ -123,14 +123,14 @@ def abstract_train_state(
 
 
 def keep_tokenizer(run: Run, setup: Setup) -> None:
-    """Put the tokenizer beside the run's checkpoints, so that they are models of their own."""
+    """Put the tokenizer beside the run's checkpoints, so that each checkpoint is a model by itself."""
     if not run.writes:
         return
     if not in_bucket(run.folder):
         run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / "tokenizer"
     with bucket_errors(target):
-        if in_bucket(target):  # where a start that was killed may have left some of its files
+        if in_bucket(target):  # a start that was killed may have left some files
             if not holds_tokenizer(target):
                 write_tokenizer(setup.model.tokenizer_folder, target)
         elif not is_tokenizer(target):
@@ -138,7 +138,7 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
                 write_tokenizer(setup.model.tokenizer_folder, partial)
 
 
-def report(run: Run, warning: str, lines: Sequence[str]) -> None:
+def report_skipped(run: Run, warning: str, lines: Sequence[str]) -> None:
     """Give a warning, if there is one, and name each record that was skipped: the first ones on stderr, all of them
     in the run's folder."""
     if not run.writes:

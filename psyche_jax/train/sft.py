@@ -30,7 +30,7 @@ from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import listening
 from psyche_jax.train.runs import open_run
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
+from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_skipped, trained_on
 from psyche_jax.train.state import (
     TrainState,
     accumulate_gradients,
@@ -318,7 +318,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         listening(run.write_last_words) as stop,
     ):
         keep_tokenizer(run, setup)
-        report(run, schedule_warning(config.optimizer, total_steps), faults)
+        report_skipped(run, schedule_warning(config.optimizer, total_steps), faults)
         metadata = checkpoint_metadata(
             setup.model.config,
             config.prompt,
