@@ -9,6 +9,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
@@ -21,7 +22,6 @@ from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
 Class = TypeVar("Class")
-_ADAPTERS: dict[type, pydantic.TypeAdapter[Any]] = {}
 
 
 class Strict:
@@ -174,14 +174,14 @@ def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any
 
 
 def first_of(faults: Sequence[str]) -> str:
-    """How a message on a source without good rows ends."""
+    """The end of a message on a source without a good row."""
     return f"; the first of {len(faults)} faults: {faults[0]}" if faults else ""
 
 
 def checked(
     kind: type[Record], values: Iterable[tuple[str, Any]]
 ) -> Iterator[tuple[str, Record] | tuple[str, ValueError]]:
-    """The records of values, as `read_jsonl` gives them with their places; a `ValueError` in place of each value that is not a record."""
+    """The records of (place, value) pairs, as `read_jsonl` gives them; a `ValueError` where a value is not a record."""
     for where, value in values:
         try:
             yield where, record_of_json(kind, value)
@@ -234,10 +234,9 @@ def from_json(kind: type[Class], value: Any) -> Class:
     return _adapter(kind).validate_python(value)
 
 
+@cache
 def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
-    if kind not in _ADAPTERS:  # to make one takes a millisecond
-        _ADAPTERS[kind] = pydantic.TypeAdapter(kind)
-    return _ADAPTERS[kind]
+    return pydantic.TypeAdapter(kind)  # which takes about a millisecond
 
 
 def fault_of(error: Exception) -> str:

@@ -10,9 +10,9 @@ All of it is one XLA program without a visit to the host; metrics and samples co
 Python function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what
 becomes of its metrics and samples, is in `train/grpo_run.py`.
 
-Compared with the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no reward
-model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What later
-papers changed is chosen in the config's `objective` and `dynamic_sampling`; docs/grpo.md lists it.
+Compared with the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no
+reward model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What
+later papers changed is chosen in the config's `objective` and `dynamic_sampling`; docs/grpo.md lists it.
 
 Shapes: P prompts of a step, G generations per prompt, R = P × G responses (in an update, those of its minibatch; those
 to one prompt are consecutive rows), T = max_new_tokens. An array named `rewards_PG` is [P, G].
