@@ -165,8 +165,9 @@ def text_lines(path: Path, encoding: str = "utf-8", newline: str = "\n", name: s
 def read_jsonl(path: Path, encoding: str = "utf-8", name: str | None = None) -> Iterator[tuple[str, Any]]:
     """Read the values of a JSONL file, each with its place, file and line; blank lines are left out.
 
-    All JSONL is read here. A line that cannot be read is a `RowError` in its place: bytes that are no text
-    (`NotTextError`), no JSON, numbers and nesting beyond Python's limits, a last line cut short by a crash.
+    All JSONL is read here but that of data sets as published (`data/json_stream.py`). A line that cannot be read is a
+    `RowError` in its place: bytes that are not text (`NotTextError`), not JSON, numbers and nesting beyond Python's
+    limits, a last line cut short by a crash.
 
     Raises:
       UserError: the file cannot be read.
