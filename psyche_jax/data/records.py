@@ -235,3 +235,70 @@ def from_json(kind: type[Class], value: Any) -> Class:
 
 
 _adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = cache(pydantic.TypeAdapter)  # to make one takes a millisecond
+
+
+def fault_of(error: Exception) -> str:
+    """What is wrong with a record, in one line."""
+    if not isinstance(error, pydantic.ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    return " ".join(f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}".split())
+
+
+def question_text(question: Question) -> str:
+    """The question as a user asks it: kind, stem and lettered options."""
+    kind = "单项选择题" if question.kind == "single" else "多项选择题"
+    options = "\n".join(f"{letter}. {text}" for letter, text in question.options.items())
+    return f"{kind}：{question.stem}\n{options}"
+
+
+def question_to_sft(question: Question) -> SftExample:
+    """A question with its rationale as reasoning and its letters as answer, in the response format.
+
+    Raises:
+      UserError: the question has no rationale.
+    """
+    if not question.rationale:
+        raise UserError(f"question {question.id}: has no rationale to train on")
+    response = with_thought(question.rationale, f"答案：{question.answer}")
+    turns = (Message("user", question_text(question)), Message("assistant", response))
+    return SftExample(turns, question.source, question.meta)
+
+
+def question_to_rl(question: Question) -> RlPrompt:
+    """A question to be answered, with its key."""
+    turns = (Message("user", question_text(question)),)
+    return RlPrompt(turns, question.answer, question.kind, question.source, question.meta)
+
+
+def answer_mask(answer: str) -> int:
+    """Letters as a bit mask, bit 0 for A: how programs hold a key."""
+    return sum(1 << string.ascii_uppercase.index(letter) for letter in answer)
+
+
+def _check_answer(answer: str, kind: str, letters: str) -> None:
+    if not answer:
+        raise ValueError("the answer is empty")
+    if outside := [letter for letter in answer if letter not in letters]:
+        raise ValueError(f"the answer {answer!r} names {outside[0]!r}, which is not among the options {letters}")
+    if list(answer) != sorted(set(answer)):
+        raise ValueError(f"the answer {answer!r} must name each letter once, in order")
+    if kind == "single" and len(answer) != 1:
+        raise ValueError(f"the question has one answer and its key {answer!r} names {len(answer)}")
+
+
+def _check_turns(turns: Sequence[Message], last: str) -> None:
+    rest = turns[1:] if turns and turns[0].role == "system" else turns
+    expected = ["user", "assistant"] * len(rest)
+    if not rest or [turn.role for turn in rest] != expected[: len(rest)]:
+        raise ValueError("turns must go user, assistant, user, … (a system turn may stand before them)")
+    if rest[-1].role != last:
+        raise ValueError(f"the last turn must be the {last}'s")
+
+
+def _set_id(record: BaseRecord, *content: Any) -> None:
+    """Fill in an absent id: a hash of the content, so that the same content has the same id everywhere."""
+    if not record.id:  # type: ignore[attr-defined]
+        digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
+        object.__setattr__(record, "id", digest)
