@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from psyche_jax.errors import NotTextError, RowError, UserError, first_reason
-from psyche_jax.storage import buckets
 
 _BUCKETS = "gs://"
 
@@ -23,6 +22,8 @@ def as_path(path: str | Path) -> Path:
     if not in_bucket(path):
         return Path(path)
     from etils import epath
+
+    from psyche_jax.storage import buckets  # half a second, which `psyche --help` need not take
 
     buckets.prepare()
     return cast(Path, epath.Path(path))
@@ -48,6 +49,8 @@ def bucket_errors(path: Path) -> Iterator[None]:
     if not in_bucket(path):
         yield
         return
+    from psyche_jax.storage import buckets
+
     try:
         yield
     except buckets.FILE_ERRORS as error:
