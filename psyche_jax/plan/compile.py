@@ -150,7 +150,8 @@ def _lower_grpo(
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     sharding = execution.sharding
     rows = config.prompts_per_micro_batch * config.generations_per_prompt
-    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", sharding)
+    check_rows(config.prompts_per_step, "prompts_per_step", sharding)
+    check_rows(config.slots, "rollout.slots", sharding)
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
     schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)

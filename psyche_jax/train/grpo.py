@@ -27,7 +27,7 @@ import optax
 
 from psyche_jax.config import GrpoConfig
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Rollout, Sampling, generate
+from psyche_jax.model.decode import Rollout, Sampling, generate, generate_counted
 from psyche_jax.model.log_probs import TokenScores, response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import join_rows, split_rows
@@ -63,7 +63,8 @@ class Sampled(NamedTuple):
 
     `prompts`: those of the candidates that were answered, [prompts_per_step, ...]; `rollout`: [responses,
     max_new_tokens]; `rewards`: float32 [prompts_per_step, generations] by rule; `chosen`: bool [prompts_per_step],
-    the prompts that are learned from (all, without dynamic sampling); `statistics`: metrics of dynamic sampling.
+    the prompts that are learned from (all, without dynamic sampling); `statistics`: metrics of decoding and of dynamic
+    sampling.
     """
 
     prompts: dict[str, jax.Array]
@@ -186,6 +187,7 @@ class Iteration:
         sampled = number * size
         return kept._replace(
             statistics={
+                "decoding_steps": kept.statistics["decoding_steps"],
                 "dynamic_sampling/sampled_prompts": sampled,
                 "dynamic_sampling/unused_prompts": config.candidates_per_step - sampled,
                 "dynamic_sampling/kept_prompts": kept.chosen.sum(),
@@ -267,7 +269,7 @@ class Iteration:
         self, parameters: Parameters, rules: CompiledRules, prompts: dict[str, jax.Array]
     ) -> tuple[Rollout, dict[str, jax.Array]]:
         """One greedy response to each prompt, and the values of the rules, float32 [prompts]."""
-        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.rollout_waves)
+        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.rollout.slots)
         key = jax.random.key(0)  # unused: decoding is greedy
         rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
         return rollout, score(rules, rollout.tokens, prompts["answers"])[1]
@@ -282,16 +284,18 @@ class Iteration:
         """Responses to given prompts; those whose responses are equally right are not chosen under dynamic sampling."""
         config = self.config
         sampling = Sampling(
-            config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout_waves
+            config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout.slots
         )
-        rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
+        rollout, steps = generate_counted(
+            self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution
+        )
         answers = jnp.repeat(prompts["answers"], config.generations_per_prompt)
         _, by_rule = score(rules, rollout.tokens, answers)
         rewards = {name: value.reshape(-1, config.generations_per_prompt) for name, value in by_rule.items()}
-        chosen, statistics = jnp.ones(config.prompts_per_step, bool), {}
+        chosen, statistics = jnp.ones(config.prompts_per_step, bool), {"decoding_steps": steps}
         if config.dynamic_sampling.candidate_prompts is not None:
             accuracy = rewards[config.dynamic_sampling.rule]
-            chosen, statistics = ~zero_std_groups(accuracy), {"accuracy": accuracy.mean()}
+            chosen, statistics = ~zero_std_groups(accuracy), {**statistics, "accuracy": accuracy.mean()}
         return Sampled(prompts, rollout, rewards, chosen, statistics)
 
     def _merge(self, kept: Sampled, new: Sampled) -> Sampled:

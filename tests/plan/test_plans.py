@@ -80,7 +80,7 @@ def test_grpo(tmp_path, capsys):
 def test_weights_gathered_while_decoding_are_found(tmp_path, capsys, monkeypatch):
     """Decoding with the rules of training, as one mistake would have it."""
     monkeypatch.setattr(decode, "DECODE_RULES", TRAIN_RULES)
-    _, result, _ = plan(capsys, write_config(tmp_path, "grpo", rollout_waves=1, objective={"kl_coefficient": 0.0}))
+    _, result, _ = plan(capsys, write_config(tmp_path, "grpo", rollout={"slots": None}, objective={"kl_coefficient": 0.0}))
     loop = result["collectives"]["decoding_loop"]
     assert loop["weight_sized"] >= 7, "each matrix of a layer is gathered in each step"
     assert loop["bytes"] > 128 * 3 * 256 * 512 * 3 * 2 / 2
@@ -153,7 +153,7 @@ def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_vocabulary_that_the_mesh_does_not_divide(tmp_path, capsys):
     """No step of decoding gathers the weights of all tokens for its draw."""
-    config = write_config(tmp_path, "grpo", rollout_waves=1)
+    config = write_config(tmp_path, "grpo", rollout={"slots": None})
     model = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**model, "vocab_size": 1023}))
     code, result, err = plan(capsys, config)
