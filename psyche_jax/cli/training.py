@@ -73,7 +73,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
     verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
     verb.add_argument(
-        "--search", action="store_true", help="try micro-batches, remat and waves; show the fastest plan that fits"
+        "--search", action="store_true", help="try micro-batches, remat and slots; show the fastest plan that fits"
     )
     verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 

@@ -1,8 +1,8 @@
 """Decoding: how a token is drawn from its logits; and prompts to responses, in slots that are never idle for long.
 
-    prompts ─► read once ─► the first token of every response
-            ─► slots: each step adds a token to the response of every slot; one that has ended hands its slot on
-            ─► nothing waits any more, and half of the slots are idle: the others are gathered, and so on
+prompts ─► read once ─► the first token of every response
+        ─► slots: each step adds a token to the response of every slot; one that has ended hands its slot on
+        ─► nothing waits any more, and half of the slots are idle: the others are gathered, and so on
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
 
+from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import last_positions
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, Qwen2, bind, build, take_rows
@@ -224,6 +225,10 @@ def generate_counted(
     hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
     prompts = _Prompts(prompt_key, prompt_value, prompt_mask, prompt_mask.sum(axis=1))
     decoder = _Decoder(model, sampling, execution, key, prompts)
+    if decoder.slots % decoder.parts:
+        raise UsageError(
+            f"{decoder.slots} slots cannot be spread over data × fsdp = {decoder.parts} devices; use a multiple"
+        )
 
     # The first token of each response follows from what was read. What is left to decode waits in a queue.
     first = decoder.first_tokens(hidden)
@@ -315,7 +320,9 @@ class _Decoder:
         logits = self.model.logits(hidden)
         numbers = jnp.arange(prompts * each, dtype=jnp.int32).reshape(prompts, each)
         # One response of every prompt at a time: logits of all responses would be large.
-        tokens, log_probs = jax.lax.map(lambda response: self.choose(logits, response, jnp.zeros_like(response)), numbers.T)
+        tokens, log_probs = jax.lax.map(
+            lambda response: self.choose(logits, response, jnp.zeros_like(response)), numbers.T
+        )
         empty = _Said(
             jnp.full((prompts * each, longest), self.padding, jnp.int32), jnp.full((prompts * each, longest), jnp.inf)
         )
@@ -387,9 +394,7 @@ class _Decoder:
 
         def write(said: _Said, slots: _Slots, token: jax.Array, log_prob: jax.Array) -> _Said:
             at = (slots.response, slots.length)  # a row without a response writes nothing
-            return _Said(
-                said.tokens.at[at].set(token, mode="drop"), said.log_probs.at[at].set(log_prob, mode="drop")
-            )
+            return _Said(said.tokens.at[at].set(token, mode="drop"), said.log_probs.at[at].set(log_prob, mode="drop"))
 
         said = by_part(write, state.said, slots, token, log_prob)
 
@@ -405,9 +410,7 @@ class _Decoder:
             cache = self.with_prompts(cache, slots, old)
         return _State(state.step + 1, slots, taken, cache, said)
 
-    def hand_on(
-        self, slots: _Slots, ended: jax.Array, taken: jax.Array, queue: _Queue
-    ) -> tuple[_Slots, jax.Array]:
+    def hand_on(self, slots: _Slots, ended: jax.Array, taken: jax.Array, queue: _Queue) -> tuple[_Slots, jax.Array]:
         """The slots of what has ended go to the next of the queue, in order; of one part."""
         none = self.responses
         free = ended & (slots.response < none)
@@ -461,7 +464,9 @@ class _Decoder:
 
             def one(caches: Any, read: Any, prompt: jax.Array, order: jax.Array, count: jax.Array) -> Any:
                 row = jnp.where(turn < count[0], order[turn], rows)
-                return jax.tree.map(lambda to, of: to.at[:, row].set(of[:, prompt[order[turn]]], mode="drop"), caches, read)
+                return jax.tree.map(
+                    lambda to, of: to.at[:, row].set(of[:, prompt[order[turn]]], mode="drop"), caches, read
+                )
 
             return turn + 1, by_part(one, caches, read, prompt, order, count, axes=(1, 1, 0, 0, 0), out=1)
 
@@ -505,9 +510,15 @@ class _Decoder:
         return len(self.prompts.lengths) * self.sampling.generations_per_prompt // self.parts
 
     @property
+    def slots(self) -> int:
+        """How many responses are decoded at once, in all parts."""
+        responses = self.responses * self.parts
+        return min(responses, self.sampling.slots or responses)
+
+    @property
     def rows(self) -> int:
         """How many slots a part has."""
-        return min(self.responses, (self.sampling.slots or self.responses * self.parts) // self.parts)
+        return self.slots // self.parts
 
 
 def _take_cache_rows(arrays: Any, rows: jax.Array) -> Any:

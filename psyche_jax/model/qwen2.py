@@ -240,7 +240,10 @@ class Qwen2(nnx.Module):
                 start = (layer_index, 0, 0, place, 0)
                 new_keys = jax.lax.dynamic_update_slice(keys, by_head(key)[None], start)
                 new_values = jax.lax.dynamic_update_slice(values, by_head(value)[None], start)
-                parts = (of_prompt(query, prompt_key, prompt_value), own.attend(query, new_keys, new_values, layer_index))
+                parts = (
+                    of_prompt(query, prompt_key, prompt_value),
+                    own.attend(query, new_keys, new_values, layer_index),
+                )
                 return joined(parts, query.dtype), (new_keys, new_values)
 
             change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, mixed, sharding)

@@ -221,8 +221,7 @@ def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, i
     tokens = micro_batch(config, mesh).tokens / batch_places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
-        prompts = config.prompts_per_step / config.rollout_waves
-        tokens = prompts * (config.data.max_prompt_length + config.generations_per_prompt * config.max_new_tokens)
+        tokens = config.prompts_per_step * config.data.max_prompt_length + config.slots * config.max_new_tokens
         heads = model.num_key_value_heads / mesh["tensor"]
         parts["kv_cache"] = 2 * model.num_hidden_layers * tokens / batch_places * heads * model.head_dim * compute
         parts["decoding_weights"] = model.num_parameters * compute / mesh["tensor"]

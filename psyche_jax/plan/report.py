@@ -10,7 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.config import GrpoConfig, RolloutSection, SftConfig
 from psyche_jax.config_files import load_config, read_values
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
@@ -160,10 +160,9 @@ def advise(
         rows, whole = prompts * config.generations_per_prompt, config.prompts_per_update
         if smaller := _smaller(rows, whole * config.generations_per_prompt, places, config.generations_per_prompt):
             advice.append(f"micro_batch_prompts={smaller // config.generations_per_prompt} instead of {prompts}")
-        wave = config.prompts_per_step // config.rollout_waves
-        if smaller := _smaller(wave, config.prompts_per_step, places):
-            waves = config.prompts_per_step // smaller
-            advice.append(f"rollout_waves={waves} instead of {config.rollout_waves}: less KV cache at a time")
+        responses = config.prompts_per_step * config.generations_per_prompt
+        if smaller := _smaller(config.slots, responses, places):
+            advice.append(f"rollout.slots={smaller} instead of {config.slots}: less KV cache")
         if config.objective.kl_coefficient and config.reference_dtype == "float32":
             advice.append("reference_dtype=bfloat16: halves the reference policy")
         if mesh["tensor"] < 4 and model.num_key_value_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
@@ -179,7 +178,7 @@ def advise(
 
 
 def search(config: PlanConfig, slice_: Slice) -> Plan:
-    """Try micro-batches, remat policies and waves, the fastest by roofline first; the first that fits is the best.
+    """Try micro-batches, remat policies and slots, the fastest by roofline first; the first that fits is the best.
 
     Prints each try on stderr.
 
@@ -219,7 +218,7 @@ def describe(config: PlanConfig) -> str:
     keys = {"model.remat": config.model.remat}
     if isinstance(config, SftConfig):
         return " ".join(f"{k}={v}" for k, v in {**keys, "micro_batch_size": config.micro_batch_size}.items())
-    more = {"micro_batch_prompts": config.micro_batch_prompts, "rollout_waves": config.rollout_waves}
+    more = {"micro_batch_prompts": config.micro_batch_prompts, "rollout.slots": config.slots}
     return " ".join(f"{k}={v}" for k, v in {**keys, **more}.items())
 
 
@@ -235,7 +234,7 @@ def _size(config: PlanConfig) -> tuple[int, ...]:
     if isinstance(config, SftConfig):
         return remat, config.rows_per_micro_batch
     prompts = config.prompts_per_micro_batch
-    return remat, prompts, -config.rollout_waves
+    return remat, prompts, config.slots
 
 
 def _candidates(config: PlanConfig, places: int) -> Iterator[PlanConfig]:
@@ -247,12 +246,17 @@ def _candidates(config: PlanConfig, places: int) -> Iterator[PlanConfig]:
                     yield dataclasses.replace(config, model=section, micro_batch_size=rows)
         else:
             for prompts in _divisors(config.prompts_per_update):
-                for waves in _divisors(config.prompts_per_step):
-                    rows = prompts * config.generations_per_prompt
-                    if rows % places == 0 and config.prompts_per_step // waves % places == 0:
-                        yield dataclasses.replace(
-                            config, model=section, micro_batch_prompts=prompts, rollout_waves=waves
-                        )
+                for slots in _slots(config.prompts_per_step * config.generations_per_prompt, places):
+                    if prompts * config.generations_per_prompt % places == 0:
+                        rollout = RolloutSection(slots)
+                        yield dataclasses.replace(config, model=section, micro_batch_prompts=prompts, rollout=rollout)
+
+
+def _slots(responses: int, places: int) -> Iterator[int]:
+    """All responses at once, half of them, and so on, as far as the mesh divides them."""
+    while responses and responses % places == 0:
+        yield responses
+        responses = responses // 2 if responses % 2 == 0 else 0
 
 
 def _roofline(config: PlanConfig, model: ModelConfig, mesh: dict[str, int], slice_: Slice) -> float:
@@ -284,7 +288,7 @@ _LABELS = {
     "batch": "batch and reward tables",
     "gradients": "gradients",
     "saved_activations": "activations kept for backward",
-    "kv_cache": "KV cache of a wave",
+    "kv_cache": "KV cache of prompts and slots",
     "decoding_weights": "weights laid out for decoding",
 }
 _PLACES = {

@@ -146,14 +146,12 @@ class _Counter:
         return Phase(0.0, own + size, size * (fsdp - 1) / fsdp)
 
     def _prefill(self, config: GrpoConfig) -> Phase:
-        model, length, waves = self.model, config.data.max_prompt_length, config.rollout_waves
+        model, length = self.model, config.data.max_prompt_length
         prompts = config.prompts_per_step
         weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._compute
         flops = causal_flops(model, prompts, length) + head_flops(model, prompts)
         tokens = prompts / self._places * length
-        return Phase(
-            flops, waves * weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length)
-        )
+        return Phase(flops, weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length))
 
     def _decode(self, config: GrpoConfig) -> Phase:
         model, tensor = self.model, self.mesh["tensor"]
@@ -162,13 +160,15 @@ class _Counter:
         tokens = responses * steps
         attended = layers_flops(model, tokens, 1, prompt + steps)
         flops = attended + head_flops(model, tokens)
-        # Every step of every wave reads all weights and the whole cache.
+        # Every step reads all weights, the whole cache of the slots, and all prompts or a copy for each slot.
+        turns = responses / config.slots
+        prompts = min(config.prompts_per_step, config.slots)
         embedding = model.vocab_size * model.hidden_size
         weights = (model.num_hidden_layers * layer_weights(model) + embedding) / tensor * self._compute
         numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / tensor * self._compute
-        cache = (config.prompts_per_step * prompt + responses * steps) / self._places * numbers
-        logits = responses / self._places * model.vocab_size / tensor * 4 * 3
-        hbm = steps * (config.rollout_waves * weights + cache + logits)
+        cache = (prompts * prompt + config.slots * steps) / self._places * numbers
+        logits = config.slots / self._places * model.vocab_size / tensor * 4 * 3
+        hbm = turns * steps * (weights + cache + logits)
         return Phase(flops, hbm, self._reduced_activations(responses * steps))
 
     def _traffic_per_token(self) -> float:

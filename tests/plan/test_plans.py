@@ -80,7 +80,9 @@ def test_grpo(tmp_path, capsys):
 def test_weights_gathered_while_decoding_are_found(tmp_path, capsys, monkeypatch):
     """Decoding with the rules of training, as one mistake would have it."""
     monkeypatch.setattr(decode, "DECODE_RULES", TRAIN_RULES)
-    _, result, _ = plan(capsys, write_config(tmp_path, "grpo", rollout={"slots": None}, objective={"kl_coefficient": 0.0}))
+    _, result, _ = plan(
+        capsys, write_config(tmp_path, "grpo", rollout={"slots": None}, objective={"kl_coefficient": 0.0})
+    )
     loop = result["collectives"]["decoding_loop"]
     assert loop["weight_sized"] >= 7, "each matrix of a layer is gathered in each step"
     assert loop["bytes"] > 128 * 3 * 256 * 512 * 3 * 2 / 2

@@ -25,7 +25,7 @@ WIDE = ObjectiveSection("gspo", kl_coefficient=0.05, mask_truncated=True, top_en
 def test_micro_batches_change_nothing_of_what_looks_at_the_whole_batch(tiny_root, figure):
     """The limit of entropy, masked truncated responses, two passes; also against the objective by hand."""
     this = [Bench(tiny_root, objective=WIDE, passes_per_step=2, micro_batch_prompts=size) for size in (2, 8)]
-    ours, expected = (bench.run(2) for bench in this)
+    ours, expected = (bench.run(2, seed=6) for bench in this)  # some responses end in both steps
     compare(ours, expected, figure, "micro-batches, gspo")
     metrics, samples = ours.metrics[0], ours.samples[0]
     stops = np.isin(samples["tokens"], this[0].model.stop_token_ids).any(axis=1)
