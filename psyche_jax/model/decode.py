@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.random import threefry_2x32
+from jax.extend.random import threefry2x32_p
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
@@ -49,10 +49,9 @@ def uniform(key: jax.Array, response: jax.Array, position: jax.Array) -> jax.Arr
       key: random key.
       response, position: int32 [rows], the number of a response among all, and which of its tokens is drawn.
     """
-    words = jax.random.key_data(key).ravel()[:2]
-    counters = jnp.stack([response, position]).astype(jnp.uint32)
-    bits = threefry_2x32((words[0], words[1]), counters)
-    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    words = jax.random.key_data(key).ravel()
+    bits = threefry2x32_p.bind(words[0], words[1], response.astype(jnp.uint32), position.astype(jnp.uint32))
+    return jnp.stack([(part >> 8).astype(jnp.float32) * jnp.float32(2**-24) for part in bits])
 
 
 def draw(logits: jax.Array, numbers: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
@@ -304,8 +303,8 @@ class _Decoder:
     own prompts, their responses, its own slots and queue, so that nothing of the cache ever travels; but all do their
     steps together.
 
-    The keys and values of a step lie at one place of all rows' cache, which goes round: `step % max_new_tokens`. Those of
-    a response are the last `length` ones of its row, wherever it began. (The positions are in keys and queries.)
+    The keys and values of a step lie at one place of all rows' cache, which goes round: `step % max_new_tokens`. Those
+    of a response are the last `length` ones of its row, wherever it began. (The positions are in keys and queries.)
     """
 
     model: Qwen2
@@ -433,7 +432,7 @@ class _Decoder:
         """`cache` with what the rows attend to of prompts.
 
         Where rows are many, that is the prompts as they were read, each for all of its responses at once. Where rows
-        are fewer than prompts, each has a copy. `before`: which responses the rows of `cache` were set to, if they were.
+        are fewer than prompts, each has a copy. `before`: which responses the rows of `cache` were set to, if so.
         """
         by_part, rows = self.execution.sharding.by_part, len(slots.token) // self.parts
         if rows == self.responses:  # all responses, in their own order

@@ -334,7 +334,7 @@ class _OwnPlaces:
         return jax.lax.switch(self._choice, looks, query, keys, values, layer)
 
     def _look(self, size: int, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
-        layers, rows, kv_heads, _, head_dim = self._shape
+        _, rows, kv_heads, _, head_dim = self._shape
         first = jnp.clip(self._place + 1 - size, 0, self._all - size)
         start, shape = (layer, 0, 0, first, 0), (1, rows, kv_heads, size, head_dim)
         key, value = (jax.lax.dynamic_slice(array, start, shape)[0] for array in (keys, values))

@@ -114,7 +114,7 @@ def test_responses_do_not_depend_on_slots_or_mesh(slots, mesh, folder, prompts, 
 
 
 def simulated(lengths, slots, parts=1):
-    """How many steps it takes: the first token of all is one, then each part hands out its slots; they step together."""
+    """How many steps it takes: one for all first tokens, then each part hands out its slots, all at one pace."""
     most = 0
     for part in np.split(np.asarray(lengths), parts):
         queue = [length - 1 for length in part if length > 1]
