@@ -70,8 +70,8 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> 
     A kind that has `renamed` reads old names of keys, and says on stderr what they are called now.
     """
     try:
-        if hasattr(kind, "renamed"):
-            values, note = kind.renamed(values)
+        if renamed := getattr(kind, "renamed", None):
+            values, note = renamed(values)
             if note:
                 print(f"{origin}: {note}", file=sys.stderr, flush=True)
         return pydantic.TypeAdapter(kind).validate_python(values)

@@ -69,9 +69,10 @@ def joined(parts: Sequence[Attended], dtype: jnp.dtype) -> jax.Array:
     largest = parts[0].largest
     for part in parts[1:]:
         largest = jnp.maximum(largest, part.largest)
-    scales = [jnp.exp(part.largest - largest) for part in parts]
-    total = sum(scale * part.total for scale, part in zip(scales, parts, strict=True))
-    output = sum(scale * part.output for scale, part in zip(scales, parts, strict=True))
+    total, output = jnp.zeros_like(largest), jnp.zeros_like(parts[0].output)
+    for part in parts:
+        scale = jnp.exp(part.largest - largest)
+        total, output = total + scale * part.total, output + scale * part.output
     # Divided here, where the array is small, instead of in the weights.
     output = (output / total).astype(dtype).transpose(0, 3, 1, 2, 4)
     batch, queries, kv_heads, shared, head_dim = output.shape

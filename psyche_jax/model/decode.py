@@ -7,6 +7,7 @@ prompts ─► read once ─► the first token of every response
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -224,10 +225,8 @@ def generate_counted(
     hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
     prompts = _Prompts(prompt_key, prompt_value, prompt_mask, prompt_mask.sum(axis=1))
     decoder = _Decoder(model, sampling, execution, key, prompts)
-    if decoder.slots % decoder.parts:
-        raise UsageError(
-            f"{decoder.slots} slots cannot be spread over data × fsdp = {decoder.parts} devices; use a multiple"
-        )
+    if (sampling.slots or 0) % (parts := decoder.parts):
+        raise UsageError(f"{sampling.slots} slots cannot be spread over data × fsdp = {parts} devices; use a multiple")
 
     # The first token of each response follows from what was read. What is left to decode waits in a queue.
     first = decoder.first_tokens(hidden)
@@ -237,11 +236,12 @@ def generate_counted(
     state = decoder.fill_slots(first, queue)
 
     # One loop for as long as anything waits or more than half of the slots are busy, one for half of the slots, …
-    sizes = decoder.sizes()
-    for size, following in zip(sizes, [*sizes[1:], 0], strict=True):
-        if size < sizes[0]:
-            state = decoder.gather(state, size)
-        state = decoder.loop(state, queue if size == sizes[0] else None, following)
+    rows = decoder.rows
+    waiting: _Queue | None = queue
+    while (half := rows // 2) >= _FEWEST_ROWS:
+        state = decoder.gather(decoder.loop(state, waiting, half), half)
+        rows, waiting = half, None
+    state = decoder.loop(state, waiting, 0)
     return decoder.rollout(state.said), 1 + state.step
 
 
@@ -275,12 +275,11 @@ class _Slots(NamedTuple):
 
 
 class _Queue(NamedTuple):
-    """What there is to decode. `order`: int32 [responses], the numbers of those that go on after their first token come
-    first, for each part of the batch axes; `count`: int32 [parts], how many these are; `first`: int32 [responses], the
-    first tokens by number."""
+    """What there is to decode. `order`: int32 [responses], of each part of the batch axes, those that go on after their
+    first token come first; `going`: int32 [parts], how many these are; `first`: int32 [responses], all first tokens."""
 
     order: jax.Array
-    count: jax.Array
+    going: jax.Array
     first: jax.Array
 
 
@@ -316,15 +315,15 @@ class _Decoder:
     def first_tokens(self, hidden: jax.Array) -> _Said:
         """The first token of all responses; `hidden` [prompts, width] predicts it."""
         prompts, each, longest = len(hidden), self.sampling.generations_per_prompt, self.sampling.max_new_tokens
+        padding = self.model.config.pad_token_id or 0
         logits = self.model.logits(hidden)
         numbers = jnp.arange(prompts * each, dtype=jnp.int32).reshape(prompts, each)
         # One response of every prompt at a time: logits of all responses would be large.
         tokens, log_probs = jax.lax.map(
             lambda response: self.choose(logits, response, jnp.zeros_like(response)), numbers.T
         )
-        empty = _Said(
-            jnp.full((prompts * each, longest), self.padding, jnp.int32), jnp.full((prompts * each, longest), jnp.inf)
-        )
+        shape = (prompts * each, longest)
+        empty = _Said(jnp.full(shape, padding, jnp.int32), jnp.full(shape, jnp.inf))
         said = jax.tree.map(lambda all_, new: all_.at[:, 0].set(new.T.reshape(-1)), empty, _Said(tokens, log_probs))
         return _Said(*(self.execution.sharding.constrain(array, "batch", None) for array in said))
 
@@ -337,23 +336,19 @@ class _Decoder:
     def queue(self, first: _Said) -> _Queue:
         """All responses whose first token does not end them."""
         tokens = first.tokens[:, 0]
-
-        def by_number(ended: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return jnp.argsort(ended, stable=True).astype(jnp.int32), jnp.sum(~ended, dtype=jnp.int32)[None]
-
-        return _Queue(*self.execution.sharding.by_part(by_number, self.is_stop(tokens)), tokens)
+        order, going = self.execution.sharding.by_part(_true_first, ~self.is_stop(tokens))
+        return _Queue(order, going, tokens)
 
     def fill_slots(self, first: _Said, queue: _Queue) -> _State:
         """The first of the queue in the slots. Where there is a slot for each response, they are in their own order."""
         rows, none = self.rows, self.responses
 
         def fill(queue: _Queue) -> tuple[_Slots, jax.Array]:
-            response = jnp.where(jnp.arange(rows) < queue.count, queue.order[:rows], none)
+            response = jnp.where(jnp.arange(rows) < queue.going, queue.order[:rows], none)
             if rows == none:
-                response = jnp.where(jnp.arange(rows) < queue.count, queue.order, none)
-                response = jnp.full(rows, none, jnp.int32).at[response].set(response, mode="drop")
+                response = jnp.where(self.is_stop(queue.first), none, jnp.arange(rows, dtype=jnp.int32))
             token = take_rows(queue.first, response)
-            return _Slots(response, (response < none).astype(jnp.int32), token), jnp.minimum(queue.count, rows)
+            return _Slots(response, (response < none).astype(jnp.int32), token), jnp.minimum(queue.going, rows)
 
         slots, taken = self.execution.sharding.by_part(fill, queue)
         layers, _, kv_heads, _, head_dim = self.prompts.key.shape
@@ -372,7 +367,7 @@ class _Decoder:
             if queue is None:
                 return busy.max() > following
             # The number of steps is for those who read the program: no lengths of responses take more.
-            return (state.step < most) & ((state.taken < queue.count).any() | (busy.max() > following))
+            return (state.step < most) & ((state.taken < queue.going).any() | (busy.max() > following))
 
         with jax.named_scope("decoding_loop"):  # the name by which `psyche plan` finds it in the compiled program
             return jax.lax.while_loop(goes_on, lambda state: self.advance(state, queue), state)
@@ -414,17 +409,17 @@ class _Decoder:
         none = self.responses
         free = ended & (slots.response < none)
         turn = taken + jnp.cumsum(free, dtype=jnp.int32) - 1
-        following = jnp.where(turn < queue.count, take_rows(queue.order, turn), none)
+        following = jnp.where(turn < queue.going, take_rows(queue.order, turn), none)
         begun = _Slots(following, (following < none).astype(jnp.int32), take_rows(queue.first, following))
         slots = jax.tree.map(lambda new, old: jnp.where(free, new, old), begun, slots)
-        return slots, jnp.minimum(taken + free.sum(dtype=jnp.int32), queue.count)
+        return slots, jnp.minimum(taken + free.sum(dtype=jnp.int32), queue.going)
 
     def gather(self, state: _State, rows: int) -> _State:
         """The same with so many rows in each part: those that are busy, and some that are not."""
         by_part, none = self.execution.sharding.by_part, self.responses
-        kept = by_part(lambda response: jnp.argsort(response == none, stable=True)[:rows], state.slots.response)
+        kept = by_part(lambda busy: _true_first(busy)[0][:rows], state.slots.response < none)
         slots = by_part(take_rows, state.slots, kept)
-        own = by_part(_take_cache_rows, (state.cache.key, state.cache.value), kept, axes=(1, 0), out=1)
+        own = by_part(partial(take_rows, axis=1), (state.cache.key, state.cache.value), kept, axes=(1, 0), out=1)
         cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, *own)
         return state._replace(slots=slots, cache=self.with_prompts(cache, slots))
 
@@ -448,15 +443,11 @@ class _Decoder:
         read = (self.prompts.key, self.prompts.value)
         allowed = by_part(take_rows, self.prompts.allowed, prompt)
         if before is None:
-            key, value = by_part(_take_cache_rows, read, prompt, axes=(1, 0), out=1)
+            key, value = by_part(partial(take_rows, axis=1), read, prompt, axes=(1, 0), out=1)
             return cache._replace(prompt_key=key, prompt_value=value, prompt_allowed=allowed)
 
         # Copied one by one, for the rows that decode something new: mostly there are none.
-        def changed(now: jax.Array, before: jax.Array) -> tuple[jax.Array, jax.Array]:
-            same = now == before
-            return jnp.argsort(same, stable=True).astype(jnp.int32), jnp.sum(~same, dtype=jnp.int32)[None]
-
-        order, count = by_part(changed, slots.response, before)
+        order, count = by_part(_true_first, slots.response != before)
 
         def copy(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             turn, caches = carry
@@ -478,13 +469,6 @@ class _Decoder:
         mask = said.log_probs != jnp.inf
         return Rollout(said.tokens, mask, jnp.where(mask, said.log_probs, 0.0))
 
-    def sizes(self) -> list[int]:
-        """How many rows of a part decode at once: all of its slots, half, a quarter, …"""
-        sizes = [self.rows]
-        while sizes[-1] // 2 >= _FEWEST_ROWS:
-            sizes.append(sizes[-1] // 2)
-        return sizes
-
     def prompt_of(self, response: jax.Array) -> jax.Array:
         """Which of its part's prompts a response of that number answers; where there is none: any."""
         return jnp.minimum(response, self.responses - 1) // self.sampling.generations_per_prompt
@@ -492,11 +476,6 @@ class _Decoder:
     def is_stop(self, token: jax.Array) -> jax.Array:
         """Whether a token ends its response."""
         return jnp.isin(token, jnp.asarray(self.model.config.stop_token_ids, jnp.int32))
-
-    @property
-    def padding(self) -> int:
-        """The token behind the end of a response."""
-        return self.model.config.pad_token_id or 0
 
     @property
     def parts(self) -> int:
@@ -509,16 +488,11 @@ class _Decoder:
         return len(self.prompts.lengths) * self.sampling.generations_per_prompt // self.parts
 
     @property
-    def slots(self) -> int:
-        """How many responses are decoded at once, in all parts."""
-        responses = self.responses * self.parts
-        return min(responses, self.sampling.slots or responses)
-
-    @property
     def rows(self) -> int:
         """How many slots a part has."""
-        return self.slots // self.parts
+        return min(self.responses, (self.sampling.slots or self.responses * self.parts) // self.parts)
 
 
-def _take_cache_rows(arrays: Any, rows: jax.Array) -> Any:
-    return jax.tree.map(lambda array: jnp.take(array, rows, axis=1, mode="clip"), arrays)
+def _true_first(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The numbers of rows, those where `mask` [rows] is True first, in their order, and how many these are: [1]."""
+    return jnp.argsort(~mask, stable=True).astype(jnp.int32), jnp.sum(mask, dtype=jnp.int32)[None]

@@ -342,9 +342,9 @@ class _OwnPlaces:
         return attend(query, Source(key, value, (age < self._lengths[:, None])[:, None]))
 
 
-def take_rows(tree: Any, rows: jax.Array) -> Any:
-    """Of each array the rows with these numbers."""
-    return jax.tree.map(lambda array: jnp.take(array, rows, axis=0, mode="clip"), tree)
+def take_rows(tree: Any, rows: jax.Array, axis: int = 0) -> Any:
+    """Of each array the rows with these numbers; rows lie along `axis`."""
+    return jax.tree.map(lambda array: jnp.take(array, rows, axis=axis, mode="clip"), tree)
 
 
 def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:

@@ -269,7 +269,7 @@ class Iteration:
         self, parameters: Parameters, rules: CompiledRules, prompts: dict[str, jax.Array]
     ) -> tuple[Rollout, dict[str, jax.Array]]:
         """One greedy response to each prompt, and the values of the rules, float32 [prompts]."""
-        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.rollout.slots)
+        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.slots)
         key = jax.random.key(0)  # unused: decoding is greedy
         rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
         return rollout, score(rules, rollout.tokens, prompts["answers"])[1]
@@ -283,9 +283,7 @@ class Iteration:
     ) -> Sampled:
         """Responses to given prompts; those whose responses are equally right are not chosen under dynamic sampling."""
         config = self.config
-        sampling = Sampling(
-            config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout.slots
-        )
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.generations_per_prompt, config.slots)
         rollout, steps = generate_counted(
             self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution
         )
