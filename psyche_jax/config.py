@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import pydantic
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from psyche_jax.errors import UsageError
 from psyche_jax.rewards.config import (
@@ -19,10 +20,16 @@ from psyche_jax.rewards.config import (
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
 ObjectiveName: TypeAlias = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"]
 Scale: TypeAlias = Literal["group", "batch", "none"]
+Count: TypeAlias = Annotated[int, Field(ge=1)]
+Share: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section:
-    """Base of all config sections: a key that no field has is an error, and so are infinity and NaN."""
+    """Base of all config sections: a key that no field has is an error, and so are infinity and NaN.
+
+    Bounds of one field are in its type; `__post_init__` holds what several fields must be to each other.
+    """
 
     __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -53,14 +60,13 @@ class DistributedSection(Section):
     """How processes on several hosts find each other; on a TPU slice nothing need be set."""
 
     initialize: Literal["auto", "always", "never"] = "auto"  # auto: if the environment names several hosts
-    timeout_seconds: int = 300  # how long to wait for the others
+    timeout_seconds: Count = 300  # how long to wait for the others
     coordinator_port: int | None = None  # on TPUs; None: JAX's own
     coordinator: str | None = None  # elsewhere: address:port of the first process,
     num_processes: int | None = None  # how many there are,
     process_id: int | None = None  # and which this one is
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "timeout_seconds")
         given = [self.coordinator is not None, self.num_processes is not None, self.process_id is not None]
         _require(
             all(given) or not any(given),
@@ -84,41 +90,25 @@ class PromptSection(Section):
 class OptimizerSection(Section):
     """AdamW, a warm-up, a schedule and clipping."""
 
-    learning_rate: float = 1e-5
+    learning_rate: PositiveFloat = 1e-5
     schedule: Literal["cosine", "constant"] = "cosine"
-    warmup: float = 0.1  # below 1: a share of all steps; else: a number of steps (of the run, not updates)
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    max_skipped_steps: int = 3  # in a row: steps whose gradient is not finite change nothing; after so many, stop
-
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be positive")
-        _require(self.warmup >= 0, "warmup", self.warmup, "must not be negative")
-        for name in ("beta1", "beta2"):
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "must be from 0 to below 1")
-        _require(self.epsilon > 0, "epsilon", self.epsilon, "must be positive")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "must not be negative")
-        _at_least_one(self, "max_skipped_steps")
-        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "must be positive")
+    warmup: NonNegativeFloat = 0.1  # below 1: a share of all steps; else: a number of steps (of the run, not updates)
+    beta1: Decay = 0.9
+    beta2: Decay = 0.999
+    epsilon: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_skipped_steps: Count = 3  # in a row: steps whose gradient is not finite change nothing; then stop
 
 
 @dataclass(frozen=True)
 class CheckpointSection(Section):
     """When checkpoints are written and how many are kept. The last step always is written, the best one kept."""
 
-    every_steps: int = 100
-    every_seconds: float | None = 600.0  # also before so much work could be lost, by the length of the last step
-    keep: int = 2  # the latest ones
-    keep_every_hours: float | None = None  # and, for good, one of every so many hours
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "every_steps", "keep")
-        for name in ("every_seconds", "keep_every_hours"):
-            if (value := getattr(self, name)) is not None:
-                _require(value > 0, name, value, "must be positive, or null")
+    every_steps: Count = 100
+    every_seconds: PositiveFloat | None = 600.0  # also before so much work could be lost, by the last step's length
+    keep: Count = 2  # the latest ones
+    keep_every_hours: PositiveFloat | None = None  # and, for good, one of every so many hours
 
 
 @dataclass(frozen=True)
@@ -127,10 +117,7 @@ class LoggingSection(Section):
 
     tensorboard: bool = False
     wandb_project: str | None = None
-    samples_every_steps: int = 10  # GRPO: how often completions are written to samples.jsonl
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "samples_every_steps")
+    samples_every_steps: Count = 10  # GRPO: how often completions are written to samples.jsonl
 
 
 @dataclass(frozen=True)
@@ -138,7 +125,7 @@ class RunSection(Section):
     """The folder of the run and the seed of everything random in it."""
 
     dir: str  # on a disk that all hosts see, or gs://bucket/prefix
-    seed: int = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
 
     def __post_init__(self) -> None:
         _require(
@@ -147,7 +134,6 @@ class RunSection(Section):
             self.dir,
             "must be a folder or gs://bucket/prefix",
         )
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "must be from 0 to 4294967295")
 
 
 @dataclass(frozen=True)
@@ -156,12 +142,11 @@ class SftDataSection(Section):
 
     train: str | dict[str, float]  # one place, or several with the share of each in every batch
     evaluation: str | None = None  # not packed
-    max_length: int = 2048  # tokens of an example; longer ones are set aside
-    prefetch_batches: int = 4  # packed ones and others: how many stand ready in memory
+    max_length: Count = 2048  # tokens of an example; longer ones are skipped
+    prefetch_batches: Count = 4  # packed ones and others: how many wait in memory
 
     def __post_init__(self) -> None:
-        _at_least_one(self, "max_length", "prefetch_batches")
-        if isinstance(self.train, dict):
+        if isinstance(self.train, dict):  # not in its type: of two types pydantic would name the faults of the first
             _require(bool(self.train), "train", self.train, "must name at least one place")
             for place, weight in self.train.items():
                 _require(weight > 0, f"train: the weight of {place}", weight, "must be positive")
@@ -174,10 +159,10 @@ class SftConfig(Section):
     run: RunSection
     model: ModelSection
     data: SftDataSection
-    epochs: float = 2.0
-    batch_size: int = 256  # examples a step; of a packed data set: rows
-    micro_batch_size: int | None = None  # as many at once; None: the whole batch
-    evaluate_every_steps: int = 100
+    epochs: PositiveFloat = 2.0
+    batch_size: Count = 256  # examples a step; of a packed data set: rows
+    micro_batch_size: Count | None = None  # as many at once; None: the whole batch
+    evaluate_every_steps: Count = 100
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
@@ -187,8 +172,6 @@ class SftConfig(Section):
 
     def __post_init__(self) -> None:
         _keeps_small_updates(self.model)
-        _at_least_one(self, "batch_size", "evaluate_every_steps")
-        _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
         _divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
 
     @property
@@ -202,11 +185,8 @@ class GrpoDataSection(Section):
     """Prompts with checkable answers (JSONL of `RlPrompt`)."""
 
     train: str
-    max_prompt_length: int = 512  # tokens; longer prompts are set aside
+    max_prompt_length: Count = 512  # tokens; longer prompts are skipped
     evaluation: str | None = None  # prompts that are held out: never trained on
-
-    def __post_init__(self) -> None:
-        _at_least_one(self, "max_prompt_length")
 
 
 @dataclass(frozen=True)
@@ -215,30 +195,25 @@ class ObjectiveSection(Section):
 
     name: ObjectiveName = "grpo"
     scale: Scale = "group"  # the std that advantages are divided by
-    clip_low: float = 0.2  # the ratio to the old policy counts from 1 - clip_low (1: no limit)
-    clip_high: float = 0.2  # to 1 + clip_high
-    clip_delta: float | None = None  # two-sided clip: the largest ratio where the advantage is negative
-    kl_coefficient: float = 0.001
+    clip_low: Share = 0.2  # the ratio to the old policy counts from 1 - clip_low (1: no limit)
+    clip_high: PositiveFloat = 0.2  # to 1 + clip_high
+    clip_delta: Annotated[float, Field(gt=1)] | None = (
+        None  # two-sided clip: the largest ratio where the advantage is negative
+    )
+    kl_coefficient: NonNegativeFloat = 0.001
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     kl_unbiased: bool = False  # times the ratio: makes the gradient of k1 and k3 that of the KL
-    entropy_coefficient: float = 0.0  # of a bonus for entropy
-    top_entropy: float = 1.0  # below 1: learn only from that share of tokens, those of the highest entropy
+    entropy_coefficient: NonNegativeFloat = 0.0  # of a bonus for entropy
+    top_entropy: Share = 1.0  # below 1: learn only from that share of tokens, those of the highest entropy
     mask_truncated: bool = False  # responses without a stop token are not learned from
-    sampler_cap: float | None = None  # weigh tokens by trainer's / sampler's probability, at most this; None: do not
+    # Weigh tokens by the trainer's probability over the sampler's, at most this; None: do not.
+    sampler_cap: Annotated[float, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
-        _require(0 < self.clip_low <= 1, "clip_low", self.clip_low, "must be above 0 and at most 1")
-        _require(self.clip_high > 0, "clip_high", self.clip_high, "must be positive")
-        _require(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "must not be negative")
-        _require(self.entropy_coefficient >= 0, "entropy_coefficient", self.entropy_coefficient, "must not be negative")
-        _require(0 < self.top_entropy <= 1, "top_entropy", self.top_entropy, "must be above 0 and at most 1")
         if self.clip_delta is not None:
-            _require(self.clip_delta > 1, "clip_delta", self.clip_delta, "must be above 1")
             _require(
                 self.name != "cispo", "clip_delta", self.clip_delta, "does nothing with name: cispo; must be absent"
             )
-        if self.sampler_cap is not None:
-            _require(self.sampler_cap >= 1, "sampler_cap", self.sampler_cap, "must be at least 1")
         if self.kl_coefficient == 0:
             _require(not self.kl_unbiased, "kl_unbiased", self.kl_unbiased, "needs a kl_coefficient above 0")
         if self.kl_estimator == "k2":  # its gradient is the KL's as it is, and is not with the ratio
@@ -257,11 +232,7 @@ class DynamicSamplingSection(Section):
 class RolloutSection(Section):
     """How responses are decoded: memory and speed only, the tokens are the same."""
 
-    slots: int | None = None  # so many responses at once, a multiple of data × fsdp; the others wait; None: all
-
-    def __post_init__(self) -> None:
-        if self.slots is not None:
-            _at_least_one(self, "slots")
+    slots: Count | None = None  # so many responses at once, a multiple of data × fsdp; the others wait; None: all
 
 
 @dataclass(frozen=True)
@@ -271,21 +242,21 @@ class GrpoConfig(Section):
     run: RunSection
     model: ModelSection  # also the reference policy: the point where GRPO starts
     data: GrpoDataSection
-    epochs: float = 2.0
-    prompts_per_step: int = 128
-    generations_per_prompt: int = 8
-    minibatch_prompts: int | None = None  # prompts of one optimizer update; None: all of a step
-    passes_per_step: int = 1  # how often the updates go through what a step has sampled (μ)
-    micro_batch_prompts: int | None = None  # prompts at once in forward and backward; None: the minibatch
-    max_new_tokens: int = 1024
+    epochs: PositiveFloat = 2.0
+    prompts_per_step: Count = 128
+    generations_per_prompt: Annotated[int, Field(ge=2)] = 8  # the advantage compares the responses to one prompt
+    minibatch_prompts: Count | None = None  # prompts of one optimizer update; None: all of a step
+    passes_per_step: Count = 1  # how often the updates go through what a step has sampled (μ)
+    micro_batch_prompts: Count | None = None  # prompts at once in forward and backward; None: the minibatch
+    max_new_tokens: Count = 1024
     share_prompt: bool = True  # learning reads a prompt once for all its responses, where micro-batches allow it
     rollout: RolloutSection = field(default_factory=RolloutSection)
-    temperature: float = 1.0  # of the rollout; policy, old, reference and entropy use the same
+    temperature: PositiveFloat = 1.0  # of the rollout; policy, old, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     reference_dtype: Dtype = "float32"  # of the reference policy's weights; bfloat16 halves them
     rewards: tuple[RewardConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
     dynamic_sampling: DynamicSamplingSection = field(default_factory=DynamicSamplingSection)
-    evaluate_every_steps: int = 100  # the reward on data.evaluation
+    evaluate_every_steps: Count = 100  # the reward on data.evaluation
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
@@ -297,15 +268,6 @@ class GrpoConfig(Section):
 
     def __post_init__(self) -> None:
         _keeps_small_updates(self.model)
-        _at_least_one(self, "prompts_per_step", "passes_per_step", "max_new_tokens", "evaluate_every_steps")
-        _require(self.epochs > 0, "epochs", self.epochs, "must be positive")
-        _require(
-            self.generations_per_prompt >= 2,
-            "generations_per_prompt",
-            self.generations_per_prompt,
-            "must be at least 2: the advantage compares the responses to one prompt",
-        )
-        _require(self.temperature > 0, "temperature", self.temperature, "must be positive to sample")
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
         check_rules(self.rewards)
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
@@ -385,9 +347,8 @@ class GrpoConfig(Section):
         return self.passes_per_step * self.prompts_per_step // self.prompts_per_update
 
 
-# What a run that goes on may have otherwise than before, by dotted keys (a section stands for all in it): where things
-# lie, how often something is saved, shown or measured, and how numbers are computed, not which ones: they stay the
-# same but for rounding.
+# What may change when a run resumes, by dotted keys (a section stands for all in it): where things are, how often
+# something is saved, shown or measured, and how numbers are computed: results stay the same up to rounding.
 EXECUTION_SETTINGS = (
     "run.dir",
     "model.architecture",
@@ -406,7 +367,8 @@ EXECUTION_SETTINGS = (
     "rollout",
     "rollout_waves",  # an old name, in the files of runs
 )
-# Settings that only say where to find what a run remembers by its content (`run_changes.py`), or what of it to take.
+# Settings that only say where to find what a run remembers by its content (`train/run_changes.py`), or what of it to
+# take.
 FOUND_BY_CONTENT = ("model.path", "data", "prompt")
 
 
@@ -425,11 +387,6 @@ def _keeps_small_updates(model: ModelSection) -> None:
     )
 
 
-def _at_least_one(config: Any, *names: str) -> None:
-    for name in names:
-        _require(getattr(config, name) >= 1, name, getattr(config, name), "must be at least 1")
-
-
 def _divides(name: str, part: int | None, whole_name: str, whole: int) -> None:
     if part is not None:
-        _require(part >= 1 and whole % part == 0, name, part, f"must divide {whole_name} {whole}")
+        _require(whole % part == 0, name, part, f"must divide {whole_name} {whole}")

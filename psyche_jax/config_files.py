@@ -45,7 +45,7 @@ def read_values(path: Path | None, overrides: Sequence[str] = ()) -> dict[str, A
 def find_config(path: Path, folder: Path = Path()) -> Path:
     """The config file at `path`, seen from `folder`, or else the one of that name that comes with the package.
 
-    `.yaml` may be left out, and `configs/` may stand before a name, as it does in a checkout.
+    `.yaml` may be left out, and `configs/` may come before a name, as it does in a checkout.
 
     Raises:
       UsageError: there is neither, with the names that are nearest.
@@ -113,7 +113,7 @@ def parse_yaml_mapping(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: the config cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or a date that is none
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or an impossible date
         raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a config must be a mapping of keys to values")
@@ -158,9 +158,18 @@ def _override(values: dict[str, Any], override: str) -> None:
         raise UsageError(f"--set {override}: there is no {key!r} to set") from None
 
 
+# By pydantic's names of errors.
+_BOUNDS = {
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:.10g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:.10g}",
+}
+
+
 def _describe(kind: type, error: Any) -> str:
     location = error["loc"]
-    # Behind the index of a rule pydantic names the rule's kind, which stands in no config as a key.
+    # Behind the index of a rule pydantic names the rule's kind, which is not a key of any config.
     pairs = zip((None, *location), location, strict=False)
     parts = [str(part) for before, part in pairs if not isinstance(before, int)]
     name = ".".join(parts)
@@ -172,6 +181,8 @@ def _describe(kind: type, error: Any) -> str:
         return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {name!r} is missing"
+    if bound := _BOUNDS.get(error["type"]):
+        return f"{name} {bound.format(**error['ctx'])}, not {error['input']!r}"
     message = error["msg"].removeprefix("Value error, ")
     where = f"{name}: " if name else ""
     return f"{where}{message}" if error["type"] == "value_error" else f"{where}{message}, not {error['input']!r}"

@@ -21,19 +21,11 @@ from psyche_jax.config_files import config_to_dict, dump_yaml, parse_yaml_mappin
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
-from psyche_jax.runs import read_state
 from psyche_jax.storage import hub
-from psyche_jax.storage.files import (
-    Index,
-    all_finite,
-    as_path,
-    in_bucket,
-    new_folder,
-    read_json,
-    write_json,
-    write_text,
-)
+from psyche_jax.storage.arrays import Index, all_finite
+from psyche_jax.storage.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
+from psyche_jax.train.runs import read_state
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
 
 _SECONDS_A_LINE = 10.0
@@ -195,7 +187,7 @@ def model_card(stored: StoredModel, name: str) -> str:
             prompt=stored.prompt or PromptSection(),
             stages=_stages(stored.weights),
             version=psyche_jax.__version__,
-            commit=_commit(),
+            commit=code_version(),
         )
     except (jinja2.TemplateError, LookupError, TypeError) as error:
         raise UserError(
@@ -224,7 +216,7 @@ def _run_of(model: Path) -> Path:
     return model.parent if model.name == "checkpoints" else model
 
 
-def _commit() -> str:
+def code_version() -> str:
     """The commit of the code, or its version when it does not run from a checkout."""
     checkout = Path(__file__).parents[1]
     commit = ""

@@ -1,14 +1,14 @@
 """The whole way, tiny, on a CPU: a random model with its own tokenizer, synthesis, SFT, GRPO, scores, report.
 
 The model has a few million random parameters and learns from the sample data that comes with the package. It shows
-that every stage works and that GRPO raises the reward on the prompts it trains on; it is no psychologist.
+that every stage works and that GRPO raises the reward on the prompts it trains on; it knows no psychology.
 """
 
 import math
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,13 +54,13 @@ from psyche_jax.model.huggingface import make_portable, write_weights
 from psyche_jax.model.qwen2 import Execution, bind, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
-from psyche_jax.runs import read_lines, read_state
 from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.pipeline import run_synth
 from psyche_jax.synth.publish import CARD_JSON
 from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.grpo_run import train_grpo
+from psyche_jax.train.runs import read_lines, read_state
 from psyche_jax.train.sft import train_sft
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -116,59 +116,17 @@ TITLE = "Demo: a tiny random model; the replies in its synthesis are canned"
 LAST_STEPS = 10  # over which the reward at the end is averaged
 
 
-@dataclass(frozen=True)
-class Paths:
-    """Where the demo puts its parts."""
-
-    root: Path
-
-    @property
-    def synth(self) -> Path:
-        """The run of the synthesis."""
-        return self.root / "synth"
-
-    @property
-    def synthesized(self) -> Path:
-        """The records that it made."""
-        return self.root / "synthesized"
-
-    @property
-    def data(self) -> Path:
-        """Sample records, split for the stages."""
-        return self.root / "data"
-
-    @property
-    def base(self) -> Path:
-        """The random model, as a Hugging Face folder."""
-        return self.root / "base"
-
-    @property
-    def checkpoint(self) -> Path:
-        """The random model, imported."""
-        return self.root / "checkpoint"
-
-    @property
-    def sft(self) -> Path:
-        """The SFT run."""
-        return self.root / "sft"
-
-    @property
-    def grpo(self) -> Path:
-        """The GRPO run."""
-        return self.root / "grpo"
-
-    @property
-    def export(self) -> Path:
-        """The trained model, as a Hugging Face folder."""
-        return self.root / "model"
-
-
 def run_demo(out: Path, seed: int) -> None:
-    """Run all stages into `out`; a demo that was interrupted goes on where it was.
+    """Run all stages into `out`; a demo that was interrupted resumes where it was.
+
+    In `out`: `synth` and `synthesized` (the synthesis and its records), `data` (sample records, split for the stages),
+    `base` and `checkpoint` (the random model as a Hugging Face folder, and imported), `sft` and `grpo` (the runs),
+    `model` (the trained model as a Hugging Face folder).
 
     Raises:
       UserError: `out` holds something else, or a demo with another seed.
     """
+    # Two demos in one folder would mix their runs.
     marker = out / "demo.json"
     if marker.is_file():
         if (old := read_json(marker)).get("seed") != seed:
@@ -177,43 +135,45 @@ def run_demo(out: Path, seed: int) -> None:
         raise UserError(f"{out}: is not empty and holds no demo; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(marker, {"seed": seed})
-    paths = Paths(out)
+    # Each stage leaves a folder that is whole or absent, by which a demo that is started again knows what is done.
     clock = _Clock(out / "seconds.json")
-    with clock.stage("synthesis, with canned replies", skip=(paths.synthesized / CARD_JSON).is_file()) as due:
+    synthesized, checkpoint, exported = out / "synthesized", out / "checkpoint", out / "model"
+    with clock.stage("synthesis, with canned replies", skip=(synthesized / CARD_JSON).is_file()) as due:
         if due:
-            synthesize(paths, seed)
-    with clock.stage("data and random model", skip=paths.checkpoint.is_dir()) as due:
+            synthesize(out, seed)
+    with clock.stage("data and random model", skip=checkpoint.is_dir()) as due:
         if due:
-            make_data(paths.data, seed)
-            make_model(paths, seed)
-            import_model(paths.base, paths.checkpoint, "float32")
-    with clock.stage("sft", skip=_done(paths.sft)) as due:
+            make_data(out / "data", seed)
+            make_model(out, seed)
+            import_model(out / "base", checkpoint, "float32")
+    with clock.stage("sft", skip=_done(out / "sft")) as due:
         if due:
-            train_sft(sft_config(paths, seed))
-    with clock.stage("grpo", skip=_done(paths.grpo)) as due:
+            train_sft(sft_config(out, seed))
+    with clock.stage("grpo", skip=_done(out / "grpo")) as due:
         if due:
-            train_grpo(grpo_config(paths, seed))
+            train_grpo(grpo_config(out, seed))
+    # What takes seconds is done again, so that it is of the runs as they are now.
     with clock.stage("evaluation", skip=False):
-        scores = evaluate_stages(paths)
-    with clock.stage("export", skip=paths.export.is_dir()) as due:
+        scores = evaluate_stages(out)
+    with clock.stage("export", skip=exported.is_dir()) as due:
         if due:
-            export_model(str(paths.grpo), paths.export, "float32")
+            export_model(f"{out}/grpo", exported, "float32")
     with clock.stage("report", skip=False):
-        difference, compared_with = logit_difference(paths)
-        summary = summarize(paths, scores, difference, compared_with)
-        write_report([paths.sft, paths.grpo], out / "report.html", TITLE)
+        difference, compared_with = logit_difference(out)
+        summary = summarize(out, scores, difference, compared_with)
+        write_report([out / "sft", out / "grpo"], out / "report.html", TITLE)
     write_json(out / "summary.json", {**summary, "seconds": {**clock.seconds, "total": sum(clock.seconds.values())}})
     _print_summary(out, summary)
 
 
-def synthesize(paths: Paths, seed: int) -> None:
+def synthesize(out: Path, seed: int) -> None:
     """The shipped passages and a few posts, through all stages of `psyche synth`, over HTTP and without a key.
 
-    The replies were written for this demo beforehand. What comes out lies beside the data of the stages below, which
+    The replies were written for this demo beforehand. What comes out is kept beside the data of the stages below, which
     train on the sample records.
     """
     with serving(replay_app(canned_answer)) as url:
-        run_synth(canned_config(paths.synth, paths.synthesized, url, seed))
+        run_synth(canned_config(out / "synth", out / "synthesized", url, seed))
 
 
 def make_data(folder: Path, seed: int) -> None:
@@ -234,10 +194,10 @@ def make_data(folder: Path, seed: int) -> None:
         write_records(partial / "sft_evaluation.jsonl", examples[:8])
 
 
-def make_model(paths: Paths, seed: int) -> None:
+def make_model(out: Path, seed: int) -> None:
     """A random Qwen2 of a few million parameters, with a tokenizer trained on the sample data."""
-    with new_folder(paths.base) as partial:
-        tokens = train_tokenizer(_texts(paths.data), VOCAB_SIZE, partial)
+    with new_folder(out / "base") as partial:
+        tokens = train_tokenizer(_texts(out / "data"), VOCAB_SIZE, partial)
         config = ModelConfig(
             vocab_size=VOCAB_SIZE,
             hidden_size=256,
@@ -254,12 +214,12 @@ def make_model(paths: Paths, seed: int) -> None:
         write_weights(partial, config, initialize(config, jax.random.key(seed), sharding, jnp.dtype("float32")))
 
 
-def sft_config(paths: Paths, seed: int) -> SftConfig:
+def sft_config(out: Path, seed: int) -> SftConfig:
     """SFT of the random model: the response format, and what can be learned of the answers."""
     return SftConfig(
-        run=RunSection(str(paths.sft), seed),
-        model=ModelSection(str(paths.checkpoint)),
-        data=SftDataSection(str(paths.data / "sft.jsonl"), str(paths.data / "sft_evaluation.jsonl"), 256),
+        run=RunSection(f"{out}/sft", seed),
+        model=ModelSection(f"{out}/checkpoint"),
+        data=SftDataSection(f"{out}/data/sft.jsonl", f"{out}/data/sft_evaluation.jsonl", 256),
         epochs=18,
         batch_size=8,
         evaluate_every_steps=100,
@@ -269,12 +229,12 @@ def sft_config(paths: Paths, seed: int) -> SftConfig:
     )
 
 
-def grpo_config(paths: Paths, seed: int) -> GrpoConfig:
+def grpo_config(out: Path, seed: int) -> GrpoConfig:
     """GRPO from the SFT result, on prompts that SFT has not seen."""
     return GrpoConfig(
-        run=RunSection(str(paths.grpo), seed),
-        model=ModelSection(str(paths.sft)),
-        data=GrpoDataSection(str(paths.data / "rl.jsonl"), 256),
+        run=RunSection(f"{out}/grpo", seed),
+        model=ModelSection(f"{out}/sft"),
+        data=GrpoDataSection(f"{out}/data/rl.jsonl", 256),
         epochs=30,
         prompts_per_step=16,
         generations_per_prompt=8,
@@ -288,15 +248,15 @@ def grpo_config(paths: Paths, seed: int) -> GrpoConfig:
     )
 
 
-def evaluate_stages(paths: Paths) -> dict[str, dict[str, float]]:
+def evaluate_stages(out: Path) -> dict[str, dict[str, float]]:
     """Strict and elastic accuracy on the held-out questions before SFT, after it and after GRPO."""
-    benchmark = read_benchmark(str(paths.data / "heldout.jsonl"))
+    benchmark = read_benchmark(f"{out}/data/heldout.jsonl")
     sampling = Sampling(MAX_NEW_TOKENS, temperature=0.0)
     scores = {}
     for label, model, run in (
-        ("base", paths.checkpoint, paths.sft),
-        ("sft", paths.sft, paths.sft),
-        ("grpo", paths.grpo, paths.grpo),
+        ("base", out / "checkpoint", out / "sft"),
+        ("sft", out / "sft", out / "sft"),
+        ("grpo", out / "grpo", out / "grpo"),
     ):
         file = evaluation_file(run, benchmark.name, label)
         if not file.is_file():
@@ -305,7 +265,7 @@ def evaluate_stages(paths: Paths) -> dict[str, dict[str, float]]:
     return scores
 
 
-def logit_difference(paths: Paths) -> tuple[float, str]:
+def logit_difference(out: Path) -> tuple[float, str]:
     """Largest difference of logits between the trained checkpoint here and the exported folder elsewhere.
 
     Elsewhere is plain transformers if torch is installed, else this package reading the export back.
@@ -321,25 +281,25 @@ def logit_difference(paths: Paths) -> tuple[float, str]:
         return np.asarray(model.logits(model(jnp.asarray(tokens), jnp.ones_like(positions), positions, execution)))
 
     if find_spec("torch") is None:
-        return float(np.abs(logits(paths.grpo) - logits(paths.export)).max()), "psyche_jax"
+        return float(np.abs(logits(out / "grpo") - logits(out / "model")).max()), "psyche_jax"
     import torch
     from transformers import Qwen2ForCausalLM
 
-    exported = Qwen2ForCausalLM.from_pretrained(paths.export, dtype=torch.float32)
+    exported = Qwen2ForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     with torch.no_grad():
         expected = exported(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
-    return float(np.abs(logits(paths.grpo) - expected).max()), "transformers"
+    return float(np.abs(logits(out / "grpo") - expected).max()), "transformers"
 
 
-def summarize(paths: Paths, scores: dict[str, Any], difference: float, compared_with: str) -> dict[str, Any]:
+def summarize(out: Path, scores: dict[str, Any], difference: float, compared_with: str) -> dict[str, Any]:
     """What `summary.json` holds, but for the seconds."""
     # Step 0 is only an evaluation.
     sft, grpo = (
-        [line for line in read_lines(run / "metrics.jsonl") if line["step"] > 0] for run in (paths.sft, paths.grpo)
+        [line for line in read_lines(run / "metrics.jsonl") if line["step"] > 0] for run in (out / "sft", out / "grpo")
     )
     rewards = [line["reward"] for line in grpo]
     return {
-        "synthesis": {"replies": "canned", "records": read_json(paths.synthesized / CARD_JSON)["records"]},
+        "synthesis": {"replies": "canned", "records": read_json(out / "synthesized" / CARD_JSON)["records"]},
         "sft": {"loss_first": sft[0]["loss"], "loss_last": sft[-1]["loss"], "steps": len(sft)},
         "grpo": {
             "reward_first": rewards[0],
@@ -349,7 +309,7 @@ def summarize(paths: Paths, scores: dict[str, Any], difference: float, compared_
         },
         "eval": scores,
         "export": {
-            "path": str(paths.export),
+            "path": f"{out}/model",
             "max_logit_difference": difference,
             "compared_with": compared_with,
         },
@@ -358,8 +318,6 @@ def summarize(paths: Paths, scores: dict[str, Any], difference: float, compared_
 
 def _with_short_rationale(question: Question) -> Question:
     """Only the first sentence of the rationale, to keep the demo short."""
-    from dataclasses import replace
-
     first, _, _ = (question.rationale or "").partition("。")
     return replace(question, rationale=first + "。")
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: shown as one line, with an exit code and without a traceback."""
+"""Errors that are the user's to mend, shown as one line; and what is wrong with one row of data, which is skipped."""
 
 from collections.abc import Sequence
 
@@ -22,6 +22,18 @@ class UsageError(UserError):
     """The command or its config was wrong before any work began."""
 
     exit_code = 2
+
+
+class RowError(ValueError):
+    """What is wrong with a row: `reason`, the same words for all such rows, and details of this one."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason} ({detail})" if detail else reason)
+        self.reason = reason
+
+
+class NotTextError(RowError):
+    """A row holds bytes that are not text in the encoding of its file."""
 
 
 def first_reason(error: BaseException) -> str:

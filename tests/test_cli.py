@@ -60,7 +60,7 @@ def ended(capsys, *arguments):
 
 
 def verbs():
-    (action,) = (a for a in cli._parser()._actions if isinstance(a, argparse._SubParsersAction))
+    (action,) = (a for a in cli.parser()._actions if isinstance(a, argparse._SubParsersAction))
     return action.choices
 
 
@@ -75,7 +75,7 @@ def test_help_shows_an_example_that_works(verb, capsys):
     _, _, example = out.partition("Example:\n")
     program, *arguments = shlex.split(example)
     assert program == "psyche"
-    parsed = cli._parser().parse_args(arguments)
+    parsed = cli.parser().parse_args(arguments)
     assert parsed.verb == verb
     if verb in ("sft", "grpo", "pack"):
         assert (ROOT / parsed.config).is_file(), f"the example names {parsed.config}, which does not exist"
@@ -88,7 +88,7 @@ def test_commands_that_are_written_down_are_accepted(page):
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("psyche ")]
     assert len(commands) >= 8
     for _, *arguments in commands:
-        parsed = cli._parser().parse_args(arguments)
+        parsed = cli.parser().parse_args(arguments)
         kind = {"sft": SftConfig, "grpo": GrpoConfig, "synth": SynthConfig}.get(parsed.verb)
         if kind is not None:
             load_config(kind, ROOT / parsed.config, parsed.overrides)

@@ -167,7 +167,7 @@ def test_the_card(exported, tmp_path):
         PROMPT.system,
         "先想。",
         "Stop tokens: 299, 297.",
-        f"(commit {convert._commit()})",
+        f"(commit {convert.code_version()})",
         "no clinician",
     ):
         assert expected in body, expected
@@ -217,20 +217,20 @@ def test_a_run_changed_by_hand(runs, capsys):
 def test_commit(monkeypatch, tmp_path):
     """That of this checkout, and the version where there is no checkout or no git."""
     package = tmp_path / "site-packages" / "psyche_jax" / "convert.py"
-    commit = convert._commit()
+    commit = convert.code_version()
     root = Path(convert.__file__).parents[1]
     if (root / ".git").exists():
         assert commit.removesuffix("-dirty").isalnum() or commit.startswith("v")
     with monkeypatch.context() as without_git:
         without_git.setenv("PATH", str(tmp_path))
-        assert convert._commit().startswith("version ")
+        assert convert.code_version().startswith("version ")
     # Installed somewhere below another project's checkout: that one's commit is not ours.
     package.parent.mkdir(parents=True)
     git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y"]
     subprocess.run([*git, "init", "--quiet"], check=True)
     subprocess.run([*git, "commit", "--quiet", "--allow-empty", "--message", "x"], check=True)
     monkeypatch.setattr(convert, "__file__", str(package))
-    assert convert._commit().startswith("version ")
+    assert convert.code_version().startswith("version ")
 
 
 def test_transformers_says_the_same(exported, monkeypatch):

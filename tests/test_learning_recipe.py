@@ -1,4 +1,4 @@
-"""`scripts/learn_smollm2.py`: its data, what its reward rewards, and that both ways to score agree."""
+"""`scripts/learning/learn_smollm2.py`: its data, what its reward rewards, and that both ways to score agree."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from psyche_jax.rewards.reference import score_response
 
 @pytest.fixture(scope="module")
 def recipe():
-    return load_script("learn_smollm2")
+    return load_script("learning", "learn_smollm2")
 
 
 @pytest.fixture(scope="module")

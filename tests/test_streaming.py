@@ -26,8 +26,9 @@ from psyche_jax.model import huggingface
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.storage import files
-from psyche_jax.storage.files import as_path, blocks, read_ahead
+from psyche_jax.storage import arrays
+from psyche_jax.storage.arrays import blocks, read_ahead
+from psyche_jax.storage.files import as_path
 from psyche_jax.train import streaming
 from psyche_jax.train.checkpoints import Checkpoints, abstract_parameters, checkpoint_metadata, open_model
 from psyche_jax.train.setup import prepare
@@ -47,7 +48,7 @@ def inside(tmp_path, monkeypatch):
 def small_pieces(monkeypatch):
     """Chunks and pieces of about a thousand bytes; files of at most 20 kB."""
     monkeypatch.setattr(streaming, "_LEAST_BYTES", 1000)
-    monkeypatch.setattr(files, "PIECE_ELEMENTS", 300)
+    monkeypatch.setattr(arrays, "PIECE_ELEMENTS", 300)
     monkeypatch.setattr(huggingface, "_SHARD_BYTES", 20_000)
 
 
@@ -82,7 +83,7 @@ def leaf_bytes(tree):
     [((5,), (2,)), ((4, 6), (2, 3)), ((3, 5, 7), (1, 2, 7)), ((2, 3, 4), (2, 3, 4)), ((7, 3), (1, 1))],
 )
 def test_blocks_cover_an_array_once_in_whole_chunks(shape, chunk, limit, monkeypatch):
-    monkeypatch.setattr(files, "PIECE_ELEMENTS", limit)
+    monkeypatch.setattr(arrays, "PIECE_ELEMENTS", limit)
     seen = np.zeros(shape, int)
     for block in blocks(shape, chunk):
         seen[block] += 1
@@ -96,7 +97,7 @@ def test_blocks_cover_an_array_once_in_whole_chunks(shape, chunk, limit, monkeyp
 
 def test_blocks_of_rows_follow_each_other(monkeypatch):
     """What is written to a file from its start to its end."""
-    monkeypatch.setattr(files, "PIECE_ELEMENTS", 10)
+    monkeypatch.setattr(arrays, "PIECE_ELEMENTS", 10)
     array = np.arange(7 * 4).reshape(7, 4)
     assert np.concatenate([array[block].ravel() for block in blocks((7, 4), (1, 4))]).tolist() == list(range(28))
 
@@ -282,7 +283,7 @@ def test_plain_lines_of_progress(monkeypatch, capsys):
 MEASURED = """
 import sys, threading, time
 from pathlib import Path
-import psyche_jax.convert, psyche_jax.storage.files
+import psyche_jax.convert, psyche_jax.storage.arrays
 from psyche_jax import cli
 
 def anonymous():
@@ -294,7 +295,7 @@ def watch():
         peak[0] = max(peak[0], anonymous())
         time.sleep(0.002)
 
-psyche_jax.storage.files.PIECE_ELEMENTS = 2**21
+psyche_jax.storage.arrays.PIECE_ELEMENTS = 2**21
 base = anonymous()
 peak = [base]
 threading.Thread(target=watch, daemon=True).start()

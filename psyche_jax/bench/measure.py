@@ -39,8 +39,8 @@ from psyche_jax.train.state import TrainState, initial_state, make_optimizer, ma
 class Workload:
     """A jitted program and how to call it again and again.
 
-    `arguments(carry, step)` are the program's in step `step`; `split(result)` are the next carry and what a step
-    reports (scalars by name).
+    `arguments(carry, step)` gives the program's arguments in step `step`; `split(result)` the next carry and what the
+    step reports (scalars by name).
     """
 
     program: Any
@@ -120,8 +120,15 @@ def grpo_workload(shape: GrpoShape, seed: int, steps: int) -> Workload:
     return Workload(program, state, arguments, lambda result: (result[0], result[1]["metrics"]))
 
 
+_WORKLOADS: dict[type, tuple[What, Callable[[Any, int, int], Workload]]] = {
+    SftShape: ("sft", sft_workload),
+    GrpoShape: ("grpo", grpo_workload),
+    RolloutShape: ("rollout", rollout_workload),
+}
+
+
 def _model(shape: ModelShape) -> tuple[ModelConfig, Execution]:
-    """The architecture and how it computes. Its only stop token lies beyond the vocabulary: it is never drawn."""
+    """The architecture and how it computes. Its only stop token is beyond the vocabulary, so that it is never drawn."""
     config = ModelConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.width,
@@ -183,14 +190,9 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
       last, `compilations_timed`: within the timed steps, where there should be none; `peak_rss_mib`: of the process.
     """
     total = warmup + steps
-    what: What
-    workload: Workload
-    if isinstance(shape, SftShape):
-        what, workload = "sft", sft_workload(shape, seed, total)
-    elif isinstance(shape, GrpoShape):
-        what, workload = "grpo", grpo_workload(shape, seed, total)
-    else:
-        what, workload = "rollout", rollout_workload(shape, seed, total)
+    what, make = _WORKLOADS[type(shape)]
+    workload = make(shape, seed, total)
+    # Each step is waited for, so that its time is its own; what a step is given was put on the device before.
     carry = jax.block_until_ready(workload.carry)
     seconds, cpu_seconds, reports = [], [], []
     with count_compilations() as compiled:
@@ -206,6 +208,7 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
             carry, report = workload.split(result)
             reports.append(report)
         compilations, compilations_timed = len(compiled), len(compiled) - compiled_before
+    # A median, since another process may hold up any single step.
     timed = seconds[warmup:]
     median = statistics.median(timed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -223,6 +226,7 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
         "compilations_timed": compilations_timed,
         "peak_rss_mib": round(peak, 1),
     }
+    # GRPO says two things more: whether sampler and trainer agree, and that the device never waits for the host.
     if what == "grpo":
         metrics = jax.device_get(reports)
         outcome["logp_difference"] = {
@@ -235,7 +239,7 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
 
 
 def as_text(outcome: dict[str, Any]) -> str:
-    """An outcome for people."""
+    """An outcome as readable text."""
     lines = [
         f"{outcome['what']} on {outcome['devices']} × {outcome['device']}: "
         + ", ".join(f"{name} {value}" for name, value in outcome["shape"].items()),

@@ -11,7 +11,7 @@ from psyche_jax.errors import UserError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 (it failed) or 2 (it was used wrongly)."""
-    parsed = _parser().parse_args(arguments)
+    parsed = parser().parse_args(arguments)
     try:
         parsed.run(parsed)
     except UserError as error:
@@ -37,7 +37,7 @@ def _failed(verb: str, message: str, exit_code: int = 1, details: Sequence[str] 
     return exit_code
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="psyche",
         description="Turn a Qwen2.5 base model into a domain reasoning model: SFT, GRPO, evaluation, export.",

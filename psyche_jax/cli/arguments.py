@@ -47,14 +47,14 @@ def check_at_least(name: str, value: int | None, least: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that is no 32-bit number."""
+    """Refuse a seed that is not a 32-bit number."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed must be from 0 to 4294967295, not {seed}")
 
 
 def warn_of_gates(servers: Mapping[str, str | None]) -> None:
     """Say at which of `servers` (base URL: key) an answer may be the crisis gate's and not the model's."""
-    from psyche_jax.llm import gate_warnings
+    from psyche_jax.llm.server import gate_warnings
 
     for line in gate_warnings(servers):
         print(f"look here: {line}", file=sys.stderr)

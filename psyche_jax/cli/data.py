@@ -44,10 +44,10 @@ def add_verbs(add: AddVerb) -> None:
     )
     what = "which column is what, where `import` reads JSONL, CSV, Parquet or a data set on the Hugging Face hub"
     add_config(verb, f"{what}; such as import", required=False)
-    verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it set aside, as JSON")
+    verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it skipped, as JSON")
     verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
     verb.add_argument(
-        "--deadline", type=float, default=300.0, metavar="SECONDS", help="give up on a file after that long (300)"
+        "--deadline", type=float, metavar="SECONDS", help="give up on a file in a bucket after that long (300)"
     )
 
     verb = add(
@@ -61,22 +61,22 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "decontaminate",
         _decontaminate,
-        "Take out of training data what a benchmark asks: exact and near twins, and questions on its cases.",
+        "Take out of training data what a benchmark asks: exact and near copies, and questions on its cases.",
         "psyche decontaminate --train data/cpsyexam --eval data/pceb --out data/clean",
     )
     verb.add_argument("--train", required=True, metavar="URI", help="a data set of records of any kind")
     verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
     verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
     verb.add_argument(
-        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near twin (default 0.3)"
+        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near copy (default 0.3)"
     )
     verb.add_argument("--json", action="store_true", help="print counts and examples as one JSON object")
 
 
 def _data(arguments: argparse.Namespace) -> None:
-    from psyche_jax.data import dataset
+    from psyche_jax.storage import buckets
 
-    action, uri, deadline = arguments.action, arguments.uri, arguments.deadline
+    action, uri = arguments.action, arguments.uri
     if (action in ("copy", "import")) != (arguments.to is not None):
         needs_two = f"{action} needs two addresses: psyche data {action} URI TO"
         raise UsageError(needs_two if arguments.to is None else "too many addresses")
@@ -90,29 +90,37 @@ def _data(arguments: argparse.Namespace) -> None:
         raise UsageError("--set goes with the --config of import")
     if arguments.report is not None and action != "import":
         raise UsageError("--report goes with import")
-    if not 0 < deadline < math.inf:
-        raise UsageError(f"--deadline must be positive, not {deadline}")
+    if arguments.deadline is not None and not 0 < arguments.deadline < math.inf:
+        raise UsageError(f"--deadline must be positive, not {arguments.deadline}")
     check_at_least("limit", arguments.limit, 1)
+    with buckets.deadline(arguments.deadline):
+        _do(action, uri, arguments)
+
+
+def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
+    from psyche_jax.data import dataset
+
     if action == "ls":
-        for address, manifest in dataset.find_datasets(uri, deadline):
+        for address, manifest in dataset.find_datasets(uri):
             print(f"{address}: {manifest}")
     elif action == "verify":
-        manifest, others = dataset.verify_dataset(uri, deadline)
+        manifest, others = dataset.verify_dataset(uri)
         print(f"{uri}: whole: {manifest}")
         for name in others:
             print(f"{uri}: {name} is not part of it and may be removed")
     elif action == "cat":
-        for content in dataset.first_records(uri, arguments.limit, deadline):
+        for content in dataset.first_records(uri, arguments.limit):
             print(content)
     elif action == "import":
         _import(arguments)
     else:
-        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to, deadline)}")
+        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to)}")
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    uri, to, deadline = arguments.uri, arguments.to, arguments.deadline
-    from psyche_jax.data.mapping import ImportConfig, Imported, NoRecordsError, import_rows
+    uri, to = arguments.uri, arguments.to
+    from psyche_jax.data.imports import Imported, NoRecordsError
+    from psyche_jax.data.mapping import ImportConfig, import_rows
 
     def report(found: Imported | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
         if arguments.report is not None:
@@ -125,19 +133,19 @@ def _import(arguments: argparse.Namespace) -> None:
         if arguments.format is not None:
             from psyche_jax.data.public import import_public
 
-            imported = import_public(arguments.format, Path(uri), to, deadline)
+            imported = import_public(arguments.format, Path(uri), to)
         else:
             from psyche_jax.config_files import load_config
 
-            imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides), deadline)
+            imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides))
     except NoRecordsError as error:
         report(error, 0)
         raise
     print(f"{to}: {imported.manifest}")
     for line in imported.set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     mended = "; faults seen, mended ones among them" if arguments.format is not None else ""
-    print(f"{len(imported.set_aside)} set aside{mended}{':' if imported.faults else ''}")
+    print(f"{len(imported.set_aside)} skipped{mended}{':' if imported.faults else ''}")
     for fault, count in imported.faults.most_common():
         print(f"{count:8} {fault}")
     for remark in imported.remarks:
@@ -153,9 +161,9 @@ def _pack(arguments: argparse.Namespace) -> None:
     config = load_config(PackConfig, arguments.config, arguments.overrides)
     manifest, set_aside = pack(config)
     for line in set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     cut = f"; {manifest.packing.cut} cut" if manifest.packing is not None and manifest.packing.cut else ""
-    print(f"{config.out}: {manifest}; {len(set_aside)} set aside{cut}")
+    print(f"{config.out}: {manifest}; {len(set_aside)} skipped{cut}")
 
 
 def _decontaminate(arguments: argparse.Namespace) -> None:

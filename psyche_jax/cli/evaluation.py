@@ -14,7 +14,7 @@ from psyche_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from psyche_jax.evaluate.endpoint import Endpoint
-    from psyche_jax.evaluate.evaluation import Model
+    from psyche_jax.evaluate.local import LocalModel
     from psyche_jax.evaluate.tasks import Benchmark
 
 
@@ -38,6 +38,7 @@ def add_verbs(add: AddVerb) -> None:
         metavar="NAME|FILE",
         help="samples, dialogues, pceb:FOLDER, cpsyexam:FILE, or a JSONL file of questions or dialogues",
     )
+    # Which questions.
     verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
     verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
@@ -48,6 +49,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--shots-from", metavar="NAME|FILE", help="where they are from: a benchmark with the same cells, not scored"
     )
+    # How they are asked.
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
     verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
@@ -58,6 +60,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
     )
+    # Who judges, and what endpoints need.
     verb.add_argument(
         "--judge",
         action="append",
@@ -87,13 +90,14 @@ def add_verbs(add: AddVerb) -> None:
         help="accept answers under this model's name, too (a deployment often answers under its model's); "
         "several may be given",
     )
+    # How it is computed, and where the result goes.
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
     verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
     verb.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="also write scores and answers to a JSON file; what was killed goes on from what is kept beside it",
+        help="also write scores and answers to a JSON file; one that was killed resumes from what is kept beside it",
     )
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
@@ -140,6 +144,7 @@ def add_verbs(add: AddVerb) -> None:
 
 
 def _eval(arguments: argparse.Namespace) -> None:
+    # Refused before anything is read: what cannot be asked for together.
     if (arguments.shots is None) != (arguments.shots_from is None):
         raise UsageError("--shots and --shots-from go together")
     for name in ("limit", "shots", "samples", "max_new_tokens", "batch_size"):
@@ -159,9 +164,10 @@ def _eval(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.evaluation import evaluate, evaluation_file, scores_table
     from psyche_jax.storage.files import as_path, bucket_errors
 
+    # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)
     for line in benchmark.set_aside:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     if arguments.train:
         from psyche_jax.evaluate.benchmarks import look_for_leaks
 
@@ -169,11 +175,13 @@ def _eval(arguments: argparse.Namespace) -> None:
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
     if arguments.shots:
         benchmark = with_shots(benchmark, read_benchmark(arguments.shots_from), arguments.shots)
+    # Who answers and who judges. An endpoint that is asked by name is reached only now.
     judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
     label = arguments.label or model.short_name
     addresses = [arguments.model, *arguments.judge]
     warn_of_gates({address.partition("#")[0]: os.environ.get("OPENAI_API_KEY") for address in addresses})
+    # A run keeps its own evaluations, which the report reads; --out writes one more file.
     folder = as_path(arguments.model)
     with bucket_errors(folder):
         is_run = (folder / "config.yaml").is_file()
@@ -189,7 +197,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         against=arguments.against,
     )
     for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"]), "no_answer": evaluation["no_answer"]}
     if judges:
         summary["empathy"] = evaluation["empathy"]
@@ -200,7 +208,7 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
     """Who judges empathy."""
     from psyche_jax.evaluate.empathy import MAX_TOKENS
     from psyche_jax.evaluate.endpoint import Endpoint
-    from psyche_jax.llm import SCHEMES
+    from psyche_jax.llm.server import SCHEMES
 
     if arguments.judge and not any(task.kind == "dialogue" for task in benchmark.tasks):
         raise UsageError(f"--judge: {arguments.bench} holds no dialogues; try --bench dialogues")
@@ -234,11 +242,11 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, str | None]:
     return names
 
 
-def _model_to_evaluate(arguments: argparse.Namespace) -> "Model":
+def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint":
     """What `psyche eval` asks."""
     from psyche_jax.config import PromptSection
     from psyche_jax.evaluate.endpoint import Endpoint
-    from psyche_jax.llm import SCHEMES
+    from psyche_jax.llm.server import SCHEMES
 
     prompt = PromptSection(system="", instruction="") if arguments.bare else None
     if arguments.model.startswith(SCHEMES):
@@ -274,7 +282,7 @@ def _safety(arguments: argparse.Namespace) -> None:
         arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone
     )
     for line in bad:
-        print(f"set aside: {line}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
     print(json.dumps(measured, ensure_ascii=False) if arguments.json else "\n".join(safety_lines(measured)))
 
 

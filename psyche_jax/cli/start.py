@@ -33,7 +33,7 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
         os.environ.setdefault("NPROC", "64")
     import jax
 
-    from psyche_jax import hosts
+    from psyche_jax.train import hosts
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE))
@@ -49,8 +49,8 @@ def use_huge_pages() -> None:
     """Where JAX will compute on the CPU: begin this process anew with huge pages for what malloc takes.
 
     XLA's CPU backend takes the memory of a program's temporaries anew for each call. In pages of 4 KiB their faults
-    are a good part of the time of a small model's step (docs/benchmarks.md). glibc reads the setting only once, at
-    the start of a process; one that is there already stays.
+    are a good part of the time of a small model's step (docs/measurements/benchmarks.md). glibc reads the setting
+    only once, at the start of a process; one that is there already stays.
     """
     if platform.libc_ver()[0] == "glibc" and _computes_on_cpu() and _TUNABLES not in os.environ:
         environment = {**os.environ, _TUNABLES: "glibc.malloc.hugetlb=1"}

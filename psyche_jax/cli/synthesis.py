@@ -82,7 +82,7 @@ def _print_stages(reports: dict[str, Any], as_json: bool) -> None:
     for name, report in reports.items():
         counts = ", ".join(f"{key} {value}" for key, value in report["counts"].items())
         aside = ", ".join(f"{value} {reason}" for reason, value in report["set_aside"].items())
-        print(f"{name}: {counts}{'; set aside: ' + aside if aside else ''}")
+        print(f"{name}: {counts}{'; skipped: ' + aside if aside else ''}")
 
 
 def _review(arguments: argparse.Namespace) -> None:
@@ -100,8 +100,8 @@ def _review(arguments: argparse.Namespace) -> None:
     elif arguments.load is not None:
         taken, faults = store.load(arguments.load, who)
         for line in faults:
-            print(f"set aside: {line}", file=sys.stderr)
-        print(f"{path}: {taken} decisions taken, {len(faults)} set aside")
+            print(f"skipped: {line}", file=sys.stderr)
+        print(f"{path}: {taken} decisions taken, {len(faults)} skipped")
         if faults and not taken:
             raise UserError(f"{arguments.load}: holds no decision that could be taken")
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 from psyche_jax.cli import start
 from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, check_seed
 from psyche_jax.errors import UserError
-from psyche_jax.run_changes import CHANGES
+from psyche_jax.train.run_changes import CHANGES
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -26,6 +26,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
     _add_dtype(verb)
 
+    # SFT and GRPO take the same options.
     for name, run, text in (
         ("sft", _sft, "Fine-tune a model on chat records."),
         ("grpo", _grpo, "Train a model with GRPO on prompts with checkable answers."),
@@ -42,7 +43,7 @@ def add_verbs(add: AddVerb) -> None:
             default=[],
             action="extend",
             metavar="WHAT[,WHAT]",
-            help=f"go on with a run though this is otherwise than before: {', '.join(CHANGES)}; the run records it",
+            help=f"resume a run although this has changed: {', '.join(CHANGES)}; the run records it",
         )
 
     verb = add(

@@ -92,12 +92,12 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
 
     The template is cut where the assistant begins and ends, and the pieces are tokenized apart, so that what is
     trained is what generation meets: the prompt's tokens never merge with the response's. A thought that the prompt has
-    opened belongs to it, and the learned part goes on from there. Where the template rewrites earlier turns (QwQ's,
+    opened belongs to it, and the learned part continues from there. Where the template rewrites earlier turns (QwQ's,
     R1-Distill's and Qwen3's drop their thoughts), these are only history: what follows the last rewriting is learned.
 
     Raises:
       UserError: the template would write something else than what the assistant says (it trims, say); the last turn
-        does not go on from the thought that is opened; the mask comes out all ones or all zeros.
+        does not continue the thought that is opened; the mask comes out all ones or all zeros.
     """
     messages, mark = _marked(tokenizer, render_prompt(turns, prompt))
     opened, end = _frame(tokenizer, str(tokenizer.chat_template))
@@ -113,7 +113,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
         said = _continued(content, opened)
         if said is None:
             if index == spoken[-1]:
-                raise UserError(f"the last turn does not go on from {opened!r}, with which the chat template begins it")
+                raise UserError(f"the last turn does not continue {opened!r}, with which the chat template begins it")
             continue
         if not before.startswith(done):
             tokens, mask, done = [], [], ""
@@ -211,7 +211,7 @@ def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
 def _marked(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
     """Messages in which no text spells a control token, alone or together with another, and the mark that sees to it.
 
-    The mark stands behind each character that may begin such a token. It is a character that is in none of the texts,
+    The mark follows each character that may begin such a token. It is a character that is in none of the texts,
     and `_encode` takes it out again. White space and the tags of a thought, which templates look for, stay as they are.
     """
     known = "".join([str(tokenizer.chat_template), *(message["content"] for message in messages)])

@@ -1,39 +1,42 @@
 """Data sets: a folder, local or in a bucket, of ArrayRecord shards and a manifest that is written last.
 
-A folder without a manifest is no data set, so one is either whole or absent. Shards are named by number and CRC32C:
-the same records make the same files, and what a killed writer left behind never gets in the way of the next one.
+A folder without a manifest does not count, so a data set is whole or absent. Shards are named by number and CRC32C: the
+same records make the same files, and what a killed writer left behind never gets in the way of the next one.
 """
 
+import contextlib
 import functools
-import itertools
 import json
 import resource
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import google_crc32c
 import numpy as np
 import pydantic
 
 import psyche_jax
 from psyche_jax.data.records import (
     BaseRecord,
+    Dialogue,
+    Question,
     Record,
     Records,
+    RlPrompt,
+    SftExample,
+    Strict,
+    collected,
     fault_of,
-    read_records,
-    record_from_json,
     record_to_json,
 )
-from psyche_jax.data.store import Store, crc32c_of, open_store
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
-from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.files import in_bucket, parsed_json, read_jsonl
+from psyche_jax.storage.store import Store, crc32c_of, open_store, seal
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,10 +48,8 @@ _OPTIONS = "group_size:1,zstd:3"  # a record can be read alone
 
 
 @dataclass(frozen=True)
-class Shard:
+class Shard(Strict):
     """One file of a data set."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     name: str
     records: int
@@ -57,10 +58,8 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Packing:
+class Packing(Strict):
     """How tokenized examples were packed into rows of `length` tokens (`packing.pack`)."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     length: int
     examples: int
@@ -73,10 +72,8 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Strict):
     """What a data set holds: `kind` names the schema of its records, `config` is how it was made."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     kind: str
     records: int
@@ -124,8 +121,6 @@ class Dataset:
           UserError: a shard is missing, broken or not the one that the manifest names.
         """
         places = np.asarray(indices, np.int64)
-        if places.size and (places.min() < 0 or places.max() >= len(self)):
-            raise IndexError(f"{self.store.address} has {len(self)} records, and none of them is {places.max()}")
         shards = np.searchsorted(self._starts, places, side="right") - 1
         positions = places - self._starts[shards]
         return list(self._threads.imap(self._read, zip(shards.tolist(), positions.tolist(), strict=True)))
@@ -140,9 +135,8 @@ class Dataset:
     def __iter__(self) -> Iterator[bytes]:
         """All records in order, each shard checked against its CRC32C before any of its records is given."""
         for shard in self.manifest.shards:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / shard.name
-                _check(self.store, shard, self.store.download(shard.name, path), path.stat().st_size)
+            with self.store.local(shard.name) as path:
+                _check(self.store, shard, crc32c_of(path), path.stat().st_size)
                 reader = _open_reader(str(path), self.store.path(shard.name))
                 for start in range(0, shard.records, 256):
                     yield from reader.read(start, min(start + 256, shard.records))
@@ -173,7 +167,6 @@ def write_dataset(
     records: Iterable[BaseRecord],
     config: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
-    deadline: float = DEADLINE_SECONDS,
 ) -> Manifest:
     """Write records of one kind as a new data set.
 
@@ -182,7 +175,6 @@ def write_dataset(
       records: all of the same class, at least one.
       config: how they were made; stored in the manifest.
       shard_bytes: content of a shard, before compression.
-      deadline: seconds that one file may take, see `store`.
 
     Raises:
       UserError: there is a data set already, there are no records, or the store cannot be written to.
@@ -191,15 +183,14 @@ def write_dataset(
     first = next(several, None)
     if first is None:
         raise UserError(f"{uri}: there are no records to write")
-    kind = type(first)
 
     def contents() -> Iterator[bytes]:
-        for record in itertools.chain([first], several):
-            if type(record) is not kind:
-                raise TypeError(f"{uri}: a {kind.__name__} and a {type(record).__name__} in one data set")
+        for record in chain([first], several):
+            if type(record) is not type(first):
+                raise TypeError(f"{uri}: a {type(first).__name__} and a {type(record).__name__} in one data set")
             yield json.dumps(record_to_json(record), ensure_ascii=False).encode()
 
-    return write_contents(uri, kind.__name__, contents(), config or {}, shard_bytes, deadline)
+    return write_contents(uri, type(first).__name__, contents(), config or {}, shard_bytes)
 
 
 def write_contents(
@@ -208,12 +199,11 @@ def write_contents(
     contents: Iterable[bytes],
     config: Mapping[str, Any],
     shard_bytes: int = SHARD_BYTES,
-    deadline: float = DEADLINE_SECONDS,
     packing: Packing | None = None,
 ) -> Manifest:
     """As `write_dataset`, with the records' contents and the name of their schema."""
-    store = _new_place(uri, deadline)
-    shards = _write_shards(store, contents, shard_bytes)
+    store = _new_place(uri)
+    shards = _write_shards(store, iter(contents), shard_bytes)
     records = sum(shard.records for shard in shards)
     manifest = Manifest(kind, records, shards, config=dict(config), packing=packing)
     write_manifest(store, manifest)
@@ -223,20 +213,20 @@ def write_contents(
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Make the shards that are there a data set."""
     values = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json")
-    sealed = {**values, "crc32c": _seal(values)}
+    sealed = {**values, "crc32c": seal(values)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MANIFEST
         path.write_text(json.dumps(sealed, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         store.upload(path, MANIFEST)
 
 
-def open_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> Dataset:
+def open_dataset(uri: str) -> Dataset:
     """Open a data set: its manifest is read, and its files' names and sizes (in a bucket CRC32Cs) are compared.
 
     Raises:
       UserError: there is no whole data set, it was changed, or a newer version wrote it.
     """
-    store = open_store(uri, deadline)
+    store = open_store(uri)
     manifest = _read_manifest(store)
     there = {stored.name: stored for stored in store.objects()}
     for shard in manifest.shards:
@@ -248,8 +238,24 @@ def open_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> Dataset:
 
 
 def is_dataset(uri: str) -> bool:
-    """Whether `uri` is to be read as a data set: a folder, or anything in a bucket."""
+    """Return whether `uri` is to be read as a data set: a folder, or anything in a bucket."""
     return in_bucket(uri) or Path(uri).is_dir()
+
+
+def read_values(kind: type[BaseRecord], location: str) -> Iterator[tuple[str, Any]]:
+    """The values of a JSONL file or of a data set, as `read_jsonl` gives them.
+
+    Raises:
+      UserError: it cannot be read, or holds records of another kind.
+    """
+    if not is_dataset(location):
+        yield from read_jsonl(Path(location))
+        return
+    dataset = open_dataset(location)
+    if dataset.manifest.kind != kind.__name__:
+        raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
+    for number, content in enumerate(dataset):
+        yield f"{location}: record {number}", parsed_json(content.decode("utf-8", "surrogateescape"))
 
 
 def load_records(kind: type[Record], location: str) -> Records[Record]:
@@ -258,24 +264,41 @@ def load_records(kind: type[Record], location: str) -> Records[Record]:
     Raises:
       UserError: nothing usable is there, or a data set holds records of another kind.
     """
-    if not is_dataset(location):
-        return read_records(kind, Path(location))
-    dataset = open_dataset(location)
-    if dataset.manifest.kind != kind.__name__:
-        raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
-    good: list[Record] = []
-    set_aside = []
-    for number, content in enumerate(dataset):
-        try:
-            good.append(record_from_json(kind, content))
-        except (ValueError, RecursionError) as error:
-            set_aside.append(f"{location}: record {number}: {fault_of(error)}")
-    if not good:
-        raise UserError(f"{location}: holds no usable record of {kind.__name__}")
-    return Records(tuple(good), tuple(set_aside))
+    return collected(kind, location, read_values(kind, location))
 
 
-def verify_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> tuple[Manifest, list[str]]:
+KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}
+
+
+def kind_at(location: str) -> str:
+    """The name of the records' class: as a data set says, else as the first line of a JSONL file looks.
+
+    What is wrong with a file is found on reading it.
+    """
+    if is_dataset(location):
+        return open_dataset(location).manifest.kind
+    with contextlib.suppress(UserError):
+        _, first = next(read_jsonl(Path(location)), (1, None))
+        if isinstance(first, dict) and "messages" in first:
+            return RlPrompt.__name__ if "answer" in first else SftExample.__name__
+        if isinstance(first, dict) and "turns" in first:
+            return Dialogue.__name__
+    return Question.__name__
+
+
+def load_any_records(location: str) -> Records[Any]:
+    """Records of whatever kind is at a location.
+
+    Raises:
+      UserError: nothing usable is there, or no text: packed tokens, say.
+    """
+    kind = kind_at(location)
+    if kind not in KINDS:
+        raise UserError(f"{location}: holds records of {kind}, which cannot be compared as text")
+    return load_records(KINDS[kind], location)
+
+
+def verify_dataset(uri: str) -> tuple[Manifest, list[str]]:
     """Read every byte of a data set.
 
     Returns:
@@ -284,20 +307,20 @@ def verify_dataset(uri: str, deadline: float = DEADLINE_SECONDS) -> tuple[Manife
     Raises:
       UserError: the first file that is not as it was written.
     """
-    dataset = open_dataset(uri, deadline)
+    dataset = open_dataset(uri)
     if sum(1 for _ in dataset) != len(dataset):
         raise UserError(f"{uri}: holds another number of records than its manifest says")
     listed = {MANIFEST, *(shard.name for shard in dataset.manifest.shards)}
     return dataset.manifest, [stored.name for stored in dataset.store.objects() if stored.name not in listed]
 
 
-def first_records(uri: str, limit: int | None = None, deadline: float = DEADLINE_SECONDS) -> Iterator[str]:
+def first_records(uri: str, limit: int | None = None) -> Iterator[str]:
     """The records of a data set as JSON, all or the first `limit`.
 
     Raises:
-      UserError: the data set is broken, or its records are no JSON (packed ones are not).
+      UserError: the data set is broken, or its records are packed.
     """
-    dataset = open_dataset(uri, deadline)
+    dataset = open_dataset(uri)
     contents = iter(dataset) if limit is None else (dataset[index] for index in range(min(limit, len(dataset))))
     if dataset.manifest.packing is not None:
         raise UserError(f"{uri}: holds packed tokens, which are no text; look at what was packed")
@@ -305,79 +328,70 @@ def first_records(uri: str, limit: int | None = None, deadline: float = DEADLINE
         yield content.decode("utf-8")
 
 
-def copy_dataset(source: str, target: str, deadline: float = DEADLINE_SECONDS) -> Manifest:
+def copy_dataset(source: str, target: str) -> Manifest:
     """Copy a data set, its manifest last; every file's CRC32C is checked on the way.
 
     Raises:
       UserError: `source` is broken, `target` is taken, or a store cannot be used.
     """
-    dataset = open_dataset(source, deadline)
-    store = _new_place(target, deadline)
-    with tempfile.TemporaryDirectory() as folder:
-        for shard in dataset.manifest.shards:
-            path = Path(folder) / shard.name
-            _check(dataset.store, shard, dataset.store.download(shard.name, path), path.stat().st_size)
+    dataset = open_dataset(source)
+    store = _new_place(target)
+    for shard in dataset.manifest.shards:
+        with dataset.store.local(shard.name) as path:
+            _check(dataset.store, shard, crc32c_of(path), path.stat().st_size)
             store.upload(path, shard.name)
-            path.unlink()
     write_manifest(store, dataset.manifest)
     return dataset.manifest
 
 
-def find_datasets(uri: str, deadline: float = DEADLINE_SECONDS) -> list[tuple[str, Manifest]]:
+def find_datasets(uri: str) -> list[tuple[str, Manifest]]:
     """The data sets at or under `uri`, by address.
 
     Raises:
       UserError: there is none.
     """
-    store = open_store(uri, deadline)
+    store = open_store(uri)
     names = [stored.name for stored in store.objects() if stored.name.rpartition("/")[2] == MANIFEST]
     if not names:
         why = f"no {MANIFEST}" if in_bucket(uri) or Path(uri).exists() else "no such folder"
         raise UserError(f"{uri}: there is no data set here ({why})")
     folders = [store.path(name).removesuffix(MANIFEST).rstrip("/") for name in names]
-    return [(folder, _read_manifest(open_store(folder, deadline))) for folder in folders]
+    return [(folder, _read_manifest(open_store(folder))) for folder in folders]
 
 
-def _new_place(uri: str, deadline: float) -> Store:
-    store = open_store(uri, deadline)
+def _new_place(uri: str) -> Store:
+    store = open_store(uri)
     if store.read(MANIFEST) is not None:
         raise UserError(f"{uri}: there is a data set already; choose another place or remove it first")
     return store
 
 
-def _write_shards(store: Store, contents: Iterable[bytes], shard_bytes: int) -> tuple[Shard, ...]:
-    from array_record.python.array_record_module import ArrayRecordWriter
-
+def _write_shards(store: Store, contents: Iterator[bytes], shard_bytes: int) -> tuple[Shard, ...]:
     shards: list[Shard] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "shard"
-
-        def finish(writer: Any, records: int) -> None:
-            writer.close()
+        while records := _write_shard(path, contents, shard_bytes):
             number = crc32c_of(path)
             stored = store.upload(path, f"{len(shards):05}-{number:08x}.array_record")
             shards.append(Shard(stored.name, records, stored.bytes, number))
-
-        writer, records, filled = None, 0, 0
-        try:
-            for content in contents:
-                if writer is None:
-                    writer, records, filled = ArrayRecordWriter(str(path), _OPTIONS), 0, 0
-                writer.write(content)
-                records += 1
-                filled += len(content)
-                if filled >= shard_bytes:
-                    finish(writer, records)
-                    writer = None
-            if writer is not None:
-                finish(writer, records)
-                writer = None
-        finally:
-            if writer is not None:
-                writer.close()
     if not shards:
         raise UserError(f"{store.address}: there are no records to write")
     return tuple(shards)
+
+
+def _write_shard(path: Path, contents: Iterator[bytes], shard_bytes: int) -> int:
+    """Write records until the shard is full or there are none left; return how many it holds."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    records = filled = 0
+    with contextlib.closing(ArrayRecordWriter(str(path), _OPTIONS)) as writer:
+        for content in contents:
+            writer.write(content)
+            records += 1
+            filled += len(content)
+            if filled >= shard_bytes:
+                break
+    return records
 
 
 def _read_manifest(store: Store) -> Manifest:
@@ -394,15 +408,11 @@ def _read_manifest(store: Store) -> Manifest:
         checksum = values.pop("crc32c")
         if isinstance(version := values.get("format"), int) and version > FORMAT:
             raise UserError(f"{where}: was written by a newer version of psyche_jax (format {version}); upgrade it")
-        if checksum != _seal(values):
+        if checksum != seal(values):
             raise ValueError("its CRC32C is another: it was changed")
         return pydantic.TypeAdapter(Manifest).validate_python(values)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: the manifest is broken ({fault_of(error)})") from None
-
-
-def _seal(values: Mapping[str, Any]) -> int:
-    return google_crc32c.value(json.dumps(values, ensure_ascii=False, sort_keys=True).encode())
 
 
 def _check(store: Store, shard: Shard, crc32c: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Which benchmark questions and dialogues stand in training data, by what two texts share.
+"""Find benchmark questions and cases in training data, by what two texts share.
 
 Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`comparable`).
 """
@@ -12,41 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from psyche_jax.data.dataset import is_dataset, load_records, open_dataset, write_dataset
-from psyche_jax.data.records import BaseRecord, Dialogue, Question, RlPrompt, SftExample
+from psyche_jax.data.dataset import is_dataset, load_any_records, load_records, write_dataset
+from psyche_jax.data.records import BaseRecord, Dialogue, Question
+from psyche_jax.data.text import comparable
 from psyche_jax.errors import UserError
 
-# CJK radicals that NFKC leaves as they are, with the characters they stand for (Unicode, EquivalentUnifiedIdeograph).
-_PAIRS = (
-    "⺇几⺒巳⺓幺⺗心⺝月⺟母⺠民⺩王⺫目⺬示⺮竹⺷羊⺸羊⺻聿⺼月⻁虎⻄西⻅见⻆角⻇角⻉贝⻋车⻑長⻓长⻔门⻗雨⻘青⻙韦⻚页⻛风⻜飞⻝食⻞食⻢马⻣骨⻤鬼⻥鱼⻦鸟⻧卤⻨麦"
-    "⻩黄⻪黾⻬齐⻮齿⻰龙⻳龟"
-)
-_RADICALS = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
-# Kangxi radicals and compatibility ideographs: their NFKC forms, one character each; punctuation is left alone.
-for _code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFB00)):
-    if unicodedata.name(chr(_code), ""):
-        _RADICALS[chr(_code)] = unicodedata.normalize("NFKC", chr(_code))
-_TABLE = str.maketrans(_RADICALS)
-_PREFIX = re.compile(r"^\s*((单项选择题?|多项选择题?|单选题?|多选题?|\d+)\s*[：:.、．]?\s*)+")
 SHINGLE = 5
-
-
-def clean_text(text: str) -> str:
-    """The text with real characters for radicals and single plain spaces for any blanks; none between Chinese."""
-    text = re.sub(r"\s+", " ", text.translate(_TABLE)).strip()
-    wide = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
-    return re.sub(rf"(?<={wide}) | (?={wide})", "", text)
-
-
-def without_prefix(stem: str) -> str:
-    """A stem without its number and the kind that may stand before it."""
-    return _PREFIX.sub("", stem)
-
-
-def comparable(text: str) -> str:
-    """What is left to compare: NFKC, radicals mapped, no prefix, no blanks or punctuation, lower case."""
-    text = unicodedata.normalize("NFKC", text.translate(_TABLE)).lower()
-    return re.sub(r"[\W_]+", "", without_prefix(text))
 
 
 def shingles(text: str) -> frozenset[str]:
@@ -57,7 +28,7 @@ def shingles(text: str) -> frozenset[str]:
 NEAR = 0.3  # of the shingles of both; docs/data.md says what was seen above and below
 SHARED_CASE = 0.5  # of a case's shingles
 HELD = 0.8  # of the shingles of one, where the other one is longer
-_LEAST = 12  # shingles: "the main symptom is" with two options is asked about every case, and is no question by itself
+_LEAST = 12  # shingles: "the main symptom is" with two options is asked about every case and says nothing by itself
 _OPTION = re.compile(r"(?<![A-Za-z])([A-Z])\s*[.、:)]\s*")
 
 Reason = Literal["exact", "near", "case"]
@@ -127,7 +98,9 @@ def decontaminate_places(train: str, evaluation: str, out: str, near: float = NE
     Raises:
       UserError: one cannot be read, nothing is clean, or `out` is taken.
     """
-    records = load_records(_kind_at(train), train)
+    if not is_dataset(train):
+        raise UserError(f"{train}: must be a data set; make one with `psyche data import`")
+    records = load_any_records(train)
     questions = load_records(Question, evaluation)
     result = decontaminate(records.good, questions.good, near)
     if not result.clean:
@@ -170,12 +143,12 @@ class _Index:
         self._case_sizes = np.array([len(found) for found in case_shingles])
 
     def leaks(self, record: BaseRecord, near: float, shared_case: float) -> list[Leak]:
-        """What is found of each question in a record, exact twins first, then shared cases, the nearest first."""
+        """What is found of each question in a record, exact copies first, then shared cases, the nearest first."""
         text, options = _text(record)
         exact = self._exact.get(_key(text, options), [])
         found: dict[int, tuple[Reason, float]] = dict.fromkeys(exact, ("exact", 1.0))
         parts = shingles(_joined(text, options))
-        # A case is looked for in the text alone, where options do not stand between.
+        # A case is looked for in the text alone, without options between its parts.
         whole = shingles(comparable(text))
         count = len(self._questions)
         shared = self._counts(parts)
@@ -228,13 +201,3 @@ def _text(record: BaseRecord) -> tuple[str, tuple[str, ...]]:
     ends.append(last if last >= 0 else len(text))
     options = tuple(text[marker.end() : end].strip() for marker, end in zip(markers, ends, strict=True))
     return f"{text[: markers[0].start()]}\n{text[ends[-1] :]}", options
-
-
-def _kind_at(train: str) -> type[BaseRecord]:
-    kinds: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}
-    if not is_dataset(train):
-        raise UserError(f"{train}: must be a data set; make one with `psyche data import`")
-    name = open_dataset(train).manifest.kind
-    if name not in kinds:
-        raise UserError(f"{train}: holds records of {name}, which cannot be compared as text")
-    return kinds[name]

@@ -1,4 +1,4 @@
-"""Records from rows of any shape by a mapping of columns; and what an import says of dialogues."""
+"""Records from rows of any shape, by a config that says which column is what (`psyche data import --config`)."""
 
 import difflib
 import itertools
@@ -6,14 +6,13 @@ import json
 import re
 import string
 import unicodedata
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
 
 from psyche_jax.config import Section
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.dataset import Manifest, write_dataset
+from psyche_jax.data.imports import Imported, Notes, write_import
 from psyche_jax.data.records import (
     BaseRecord,
     Dialogue,
@@ -22,70 +21,13 @@ from psyche_jax.data.records import (
     Question,
     RlPrompt,
     SftExample,
+    first_of,
     question_to_rl,
     question_to_sft,
 )
-from psyche_jax.data.sources import ReadingSection, Row, RowError, read_rows
-from psyche_jax.errors import UsageError, UserError
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
-
-_LABELS = {  # how transcripts call the side that must not speak in a turn of this one
-    "assistant": "来访者|求助者|咨询者|当事人|患者|病人|用户|client|patient|help-?seeker|seeker|user|human",
-    "user": "咨询师|治疗师|辅导员|支持者|助人者|助手|counsell?or|therapist|supporter|assistant",
-}
-_OTHER_SIDE = {
-    role: re.compile(rf"(?<![A-Za-z])(?:{labels})\s*[】\]*]*\s*[:：]", re.IGNORECASE)
-    for role, labels in _LABELS.items()
-}
-_REPEATED = 12  # characters: as long a turn is not said again by the other side by chance
-_SHOWN = 40
-
-
-class DialogueRemarks:
-    """Counts over the dialogues that it has seen."""
-
-    def __init__(self) -> None:
-        self._mixed: list[str] = []
-        self._mixed_turns = 0
-        self._first_turns: Counter[str] = Counter()
-
-    def see(self, record: BaseRecord) -> None:
-        """Take note of a record, if it is a conversation."""
-        if not isinstance(record, Dialogue | SftExample):
-            return
-        said = record.turns if isinstance(record, Dialogue) else record.messages
-        turns = [turn for turn in said if turn.role != "system"]
-        self._first_turns[turns[0].content] += 1
-        if mixed := sum(_holds_other_side(turns, place) for place in range(len(turns))):
-            self._mixed_turns += mixed
-            self._mixed.append(record.id)
-
-    def lines(self) -> tuple[str, ...]:
-        """What there is to say, a line each."""
-        found = []
-        if self._mixed:
-            found.append(
-                f"{self._mixed_turns} turns in {len(self._mixed)} dialogues hold the other side's words "
-                f"(a label such as 来访者： in a reply, or its turn repeated); the first is {self._mixed[0]}"
-            )
-        shared = {text: count for text, count in self._first_turns.items() if count > 1}
-        if shared:
-            text, count = max(shared.items(), key=lambda pair: pair[1])
-            shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-            found.append(
-                f"{sum(shared.values())} dialogues share their first turn with another, in {len(shared)} groups; "
-                f"the commonest, of {count}: {' '.join(shown.split())}"
-            )
-        return tuple(found)
-
-
-def _holds_other_side(turns: Sequence[Message], place: int) -> bool:
-    turn = turns[place]
-    if _OTHER_SIDE[turn.role].search(turn.content):
-        return True
-    before = turns[place - 1].content if place else ""
-    return len(before) >= _REPEATED and before in turn.content
-
+from psyche_jax.data.sources import ReadingSection, Row, read_rows
+from psyche_jax.errors import RowError, UsageError
+from psyche_jax.rewards.reference import with_thought
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 
@@ -121,6 +63,20 @@ class TurnsSection(Section):
     )
 
 
+# Which columns each record must have in each form of rows, and which it may have.
+_USES: dict[tuple[str, Form], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("Question", "question"): (("options", "answer"), ("kind", "rationale")),
+    ("RlPrompt", "question"): (("options", "answer"), ("kind",)),
+    ("RlPrompt", "user"): (("answer",), ("kind", "system")),
+    ("RlPrompt", "messages"): (("answer",), ("kind",)),
+    ("SftExample", "question"): (("options", "answer", "rationale"), ("kind",)),
+    ("SftExample", "user"): (("assistant",), ("system", "rationale")),
+    ("SftExample", "messages"): ((), ()),
+    ("Dialogue", "user"): (("assistant",), ("system", "rationale")),
+    ("Dialogue", "messages"): ((), ()),
+}
+
+
 @dataclass(frozen=True)
 class ImportConfig(Section):
     """How the rows of a source become records."""
@@ -137,14 +93,13 @@ class ImportConfig(Section):
         if len(named) != 1:
             found = " and ".join(named) or "none"
             raise ValueError(f"columns must name one of question, user and messages, not {found}")
-        never = {"Question": ("user", "messages"), "Dialogue": ("question",)}
-        if self.form in never.get(self.record, ()):
+        if (self.record, self.form) not in _USES:
             raise ValueError(f"record: {self.record} cannot be made of columns.{self.form}")
-        must, may = _uses(self.record, self.form)
-        for name, column in self._columns():
+        must, may = _USES[self.record, self.form]
+        given = dict(self._columns())
+        for name, column in given.items():
             if name not in (self.form, "meta", *must, *may):
                 raise ValueError(f"columns.{name}: {column!r} has no place in {self.record} with columns.{self.form}")
-        given = {name for name, _ in self._columns()}
         if absent := [name for name in must if name not in given]:
             raise ValueError(f"columns.{absent[0]} must be named for {self.record} with columns.{self.form}")
         if self.answer_is == "text" and self.columns.options is None:
@@ -173,64 +128,26 @@ class ImportConfig(Section):
                 raise UsageError(f"{source}: columns.{name}: there is no column {column!r}; {hint}")
 
 
-def _uses(record: str, form: Form) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The columns that such a record must have, and those that it may have."""
-    if form == "question":
-        of_record = {
-            "Question": (("options", "answer"), ("kind", "rationale")),
-            "RlPrompt": (("options", "answer"), ("kind",)),
-            "SftExample": (("options", "answer", "rationale"), ("kind",)),
-        }
-        return of_record[record]
-    if record == "RlPrompt":
-        return ("answer",), ("kind", "system") if form == "user" else ("kind",)
-    return (("assistant",), ("system", "rationale")) if form == "user" else ((), ())
-
-
-@dataclass(frozen=True)
-class Imported:
-    """What came of it: the data set's manifest, a line for each row set aside, and how many for each reason.
-
-    `remarks` say what is odd about the dialogues among them.
-    """
-
-    manifest: Manifest
-    set_aside: tuple[str, ...]
-    faults: Counter[str]
-    remarks: tuple[str, ...] = ()
-
-
-class NoRecordsError(UserError):
-    """A source gives no record; why not is told as of any other import."""
-
-    def __init__(self, message: str, set_aside: tuple[str, ...], faults: Counter[str]) -> None:
-        super().__init__(message)
-        self.set_aside, self.faults = set_aside, faults
-
-
-def import_rows(source: str, target: str, config: ImportConfig, deadline: float = DEADLINE_SECONDS) -> Imported:
+def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
     """Write the records of a source as a new data set; rows stream through, only ids stay in memory.
 
-    A row with the content of an earlier one is set aside.
+    A row with the content of an earlier one is skipped.
 
     Args:
       source: see `sources.read_rows`.
       target: a new local folder or gs://bucket/prefix.
       config: how rows become records.
-      deadline: seconds that one file of a bucket may take to be read or written.
 
     Raises:
       NoRecordsError: the source has no usable row.
       UserError: it cannot be read, or the target cannot be written.
       UsageError: the config names a column that is in none of the first 1,000 rows.
     """
-    set_aside: list[str] = []
-    faults: Counter[str] = Counter()
-    remarks = DialogueRemarks()
+    notes = Notes()
 
     def records() -> Iterator[BaseRecord]:
         seen: dict[str, tuple[str, Any]] = {}
-        for where, row in _checked(source, config, deadline):
+        for where, row in _checked(source, config):
             try:
                 if isinstance(row, RowError):
                     raise row
@@ -241,23 +158,18 @@ def import_rows(source: str, target: str, config: ImportConfig, deadline: float 
                     other = "" if key == its_key else " with another answer"
                     raise RowError(f"a duplicate{other}", f"of {earlier}")
             except ValueError as error:
-                fault = error if isinstance(error, RowError) else RowError(str(error))
-                faults[fault.reason] += 1
-                set_aside.append(f"{where}: {fault}")
+                notes.leave_out(where, error)
                 continue
-            remarks.see(record)
             yield record
-        if not seen:
-            first = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ": it holds no rows"
-            raise NoRecordsError(f"{source}: no row gives a {config.record}{first}", tuple(set_aside), faults)
 
-    origin = {"source": source, "import": config_to_dict(config)}
-    manifest = write_dataset(target, records(), origin, deadline=deadline)
-    return Imported(manifest, tuple(set_aside), faults, remarks.lines())
+    def none() -> str:
+        return f"{source}: no row gives a {config.record}{first_of(notes.set_aside) or ': it holds no rows'}"
+
+    return write_import(target, records(), {"source": source, "import": config_to_dict(config)}, notes, none)
 
 
-def _checked(source: str, config: ImportConfig, deadline: float) -> Iterator[Row]:
-    rows = read_rows(source, config.reading, deadline)
+def _checked(source: str, config: ImportConfig) -> Iterator[Row]:
+    rows = read_rows(source, config.reading)
     head = list(itertools.islice(rows, _HEAD))
     there = dict.fromkeys(name for _, row in head if not isinstance(row, RowError) for name in row)
     if there:
@@ -274,7 +186,7 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
     """
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
-    except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is no text
+    except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is not text
         raise RowError("holds characters that are no text") from None
     columns = config.columns
     meta = {name: _plain(row.get(name)) for name in columns.meta}
@@ -382,7 +294,7 @@ def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
             return tuple(asked)
         reply = _text(row, columns.assistant)
         if columns.rationale is not None:
-            reply = f"<think>{_text(row, columns.rationale)}</think>\n{reply}"
+            reply = with_thought(_text(row, columns.rationale), reply)
         return (*asked, Message("assistant", reply))
     value = row.get(columns.messages or "")
     if isinstance(value, str):
@@ -407,14 +319,14 @@ def _text(row: Mapping[str, Any], column: str | None) -> str:
 
 
 def _optional_text(row: Mapping[str, Any], column: str | None) -> str | None:
-    """None where the cell is empty; what is there must be text."""
+    """None where the field is empty; what is there must be text."""
     value = row.get(column or "")
     empty = value is None or value != value or (isinstance(value, str) and not value.strip())
     return None if empty else _text(row, column)
 
 
 def _is_filled(value: Any) -> bool:
-    """Whether a cell holds something: text, or a number that is one (tables leave NaN where nothing is)."""
+    """Return whether a field holds something: text, or a number but NaN, which tables leave where nothing is."""
     if isinstance(value, bool):
         return False
     return value == value if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
@@ -429,5 +341,5 @@ def _json(text: str, column: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold of a value; dates become text, what is no number nothing."""
+    """What JSON can hold of a value; dates become text, NaN becomes null."""
     return json.loads(json.dumps(value, ensure_ascii=False, default=str), parse_constant=lambda _: None)

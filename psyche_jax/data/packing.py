@@ -47,10 +47,10 @@ class PackConfig(Section):
 def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
     """Tokenize, pack and write a data set.
 
-    All tokens stand in memory: five bytes each.
+    All tokens are in memory: five bytes each.
 
     Returns:
-      The manifest, and a line for each record that was set aside.
+      The manifest, and a line for each record that was skipped.
 
     Raises:
       UserError: the input holds nothing usable, or `out` is taken or cannot be written to.
@@ -61,6 +61,8 @@ def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
     examples: list[TokenizedExample] = []
     cut, unfit = 0, ""
     end_of_turn_id(tokenizer)  # a template that is broken for all is one error
+
+    # What is too long is skipped or cut, as the config says; a cut that leaves nothing to learn is skipped as well.
     for record in tqdm(records.good, desc="pack", unit="example", disable=None):
         try:
             example = tokenize_example(tokenizer, record.messages, config.prompt)
@@ -82,6 +84,8 @@ def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
         examples.append(example)
     if not examples:
         raise UserError(unfit or f"{config.input}: no example has at most max_length {config.max_length} tokens")
+
+    # The manifest keeps what made the rows, so that a run with another tokenizer or template refuses them.
     rows = best_fit([len(example.tokens) for example in examples], config.max_length)
     tokens = sum(len(example.tokens) for example in examples)
     packing = Packing(
@@ -178,7 +182,7 @@ def unpacked_rows(contents: Sequence[bytes], length: int) -> Batch:
     bool, [rows, length].
 
     Raises:
-      ValueError: a content is no row of at most that length.
+      ValueError: a content is not a row of at most that length.
     """
     batch = {name: np.zeros((len(contents), length), np.int32) for name in ("tokens", "segments", "positions")}
     loss_mask = np.zeros((len(contents), length), bool)

@@ -1,6 +1,6 @@
 """Public psychology data: CPsyExam, PCEB and SMILE, as published, read into records.
 
-Each record comes out clean or is set aside, and every fault is counted: these files hold merged options, keys that
+Each record comes out clean or is skipped, and every fault is counted: these files hold merged options, keys that
 point nowhere, questions about cases that are not there, and duplicates with conflicting keys. Each is read from a file
 (an array, or a value a line), a folder of files, or a zip of one.
 """
@@ -10,19 +10,20 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
-from psyche_jax.data.dataset import write_dataset
-from psyche_jax.data.decontamination import clean_text, comparable, without_prefix
-from psyche_jax.data.mapping import DialogueRemarks, Imported, NoRecordsError
-from psyche_jax.data.published_files import NO_TEXT, PublishedValue, published_values
-from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question
-from psyche_jax.data.sources import RowError
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
+import pydantic
+
+from psyche_jax.data.imports import Imported, Notes, write_import
+from psyche_jax.data.json_stream import PublishedValue, published_values
+from psyche_jax.data.records import BaseRecord, Dialogue, Kind, Message, Question, Records, first_of, from_json
+from psyche_jax.data.text import clean_text, comparable, without_prefix
+from psyche_jax.errors import RowError
+from psyche_jax.storage.files import NO_TEXT
 
 _REFERS_TO_CASE = re.compile("案例|该求助者|该咨询师|上题|本案")
 _CASE_LENGTH = 150  # characters: a stem as long brings its case with it
@@ -40,29 +41,6 @@ _PARTS_OF_CPSYEXAM = {"CA": "analyse", "KG": "knowledge"}  # as its files' names
 _LAST_USUAL_OPTION = "D"
 
 
-@dataclass
-class Notes:
-    """What is said of a source while it is read: a line for each record set aside; how often each fault was seen."""
-
-    set_aside: list[str] = field(default_factory=list)
-    faults: Counter[str] = field(default_factory=Counter)
-
-    def leave_out(self, where: str, fault: str, error: ValueError) -> None:
-        """Set aside what stands there; `fault` is its kind, unless the error says that itself."""
-        fault = error.reason if isinstance(error, RowError) else fault
-        self.faults[fault] += 1
-        self.set_aside.append(f"{where}: {error if isinstance(error, RowError) else f'{fault} ({error})'}")
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """`good` records; a line for each record set aside; how often each fault was seen, mended or not."""
-
-    good: tuple[BaseRecord, ...]
-    set_aside: tuple[str, ...]
-    faults: Counter[str]
-
-
 @dataclass(frozen=True)
 class Essay:
     """An essay question of PCEB with its reference answer, whose marks are taken out."""
@@ -72,9 +50,75 @@ class Essay:
     reference: str
 
 
+def _real_text(text: str) -> str:
+    if NO_TEXT.search(text):
+        raise ValueError("is not UTF-8 text")
+    return text
+
+
+Text: TypeAlias = Annotated[str, pydantic.AfterValidator(_real_text)]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A question as CPsyExam and PCEB publish it. Other keys are passed over, here and below."""
+
+    question: Text
+    options: dict[str, Text | None]
+    answer: Text | None = None
+    question_type: Text = ""
+    kind: Text | None = None
+    explanation: Text | None = None  # in CPsyExam
+    analysis: Text | None = None  # in PCEB
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A case of PCEB with the questions on it."""
+
+    general_info: Text
+    case_introduction: Text
+    questions_and_answers: tuple[Any, ...]
+
+    @property
+    def text(self) -> str:
+        return clean_text(f"{self.general_info}\n{self.case_introduction}")
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise ValueError("general_info and case_introduction are empty")
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """An essay question of PCEB."""
+
+    question: Text
+    answer: Text
+
+    def __post_init__(self) -> None:
+        if not self.question.strip() or not self.answer.strip():
+            raise ValueError("question or answer is empty")
+
+
+@dataclass(frozen=True)
+class _Turn:
+    role: Literal["client", "counselor"]
+    content: Text
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A dialogue of SMILE."""
+
+    turns: tuple[_Turn, ...]
+    id: pydantic.StrictInt | Text | None = None
+
+
 @dataclass(frozen=True)
 class _Item:
-    where: str
+    """What both publish of a choice question."""
+
     stem: str
     options: Mapping[str, str]
     answer: str
@@ -84,75 +128,54 @@ class _Item:
     part: str = ""
 
 
-def load_cpsyexam(place: Path) -> Loaded:
-    """CPsyExam. `meta["part"]` is what a question tests: `knowledge` or `analyse`."""
-    return _loaded(cpsyexam_questions, place)
-
-
-def load_pceb(place: Path) -> Loaded:
-    """The choice questions of PCEB: `cases/mix`, `moral` and `theory`, of any exam; a question on a case brings it."""
-    return _loaded(pceb_questions, place)
-
-
-def load_smile(place: Path) -> Loaded:
-    """All dialogues of SMILE; see `smile_dialogues`."""
-    return _loaded(smile_dialogues, place)
-
-
-def _loaded(read: "Reader", place: Path) -> Loaded:
-    notes = Notes()
-    good = tuple(read(place, notes))
-    return Loaded(good, tuple(notes.set_aside), +notes.faults)
-
-
 def cpsyexam_questions(place: Path, notes: Notes) -> Iterator[Question]:
-    """The questions of CPsyExam, whose files are arrays by subject; what is wrong goes into `notes`."""
-    items = ((found.where, partial(_cpsyexam_item, found)) for found in published_values(place))
-    yield from _questions(items, "CPsyExam", notes)
+    """The questions of CPsyExam, whose files are arrays by subject; what is wrong goes into `notes`.
+
+    `meta["part"]` is what a question tests: `knowledge` or `analyse`.
+    """
+    yield from _questions(published_values(place), _cpsyexam_item, "CPsyExam", notes)
 
 
 def pceb_questions(place: Path, notes: Notes) -> Iterator[Question]:
-    """The choice questions of PCEB; what is wrong goes into `notes`."""
-    yield from _questions(_pceb_items(place), "PCEB", notes)
+    """The choice questions of PCEB: `cases/mix`, `moral` and `theory`, of any exam; a question on a case brings it."""
+    yield from _questions(_pceb_values(place), _pceb_item, "PCEB", notes)
 
 
 def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[tuple[Essay, ...], Counter[str]]:
-    """The essay questions of PCEB, and how often each fault was seen; what is no essay is named in `set_aside`."""
+    """The essay questions of PCEB, and how often each fault was seen; what is not an essay is named in `set_aside`."""
     essays, notes = [], Notes(set_aside=[] if set_aside is None else set_aside)
     for found in published_values(place):
         if _folder_of(found.path) != "essay":
             continue
         try:
-            case = _object(found.value)
-            text, pairs = _case(case), _list(case, "questions_and_answers")
+            case = from_json(_Case, found.value)
         except ValueError as error:
-            notes.leave_out(found.where, "no essay", error)
+            notes.leave_out(found.where, error, "no essay")
             continue
-        for number, pair in enumerate(pairs, start=1):
+        for number, pair in enumerate(case.questions_and_answers, start=1):
             try:
-                question, answer = _text(_object(pair), "question"), _text(pair, "answer")
-                if not question.strip() or not answer.strip():
-                    raise ValueError("question or answer is empty")
+                essay = from_json(_Pair, pair)
             except ValueError as error:
-                notes.leave_out(f"{found.where}.{number}", "no essay", error)
+                notes.leave_out(f"{found.where}.{number}", error, "no essay")
                 continue
-            notes.faults["reference embeds marks"] += bool(_MARKS.search(answer))
-            asked = without_prefix(clean_text(_MARKS.sub("", question)))
-            essays.append(Essay(text, asked, clean_text(_MARKS.sub("", answer))))
+            notes.faults["reference embeds marks"] += bool(_MARKS.search(essay.answer))
+            asked = without_prefix(clean_text(_MARKS.sub("", essay.question)))
+            essays.append(Essay(case.text, asked, clean_text(_MARKS.sub("", essay.answer))))
     return tuple(essays), +notes.faults
 
 
 def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
     """Dialogues of `client` and `counselor`: each a list of turns (in SMILE a file of its own) or one under `turns`.
 
-    Turns of one speaker in a row become one; what stands before the client's first turn, or after the counsellor's
+    Turns of one speaker in a row become one; what comes before the client's first turn, or after the counsellor's
     last, is left out. The dialogues are streamed, and what is wrong goes into `notes`.
     """
     for where, row in _dialogues(place):
         try:
+            talk = from_json(_Talk, row)
             turns: list[Message] = []
-            for turn in _list(row, "turns"):
-                role, content = _role(turn), clean_text(_text(turn, "content"))
+            for turn in talk.turns:
+                role, content = _ROLES[turn.role], clean_text(turn.content)
                 if turns and turns[-1].role == role:
                     notes.faults["turns in a row"] += 1
                     turns[-1] = Message(role, f"{turns[-1].content}\n{content}")
@@ -164,9 +187,9 @@ def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
             if turns and turns[-1].role == "user":
                 notes.faults["the client ends"] += 1
                 turns = turns[:-1]
-            yield Dialogue(tuple(turns), "SMILE", _named(row))
+            yield Dialogue(tuple(turns), "SMILE", {} if talk.id is None else {"id": talk.id})
         except ValueError as error:
-            notes.leave_out(where, "no dialogue", error)
+            notes.leave_out(where, error, "no dialogue")
 
 
 Reader = Callable[[Path, Notes], Iterator[BaseRecord]]
@@ -177,42 +200,39 @@ READERS: Mapping[str, Reader] = {
 }
 
 
-def import_public(name: str, place: Path, target: str, deadline: float = DEADLINE_SECONDS) -> Imported:
+def load_public(name: str, place: Path) -> Records[Any]:
+    """All records of public data (one of `READERS`), without writing them."""
+    notes = Notes()
+    good = tuple(READERS[name](place, notes))
+    return Records(good, tuple(notes.set_aside), +notes.faults)
+
+
+load_cpsyexam, load_pceb, load_smile = (partial(load_public, name) for name in ("cpsyexam", "pceb", "smile"))
+
+
+def import_public(name: str, place: Path, target: str) -> Imported:
     """Write the records of public data as a new data set.
 
     Args:
       name: one of `READERS`.
       place: a file, a folder or a zip.
       target: a new local folder or gs://bucket/prefix.
-      deadline: seconds that one file of a bucket may take to be written.
 
     Raises:
       NoRecordsError: nothing usable is there.
       UserError: the data cannot be read, or the target cannot be written.
     """
-    notes, remarks = Notes(), DialogueRemarks()
-
-    def records() -> Iterator[BaseRecord]:
-        record = None
-        for record in READERS[name](place, notes):
-            remarks.see(record)
-            yield record
-        if record is None:
-            raise _none_usable(name, place, notes)
-
-    manifest = write_dataset(target, records(), {"source": str(place)}, deadline=deadline)
-    return Imported(manifest, tuple(notes.set_aside), +notes.faults, remarks.lines())
+    notes = Notes()
+    records = READERS[name](place, notes)
+    return write_import(target, records, {"source": str(place)}, notes, lambda: _none_usable(name, place, notes))
 
 
-def _none_usable(name: str, place: Path, notes: Notes) -> NoRecordsError:
+def _none_usable(name: str, place: Path, notes: Notes) -> str:
     without_key = notes.faults[_NO_KEY]
     if without_key and without_key == len(notes.set_aside):
         why = f"none of its {without_key} questions has a key (as in CPsyExam's test split): there is nothing to import"
-    elif notes.set_aside:
-        why = f"holds nothing of {name}; the first of {len(notes.set_aside)} faults: {notes.set_aside[0]}"
-    else:
-        why = f"holds nothing of {name}"
-    return NoRecordsError(f"{place}: {why}", tuple(notes.set_aside), +notes.faults)
+        return f"{place}: {why}"
+    return f"{place}: holds nothing of {name}{first_of(notes.set_aside)}"
 
 
 def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
@@ -228,75 +248,63 @@ def _dialogues(place: Path) -> Iterator[tuple[str, Any]]:
             yield found.where, {"turns": found.value} if isinstance(found.value, list) else found.value
 
 
-def _role(turn: Any) -> Literal["user", "assistant"]:
-    name = _text(_object(turn), "role")
-    if name not in _ROLES:
-        raise ValueError(f"the role {repr(name)[:80]} is neither {' nor '.join(_ROLES)}")
-    return _ROLES[name]
-
-
-def _named(row: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a row's name."""
-    name = row.get("id")
-    if name is None:
-        return {}
-    return {"id": name if isinstance(name, int) and not isinstance(name, bool) else _text(row, "id")}
-
-
 def _cpsyexam_item(found: PublishedValue) -> _Item:
-    row = _object(found.value)
-    options = row.get("options")
-    if "options" not in row:  # as columns, as the hub shows them
-        options = {letter: row[letter] for letter in string.ascii_uppercase if letter in row}
-    kind = _text(row, "question_type") if "question_type" in row else found.path.stem
-    part = _text(row, "kind", optional=True) or _PARTS_OF_CPSYEXAM.get(found.path.name.partition("-")[0], "")
+    value = found.value
+    if isinstance(value, Mapping) and "options" not in value:  # as columns, as the hub shows them
+        value = {**value, "options": {letter: value[letter] for letter in string.ascii_uppercase if letter in value}}
+    row = from_json(_Row, value)
     return _Item(
-        found.where,
-        clean_text(_text(row, "question")),
-        _options(options),
-        _text(row, "answer", optional=True),
-        "multi" if re.search("multi|多", kind) else "single",
-        clean_text(_text(row, "explanation", optional=True)) or None,
-        part=part,
+        clean_text(row.question),
+        _options(row),
+        row.answer or "",
+        "multi" if re.search("multi|多", row.question_type or found.path.stem) else "single",
+        clean_text(row.explanation or "") or None,
+        part=row.kind or _PARTS_OF_CPSYEXAM.get(found.path.name.partition("-")[0], ""),
     )
 
 
-def _questions(items: Iterable[tuple[str, Callable[[], _Item]]], source: str, notes: Notes) -> Iterator[Question]:
-    groups: dict[Any, list[tuple[_Item, Question]]] = {}
+def _questions(
+    values: Iterable[PublishedValue], make: Callable[[PublishedValue], _Item], source: str, notes: Notes
+) -> Iterator[Question]:
+    groups: dict[Any, list[tuple[str, Question]]] = {}
     seen: Counter[Any] = Counter()
-    for where, make in items:
+    for found in values:
+        # What is not of the format at all, and what is wrong with a question as published.
         try:
-            item = make()
+            item = make(found)
             seen[_content(item)] += 1
         except ValueError as error:
-            notes.leave_out(where, "not of this format", error)
+            notes.leave_out(found.where, error, "not of this format")
             continue
         letters = re.sub(r"[,，\s]", "", unicodedata.normalize("NFKC", item.answer)).upper()
-        found = list(_faults(item, letters))
-        notes.faults.update(found)
-        if fatal := [fault for fault in found if fault not in _MENDED]:
-            notes.set_aside.append(f"{item.where}: {fatal[0]}")
+        faults = list(_faults(item, letters))
+        notes.faults.update(faults)
+        if fatal := [fault for fault in faults if fault not in _MENDED]:
+            notes.set_aside.append(f"{found.where}: {fatal[0]}")
             continue
+
+        # The rest is mended: the key decides the kind, and the case comes before the question on it.
         kind: Kind = "multi" if item.kind == "multi" or len(letters) > 1 else "single"
+        key = "".join(sorted(set(letters)))
         stem = f"{item.case}\n{item.stem}" if item.case else item.stem
         meta = {"case": item.case, "question": item.stem} if item.case else {}
         meta |= {"part": item.part} if item.part else {}
         try:
-            question = Question(
-                stem, dict(item.options), "".join(sorted(set(letters))), kind, item.rationale, source, meta
-            )
+            question = Question(stem, dict(item.options), key, kind, item.rationale, source, meta)
         except ValueError as error:
-            notes.leave_out(item.where, "no question", error)
+            notes.leave_out(found.where, error, "no question")
             continue
-        groups.setdefault((_content(item), comparable(item.case)), []).append((item, question))
+        groups.setdefault((_content(item), comparable(item.case)), []).append((found.where, question))
+
+    # Of questions that ask the same the first is kept, and none where their keys differ.
     notes.faults["duplicate"] += sum(count - 1 for count in seen.values())
     for group in groups.values():
         keys = {frozenset(comparable(question.options[letter]) for letter in question.answer) for _, question in group}
         if len(keys) > 1:
             notes.faults["duplicates with conflicting keys"] += 1
-            notes.set_aside += [f"{item.where}: duplicates with conflicting keys" for item, _ in group]
+            notes.set_aside += [f"{where}: duplicates with conflicting keys" for where, _ in group]
             continue
-        notes.set_aside += [f"{item.where}: duplicate of {group[0][0].where}" for item, _ in group[1:]]
+        notes.set_aside += [f"{where}: duplicate of {group[0][0]}" for where, _ in group[1:]]
         yield group[0][1]
 
 
@@ -304,7 +312,7 @@ _MENDED = ("separators in the answer", "multiple-answer question with one letter
 
 
 def _faults(item: _Item, letters: str) -> Iterator[str]:
-    """Everything that is wrong with a question as published; what is in `_MENDED` is no reason to set it aside."""
+    """Everything that is wrong with a question as published; what is in `_MENDED` does not make it skipped."""
     if not item.answer.strip():
         yield _NO_KEY
     else:
@@ -328,7 +336,7 @@ def _faults(item: _Item, letters: str) -> Iterator[str]:
 
 
 def _lacks_case(stem: str) -> bool:
-    """Whether a stem refers to a case and does not tell one before it does."""
+    """Return whether a stem refers to a case and does not tell one before it does."""
     references = list(_REFERS_TO_CASE.finditer(stem))
     if not references:
         return False
@@ -338,7 +346,7 @@ def _lacks_case(stem: str) -> bool:
 
 
 def _holds_next(letter: str, options: Mapping[str, str]) -> bool:
-    """Whether an option goes on with the next one, which has no text of its own: `丙 D.丁`."""
+    """Return whether an option continues with the next one, which has no text of its own: `丙 D.丁`."""
     following = chr(ord(letter) + 1)
     if following in options:
         return False
@@ -352,93 +360,51 @@ def _content(item: _Item) -> tuple[str, tuple[str, ...]]:
     return comparable(item.stem), tuple(sorted(filter(None, map(comparable, item.options.values()))))
 
 
-def _pceb_items(place: Path) -> Iterator[tuple[str, Callable[[], _Item]]]:
+def _pceb_values(place: Path) -> Iterator[PublishedValue]:
+    """PCEB's choice questions; each `value` is a question and, if it is on a case, that case."""
     for found in published_values(place):
-        folder = _folder_of(found.path)
-        if folder == "essay":
+        if _folder_of(found.path) == "essay":
             continue
         if not isinstance(found.value, Mapping) or "questions_and_answers" not in found.value:
-            yield found.where, partial(_pceb_item, found.where, found.value, folder)
+            yield replace(found, value=(found.value, None))
             continue
         pairs = found.value["questions_and_answers"]
         if not isinstance(pairs, list) or not pairs:
-            what = f"{_kind_of(pairs)}, not a list" if pairs != [] else "empty"
-            yield found.where, partial(_refuse, f"'questions_and_answers' is {what}")
+            fault = RowError("not of this format", "questions_and_answers is empty, or not a list")
+            yield replace(found, value=(fault, None))
             continue
         for inner, question in enumerate(pairs, start=1):
-            name = f"{found.where}.{inner}"
-            yield name, partial(_pceb_item, name, question, "mix", found.value)
+            yield replace(found, where=f"{found.where}.{inner}", value=(question, found.value))
 
 
 def _folder_of(path: Path) -> str:
-    """Which of PCEB's folders a file stands in: the innermost of these names."""
+    """Return which of PCEB's folders a file is in: the innermost of these names."""
     return next((part for part in reversed(path.parts) if part in ("essay", "mix", "single", "multiple")), "")
 
 
-def _pceb_item(where: str, row: Any, folder: str, around: Mapping[str, Any] | None = None) -> _Item:
-    """A question of a file of one kind, or one on a case (`around`), whose kind stands before its stem."""
-    question = _text(_object(row), "question")
-    kind = {"multiple": "multi", "single": "single"}.get(folder)
+def _pceb_item(found: PublishedValue) -> _Item:
+    """A question of a file of one kind, or one on a case, whose kind is written before its stem."""
+    question, case = found.value
+    row = from_json(_Row, question)
+    kind = {"multiple": "multi", "single": "single"}.get("" if case else _folder_of(found.path))
     return _Item(
-        where,
-        without_prefix(clean_text(question)),
-        _options(row.get("options")),
-        _text(row, "answer", optional=True),
-        kind or ("multi" if re.match(r"\s*多", question) else "single"),
-        clean_text(_text(row, "analysis", optional=True)) or None,
-        "" if around is None else _case(around),
+        without_prefix(clean_text(row.question)),
+        _options(row),
+        row.answer or "",
+        kind or ("multi" if re.match(r"\s*多", row.question) else "single"),
+        clean_text(row.analysis or "") or None,
+        from_json(_Case, case).text if case else "",
     )
 
 
-def _case(row: Mapping[str, Any]) -> str:
-    text = clean_text(f"{_text(row, 'general_info')}\n{_text(row, 'case_introduction')}")
-    if not text:
-        raise ValueError("'general_info' and 'case_introduction' are empty")
-    return text
-
-
-def _options(value: Any) -> dict[str, str]:
+def _options(row: _Row) -> dict[str, str]:
     """Clean texts by letter, in the letters' order; without those that have none."""
     options: dict[str, str] = {}
-    for name, text in _object(value, "options").items():
+    for name, text in row.options.items():
         letter = unicodedata.normalize("NFKC", name).strip().upper()
         if len(letter) != 1 or letter not in string.ascii_uppercase or letter in options:
-            raise ValueError(f"'options' has the letter {name!r}, or has it twice")
-        if text is not None or letter <= _LAST_USUAL_OPTION:
-            options[letter] = clean_text(_text({f"option {letter}": text}, f"option {letter}"))
+            raise ValueError(f"options: has the letter {name!r}, or has it twice")
+        if text is None and letter <= _LAST_USUAL_OPTION:
+            raise ValueError(f"options: {letter} is null, not text")
+        options[letter] = clean_text(text or "")
     return {letter: options[letter] for letter in sorted(options) if options[letter]}
-
-
-def _refuse(why: str) -> _Item:
-    raise ValueError(why)
-
-
-def _object(value: Any, name: str = "") -> Mapping[str, Any]:
-    if isinstance(value, RowError):
-        raise value
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{repr(name) if name else 'it'} is {_kind_of(value)}, not an object")
-    return value
-
-
-def _list(row: Any, key: str) -> Sequence[Any]:
-    value = _object(row).get(key)
-    if not isinstance(value, list):
-        raise ValueError(f"{key!r} is {_kind_of(value)}, not a list")
-    return value
-
-
-def _text(row: Mapping[str, Any], key: str, optional: bool = False) -> str:
-    value = row.get(key)
-    if value is None and optional:
-        return ""
-    if not isinstance(value, str):
-        raise ValueError(f"{key!r} is {_kind_of(value)}, not text")
-    if NO_TEXT.search(value):
-        raise ValueError(f"{key!r} is not UTF-8 text")
-    return value
-
-
-def _kind_of(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object", str: "text"}
-    return kinds.get(type(value), "absent or null")

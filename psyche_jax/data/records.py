@@ -1,29 +1,38 @@
-"""What a record is, and reading records from JSONL with the bad ones named and set aside."""
+"""Passages, questions, dialogues, SFT examples and RL prompts, read from JSONL with the bad ones named and skipped.
+
+A record checks itself: `__post_init__` holds what types cannot say, for records that code makes too.
+"""
 
 import hashlib
 import json
 import string
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
 import pydantic
 
-from psyche_jax.errors import UserError
-from psyche_jax.storage.files import write_text
+from psyche_jax.errors import NotTextError, RowError, UserError
+from psyche_jax.rewards.reference import with_thought
+from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
+Class = TypeVar("Class")
 
-_ADAPTERS: dict[type, pydantic.TypeAdapter[Any]] = {}
+
+class Strict:
+    """Base of what is read from JSON: unknown keys are errors."""
+
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
 
 @dataclass(frozen=True)
-class Message:
+class Message(Strict):
     """One turn: who speaks, and what."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
 
     role: Literal["system", "user", "assistant"]
     content: str
@@ -33,10 +42,8 @@ class Message:
             raise ValueError(f"a message of the {self.role} is empty")
 
 
-class BaseRecord:
-    """Base of all records: unknown keys are errors."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+class BaseRecord(Strict):
+    """Base of all records."""
 
 
 @dataclass(frozen=True)
@@ -127,37 +134,59 @@ class RlPrompt(BaseRecord):
 
 @dataclass(frozen=True)
 class Records(Generic[Record]):
-    """The good records of a file, and a line for each bad one: file, line number, what is wrong."""
+    """The good records of a file and a line for each bad one: file, line number, what is wrong.
+
+    `faults`: in public data how often each was seen, mended or not.
+    """
 
     good: tuple[Record, ...]
     set_aside: tuple[str, ...]
+    faults: Counter[str] = field(default_factory=Counter)
 
 
 def read_records(kind: type[Record], path: Path) -> Records[Record]:
     """Read a JSONL file of records.
 
     Raises:
-      UserError: the file is missing, empty, or holds no good record.
+      UserError: the file is missing, empty, no UTF-8 text, or holds no good record.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not `splitlines`: U+2028 may stand within a string
-    except OSError as error:
-        raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    return collected(kind, str(path), read_jsonl(path))
+
+
+def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any]]) -> Records[Record]:
+    """All records of a location, from (place, value) pairs.
+
+    Raises:
+      UserError: it holds no good record, or bytes that are no text.
+    """
     good: list[Record] = []
     set_aside = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            good.append(record_from_json(kind, line))
-        except (ValueError, RecursionError) as error:
-            set_aside.append(f"{path}:{number}: {fault_of(error)}")
+    for where, found in checked(kind, values):
+        if isinstance(found, NotTextError):
+            raise UserError(f"{location}: is not UTF-8 text (the first such bytes are at {where})")
+        if isinstance(found, ValueError):
+            set_aside.append(f"{where}: {fault_of(found)}")
+        else:
+            good.append(found)
     if not good:
-        first_fault = f"; the first of {len(set_aside)} faults: {set_aside[0]}" if set_aside else ""
-        raise UserError(f"{path}: holds no usable record of {kind.__name__}{first_fault}")
+        raise UserError(f"{location}: holds no usable record of {kind.__name__}{first_of(set_aside)}")
     return Records(tuple(good), tuple(set_aside))
+
+
+def first_of(faults: Sequence[str]) -> str:
+    """The end of a message on a source without a good row."""
+    return f"; the first of {len(faults)} faults: {faults[0]}" if faults else ""
+
+
+def checked(
+    kind: type[Record], values: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, Record] | tuple[str, ValueError]]:
+    """The records of (place, value) pairs, as `read_jsonl` gives them; a `ValueError` where a value is not a record."""
+    for where, value in values:
+        try:
+            yield where, record_of_json(kind, value)
+        except ValueError as error:
+            yield where, error
 
 
 def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
@@ -171,27 +200,47 @@ def record_to_json(record: BaseRecord) -> dict[str, Any]:
     return _adapter(type(record)).dump_python(record, mode="json")
 
 
-def record_from_json(kind: type[Record], text: str | bytes) -> Record:
-    """The record that a JSON text holds.
+def record_from_json(kind: type[Record], text: str) -> Record:
+    """The record of a JSON text.
 
     Raises:
-      ValueError, RecursionError: it holds none; `fault_of` says why.
+      ValueError: it holds none; `fault_of` says why.
     """
-    value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair ("\ud800") is no text
+    return record_of_json(kind, parsed_json(text))
+
+
+def record_of_json(kind: type[Record], value: Any) -> Record:
+    """The record of a JSON value.
+
+    Raises:
+      ValueError: it is none, or a `RowError` already; `fault_of` says why.
+    """
+    record = from_json(kind, value)
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is not text
+        raise RowError("not JSON", str(error)) from None
+    return record
+
+
+def from_json(kind: type[Class], value: Any) -> Class:
+    """What a JSON value holds, as a dataclass whose annotations pydantic checks.
+
+    Raises:
+      ValueError: it is something else, or a `RowError` already; `fault_of` says why.
+    """
+    if isinstance(value, RowError):
+        raise value
     return _adapter(kind).validate_python(value)
 
 
-def _adapter(kind: type) -> pydantic.TypeAdapter[Any]:
-    if kind not in _ADAPTERS:  # to make one takes a millisecond
-        _ADAPTERS[kind] = pydantic.TypeAdapter(kind)
-    return _ADAPTERS[kind]
+_adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = cache(pydantic.TypeAdapter)  # to make one takes a millisecond
 
 
-def fault_of(error: BaseException) -> str:
+def fault_of(error: Exception) -> str:
     """What is wrong with a record, in one line."""
     if not isinstance(error, pydantic.ValidationError):
-        return f"not JSON ({error})"  # also: numbers too long, nesting too deep
+        return str(error)
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
     return " ".join(f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}".split())
@@ -212,7 +261,7 @@ def question_to_sft(question: Question) -> SftExample:
     """
     if not question.rationale:
         raise UserError(f"question {question.id}: has no rationale to train on")
-    response = f"<think>{question.rationale}</think>\n答案：{question.answer}"
+    response = with_thought(question.rationale, f"答案：{question.answer}")
     turns = (Message("user", question_text(question)), Message("assistant", response))
     return SftExample(turns, question.source, question.meta)
 

@@ -1,37 +1,26 @@
-"""Rows of JSONL, CSV and Parquet files, local or in a bucket, and of data sets on the Hugging Face hub, in order, with
-their places.
+"""Rows of JSONL, CSV and Parquet files, local or in a bucket, and of data sets on the hub, in order, with their places.
+
+Files are read by `json`, `csv` and `pyarrow`: the loaders of `datasets` give up on a file for one bad row.
 
 What a row holds is not judged here; what cannot be read as a row at all is a `RowError` in its place.
 """
 
 import csv
-import json
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from psyche_jax.config import Section
-from psyche_jax.data.store import open_store
-from psyche_jax.errors import UsageError, UserError, first_reason
+from psyche_jax.errors import NotTextError, RowError, UsageError, UserError, first_reason
 from psyche_jax.storage import hub
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
-from psyche_jax.storage.files import in_bucket
-
-
-class RowError(ValueError):
-    """What is wrong with a row: `reason`, the same words for all such rows, and details of this one."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason} ({detail})" if detail else reason)
-        self.reason = reason
-
+from psyche_jax.storage.files import NO_TEXT, in_bucket, read_jsonl, text_lines
+from psyche_jax.storage.store import open_store
 
 Row: TypeAlias = tuple[str, dict[str, Any] | RowError]
-"""Where it stands (file and line, file and row, data set and row), and its columns."""
+"""Its place (file and line, file and row, data set and row), and its columns."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +38,7 @@ class ReadingSection(Section):
             raise ValueError(f"encoding: Python knows none of the name {self.encoding!r}") from None
 
 
-def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_SECONDS) -> Iterator[Row]:
+def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
     """The rows of a file, of all files in a folder (by name), either in a bucket too, or of `hub:NAME[@REVISION]`,
     which is streamed.
 
@@ -58,7 +47,6 @@ def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_S
     Args:
       source: what is read.
       reading: what its bytes do not say.
-      deadline: seconds that one file of a bucket may take, see `store`.
 
     Raises:
       UserError: the source cannot be read, or ends in the middle.
@@ -69,93 +57,53 @@ def read_rows(source: str, reading: ReadingSection, deadline: float = DEADLINE_S
             yield f"{source} {reading.split}: row {number}", row
         return
     unchecked = []
-    for name, path in _files_in_bucket(source, deadline) if in_bucket(source) else _local_files(source):
-        try:
-            yield from _READERS[path.suffix](name, path, reading.encoding)
-            if path.suffix == ".parquet" and not _has_page_checksums(path):
-                unchecked.append(name)
-        except OSError as error:
-            raise UserError(f"{name}: the data cannot be read ({error.strerror or first_reason(error)})") from None
-        except UnicodeError as error:  # UTF-16 without its mark
-            raise UserError(f"{name}: is not {reading.encoding} text ({first_reason(error)})") from None
+    for name, path in _files(source):
+        yield from _READERS[path.suffix](name, path, reading.encoding)
+        if path.suffix == ".parquet" and not _has_page_checksums(path):
+            unchecked.append(name)
     if unchecked:
         which = unchecked[0] if len(unchecked) == 1 else f"{unchecked[0]} and {len(unchecked) - 1} more"
         print(f"{which}: has no page checksums, so damage can look like data (pyarrow: write_page_checksum=True)",
               file=sys.stderr)  # fmt: skip
 
 
-def _local_files(source: str) -> Iterator[tuple[str, Path]]:
-    if "://" in source:
+def _files(source: str) -> Iterator[tuple[str, Path]]:
+    """The names of a source's files, with a local file that has the content; one copy is there at a time."""
+    if "://" in source and not in_bucket(source):
         raise UsageError(f"{source}: must be a file or a folder of them, local or gs://…, or {hub.PREFIX}NAME")
-    files = [Path(source)]
-    if files[0].is_dir():
-        files = sorted(file for file in files[0].iterdir() if file.suffix in _READERS)
-        if not files:
-            raise _holds_none(source)
-    for file in files:
-        if file.suffix not in _READERS:
-            raise UsageError(f"{file}: is read by the end of its name, which must be one of {', '.join(_READERS)}")
-        yield str(file), file
-
-
-def _files_in_bucket(source: str, deadline: float) -> Iterator[tuple[str, Path]]:
-    """Addresses with a local copy of each, compared with the bucket's CRC32C; one copy is there at a time."""
-    folder, _, name = source.rpartition("/")
-    names = [name]
-    if Path(name).suffix not in _READERS:  # a folder, then
+    known = ", ".join(_READERS)
+    if Path(source).is_dir() or (in_bucket(source) and Path(source).suffix not in _READERS):
         folder = source
-        there = (stored.name for stored in open_store(folder, deadline).objects())
-        names = [name for name in there if "/" not in name and Path(name).suffix in _READERS]
+        there = [stored.name for stored in open_store(folder).objects() if "/" not in stored.name]
+        names = [name for name in there if Path(name).suffix in _READERS]
         if not names:
-            raise _holds_none(source)
-    store = open_store(folder, deadline)
+            raise UserError(f"{source}: holds no files that end with {known}")
+    else:
+        name = source.rpartition("/")[2]
+        folder, names = source.removesuffix(name), [name]
+        if Path(name).suffix not in _READERS:
+            raise UsageError(f"{source}: is read by the end of its name, which must be one of {known}")
+    store = open_store(folder)
     for name in names:
-        with tempfile.TemporaryDirectory() as local:
-            path = Path(local) / name
-            store.download(name, path)
+        with store.local(name) as path:
             yield store.path(name), path
 
 
-def _holds_none(folder: str) -> UserError:
-    return UserError(f"{folder}: holds no files that end with {', '.join(_READERS)}")
-
-
-def _lines_of(path: Path, encoding: str, newline: str) -> Iterator[str]:
-    """Lines as text; bytes that are none in this encoding become halves of surrogate pairs."""
-    known = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
-    with path.open(encoding=known, errors="surrogateescape", newline=newline) as file:
-        yield from file
-
-
-def _is_text(line: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in line) if not line.isascii() else True
-
-
-def jsonl_rows(name: str, path: Path, encoding: str = "utf-8") -> Iterator[Row]:
-    """The rows of a JSONL file, called `name`; empty lines are passed over. An OSError is the caller's to tell."""
-    for number, line in enumerate(_lines_of(path, encoding, "\n"), start=1):  # U+2028 may stand within a string
-        where = f"{name}:{number}"
-        if not line.strip():
-            continue
-        if not _is_text(line):
-            yield where, RowError(f"not {encoding} text", "set reading.encoding")
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also: numbers too long, nesting too deep
-            yield where, RowError("not JSON", str(error))
-            continue
-        yield where, value if isinstance(value, dict) else RowError("not a JSON object")
+def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
+    for where, value in read_jsonl(path, encoding, name):
+        if isinstance(value, NotTextError):
+            value = RowError(value.reason, "set reading.encoding")
+        yield where, value if isinstance(value, dict | RowError) else RowError("not a JSON object")
 
 
 def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(_lines_of(path, encoding, ""), strict=True)
+    reader = csv.reader(text_lines(path, encoding, newline="", name=name), strict=True)
     try:
         header = [column.strip() for column in next(reader, [])]
     except csv.Error as error:
         raise UserError(f"{name}:1: the header is no CSV ({error})") from None
-    if not all(map(_is_text, header)):
+    if NO_TEXT.search("".join(header)):
         raise UserError(f"{name}:1: the header is not {encoding} text; set reading.encoding (gb18030, say)")
     if twice := [column for column in header if header.count(column) > 1]:
         raise UserError(f"{name}:1: two columns have the name {twice[0]!r}")
@@ -172,7 +120,7 @@ def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
             continue
         if len(values) != len(header):
             yield where, RowError("another number of columns than the header", f"{len(values)}, not {len(header)}")
-        elif not all(map(_is_text, values)):
+        elif NO_TEXT.search("".join(values)):
             yield where, RowError(f"not {encoding} text", "set reading.encoding")
         else:
             yield where, dict(zip(header, values, strict=True))
@@ -190,14 +138,12 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
                     number += 1
                     yield f"{name}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        if isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError):
-            raise
         after = f" after row {number}" if number else ""
         raise UserError(f"{name}: is broken{after}, or no Parquet file ({first_reason(error)})") from None
 
 
 def _has_page_checksums(path: Path) -> bool:
-    """Whether the first page has one; pyarrow compares those that are there, and does not say whether any is.
+    """Return whether the first page has one; pyarrow compares those that are there, and does not say whether any is.
 
     A page begins with a Thrift struct, whose numbers 1 to 3 (type, sizes) are there always, and 4 is the checksum.
     """
@@ -215,7 +161,7 @@ def _has_page_checksums(path: Path) -> bool:
 
 
 _READERS: dict[str, Callable[[str, Path, str], Iterator[Row]]] = {
-    ".jsonl": jsonl_rows,
+    ".jsonl": _jsonl,
     ".csv": _csv,
     ".parquet": _parquet,
 }

@@ -52,7 +52,7 @@ def batches(
       parts: sizes and weights of what the items are a mixture of; each part is shuffled by itself and goes through
         epochs of its own. None: all are one.
       rows: which places of every batch are read: this host's.
-      prefetch: how many batches may stand ready.
+      prefetch: how many batches may be ready.
     """
     indices_of = batch_indices(parts or [(len(items), 1.0)], batch_size, seed, rows)
 
@@ -90,7 +90,8 @@ def batch_indices(
 def _turns(weights: Sequence[float]) -> tuple[list[int], list[int]]:
     """Which part comes at each place of a period, and how often it came before in it; shares are exact to 0.1 %.
 
-    The part that is furthest behind its share comes next (smooth weighted round-robin).
+    The part that is furthest behind its share comes next (smooth weighted round-robin). `grain.MapDataset.mix` has
+    another order, in which a run that was begun with this one could not resume.
     """
     counts = [max(1, round(1000 * weight / sum(weights))) for weight in weights]
     counts = [count // math.gcd(*counts) for count in counts]

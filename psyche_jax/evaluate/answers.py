@@ -1,19 +1,15 @@
-"""Answers kept as they come, so that a killed evaluation asks only for the rest; how figures are shown."""
+"""Answers kept as they come, so that a killed evaluation asks only for the rest."""
 
 import hashlib
 import json
-import math
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from psyche_jax.errors import UserError
-from psyche_jax.rewards.reference import split_thought
-from psyche_jax.runs import read_lines
 from psyche_jax.storage.files import GrowingFile, bucket_errors, in_bucket
+from psyche_jax.train.runs import read_lines
 
 _SECONDS_BETWEEN_WRITES = 30.0  # of a file in a bucket
 Key = tuple[str, int]  # the task's id and the number of the sample
@@ -42,9 +38,10 @@ class Answers:
 
     def __init__(self, evaluation: Path | None, identity: Mapping[str, Any]) -> None:
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:10]
-        self.path = evaluation and evaluation.with_name(f"{evaluation.stem}.{digest}.answers.jsonl")
         self.known: dict[Key, Completion] = {}
-        self._file = None if self.path is None else GrowingFile(self.path)
+        self._file: GrowingFile | None = None
+        if evaluation is not None:
+            self._file = GrowingFile(evaluation.with_name(f"{evaluation.stem}.{digest}.answers.jsonl"))
 
     def __enter__(self) -> "Answers":
         """Read what is there.
@@ -52,23 +49,21 @@ class Answers:
         Raises:
           UserError: the file was changed by hand.
         """
-        if self.path is None or self._file is None:
+        if self._file is None:
             return self
-        with bucket_errors(self.path):
-            lines = read_lines(self.path)
+        with bucket_errors(self._file.path):
+            lines = read_lines(self._file.path)
         try:
             for line in lines:
                 key = (line["id"], line["sample"])
                 self.known[key] = Completion(line["text"], line["tokens"], line["finished"])
         except (KeyError, TypeError):
-            raise UserError(f"{self.path}: holds something else than answers; remove it") from None
+            raise UserError(f"{self._file.path}: holds something else than answers; remove it") from None
         if lines:  # a last line cut short by a crash would spoil the next one
             self._file.replace([json.dumps(line) + "\n" for line in lines])
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Write what is not written yet."""
         if self._file is not None:
             self._file.flush()
@@ -76,88 +71,15 @@ class Answers:
     def keep(self, key: Key, completion: Completion) -> None:
         """Take an answer, and write it down before anything else happens."""
         self.known[key] = completion
-        if self.path is None or self._file is None:
+        if self._file is None:
             return
-        line = {
-            "id": key[0],
-            "sample": key[1],
-            "text": completion.text,
-            "tokens": completion.tokens,
-            "finished": completion.finished,
-        }
-        if not in_bucket(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file.append(json.dumps(line) + "\n")
+        if not in_bucket(self._file.path):
+            self._file.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.append(json.dumps({"id": key[0], "sample": key[1], **asdict(completion)}) + "\n")
         self._file.flush(every=_SECONDS_BETWEEN_WRITES)
 
     def discard(self) -> None:
-        """Remove the file: its content stands in the evaluation now."""
-        if self.path is not None:
-            with bucket_errors(self.path):
-                self.path.unlink(missing_ok=True)
-
-
-LONGEST_TEXT = 8000  # characters of a response that the page shows
-_STOP_TOKEN = re.compile(r"\s*<[|｜][^<>]*[|｜]>\s*$")  # `<|im_end|>`, R1-Distill's `<｜end▁of▁sentence｜>`
-
-
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
-    size = abs(value)
-    if value == 0 or not math.isfinite(value):
-        text = f"{value:g}" if value else "0"
-    elif 1e-3 <= size < 1e7:
-        text = f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
-    else:
-        mantissa, exponent = f"{value:.2e}".split("e")
-        text = f"{float(mantissa):g}e{int(exponent)}"
-    return text.replace("-", "−")
-
-
-def cell(text: str) -> str:
-    """A text as it may stand in a cell of a Markdown table, with no markup of its own."""
-    return re.sub(r"([\\`*_{}\[\]<>()#|])", r"\\\1", " ".join(str(text).split()))
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage."""
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def interval(one: Mapping[str, Any]) -> str:
-    """A share with its interval, as percentages."""
-    if one["share"] is None:
-        return "–"
-    return f"{100 * one['share']:.1f} [{100 * one['low']:.1f}–{100 * one['high']:.1f}]"
-
-
-def points(value: float) -> str:
-    """A difference of shares in percentage points, always signed."""
-    return f"{100 * value:+.1f}".replace("-", "−")
-
-
-def brief(value: Any) -> str:
-    """A number without needless zeros; anything else as it is."""
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def duration(seconds: float) -> str:
-    """A time span for people."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
-
-
-def clip(text: str) -> str:
-    """A text short enough to show."""
-    left = len(text) - LONGEST_TEXT
-    return text if left <= 0 else f"{text[:LONGEST_TEXT]} … ({left:,} more characters)"
-
-
-def spoken(response: str) -> tuple[str | None, str]:
-    """Reasoning and answer of a response, without the stop token that samples of a run show."""
-    return split_thought(_STOP_TOKEN.sub("", response))
+        """Remove the file: the evaluation holds its content now."""
+        if self._file is not None:
+            with bucket_errors(self._file.path):
+                self._file.path.unlink(missing_ok=True)

@@ -1,15 +1,14 @@
 """Benchmarks by name or file, and which of their questions the training data hold."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from psyche_jax.data.dataset import is_dataset, load_records, open_dataset
+from psyche_jax.data.dataset import kind_at, load_any_records, load_records
 from psyche_jax.data.decontamination import decontaminate
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays
-from psyche_jax.data.records import BaseRecord, Dialogue, Message, Question, RlPrompt, SftExample
+from psyche_jax.data.records import BaseRecord, Dialogue, Message, Question
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task, choice_task, dialogue_task, with_examples
 
@@ -104,27 +103,6 @@ def _in_cells(records: Sequence[BaseRecord], part: str = "") -> list[Task]:
     return tasks
 
 
-def kind_at(place: str) -> str:
-    """The name of the records' class at a place: as a data set says, else as the first line of a JSONL file looks.
-
-    What is wrong with a file is found on reading it.
-    """
-    if is_dataset(place):
-        return open_dataset(place).manifest.kind
-    try:
-        with Path(place).open(encoding="utf-8-sig") as file:
-            first = json.loads(file.readline())
-    except (OSError, ValueError, RecursionError):
-        first = None
-    keys = first if isinstance(first, dict) else {}
-    if "messages" in keys:
-        return RlPrompt.__name__ if "answer" in keys else SftExample.__name__
-    return Dialogue.__name__ if "turns" in keys else Question.__name__
-
-
-_KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}
-
-
 def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
     """The benchmark with what `data.decontamination` finds of it in training data.
 
@@ -153,7 +131,7 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
 
 
 def _on_case(essay: Task) -> Question:
-    """A question that stands for an essay's case, since cases are looked for by the questions on them."""
+    """A question in place of an essay's case, since cases are looked for by the questions on them."""
     return Question(essay.text, {"A": "是", "B": "否"}, "A", "single", meta={"case": essay.group})
 
 
@@ -161,7 +139,4 @@ def _read(train: str) -> tuple[BaseRecord, ...]:
     name, _, where = train.partition(":")
     if name == CPSYEXAM and where:
         return load_cpsyexam(Path(where)).good
-    kind = kind_at(train)
-    if kind not in _KINDS:
-        raise UserError(f"--train {train}: holds {kind} records, which cannot be compared as text")
-    return load_records(_KINDS[kind], train).good
+    return load_any_records(train).good

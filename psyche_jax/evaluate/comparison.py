@@ -86,32 +86,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A model's scores on the questions of one kind, from 0 to 1."""
-
-    name: str
-    step: int
-    strict: float
-    low: float  # of the 95 % interval of `strict`: bootstrap, or Wilson's where the evaluation has none
-    high: float
-    change: float | None  # of `strict` against the first row, if both answered as many questions
-    chance: float | None
-    elastic: float | None
-    chance_elastic: float | None
-    unanswered: int | None
-    count: int
-    deviation: float | None = None  # of `strict` over samples
-
-
-@dataclass(frozen=True)
-class ScoreGroup:
-    """The rows of one kind of question."""
-
-    name: str
-    rows: list[Row]
-
-
-@dataclass(frozen=True)
 class Transition:
     """How the outcomes of the same questions changed from one model to another."""
 
@@ -131,33 +105,25 @@ class Transition:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One question and what each model made of it (None: it was not asked)."""
-
-    id: str
-    kind: str
-    question: str
-    gold: str
-    outcome: str
-    answers: list[dict[str, Any] | None]
-
-
-@dataclass(frozen=True)
 class Bench:
-    """All evaluations on one benchmark, in the order in which the models were made."""
+    """All evaluations on one benchmark, in the order in which the models were made.
+
+    `groups`: of each kind of question its `name` and `rows`, the models' scores from 0 to 1 (see `_rows`).
+    `comparisons`: a few questions, and what each of the models `shown_names` made of them (see `_comparisons`).
+    """
 
     name: str
     evaluations: list[Evaluation]
     names: list[str]
-    groups: list[ScoreGroup]
+    groups: list[dict[str, Any]]
     transitions: list[Transition]
     shown_names: list[str]
-    comparisons: list[Comparison]
+    comparisons: list[dict[str, Any]]
 
     @property
-    def overall(self) -> list[Row]:
+    def overall(self) -> list[dict[str, Any]]:
         """Scores on all questions; none where there are only essays or dialogues."""
-        return self.groups[0].rows if self.groups else []
+        return self.groups[0]["rows"] if self.groups else []
 
     @property
     def named(self) -> list[tuple[str, Evaluation]]:
@@ -201,23 +167,22 @@ def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
     ]
     if len(set(names)) < len(names):
         names = [f"{name}, step {one.step}" for name, one in zip(names, evaluations, strict=True)]
-    kinds = list(dict.fromkeys(kind for one in evaluations for kind in one.scores.get("by_kind", {})))
-    if len(kinds) == 1:
-        kinds = []  # all questions are of this kind
-    cells = list(dict.fromkeys(cell for one in evaluations for cell in one.scores.get("cells", {})))
-    groups = [ScoreGroup(_KINDS["all"], _rows(evaluations, names, [one.scores for one in evaluations]))]
-    for kind in kinds:
-        parts = [one.scores.get("by_kind", {}).get(kind) for one in evaluations]
-        groups.append(ScoreGroup(_KINDS.get(kind, kind), _rows(evaluations, names, parts)))
-    if len(cells) > 2:  # else they are the kinds
-        for cell in cells:
-            parts = [one.scores.get("cells", {}).get(cell) for one in evaluations]
-            groups.append(ScoreGroup(cell_name(cell), _rows(evaluations, names, parts)))
-    if any("decontaminated" in one.scores for one in evaluations):
-        parts = [one.scores.get("decontaminated") for one in evaluations]
-        groups.append(ScoreGroup("Without what the training data hold too", _rows(evaluations, names, parts)))
-    groups = [group for group in groups if group.rows]
 
+    # A group for all questions; for kinds and cells only where there are several; without what was leaked.
+    def parts(key: str) -> list[str]:
+        return list(dict.fromkeys(part for one in evaluations for part in one.scores.get(key, {})))
+
+    kinds, cells = parts("by_kind"), parts("cells")
+    chosen: list[tuple[str, list[Any]]] = [(_KINDS["all"], [one.scores for one in evaluations])]
+    for kind in kinds if len(kinds) > 1 else ():
+        chosen.append((_KINDS.get(kind, kind), [one.scores.get("by_kind", {}).get(kind) for one in evaluations]))
+    for cell in cells if len(cells) > 2 else ():  # two are the kinds
+        chosen.append((cell_name(cell), [one.scores.get("cells", {}).get(cell) for one in evaluations]))
+    clean = [one.scores.get("decontaminated") for one in evaluations]
+    chosen.append(("Without what the training data hold too", clean))
+    groups = [{"name": title, "rows": rows} for title, scores in chosen if (rows := _rows(evaluations, names, scores))]
+
+    # Answers are set side by side for the first model and the last few.
     answered = [index for index, evaluation in enumerate(evaluations) if evaluation.items]
     shown = answered if len(answered) <= SHOWN_MODELS else [answered[0], *answered[-(SHOWN_MODELS - 1) :]]
     transitions = [
@@ -229,30 +194,25 @@ def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
 
 def _rows(
     evaluations: Sequence[Evaluation], names: Sequence[str], scores: Sequence[Mapping[str, Any] | None]
-) -> list[Row]:
-    rows: list[Row] = []
+) -> list[dict[str, Any]]:
+    """A row for each evaluation that has scores on these questions. `change`: of `strict` against the first row."""
+    rows: list[dict[str, Any]] = []
     for evaluation, name, part in zip(evaluations, names, scores, strict=True):
         if not part or not part["count"]:
             continue
         strict, count = float(part["strict"]), int(part["count"])
-        comparable = bool(rows) and rows[0].count == count
         low, high = part.get("interval") or wilson(strict, count)
-        rows.append(
-            Row(
-                name,
-                evaluation.step,
-                strict,
-                min(low, strict),  # older evaluations may leave it out
-                max(high, strict),
-                strict - rows[0].strict if comparable else None,
-                part.get("chance"),
-                part.get("elastic"),
-                part.get("chance_elastic"),
-                part.get("unanswered"),
-                count,
-                part.get("deviation"),
-            )
-        )
+        comparable = bool(rows) and rows[0]["count"] == count
+        row = {
+            "name": name,
+            "step": evaluation.step,
+            "count": count,
+            "strict": strict,
+            "low": min(low, strict),  # older evaluations may leave the score out of its interval
+            "high": max(high, strict),
+            "change": strict - rows[0]["strict"] if comparable else None,
+        }
+        rows.append(row | {key: part.get(key) for key in (*_OPTIONAL, "deviation")})
     return rows
 
 
@@ -262,39 +222,30 @@ def _transition(before_name: str, after_name: str, before: Evaluation, after: Ev
     return Transition(before_name, after_name, *counts)
 
 
-def _comparisons(evaluations: Sequence[Evaluation]) -> list[Comparison]:
+def _comparisons(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """A few questions that first and last share: what was gained, lost and neither, in turns."""
     first, last = evaluations[0], evaluations[-1]
-    outcomes: dict[str, list[str]] = {"became right": [], "became wrong": [], "changed in part": [], "unchanged": []}
+    queues: dict[str, list[str]] = {"became right": [], "became wrong": [], "changed in part": [], "unchanged": []}
     for id_, before in first.items.items():
         if (after := last.items.get(id_)) is None:
             continue
-        elastic_changed = before.get("elastic", before["strict"]) != after.get("elastic", after["strict"])
-        outcome = (
-            "became right"
-            if after["strict"] > before["strict"]
-            else "became wrong"
-            if after["strict"] < before["strict"]
-            else "changed in part"
-            if elastic_changed
-            else "unchanged"
-        )
-        outcomes[outcome].append(id_)
+        if after["strict"] != before["strict"]:
+            outcome = "became right" if after["strict"] > before["strict"] else "became wrong"
+        else:
+            parts = [item.get("elastic", item["strict"]) for item in (before, after)]
+            outcome = "changed in part" if parts[0] != parts[1] else "unchanged"
+        queues[outcome].append(id_)
     chosen: list[tuple[str, str]] = []
-    queues = {outcome: list(ids) for outcome, ids in outcomes.items()}
-    changed = [outcome for outcome in queues if outcome != "unchanged"]
-    while len(chosen) < SHOWN_ITEMS and any(queues[outcome] for outcome in changed):
-        chosen += [(outcome, queues[outcome].pop(0)) for outcome in changed if queues[outcome]]
-    chosen += [("unchanged", id_) for id_ in queues["unchanged"]]
+    unchanged = queues.pop("unchanged")
+    while len(chosen) < SHOWN_ITEMS and any(queues.values()):
+        chosen += [(outcome, queue.pop(0)) for outcome, queue in queues.items() if queue]
+    chosen += [("unchanged", id_) for id_ in unchanged]
     return [
-        Comparison(
-            id_,
-            str(first.items[id_].get("kind", "")),
-            str(first.items[id_].get("question", "")),
-            str(first.items[id_].get("gold", "")),
-            outcome if len(evaluations) > 1 else "",
-            [evaluation.items.get(id_) for evaluation in evaluations],
-        )
+        {
+            **{key: str(first.items[id_].get(key, "")) for key in ("kind", "question", "gold")},
+            "outcome": outcome if len(evaluations) > 1 else "",
+            "answers": [evaluation.items.get(id_) for evaluation in evaluations],  # None: it was not asked
+        }
         for outcome, id_ in chosen[:SHOWN_ITEMS]
     ]
 

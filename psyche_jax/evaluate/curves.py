@@ -3,7 +3,7 @@
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from psyche_jax.evaluate.answers import number
+from psyche_jax.evaluate.formatting import number
 
 SMOOTH_ABOVE = 30  # points; a longer curve gets a moving mean over its faint raw line
 COLORS = 6
@@ -101,8 +101,12 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
     """The charts of a GRPO run whose metrics have `keys`; the rules are found among them."""
     rules = tuple((key, match[1]) for key in keys if (match := _RULE.fullmatch(key)))
     return (
+        # Does it learn, and has it still something to learn from?
         Metric(
-            "Reward", "mean reward", (("reward", "total"), *rules), about="The total weighs the rules; they do not."
+            "Reward",
+            "mean reward",
+            (("reward", "total"), *rules),
+            about="The total is weighted; the curves of single rules are not.",
         ),
         Metric("Spread of reward in a group", "standard deviation", (("reward_std", "mean over groups"),)),
         Metric(
@@ -112,8 +116,10 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
             share=True,
             about="Such a group has no advantage and teaches nothing.",
         ),
+        # Does the policy stay itself: near the reference, and undecided where it should be?
         Metric("Distance from the reference policy", "KL, nats per token", (("kl", "KL (k3)"),)),
         Metric("Entropy", "nats per token", (("entropy", "policy"),)),
+        # Long completions that are cut earn nothing, and clipped tokens teach nothing.
         Metric(
             "Completion length",
             "tokens",
@@ -132,6 +138,7 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
             (("clip_ratio/low_mean", "below"), ("clip_ratio/high_mean", "above")),
             if_any=True,
         ),
+        # Whether the machinery is right; the loss itself says little, it starts at zero by construction.
         Metric(
             "Sampler against trainer",
             "|Δ log-prob|, nats",
@@ -171,7 +178,7 @@ def charts(metrics: Sequence[Metric], runs: Sequence[tuple[str, Sequence[dict[st
 
 
 def moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` (odd) points, or those of them that exist; what is not finite is left out."""
+    """Centred mean over `window` (odd) points, fewer at the ends; values that are not finite are left out."""
     array = np.asarray(values, float)
     finite = np.isfinite(array)
     half = window // 2
@@ -212,14 +219,10 @@ def _series(lines: Sequence[dict[str, Any]], key: str, name: str, style: int, ba
 
 
 def _draw(metric: Metric, series: Sequence[Series], salt: str) -> str:
-    with matplotlib.rc_context(style(salt)):
-        figure = Figure(figsize=(3.9, 2.5), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
+    def plot(axes: Any) -> None:
         for one in series:
             _draw_series(axes, one)
+        # A logarithmic axis only where the values span more than a linear one can show.
         values = [value for one in series for value in one.values if math.isfinite(value)]
         if metric.log and values and min(values) > 0 and max(values) / min(values) > 30:
             axes.set_yscale("log")
@@ -234,18 +237,39 @@ def _draw(metric: Metric, series: Sequence[Series], salt: str) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.margins(x=0.02)
+
+    return draw((3.9, 2.5), salt, ("step", metric.unit), plot)
+
+
+def draw(size: tuple[float, float], salt: str, labels: tuple[str, str], plot: Callable[[Any], None]) -> str:
+    """A drawing in the style of the page as SVG: `plot` draws on the axes. One `salt` always gives the same names."""
+    settings: Any = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": salt,
+        "font.size": 11.5,
+        "path.simplify_threshold": 0.4,
+        "axes.unicode_minus": True,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        axes = figure.add_subplot()
+        figure.patch.set_visible(False)
+        axes.patch.set_visible(False)
+        plot(axes)
+        # Only the bottom of the frame and faint lines across remain.
         axes.tick_params(length=0, colors=TEXT, pad=5)
         axes.grid(axis="y", color=GRID, linewidth=0.8)
         axes.set_axisbelow(True)
-        axes.margins(x=0.02)
-        axes.set_xlabel("step", color=TEXT)
-        axes.set_ylabel(metric.unit, color=TEXT)
+        axes.set_xlabel(labels[0], color=TEXT)
+        axes.set_ylabel(labels[1], color=TEXT)
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(GRID)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return themed(buffer.getvalue())
+    return _themed(buffer.getvalue())
 
 
 def _draw_series(axes: Any, series: Series) -> None:
@@ -263,18 +287,7 @@ def _draw_series(axes: Any, series: Series) -> None:
     axes.plot(steps, values, color=color, linewidth=2, linestyle=dash, **marker)
 
 
-def style(salt: str) -> Any:
-    """Settings of matplotlib for a drawing in a page; one `salt` always gives the same names within it."""
-    return {
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.size": 11.5,
-        "path.simplify_threshold": 0.4,
-        "axes.unicode_minus": True,
-    }
-
-
-def themed(svg: str) -> str:
+def _themed(svg: str) -> str:
     """Only the drawing: no prologue, size or names of its own; colours by variable and the page's font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", svg, flags=re.DOTALL)

@@ -19,11 +19,12 @@ import pydantic
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Answers, Completion, Key
-from psyche_jax.evaluate.endpoint import BadAnswerError, Endpoint
+from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.evaluate.extraction import answer_part
 from psyche_jax.evaluate.score import bootstrap_means, interval
-from psyche_jax.llm import Server
-from psyche_jax.llm_answers import json_object
+from psyche_jax.llm.objects import json_object
+from psyche_jax.llm.reply import NoReplyError
+from psyche_jax.llm.server import Server
 from psyche_jax.storage.files import read_json
 
 REFERENCE = "reference"
@@ -118,17 +119,17 @@ def judge_pairs(
 
         async def one(server: Server, key: Key) -> None:
             messages = [{"role": "user", "content": prompts[key]}]
-            text = (await judge.ask(server, messages, 0)).text
+            text = (await judge.ask(server, messages, 0)).whole
             try:
                 judgements[key] = _parse(text)
             except ValueError as error:
                 fault = f"格式不对：{error}。请只输出所要求的 JSON 对象。"
                 messages += [{"role": "assistant", "content": text or "（空）"}, {"role": "user", "content": fault}]
-                text = (await judge.ask(server, messages, 1)).text
+                text = (await judge.ask(server, messages, 1)).whole
                 try:
                     judgements[key] = _parse(text)
                 except ValueError as again:
-                    raise BadAnswerError(f"no judgement: {again}") from None
+                    raise NoReplyError(f"no judgement: {again}", came=True) from None
             answers.keep(key, Completion(text, 0, True))
 
         failed = judge.run_all([key for key in keys if key not in answers.known], one)

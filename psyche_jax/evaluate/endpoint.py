@@ -4,10 +4,7 @@ import asyncio
 import os
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import openai
 
 from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict
@@ -15,28 +12,17 @@ from psyche_jax.data.chat import render_prompt
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.answers import Completion, Key
 from psyche_jax.evaluate.tasks import Task
-from psyche_jax.llm import FAULTS, REFUSED, Names, Server
-from psyche_jax.llm_answers import FILTERED, BrokenAnswerError
+from psyche_jax.llm.reply import FILTERED, NoReplyError, Reply
+from psyche_jax.llm.retries import Pace, Patience, ask_patiently
+from psyche_jax.llm.server import Names, Server
 
-RETRIES = 4  # of a request that the server refuses for now (429, 5xx) or that does not come through
-ATTEMPTS = 3  # at an answer that comes and is none, or not whole
+PATIENCE = Patience()
+DRAWS = 3  # of an answer that is filtered
 UNREACHABLE_AFTER = 4  # questions in a row that did not come through
 UNUSABLE_AFTER = 20  # questions in a row to which what came was no answer
-PATIENCE = 12  # times the longest silence: how long a whole answer may take
+SILENCES = 12  # times the longest silence: how long a question may take
 _DRAW = 1_000_003  # added to the seed where an answer that was filtered is drawn again
 _DATED = re.compile(r"[-@:]?(?:\d{4}-?\d{2}-?\d{2}|latest|\d{3,4})")
-
-
-class BadAnswerError(Exception):
-    """The endpoint answered something that is no answer of the model that was asked."""
-
-
-@dataclass(frozen=True)
-class Reply:
-    """An answer, its reasoning in front of it. `finished`: it ended by itself, not at its limit."""
-
-    text: str
-    finished: bool
 
 
 class Endpoint:
@@ -78,6 +64,7 @@ class Endpoint:
         self._timeout = timeout
         self._configured, self._served_as = dict(names or {}), tuple(served_as)
         self._names: Names = dict(self._configured)  # with what the endpoint turns out to refuse
+        self._pace = Pace(self.url)
         if not self.model:
             self.model = self._only_model()
         self.name = f"{self.url}#{self.model}"
@@ -123,7 +110,7 @@ class Endpoint:
         async def one(server: Server, key: Key) -> None:
             messages = render_prompt(tasks[key].turns, self._prompt)
             reply = await self.ask(server, messages, self._seed + key[1])
-            keep(key, Completion(reply.text, 0, reply.finished))
+            keep(key, Completion(reply.whole, 0, reply.finish == "stop"))
 
         return self.run_all(missing, one)
 
@@ -144,17 +131,13 @@ class Endpoint:
                 try:
                     await one(server, key)
                     unreachable = unusable = 0
-                except BadAnswerError as error:
+                except NoReplyError as error:
                     failed[key] = str(error)
-                    unusable += 1
-                except FAULTS as error:
-                    failed[key] = server.said(error)
-                    status = error.status_code if isinstance(error, openai.APIStatusError) else None
-                    if status in REFUSED:
+                    if error.for_all:
                         hint = "see OPENAI_API_KEY, the URL and the model"
-                        raise UserError(f"{self.name}: {failed[key]}; {hint}") from None
-                    passing = status is None or status >= 500 or status == 429
-                    unreachable, unusable = unreachable + passing, unusable + (not passing)
+                        raise UserError(f"{self.name}: {error}; {hint}") from None
+                    away = error.passing and not error.came
+                    unreachable, unusable = unreachable + away, unusable + (not away)
                 if unusable >= UNUSABLE_AFTER:
                     raise UserError(f"{self.name}: {unusable} times in a row there was no answer: {failed[key]}")
                 if unreachable >= UNREACHABLE_AFTER:
@@ -163,24 +146,21 @@ class Endpoint:
                     )
 
         async def all_workers() -> None:
-            async with self._server() as server:
-                tasks = [asyncio.create_task(worker(server)) for _ in range(min(self._concurrency, len(keys)))]
-                try:
-                    await asyncio.gather(*tasks)
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    await asyncio.gather(*tasks, return_exceptions=True)
+            async with self._server() as server, asyncio.TaskGroup() as group:
+                for _ in range(min(self._concurrency, len(keys))):
+                    group.create_task(worker(server))
 
-        asyncio.run(all_workers())
+        try:
+            asyncio.run(all_workers())
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None
         return failed
 
     async def ask(self, server: Server, messages: Sequence[Mapping[str, str]], seed: int) -> Reply:
-        """One answer, asked for again if it breaks off or is none. What is filtered is drawn again, if it is drawn.
+        """One answer. What is filtered is drawn again, if it is drawn.
 
         Raises:
-          BadAnswerError: it is never whole, or never one, or another model's.
-          FAULTS: the request did not come through.
+          NoReplyError: after all retries there is none, or it is filtered, or another model's.
         """
         body = {
             "model": self.model,
@@ -191,52 +171,45 @@ class Endpoint:
             "seed": seed,
             "stream": True,
         }
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                async with asyncio.timeout(PATIENCE * self._timeout):
-                    answer = await server.ask(body)
-            except BrokenAnswerError as error:
-                fault = str(error)
-                continue
-            if not same_model(self.model, answer.served_by) and answer.served_by not in self._served_as:
-                accept = answer.served_by or "''"  # some servers name no model
-                raise BadAnswerError(
-                    f"another model answered: {answer.served_by!r} for {self.model!r}; --served-as {accept} accepts it"
-                )
-            fault = answer.fault
-            if not fault:
-                return Reply(answer.whole, answer.finish == "stop")
-            if answer.finish in FILTERED:
-                if self.temperature == 0:
-                    break
-                body["seed"] = seed + attempt * _DRAW
-        raise BadAnswerError(f"{fault}, {attempt} times" if attempt > 1 else fault)
+
+        try:
+            async with asyncio.timeout(SILENCES * self._timeout):
+                for draw in range(1, DRAWS + 1):
+                    reply = await ask_patiently(lambda: server.ask(body), PATIENCE, self._pace)
+                    self._check_model(reply.served_by)
+                    if reply.finish not in FILTERED:
+                        return reply
+                    if self.temperature == 0:
+                        break
+                    body["seed"] = seed + draw * _DRAW
+        except TimeoutError:
+            raise NoReplyError("no answer in time") from None
+        raise NoReplyError(f"{reply.fault}, {draw} times" if draw > 1 else reply.fault, came=True)
+
+    def _check_model(self, served: str) -> None:
+        if not same_model(self.model, served) and served not in self._served_as:
+            accept = served or "''"  # some servers name no model
+            raise NoReplyError(
+                f"another model answered: {served!r} for {self.model!r}; --served-as {accept} accepts it", came=True
+            )
 
     def _only_model(self) -> str:
+        async def models() -> list[dict[str, Any]]:
+            async with self._server() as server:
+                return await server.models()
+
         try:
-            names = [model["id"] for model in asyncio.run(self._models())]
-        except (*FAULTS, BrokenAnswerError) as error:
-            said = self._server().said(error)
-            raise UserError(f"{self.url}: names no model ({said}); say which: {self.url}#MODEL") from None
+            names = [model["id"] for model in asyncio.run(models())]
+        except NoReplyError as error:
+            raise UserError(f"{self.url}: names no model ({error}); say which: {self.url}#MODEL") from None
         if len(names) != 1:
             shown = ", ".join(names[:5]) or "none"
             raise UsageError(f"{self.url}: has {len(names)} models ({shown}); say which: {self.url}#MODEL")
         return names[0]
 
-    async def _models(self) -> list[dict[str, Any]]:
-        async with self._server() as server:
-            return await server.models()
-
     def _server(self) -> Server:
         key = os.environ.get("OPENAI_API_KEY")
-        return Server(
-            self.url,
-            key,
-            timeout=self._timeout,
-            retries=RETRIES,
-            connections=self._concurrency,
-            names=self._names,
-        )
+        return Server(self.url, key, timeout=self._timeout, connections=self._concurrency, names=self._names)
 
 
 def same_model(asked: str, served: str) -> bool:

@@ -1,14 +1,13 @@
 """Evaluate a model on a benchmark and write down what it said, question by question."""
 
-import dataclasses
 import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -16,43 +15,18 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Answers, Completion, Key
 from psyche_jax.evaluate.empathy import REFERENCE, as_lines, judge_pairs, pairs_of, summarize_empathy
 from psyche_jax.evaluate.endpoint import Endpoint
-from psyche_jax.evaluate.score import score_answer, score_essay, summarize, summarize_essays
+from psyche_jax.evaluate.score import answer_record, score_answer, score_essay, summarize, summarize_essays
 from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task
 from psyche_jax.storage.files import in_bucket, write_json
+
+if TYPE_CHECKING:  # JAX is loaded for a model on this machine alone
+    from psyche_jax.evaluate.local import LocalModel
 
 SECONDS_BETWEEN_LINES = 30  # of progress where there is no terminal
 
 
-class Model(Protocol):
-    """What an evaluation asks: `LocalModel` or `Endpoint`."""
-
-    name: str
-    parameters: int | None
-
-    @property
-    def short_name(self) -> str:
-        """What reports call it."""
-
-    @property
-    def step(self) -> int:
-        """The training step of a checkpoint, else 0."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """How it is asked, for the record."""
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that an answer depends on."""
-
-    def answer(
-        self, tasks: Mapping[Key, Task], known: Collection[Key], keep: Callable[[Key, Completion], object]
-    ) -> dict[Key, str]:
-        """Answer all tasks but those `known`; returns why there is none, for each that has no answer."""
-
-
 def evaluate(
-    model: Model,
+    model: "LocalModel | Endpoint",
     benchmark: Benchmark,
     *,
     label: str,
@@ -69,13 +43,13 @@ def evaluate(
       label: what the report calls the model.
       samples: answers to each question.
       files: where to write the evaluation. Beside the first, answers are kept as they come until it is written; an
-        evaluation that was killed, or to which some questions have no answer, goes on from them.
+        evaluation that was killed, or to which some questions have no answer, resumes from them.
       judges: who compares the replies to dialogues with the references, or with another evaluation's replies.
       against: `reference`, or the file of another evaluation of the same dialogues.
 
     Returns:
       `label, model, parameters, bench, step, samples, sampling, scores, set_aside, no_answer, items`. `no_answer`
-      counts what is set aside since no answer came, by reason (`content_filter`, say). `scores` is what
+      counts what is skipped since no answer came, by reason (`content_filter`, say). `scores` is what
       `choice.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
       leaked tasks) and `leaked` (how many) if leaks were looked for. With judges also `empathy`, which is what
       `empathy.summarize_empathy` returns, and `judgements`.
@@ -85,6 +59,7 @@ def evaluate(
     """
     if not benchmark.tasks:
         raise UserError(f"{benchmark.name}: holds nothing to ask")
+    # The answers that are kept beside the evaluation belong to exactly these questions, asked in exactly this way.
     requests = {(task.id, sample): task for sample in range(samples) for task in benchmark.tasks}
     asked = [[(turn.role, turn.content) for turn in task.turns] for task in benchmark.tasks]
     identity = {**model.identity, "bench": benchmark.name, "requests": [list(key) for key in requests], "asked": asked}
@@ -98,6 +73,7 @@ def evaluate(
             advance()
 
         failed = model.answer(requests, answers.known.keys(), keep)
+    # A question without an answer is not a wrong one: it is named and left out of the scores.
     unanswered = {task_id: reason for (task_id, _), reason in failed.items()}
     tasks = [task for task in benchmark.tasks if task.id not in unanswered]
     if not tasks:
@@ -115,6 +91,7 @@ def evaluate(
         "set_aside": [*benchmark.set_aside, *(f"{task_id}: no answer: {why}" for task_id, why in unanswered.items())],
         "no_answer": dict(Counter(re.split("[:,]", why)[0] for why in unanswered.values())),
     }
+    # Answers and judgements are kept until nothing is missing, so that the next run asks only for the rest.
     kept = [] if failed else [answers]
     if judges:
         evaluation, judged_whole = _judged(evaluation, judges, against, files[0] if files else None)
@@ -130,7 +107,7 @@ def evaluate(
 
 def evaluation_file(run: Path, bench: str, label: str) -> Path:
     """Where `report` looks for an evaluation of a run."""
-    name = Path(bench).name.replace(".jsonl", "")  # behind it may stand which part it is: x.jsonl-first-20
+    name = Path(bench).name.replace(".jsonl", "")  # a part of it may follow: x.jsonl-first-20
     return run / "evaluations" / f"{name}-{label}.json".replace("/", "-")
 
 
@@ -152,40 +129,28 @@ def _judged(
 
 
 def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Completion], samples: int) -> dict[str, Any]:
-    choices = [task for task in tasks if task.kind in CHOICE_KINDS]
-    items = {task.id: [score_answer(task, known[task.id, n], n) for n in range(samples)] for task in choices}
-    essays = [score_essay(task, known[task.id, n], n) for task in tasks if task.kind == "essay" for n in range(samples)]
-    scores = summarize(choices, items)
-    if essays:
-        scores["essays"] = summarize_essays(essays)
+    """The scores of all that was answered, and the record of each answer."""
+    score = {"essay": score_essay, "dialogue": answer_record}
+    items = {
+        task.id: [score.get(task.kind, score_answer)(task, known[task.id, n], n) for n in range(samples)]
+        for task in tasks
+    }
+
+    def scores_of(chosen: list[Task]) -> dict[str, Any]:
+        scores = summarize([task for task in chosen if task.kind in CHOICE_KINDS], items)
+        if essays := [item for task in chosen if task.kind == "essay" for item in items[task.id]]:
+            scores["essays"] = summarize_essays(essays)
+        return scores
+
+    scores = scores_of(tasks)
     if dialogues := sum(task.kind == "dialogue" for task in tasks):
         scores["dialogues"] = dialogues
-    if benchmark.leaked is not None:
-        clean = [task for task in choices if task.id not in benchmark.leaked]
-        scores["decontaminated"] = summarize(clean, items)
-        clean_essays = [item for item in essays if item.id not in benchmark.leaked]
-        if clean_essays:
-            scores["decontaminated"]["essays"] = summarize_essays(clean_essays)
-        scores["leaked"] = sum(task.id in benchmark.leaked for task in tasks)
-        scores["leaked_essays"] = sum(task.id in benchmark.leaked for task in tasks if task.kind == "essay")
-    listed = [dataclasses.asdict(item) for task in choices for item in items[task.id]]
-    listed += [dataclasses.asdict(item) for item in essays]
-    listed += [
-        {
-            "id": task.id,
-            "cell": task.cell,
-            "kind": task.kind,
-            "sample": sample,
-            "question": task.text,
-            "gold": task.gold,
-            "response": known[task.id, sample].text,
-        }
-        for task in tasks
-        if task.kind == "dialogue"
-        for sample in range(samples)
-    ]
-    if benchmark.leaked is not None:
-        listed = [{**item, "leaked": benchmark.leaked.get(item["id"], "")} for item in listed]
+    listed = [item for task in tasks for item in items[task.id]]
+    if (leaked := benchmark.leaked) is not None:
+        scores["decontaminated"] = scores_of([task for task in tasks if task.id not in leaked])
+        scores["leaked"] = sum(task.id in leaked for task in tasks)
+        scores["leaked_essays"] = sum(task.id in leaked for task in tasks if task.kind == "essay")
+        listed = [{**item, "leaked": leaked.get(item["id"], "")} for item in listed]
     return {"scores": scores, "items": listed}
 
 
@@ -213,6 +178,7 @@ def progress(label: str, total: int, done: int) -> Iterator[Callable[[], object]
 def scores_table(summary: Mapping[str, Any]) -> str:
     """A line for all questions, each kind and each cell; below it what else there is to say."""
     lines = []
+    # Choice questions: the table, cells only where they say more than the kinds do.
     if summary["count"]:
         cells = summary["cells"] if len(summary["cells"]) > len(summary["by_kind"]) else {}
         rows = [("all", summary), *summary["by_kind"].items(), *cells.items()]
@@ -220,6 +186,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         heads = ("questions", "strict", "95 %", "chance", "elastic", "chance", "unanswered")
         lines.append(f"{'':{width}}" + "".join(f"{head:>{size}}" for head, size in zip(heads, _WIDTHS, strict=True)))
         lines += [f"{name:{width}}{_row(row)}" for name, row in rows]
+        # What one row cannot hold: the spread over samples, the mean of the cells, answers without letters.
         if "deviation" in summary:
             lines.append(
                 f"standard deviation over samples: strict {summary['deviation']:.3f}, "
@@ -237,6 +204,7 @@ def scores_table(summary: Mapping[str, Any]) -> str:
                 f"no letters by the strict rule: {reasons}; with the lenient fallback, which reads {fallback['read']} "
                 f"of them: strict {fallback['strict']:.3f}, elastic {fallback['elastic']:.3f}"
             )
+    # Other kinds of tasks, and the scores without what the training data hold too.
     if essays := summary.get("essays"):
         lines.append(f"{essays['count']} essays: {_essays(essays)} (percent)")
     if (clean := summary.get("decontaminated")) is not None:
@@ -249,8 +217,9 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         lines += _empathy(empathy)
     elif "dialogues" in summary:
         lines.append(f"{summary['dialogues']} replies to dialogues; no --judge was given, so they have no marks")
+    # What is in no score must be seen, or the scores look better than they are.
     if summary["set_aside"]:
-        lines.append(f"{summary['set_aside']} records set aside")
+        lines.append(f"{summary['set_aside']} records skipped")
     if unanswered := summary.get("no_answer"):
         told = ", ".join(f"{count} {reason}" for reason, count in unanswered.items())
         lines.append(f"of these without an answer, which is not scored: {told}")

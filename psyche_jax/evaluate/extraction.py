@@ -1,6 +1,6 @@
 """The option letters of an answer: strictly, as the rewards read them, and leniently, from prose.
 
-Both read only what stands after the reasoning. The strict reading is `rewards.extract_letters`. The lenient one is
+Both read only what follows the reasoning. The strict reading is `rewards.extract_letters`. The lenient one is
 a fallback for where the strict one finds nothing; scores that use it are reported apart. Examples of both are in
 docs/evaluation.md.
 """
@@ -92,7 +92,7 @@ def read_letters(text: str, options: str, finished: bool = True) -> Reading:
 
 
 def answer_part(text: str) -> str:
-    """What stands after the last `</think>`; all of it if there is no reasoning, nothing if that never ends."""
+    """What follows the last `</think>`; all of it if there is no reasoning, nothing if that never ends."""
     return split_thought(text)[1]
 
 
@@ -100,7 +100,7 @@ def lenient_letters(answer: str, options: str) -> str | None:
     """The letters that prose gives as its answer, None if it gives none or is of two minds ("A 或 B").
 
     In turn: what follows the last cue (`答案是`, `选`, `正确的是`, `answer is`, `\\boxed{`) not denied, with the list
-    that goes on behind it, in this line or the next ones; an answer of nothing but letters, or of lines that each
+    that follows it, in this line or the next ones; an answer of nothing but letters, or of lines that each
     begin with an option's letter, unless they are all of the options; options that are called right (`A 和 C 正确`).
     """
     rule = AnswerSetRule(reading="natural", letters=options)
@@ -132,7 +132,7 @@ def _listed(text: str, named_by: re.Pattern[str]) -> tuple[str | None, str, int]
     """The letters of a list that a text begins with, the text behind it, and how many entries the list has.
 
     A list is letters alone, in one line or several; or letters with texts (`A. 共情；C. 尊重`), likewise. There are
-    None if it is of two minds: its letters are not in order, one is denied, or it seems to go on behind a blank line.
+    None if it is of two minds: its letters are not in order, one is denied, or it seems to continue after a blank line.
     """
     letters, entries, named = "", 0, False
     lines = text.split("\n")

@@ -1,32 +1,28 @@
 """The report on one run or several: one HTML file that needs nothing else, made from run folders alone."""
 
 import functools
-import io
 import json
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import matplotlib
 import yaml
 from markupsafe import Markup
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 import psyche_jax
 from psyche_jax.config_files import dump_yaml
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.answers import brief, cell, clip, interval, number, percent, points, spoken
 from psyche_jax.evaluate.comparison import Bench, read_benches
-from psyche_jax.evaluate.curves import GRID, SERIES, SFT_METRICS, TEXT, Chart, charts, grpo_metrics, style, themed
+from psyche_jax.evaluate.curves import SERIES, SFT_METRICS, TEXT, charts, draw, grpo_metrics
 from psyche_jax.evaluate.empathy import TITLES
+from psyche_jax.evaluate.formatting import brief, cell, clip, interval, number, percent, points, spoken
 from psyche_jax.evaluate.run_records import KINDS, RunRecord, flat, read_rollouts, read_run
 from psyche_jax.storage.files import write_text
 
@@ -74,7 +70,7 @@ def published() -> tuple[str, tuple[PaperRow, ...]]:
 def our_rows(name: str, scores: Mapping[str, Any], parameters: int | None) -> list[PaperRow]:
     """The scores of an evaluation as rows; none if it has not all six cells of PCEB.
 
-    A second row leaves out what stands in the training data too, if that was looked for.
+    A second row leaves out what the training data hold too, if that was looked for.
     """
     rows = []
     clean = scores.get("decontaminated")
@@ -102,12 +98,8 @@ def draw_sizes(rows: Sequence[PaperRow]) -> str:
     Models whose size is not public have no place in it.
     """
     known = [row for row in rows if row.parameters_billion]
-    with matplotlib.rc_context(style("sizes")):
-        figure = Figure(figsize=(8.2, 4.2), layout="constrained")
-        FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
+
+    def plot(axes: Any) -> None:
         sizes = [row.parameters_billion or 0 for row in known]
         axes.set_xscale("log")
         for size, row in zip(sizes, known, strict=True):
@@ -124,17 +116,8 @@ def draw_sizes(rows: Sequence[PaperRow]) -> str:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{number(value)}B"))
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.margins(y=0.12)
-        axes.tick_params(length=0, colors=TEXT, pad=5)
-        axes.grid(axis="y", color=GRID, linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("parameters (log scale)", color=TEXT)
-        axes.set_ylabel("average strict accuracy, %", color=TEXT)
-        for side, spine in axes.spines.items():
-            spine.set_visible(side == "bottom")
-            spine.set_color(GRID)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return themed(buffer.getvalue())
+
+    return draw((8.2, 4.2), "sizes", ("parameters (log scale)", "average strict accuracy, %"), plot)
 
 
 def summary_of_sizes(rows: Sequence[PaperRow]) -> str:
@@ -165,43 +148,6 @@ def _label(axes: Any, rows: Sequence[PaperRow]) -> None:
             color=SERIES[1] if row.ours else TEXT,
             fontweight="bold" if row.ours or row.model == _PAPERS_OWN else "normal",
         )
-
-
-@dataclass(frozen=True)
-class PaperSection:
-    """The paper's table and figure with ours among them."""
-
-    source: str
-    columns: tuple[tuple[str, str], ...]
-    rows: list[PaperRow]
-    figure: str
-    summary: str
-
-    @property
-    def ours(self) -> list[PaperRow]:
-        """The rows of evaluations here."""
-        return [row for row in self.rows if row.ours]
-
-    @property
-    def without_size(self) -> list[PaperRow]:
-        """Those that have no place in the figure."""
-        return [row for row in self.rows if not row.parameters_billion]
-
-
-@dataclass(frozen=True)
-class KindSection:
-    """All runs of one kind: their curves and their configs."""
-
-    kind: str
-    name: str
-    runs: list[RunRecord]
-    charts: list[Chart]
-    settings: list[tuple[str, list[str], bool]] = field(default_factory=list)  # key, value by run, whether they differ
-
-    @property
-    def differences(self) -> list[tuple[str, list[str], bool]]:
-        """The settings that are not the same in all runs."""
-        return [row for row in self.settings if row[2]]
 
 
 def write_report(runs: Sequence[Path], out: Path, title: str = "Training report") -> None:
@@ -291,27 +237,40 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
-def _kind_sections(runs: Sequence[RunRecord]) -> list[KindSection]:
+def _kind_sections(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """All runs of one kind: their curves, their settings (key, value by run, whether they differ)."""
     sections = []
     for kind in dict.fromkeys(run.kind for run in runs):
         chosen = [run for run in runs if run.kind == kind]
         keys = list(dict.fromkeys(key for run in chosen for line in run.metrics for key in line))
         metrics = grpo_metrics(keys) if kind == "grpo" else SFT_METRICS
-        drawn = charts(metrics, [(run.name, run.metrics) for run in chosen])
-        sections.append(KindSection(kind, KINDS.get(kind, kind), chosen, drawn, _settings(chosen)))
+        settings = _settings(chosen)
+        section = {
+            "name": KINDS.get(kind, kind),
+            "runs": chosen,
+            "charts": charts(metrics, [(run.name, run.metrics) for run in chosen]),
+            "settings": settings,
+            "differences": [row for row in settings if row[2]],
+        }
+        sections.append(section)
     return sections
 
 
-def _paper_section(benches: Sequence[Bench]) -> PaperSection:
+def _paper_section(benches: Sequence[Bench]) -> dict[str, Any]:
+    """The paper's table and figure with ours among them."""
     source, rows = published()
-    ours = [
-        row
-        for bench in benches
-        for name, evaluation in bench.named
-        for row in our_rows(name, evaluation.scores, evaluation.parameters)
-    ]
+    named = [(name, evaluation) for bench in benches for name, evaluation in bench.named]
+    ours = [row for name, one in named for row in our_rows(name, one.scores, one.parameters)]
     every = sorted([*rows, *ours], key=lambda row: -row.values["average_strict"])
-    return PaperSection(source, COLUMNS, every, draw_sizes(every), summary_of_sizes(every))
+    return {
+        "source": source,
+        "columns": COLUMNS,
+        "rows": every,
+        "ours": [row for row in every if row.ours],
+        "without_size": [row for row in every if not row.parameters_billion],
+        "figure": draw_sizes(every),
+        "summary": summary_of_sizes(every),
+    }
 
 
 def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:

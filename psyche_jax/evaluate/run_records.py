@@ -11,10 +11,10 @@ from typing import Any
 
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.answers import duration, number, percent
 from psyche_jax.evaluate.comparison import Evaluation
-from psyche_jax.runs import read_state, read_steps
+from psyche_jax.evaluate.formatting import duration, number, percent
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json
+from psyche_jax.train.runs import read_state, read_steps
 
 KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _LIMITS = (  # metric, what it should not be above at the last step, what to say
@@ -55,7 +55,7 @@ class RunRecord:
 
     @property
     def status(self) -> str:
-        """Where the run stands, as a sentence."""
+        """How far the run is, as a sentence."""
         step, reason = self.state.get("step", 0), str(self.state.get("reason") or "")
         steps = f"{step:,} step{'' if step == 1 else 's'}" if isinstance(step, int) else f"{step} steps"
         known = {"done": f"Done after {steps}", "running": f"Running; {steps} saved"}
@@ -113,13 +113,13 @@ class RunRecord:
 
     @property
     def continuation(self) -> str:
-        """What goes on with a run that has not ended; empty if it has."""
+        """The command that resumes a run that has not ended; empty if it has."""
         config = shlex.quote(str(self.folder / "config.yaml"))
         return "" if self.state.get("status") == "done" else f"psyche {self.kind} --config {config}"
 
     @property
     def trained_on(self) -> list[str]:
-        """Where its training data lie: one place, or the parts of a mixture."""
+        """Where its training data are: one place, or the parts of a mixture."""
         data = self.config.get("data")
         places = data.get("train") if isinstance(data, dict) else None
         return [places] if isinstance(places, str) else list(map(str, places or ()))
@@ -154,24 +154,25 @@ def read_run(folder: Path, name: str) -> RunRecord:
       UserError: it is not a run, or a file in it is broken.
     """
     with bucket_errors(folder):
-        return _read_run(folder, name)
-
-
-def _read_run(folder: Path, name: str) -> RunRecord:
-    for needed in ("config.yaml", "state.json"):
-        if not (folder / needed).is_file():
-            raise UserError(
-                f"{folder}: is not a run (it has no {needed}); give a folder made by `psyche sft` or `psyche grpo`"
-            )
-    state = read_state(folder)
-    lines = {name: read_steps(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
-    evaluations = [Evaluation.read(path, name) for path in sorted((folder / "evaluations").glob("*.json"))]
-    evaluations.sort(key=lambda evaluation: evaluation.step)
-    config = parse_yaml_mapping(folder / "config.yaml")
-    kind = str(state.get("kind", "sft"))
-    safety = read_json(folder / "safety.json") if (folder / "safety.json").is_file() else None
-    metrics, samples = lines["metrics.jsonl"], lines["samples.jsonl"]
-    return RunRecord(folder, name, kind, config, state, metrics, samples, evaluations, safety)
+        for needed in ("config.yaml", "state.json"):
+            if not (folder / needed).is_file():
+                raise UserError(
+                    f"{folder}: is not a run (it has no {needed}); give a folder made by `psyche sft` or `psyche grpo`"
+                )
+        state = read_state(folder)
+        evaluations = [Evaluation.read(path, name) for path in sorted((folder / "evaluations").glob("*.json"))]
+        safety = folder / "safety.json"
+        return RunRecord(
+            folder=folder,
+            name=name,
+            kind=str(state.get("kind", "sft")),
+            config=parse_yaml_mapping(folder / "config.yaml"),
+            state=state,
+            metrics=read_steps(folder / "metrics.jsonl"),
+            samples=read_steps(folder / "samples.jsonl"),
+            evaluations=sorted(evaluations, key=lambda evaluation: evaluation.step),
+            safety=read_json(safety) if safety.is_file() else None,
+        )
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -201,64 +202,47 @@ def _change(values: Sequence[float]) -> str:
 _TURN = re.compile(r"(?:<\|im_start\|>user\n|<｜User｜>)(.*?)(?:<\|im_end\|>|<｜Assistant｜>)", re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A completion from training."""
-
-    text: str
-    facts: str
-
-
-@dataclass(frozen=True)
-class SampledPrompt:
-    """What was said to a prompt at one step: the best and the worst by reward, out of `count`."""
-
-    step: int
-    question: str
-    prompt: str
-    count: int
-    mean_reward: float
-    samples: list[Sample]
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """Completions of a GRPO run at its first and last sampled step, in pairs."""
-
-    run: RunRecord
-    same_prompts: bool
-    pairs: list[list[SampledPrompt]]
-
-
-def read_rollouts(run: RunRecord) -> Rollouts | None:
-    """Completions of the first and the last sampled step, to the same prompts where there are any."""
+def read_rollouts(run: RunRecord) -> dict[str, Any] | None:
+    """Completions of the first and the last sampled step, to the same prompts where there are any, in pairs."""
     if not run.samples:
         return None
     first, last = run.samples[0]["step"], run.samples[-1]["step"]
     early, late = (_by_prompt(run.samples, step) for step in (first, last))
     shared = [prompt for prompt in early if prompt in late]
     if first == last:
-        return Rollouts(run, True, [[prompt] for prompt in list(early.values())[:2]])
-    if shared:
-        return Rollouts(run, True, [[early[prompt], late[prompt]] for prompt in shared[:2]])
-    return Rollouts(run, False, [list(pair) for pair in zip(early.values(), late.values(), strict=False)][:2])
+        pairs = [[prompt] for prompt in early.values()]
+    elif shared:
+        pairs = [[early[prompt], late[prompt]] for prompt in shared]
+    else:
+        pairs = [list(pair) for pair in zip(early.values(), late.values(), strict=False)]
+    return {"run": run, "same_prompts": first == last or bool(shared), "pairs": pairs[:2]}
 
 
-def _by_prompt(samples: Sequence[Mapping[str, Any]], step: int) -> dict[str, SampledPrompt]:
+def _by_prompt(samples: Sequence[Mapping[str, Any]], step: int) -> dict[str, dict[str, Any]]:
+    """What was said to each prompt at one step: the best and the worst by reward."""
+    said: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        if sample["step"] == step:
+            said.setdefault(str(sample.get("prompt", "")), []).append(sample)
     result = {}
-    here = [sample for sample in samples if sample["step"] == step]
-    for prompt in dict.fromkeys(str(sample.get("prompt", "")) for sample in here):
-        said = [sample for sample in here if str(sample.get("prompt", "")) == prompt]
-        said.sort(key=lambda sample: -real(sample.get("reward")))
-        shown = said if len(said) <= 2 else [said[0], said[-1]]
-        mean = sum(real(sample.get("reward")) for sample in said) / len(said)
+    for prompt, ones in said.items():
+        ones.sort(key=lambda sample: -real(sample.get("reward")))
         turns = _TURN.findall(prompt)
-        question = (turns[-1] if turns else prompt).strip()
-        result[prompt] = SampledPrompt(step, question, prompt, len(said), mean, [_sample(one) for one in shown])
+        result[prompt] = {
+            "step": step,
+            "question": (turns[-1] if turns else prompt).strip(),
+            "prompt": prompt,
+            "count": len(ones),
+            "mean_reward": sum(real(sample.get("reward")) for sample in ones) / len(ones),
+            "samples": [
+                {"text": str(sample.get("completion", "")), "facts": _facts(sample)}
+                for sample in (ones if len(ones) <= 2 else (ones[0], ones[-1]))
+            ],
+        }
     return result
 
 
-def _sample(sample: Mapping[str, Any]) -> Sample:
+def _facts(sample: Mapping[str, Any]) -> str:
     facts = [f"reward {number(real(sample.get('reward')))}"]
     rules = sample.get("rewards")
     facts += [f"{rule} {number(real(value))}" for rule, value in (rules.items() if isinstance(rules, dict) else ())]
@@ -266,4 +250,4 @@ def _sample(sample: Mapping[str, Any]) -> Sample:
         facts.append(f"advantage {sample['advantage']:+.2f}".replace("-", "−"))
     if isinstance(sample.get("tokens"), int):
         facts.append(f"{sample['tokens']:,} tokens")
-    return Sample(str(sample.get("completion", "")), " · ".join(facts))
+    return " · ".join(facts)

@@ -4,8 +4,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
@@ -17,6 +16,7 @@ from psyche_jax.evaluate.extraction import answer_part, read_letters
 from psyche_jax.evaluate.tasks import Task
 
 RESAMPLES = 1000
+ByTask: TypeAlias = Mapping[str, Sequence[Mapping[str, Any]]]  # records of answers by the id of their task
 _SEED = 0
 
 
@@ -57,50 +57,38 @@ def interval(means: np.ndarray, estimate: float | None = None) -> tuple[float, f
     return (low, high) if estimate is None else (min(low, estimate), max(high, estimate))
 
 
-@dataclass(frozen=True)
-class Item:
-    """One answer of a model to one question, of which it may give several (`sample` 0, 1, …).
+def answer_record(task: Task, completion: Completion, sample: int = 0) -> dict[str, Any]:
+    """What an evaluation holds of every answer; a task may have several (`sample` 0, 1, …)."""
+    return {
+        "id": task.id,
+        "cell": task.cell,
+        "kind": task.kind,
+        "sample": sample,
+        "question": task.text,
+        "gold": task.gold,
+        "response": completion.text,
+    }
 
-    `predicted`: letters in order by the strict rule, `lenient`: with the fallback; None where there are none.
-    `strict` and `elastic`: scores of `predicted`, `lenient_strict` and `lenient_elastic` those of `lenient`.
-    `failure`: why the strict rule found no letters.
+
+def score_answer(task: Task, completion: Completion, sample: int = 0) -> dict[str, Any]:
+    """Read the letters of an answer to a choice question and score them.
+
+    Returns:
+      The answer's record, and `predicted` (letters in order by the strict rule) and `lenient` (with the fallback), None
+      where there are none; `strict, elastic` (scores of `predicted`), `lenient_strict, lenient_elastic`; `failure`: why
+      the strict rule found no letters.
     """
-
-    id: str
-    cell: str
-    kind: str
-    sample: int
-    question: str
-    gold: str
-    predicted: str | None
-    lenient: str | None
-    failure: str
-    response: str
-    strict: int
-    elastic: float
-    lenient_strict: int
-    lenient_elastic: float
-
-
-def score_answer(task: Task, completion: Completion, sample: int = 0) -> Item:
-    """Extract the letters of one answer and score them."""
     reading = read_letters(completion.text, task.options, completion.finished)
-    return Item(
-        task.id,
-        task.cell,
-        task.kind,
-        sample,
-        task.text,
-        task.gold,
-        reading.strict,
-        reading.lenient,
-        reading.failure,
-        completion.text,
-        strict_score(reading.strict, task.gold),
-        elastic_score(reading.strict, task.gold),
-        strict_score(reading.lenient, task.gold),
-        elastic_score(reading.lenient, task.gold),
-    )
+    return {
+        **answer_record(task, completion, sample),
+        "predicted": reading.strict,
+        "lenient": reading.lenient,
+        "failure": reading.failure,
+        "strict": strict_score(reading.strict, task.gold),
+        "elastic": elastic_score(reading.strict, task.gold),
+        "lenient_strict": strict_score(reading.lenient, task.gold),
+        "lenient_elastic": elastic_score(reading.lenient, task.gold),
+    }
 
 
 def strict_score(predicted: str | None, gold: str) -> int:
@@ -127,7 +115,7 @@ def chance(task: Task) -> tuple[float, float]:
     return 1 / subsets, 2 ** (gold - 1) / subsets
 
 
-def summarize(tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+def summarize(tasks: Sequence[Task], items: ByTask) -> dict[str, Any]:
     """Scores from 0 to 1 over all choice questions, and of each kind under `by_kind`, of each cell under `cells`.
 
     Args:
@@ -153,12 +141,12 @@ def summarize(tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dic
     return result
 
 
-def _scores(name: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+def _scores(name: str, tasks: Sequence[Task], items: ByTask) -> dict[str, Any]:
     if not tasks:
         return {"count": 0, "strict": None, "elastic": None, "unanswered": 0}
     answers = [item for task in tasks for item in items[task.id]]
     chances = [chance(task) for task in tasks]
-    strict, elastic = (statistics.fmean([getattr(item, key) for item in answers]) for key in ("strict", "elastic"))
+    strict, elastic = (statistics.fmean([item[key] for item in answers]) for key in ("strict", "elastic"))
     result = {
         "count": len(tasks),
         "strict": strict,
@@ -167,38 +155,38 @@ def _scores(name: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]
         "interval_elastic": interval(_resampled(name, "elastic", tasks, items), elastic),
         "chance": statistics.fmean([strict for strict, _ in chances]),
         "chance_elastic": statistics.fmean([elastic for _, elastic in chances]),
-        "unanswered": sum(item.predicted is None for item in answers),
-        "failures": dict(Counter(item.failure for item in answers if item.failure)),
+        "unanswered": sum(item["predicted"] is None for item in answers),
+        "failures": dict(Counter(item["failure"] for item in answers if item["failure"])),
         "fallback": {
-            "strict": statistics.fmean([item.lenient_strict for item in answers]),
-            "elastic": statistics.fmean([item.lenient_elastic for item in answers]),
-            "read": sum(item.predicted is None and item.lenient is not None for item in answers),
+            "strict": statistics.fmean([item["lenient_strict"] for item in answers]),
+            "elastic": statistics.fmean([item["lenient_elastic"] for item in answers]),
+            "read": sum(item["predicted"] is None and item["lenient"] is not None for item in answers),
         },
     }
     samples = len(items[tasks[0].id])
     if samples > 1:
         for key, deviation in (("strict", "deviation"), ("elastic", "deviation_elastic")):
-            by_sample = [statistics.fmean([getattr(items[task.id][n], key) for task in tasks]) for n in range(samples)]
+            by_sample = [statistics.fmean([items[task.id][n][key] for task in tasks]) for n in range(samples)]
             result[deviation] = statistics.stdev(by_sample)
     return result
 
 
-def _average(tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> dict[str, Any]:
+def _average(tasks: Sequence[Task], items: ByTask) -> dict[str, Any]:
     cells = list(dict.fromkeys(task.cell for task in tasks))
     result: dict[str, Any] = {"cells": cells}
     for key, name in (("strict", "interval"), ("elastic", "interval_elastic")):
         means, resampled = [], []
         for cell in cells:
             chosen = [task for task in tasks if task.cell == cell]
-            means.append(statistics.fmean([getattr(item, key) for task in chosen for item in items[task.id]]))
+            means.append(statistics.fmean([item[key] for task in chosen for item in items[task.id]]))
             resampled.append(_resampled(cell, key, chosen, items))
         result[key] = statistics.fmean(means)
         result[name] = interval(np.mean(resampled, axis=0), result[key])
     return result
 
 
-def _resampled(name: str, key: str, tasks: Sequence[Task], items: Mapping[str, Sequence[Item]]) -> np.ndarray:
-    values = [statistics.fmean([getattr(item, key) for item in items[task.id]]) for task in tasks]
+def _resampled(name: str, key: str, tasks: Sequence[Task], items: ByTask) -> np.ndarray:
+    values = [statistics.fmean([item[key] for item in items[task.id]]) for task in tasks]
     return bootstrap_shares(values, [task.group for task in tasks], name)
 
 
@@ -214,39 +202,24 @@ class CharacterTokenizer(Tokenizer):
         return _TOKEN.findall(text.lower())
 
 
-@dataclass(frozen=True)
-class EssayItem:
-    """One essay of a model. `rouge1` and `rougeL` in percent."""
-
-    id: str
-    cell: str
-    kind: str
-    sample: int
-    question: str
-    gold: str
-    response: str
-    rouge1: float
-    rougeL: float  # noqa: N815 (its name in the literature)
-
-
-def score_essay(task: Task, completion: Completion, sample: int = 0) -> EssayItem:
-    """Compare what stands after the reasoning with the reference; nothing scores 0."""
+def score_essay(task: Task, completion: Completion, sample: int = 0) -> dict[str, Any]:
+    """Compare what follows the reasoning with the reference; `rouge1, rougeL` (percent) join the answer's record."""
     scores = _SCORER.score(task.gold, answer_part(completion.text))
-    rouge1, rouge_l = (100 * scores[name].fmeasure for name in ("rouge1", "rougeL"))
-    return EssayItem(
-        task.id, task.cell, task.kind, sample, task.text, task.gold, completion.text, float(rouge1), float(rouge_l)
-    )
+    rouge = {name: float(100 * scores[name].fmeasure) for name in ("rouge1", "rougeL")}
+    return {**answer_record(task, completion, sample), **rouge}
 
 
-def summarize_essays(items: Sequence[EssayItem]) -> dict[str, Any]:
+def summarize_essays(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """`count` (essays), `rouge1, rougeL, bleu4` with their 95 % intervals (bootstrap), and how they are measured."""
-    result: dict[str, Any] = {"count": len({item.id for item in items})}
+    result: dict[str, Any] = {"count": len({item["id"] for item in items})}
     for name in ("rouge1", "rougeL"):
-        values = [getattr(item, name) for item in items]
+        values = [item[name] for item in items]
         result[name] = statistics.fmean(values)
-        result[f"interval_{name}"] = interval(bootstrap_means(values, [item.id for item in items], name), result[name])
+        result[f"interval_{name}"] = interval(
+            bootstrap_means(values, [item["id"] for item in items], name), result[name]
+        )
     bleu = BLEU(tokenize="zh")
-    said, references = [answer_part(item.response) for item in items], [item.gold for item in items]
+    said, references = [answer_part(item["response"]) for item in items], [item["gold"] for item in items]
     result["bleu4"] = float(bleu.corpus_score(said, [references]).score)
     result["measured_by"] = {
         "rouge": f"rouge-score, F-measure over characters, bootstrap of {RESAMPLES}",

@@ -1,4 +1,4 @@
-"""What is asked of a model in an evaluation, and what is set aside before anything is asked."""
+"""What is asked of a model in an evaluation, and which records are skipped before anything is asked."""
 
 import dataclasses
 from collections import Counter
@@ -37,7 +37,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A benchmark's tasks, and a line for each record that is set aside: where it stands, and why.
+    """A benchmark's tasks, and a line for each record that is skipped: where it is, and why.
 
     `leaked`: ids of tasks that training data hold too, each with what was found; None if that was not looked for.
     """

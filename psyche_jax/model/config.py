@@ -69,7 +69,7 @@ class ModelConfig:
 def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
     """Read a `config.json` (and `generation_config.json`) of a `Qwen2ForCausalLM`.
 
-    Values stand where transformers reads them. Stop tokens are those that either file names; what the tokenizer adds
+    Values are where transformers reads them. Stop tokens are those that either file names; what the tokenizer adds
     to them, see `psyche_jax.train.checkpoints`.
 
     Raises:
@@ -288,7 +288,7 @@ SHAPE = (
 
 
 def published_architecture(name: str) -> ModelConfig:
-    """The architecture called `name`; the suffix `-Instruct` may stand or not.
+    """The architecture called `name`; the suffix `-Instruct` may be left out.
 
     Raises:
       UsageError: there is none of that name.
@@ -313,6 +313,6 @@ def check_architecture(name: str | None, config: ModelConfig, origin: str) -> No
     for field in SHAPE:
         if getattr(config, field) != getattr(expected, field):
             raise UsageError(
-                f"model.architecture: {origin} is no {name}: its {field} is {getattr(config, field)}, "
+                f"model.architecture: {origin} is not {name}: its {field} is {getattr(config, field)}, "
                 f"not {getattr(expected, field)}; correct model.path or model.architecture"
             )

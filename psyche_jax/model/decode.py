@@ -150,7 +150,7 @@ def _invert(weights: jax.Array, share: jax.Array) -> jax.Array:
     """The first index at which the cumulative sum of `weights` [rows, n] exceeds `share` [rows, 1] of the total."""
     cumulative = jnp.cumsum(weights, axis=-1)
     total = cumulative[:, -1:]
-    # Rounding must not reach the total itself, behind which nothing stands.
+    # Rounding must not reach the total itself, after which there is nothing.
     target = jnp.minimum(share * total, total * (1 - jnp.finfo(jnp.float32).epsneg))
     return jnp.sum(cumulative <= target, axis=-1)
 

@@ -22,7 +22,8 @@ from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.model.template_trial import excess
-from psyche_jax.storage.files import Index, all_finite, blocks, in_bucket, read_ahead, read_json, write_json
+from psyche_jax.storage.arrays import Index, all_finite, blocks, read_ahead
+from psyche_jax.storage.files import in_bucket, read_json, write_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -129,7 +130,7 @@ class WeightFiles:
                 f"{self.folder}: weights do not fit config.json: num_hidden_layers is {config.num_hidden_layers}, "
                 f"and the files hold {len(self._slices)} tensors"
             )
-        expected = dict(_expected_shapes(config))
+        expected = dict(expected_shapes(config))
         found = {n for n in self._slices if not n.endswith("rotary_emb.inv_freq")}  # a buffer in old exports
         head, embedding = _TOP_NAMES["head"], _TOP_NAMES["embedding"]
         repeated = config.tie_word_embeddings and head in found
@@ -218,7 +219,7 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
 
 
 def unsound_tensors(parameters: Parameters, sharding: Sharding) -> list[str]:
-    """Names of the tensors, as in Hugging Face's files, that hold NaN or infinity; looked for where they lie."""
+    """Names of the tensors, as in Hugging Face's files, that hold NaN or infinity; looked for on their devices."""
     flat = traverse_util.flatten_dict(parameters, sep="/")
 
     @partial(jax.jit, out_shardings=sharding.named())
@@ -262,7 +263,7 @@ def stream_weights(
         for path in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/")
         for layer, name in enumerate(tensor_names(path, config.num_hidden_layers))
     }
-    shapes = dict(_expected_shapes(config))
+    shapes = dict(expected_shapes(config))
     shards = _shards({name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()})
 
     def jobs(names: list[str]) -> Iterator[tuple[str, Index]]:
@@ -304,7 +305,7 @@ def _shards(sizes: dict[str, int]) -> dict[str, list[str]]:
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtype: np.dtype) -> bytes:
-    """The start of a safetensors file: the length of a JSON object, and that object, which says where tensors lie."""
+    """The start of a safetensors file: the length of a JSON object, and that object, which says where tensors are."""
     content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -378,7 +379,7 @@ def _default_template(folder: Path, found: Any) -> str | None:
             raise UserError(f"{folder}: none of its chat templates ({names}) is called default; rename one")
         found = found["default"]
     if found is not None and not isinstance(found, str):
-        raise UserError(f"{folder}: the tokenizer's chat template is broken: it is no text; use Qwen2.5's")
+        raise UserError(f"{folder}: the tokenizer's chat template is broken: it is not text; use Qwen2.5's")
     return found
 
 
@@ -425,7 +426,7 @@ def make_portable(folder: Path) -> None:
     write_json(path, {name: value for name, value in values.items() if name not in _OF_A_SESSION})
 
 
-def _expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+def expected_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of the model: the embedding, layer by layer, the final norm, the head."""
     shapes = {p: v.shape for p, v in traverse_util.flatten_dict(nnx.to_pure_dict(build(config)[1]), sep="/").items()}
     stacked = [path for path in shapes if path.startswith("layers/")]

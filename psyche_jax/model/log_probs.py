@@ -92,15 +92,17 @@ def token_scores(
       hidden: [batch, sequence, width]; position t predicts `targets[:, t]`.
       targets: int32 [batch, sequence].
       temperature: the one that the tokens were sampled at.
-      chunk_tokens: how many positions' logits stand at once, over all rows; backward recomputes those of
+      chunk_tokens: how many positions' logits exist at once, over all rows; backward recomputes those of
         several chunks.
     """
+    # Logits of all positions at once would be the largest array of the program: chunks of equal size instead.
     batch, length = targets.shape
     size = min(length, max(1, chunk_tokens // batch))
     chunks = -(-length // size)
     padding = chunks * size - length
     hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0)))
     targets = jnp.pad(targets, ((0, 0), (0, padding)))
+    # The vocabulary is spread over all devices where it can be; rows then stay whole.
     sharding = execution.sharding
     spread = sharding.divides(model.config.vocab_size, "loss_vocab")
     vocab, rows = ("loss_vocab", "loss_batch") if spread else ("vocab", "batch")
@@ -115,6 +117,7 @@ def token_scores(
     copy, hidden = _bound(jax.lax.stop_gradient(head), hidden)
     copy = cast_weights(copy, hidden.dtype)
 
+    # Log-prob and entropy from the same logits, which are gone afterwards.
     def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
         hidden = sharding.constrain(hidden, rows, None, None)
         weights = _copied(head, copy)

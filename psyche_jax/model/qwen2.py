@@ -32,7 +32,7 @@ _FIRST_PLACES = 64
 
 @dataclass(frozen=True)
 class Execution:
-    """How a program computes: dtype of activations, what backward recomputes, the kernel, where arrays lie."""
+    """How a program computes: dtype of activations, what backward recomputes, the kernel, where arrays are placed."""
 
     sharding: Sharding
     compute_dtype: jnp.dtype
@@ -153,7 +153,7 @@ class Qwen2(nnx.Module):
         )
         self.layers = DecoderLayer(config, layer_key, dtype)
         self.final_norm = RMSNorm((config.hidden_size,), config.rms_norm_eps, dtype)
-        # The head lies as the loss uses it, where the mesh divides the vocabulary: its gradient is summed in place.
+        # Laid out as the loss uses it, where the mesh divides the vocabulary: its gradient is summed in place.
         self.head = (
             None
             if config.tie_word_embeddings
@@ -264,7 +264,7 @@ class Qwen2(nnx.Module):
         return product("...d,vd->...v", hidden, self.output_embedding.astype(hidden.dtype), jnp.float32)
 
     def _embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
-        # Looked up where the table lies: rows of tokens travel, the table and its gradient never do. A table that
+        # Looked up where the table is: rows of tokens travel, the table and its gradient never do. A table that
         # holds whole rows (as in decoding) serves each device's own tokens, any other those of all devices.
         sharding = execution.sharding
         rows = "batch" if sharding.rules["embed"] is None else None
@@ -348,10 +348,10 @@ def take_rows(tree: Any, rows: jax.Array, axis: int = 0) -> Any:
 
 
 def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`weights.astype(dtype)`, done where it stands: within a loop over layers, one layer at a time.
+    """`weights.astype(dtype)`, done in place: within a loop over layers, one layer at a time.
 
     A cast alone the TPU compiler moves out of a loop (its bfloat16 propagation sees that the loop reads nothing
-    else), so that a second copy of the weights of all layers stands through the program. The rounding to bfloat16's
+    else), so that a second copy of the weights of all layers is held through the program. The rounding to bfloat16's
     bits before the cast changes no value, and is an operation that the compiler does not move.
     """
     if weights.dtype == jnp.float32 and dtype == jnp.bfloat16:

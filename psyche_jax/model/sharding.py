@@ -1,4 +1,4 @@
-"""One mesh, two tables of rules: where each logical axis lies while training and while decoding."""
+"""One mesh, two tables of rules: where each logical axis goes while training and while decoding."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -63,7 +63,7 @@ class Sharding:
         return all(axis is None or self.divides(size, axis) for size, axis in zip(shape, axes, strict=True))
 
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
-        """Fix how `array` lies on the mesh at this point of a program; what is not divided, the compiler pads."""
+        """Fix how `array` is laid out on the mesh at this point; what is not divided, the compiler pads."""
         return jax.lax.with_sharding_constraint(array, self.named(*axes))
 
     def parts(self, axis: str) -> int:
@@ -96,9 +96,9 @@ class Sharding:
     def of_parameters(self, abstract_parameters: nnx.State, padded: bool = False) -> dict[str, Any]:
         """NamedShardings of a model's parameters, as a plain nested dict of the same structure.
 
-        A parameter lies as its `logical_axes` say or, where the mesh does not divide these, as the first of
+        A parameter is laid out as its `logical_axes` say or, where the mesh does not divide these, as the first of
         `otherwise` says that it does divide. `padded`: always as they say, for constraints within a program, where
-        the compiler pads what is not divided (and masks it); the arrays that a program takes and gives cannot lie so.
+        the compiler pads what is not divided (and masks it); arguments and results of a program cannot be.
         """
 
         def place(variable: nnx.Variable) -> NamedSharding:

@@ -76,7 +76,7 @@ def _render(template: str, turns: Sequence[Mapping[str, str]]) -> None:
 
 
 def main() -> None:
-    """Render what stands on stdin, within limits of the system."""
+    """Render what comes on stdin, within limits of the system."""
     template, turns, seconds = json.load(sys.stdin)
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

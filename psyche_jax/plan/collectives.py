@@ -35,7 +35,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """JAX's name for it, with the scopes it lies in."""
+        """JAX's name for it, with its scopes."""
         match = _OP_NAME.search(self.line)
         return match[1] if match else ""
 
@@ -162,7 +162,7 @@ def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, 
                 yield from _as_one(found, times, weight_bytes) if windowed else found
         elif opcode in _OPCODES:
             channel = _CHANNEL.search(instruction.line)
-            # An asynchronous collective stands in the fusions that begin, go on with and end it: once is enough.
+            # An asynchronous collective is in the fusions that begin, continue and end it: once is enough.
             if channel is not None and channel[1] in seen:
                 continue
             seen |= {channel[1]} if channel else set()
@@ -181,8 +181,8 @@ def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, 
 
 
 def _as_one(collectives: list[Collective], times: int, weight_bytes: int) -> Iterator[Collective]:
-    """What stands in a loop that the compiler made, as it is to the program: the turns of a ring are its parts, and
-    any other collective there only goes on behind the products."""
+    """What is in a loop that the compiler made, as it is to the program: the turns of a ring are its parts, and
+    any other collective there only runs behind the products."""
     for found in collectives:
         turns = found.times // times if found.opcode == "collective-permute" else 1
         yield _collective(found.opcode, found.place, found.bytes * turns, times, found.op_name, weight_bytes)

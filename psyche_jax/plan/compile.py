@@ -1,4 +1,4 @@
-"""The real program compiled for a slice, and what lies in a chip's memory."""
+"""The real program compiled for a slice, and what is in a chip's memory."""
 
 import math
 import re
@@ -149,10 +149,12 @@ def _lower_grpo(
     config: GrpoConfig, model: ModelConfig, execution: Execution
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     sharding = execution.sharding
+    # What a run would refuse before its first step is refused here too.
     rows = config.prompts_per_micro_batch * config.generations_per_prompt
     check_rows(config.prompts_per_step, "prompts_per_step", sharding)
     check_rows(config.slots, "rollout.slots", sharding)
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
+    # The very program of a run, with shapes in place of arrays.
     schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     state, shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), sharding, optimizer)
@@ -170,6 +172,7 @@ def _lower_grpo(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         compile_rules(config.rules, vocabulary, model.stop_token_ids, cache_dir=None),
     )
+    # A batch of the largest shape.
     place = sharding.named("batch")
     prompts, length = config.candidates_per_step, config.data.max_prompt_length
     batch = {
@@ -200,8 +203,8 @@ WITHIN_TEMPORARIES = ("gradients", "saved_activations", "kv_cache", "decoding_we
 
 
 def memory_by_kind(lowered: Lowered, config: PlanConfig, peak: int | None) -> dict[str, float | None]:
-    """GiB a chip. The arguments and `temporaries` add up to `peak`; the other kinds lie within the temporaries, and
-    not all at the same time (the cache and the decoding weights are gone when gradients stand)."""
+    """GiB a chip. The arguments and `temporaries` add up to `peak`; the other kinds are part of the temporaries, and
+    not all at the same time (the cache and the decoding weights are gone when there are gradients)."""
     kinds: dict[str, float | None] = {
         name: bytes_per_chip(lowered.arguments.get(name)) / GIB for name in ARGUMENTS if name in lowered.arguments
     }

@@ -301,6 +301,7 @@ _PLACES = {
 
 def as_text(plan: Plan) -> str:
     """Some forty lines: verdict, memory, collectives, time, assumptions, advice."""
+    # Verdict.
     limit, peak = plan.limit_bytes / GIB, None if plan.peak_bytes is None else plan.peak_bytes / GIB
     chip = plan.slice_.chip
     unit = "chip" if chip.devices == 1 else "device"
@@ -316,6 +317,7 @@ def as_text(plan: Plan) -> str:
         "",
         f"{f'memory a {unit}':37}GiB",
     ]
+    # Memory: what is there all the time, then what comes and goes within the program.
     for name in ARGUMENTS:
         if name in plan.memory_gib:
             lines.append(_gib_line(_LABELS[name], plan.memory_gib[name]))
@@ -323,7 +325,8 @@ def as_text(plan: Plan) -> str:
     for name in WITHIN_TEMPORARIES:
         if name in plan.memory_gib:
             lines.append(_gib_line(f"  {_LABELS[name]}*", plan.memory_gib[name]))
-    lines.append("  * by arithmetic; not all of them stand at the same time")
+    lines.append("  * by arithmetic; not all of them exist at the same time")
+    # Collectives by place, and the three that move most. A program that does not fit has not been compiled to its end.
     if plan.fits:
         lines += ["", f"{'collectives':20}{'in program':>12}{'executed':>12}{'GiB':>10}{'weight-sized':>14}"]
         summary = summarize(list(plan.collectives))
@@ -338,6 +341,7 @@ def as_text(plan: Plan) -> str:
                 f"  {found.opcode} of {found.bytes / 2**20:.1f} MiB × {found.times} ({_PLACES[found.place]}): "
                 f"{found.op_name[-60:]}"
             )
+    # Time, at best: by FLOPs, bytes and links, phase by phase.
     lines += ["", f"{'roofline':22}{'PFLOP':>10}{'HBM GiB':>10}{'ICI GiB':>10}{'seconds':>10}  bound"]
     for name, phase in plan.phases.items():
         lines.append(

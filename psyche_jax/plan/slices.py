@@ -64,7 +64,7 @@ _EXAMPLES = "v5e:4x4, v6e-8, v5p:2x2x2, tpu7x:2x2x1"
 
 @dataclass(frozen=True)
 class Slice:
-    """A chip and how many of them stand in each direction."""
+    """A chip and how many of them there are in each direction."""
 
     chip: Chip
     shape: tuple[int, ...]

@@ -163,14 +163,14 @@ def intersect(
 
 def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     """The same automaton over the bytes of UTF-8: [states, 256]. Bytes that are not valid UTF-8 lead to a
-    dead state, and an end amid a character is not accepted. Effects happen at a character's last byte.
+    dead state, and an end within a character is not accepted. Effects happen at a character's last byte.
 
     Raises TooLarge beyond `max_states`.
     """
     table, dead = with_dead_state(automaton.table)
     states = len(table.accept)
     # A transition as one number: the state in the low half, the effect in the high half. The extra symbol at
-    # the end (index -1) is for bytes that stand for no character.
+    # the end (index -1) is for bytes that are part of no character.
     packed = (table.effect.astype(np.int64) << 32) | table.next
     packed = np.concatenate([packed, np.full((states, 1), dead, np.int64)], axis=1)
 
@@ -187,6 +187,8 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     second_rows = np.full((5, 64), -1, np.int64)
     second_rows.flat[16 : len(second_of_4)] = second_of_4[16:]  # before: overlong; after: beyond U+10FFFF
 
+    # States within a character: one for each different row of transitions on the bytes that may come next, whichever
+    # character they belong to.
     continuations: dict[bytes, int] = {}  # a row of 64 packed transitions → its state
     rows: list[Wide] = []
 
@@ -203,6 +205,7 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
             found[i] = continuations[key]
         return found
 
+    # Built backwards from the last byte: what one byte before the end leads to, then two, then three.
     full = np.full((states, 256), dead, np.int64)
     ascii_classes = class_of[:128]
     for state in range(states):
@@ -215,6 +218,7 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
         full[state, 0xE0:0xF0] = intern(one_left[last_of_3])[:-1]
         two_left = intern(one_left[third_rows])
         full[state, 0xF0:0xF5] = intern(two_left[second_rows])[:-1]
+    # States within a character behind the old ones; a text that ends in one of them is not accepted.
     amid = np.full((len(rows), 256), dead, np.int64)
     if rows:
         amid[:, 0x80:0xC0] = np.stack(rows)
@@ -238,6 +242,7 @@ def to_tokens(
 
     Raises TooLarge if the tables need more than `max_bytes`.
     """
+    # Bytes that act alike on all states are one class, so that fewer functions have to be composed.
     automaton, dead = with_dead_state(automaton)
     states = len(automaton.accept)
     first, byte_class = group_rows(np.concatenate([automaton.next, automaton.effect]).T)
@@ -252,6 +257,8 @@ def to_tokens(
     effects = [np.zeros(states, np.int32), np.zeros(states, np.int32)]
     known = {_key(t, e, has_effects): i for i, (t, e) in enumerate(zip(targets, effects, strict=True))}
 
+    # All tokens at once, a byte position at a time, the longest tokens first so that those still running are a prefix.
+    # Of each pair (function of the prefix, class of the next byte) the composition is made once.
     with_bytes = np.array([i for i, b in enumerate(token_bytes) if b is not None], np.int64)
     texts = [b for b in token_bytes if b is not None]
     lengths = np.array([len(b) for b in texts], np.int64)
@@ -279,10 +286,12 @@ def to_tokens(
             extended[i] = known[key]
         function[active] = extended[which]
 
+    # Only the functions of whole tokens are kept: each is a class of tokens.
     used, class_of_known = np.unique(np.append(function, 0), return_inverse=True)  # function 0 stays class 0
     class_of = np.zeros(len(token_bytes), np.int64)
     class_of[with_bytes] = class_of_known[:-1]
     kinds, which = np.unique(np.stack([effects[i] for i in used], axis=1), return_inverse=True)
+    # Where the template has already opened a thought, responses do not start in the first state.
     start, letters = 0, 0
     for byte in opened:
         change = int(automaton.effect[start, byte])

@@ -94,15 +94,15 @@ class AnswerSetRule(_Rule):
     """The forms that are known, of FORMS, instead of those of `reading`."""
     markers: tuple[str, ...] = ("答案：", "答案:")
     answer_after: str | None = "</think>"
-    """A marker that stands before the last of these is a thought, not an answer. None: anywhere counts."""
+    """A marker before the last of these is a thought, not an answer. None: anywhere counts."""
     letters: str | None = None
     """Which letters are options; None: A to Z, or A to G where forms are known. Any other makes the line no list."""
     lower_case: bool = False
     """Whether `a` counts as `A`."""
     separators: str = "、,，;；和与及 \t\u3000"
-    """Characters that may stand anywhere on the line."""
+    """Characters that may occur anywhere on the line."""
     closers: str = "。．.!！)）]】」』\"'”’*"  # noqa: RUF100
-    """Characters that may stand after the letters."""
+    """Characters that may come after the letters."""
     credit: Literal["strict", "elastic"] = "strict"
     require_stop: bool = False
     """Whether a truncated response (one without a stop token) gets 0."""
@@ -185,7 +185,7 @@ class FunctionReward(_Rule):
     timeout_seconds: float = 60.0
     """How long one call, with all responses of a step, may take."""
     on_error: Literal["stop", "absent"] = "stop"
-    """Where it fails: end the run, or go on as if it had returned None for every response."""
+    """Where it fails: end the run, or continue as if it had returned None for every response."""
 
     def __post_init__(self) -> None:
         if not self.name:

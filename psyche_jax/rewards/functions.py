@@ -45,7 +45,7 @@ def load_functions(rewards: Sequence[FunctionReward]) -> tuple[LoadedFunction, .
     """Import what `module:function` names; modules in the current folder are found too.
 
     Raises:
-      UsageError: it cannot be imported, or is no function.
+      UsageError: it cannot be imported, or is not a function.
     """
     if rewards and (here := str(Path.cwd())) not in sys.path:
         sys.path.append(here)
@@ -155,7 +155,7 @@ def _load(reward: FunctionReward) -> LoadedFunction:
             f"reward function `{reward.name}` ({reward.function}): cannot be imported: {type(error).__name__}: {words}"
         ) from None
     if not callable(function):
-        raise UsageError(f"reward function `{reward.name}` ({reward.function}): is no function")
+        raise UsageError(f"reward function `{reward.name}` ({reward.function}): is not a function")
     source = ""
     with contextlib.suppress(OSError, TypeError):
         source = inspect.getsource(module)

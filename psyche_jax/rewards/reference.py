@@ -73,7 +73,7 @@ _NUMBER, _FIRST_NUMBER = f"(?:[0-9][.、)）]|[{_CIRCLED}])", "(?:1[.、)）]|�
 class Grammar:
     """Regular expressions, each for a whole text, under the flag DOTALL.
 
-    `statements`: pairs of what stands before an answer's first letter, and from that letter to the end of the text,
+    `statements`: pairs of what comes before an answer's first letter, and from that letter to the end of the text,
     where `bare` names a list of letters and `named` one of letters with their options' texts. `goes_on`: what before a
     letter makes it one more of an answer that has begun. `withdrawn`: what from the first letter on takes the answer
     back. `denied`: what ends with the first character of a marker that is none, as it is denied or another one's;
@@ -125,6 +125,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     def either(*expressions: str) -> str:
         return "(?:" + "|".join(e for e in expressions if e) + ")"
 
+    # What may come around and between letters, widened by the forms that are on.
     letters = "".join(spellings(rule))
     letter = f"({_any(letters)})"
     emphasis, openers = on("markdown", _EMPHASIS), on("brackets", _OPENERS)
@@ -143,7 +144,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     in_latex = on("boxed", f"(?:{_IN_LATEX})?")
     lead = either(f".*{markers}{link}*{in_latex}", on("markers", chooses))
 
-    # An option's own text, in which letters of options stand only in words and names.
+    # An option's own text, in which letters of options occur only in words and names.
     others = "".join(c for c in _LATIN if c not in letters)
     ends = "\r\n。！!？?错吗×✗✘❌" + on("boxed", "}$\\")
     word = f"{_any(letters)}*(?:{_any(others)}{_any(_LATIN)}*|{_any(letters)}{_any(_NAMES)})"
@@ -169,6 +170,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     )
     spaced = rf"[ \u3000]+{begins}{more}"
 
+    # Words that join letters or begin a reason; in lower case English ones would be read as options.
     joined, reasons = _AND, _REASONS
     if not rule.lower_case:  # else their first letters could be options
         joined, reasons = f"{_AND}|and", f"{_REASONS}|because|since"
@@ -181,16 +183,19 @@ def grammar(rule: AnswerSetRule) -> Grammar:
         on("markers", f"{between}*(?:{joined}){between}*"),
         on("boxed", boxes),
     ]
+    # What follows the letters and does not change them: another item, a sentence, a reason.
     next_item = f"{_any(rule.separators, emphasis, '。；;')}+{_any(openers, emphasis)}*"
     goes_on = _but(letters, "\r\n", rule.separators, rule.closers, emphasis, _OPENERS, _CLOSERS, _LATEX_END)
     sentence = on("reasons", rf"{closing}*[。！!]{between}*{goes_on}.*")
     reason = on("reasons", f"{space}*[，,；;。]{space}*(?:{reasons}).*")
     several = on("markers", f"(?:{_COUNT})?")
 
+    # Answers over several lines; a new paragraph ends them.
     next_line = f"{closing}*{new_line}(?:{_NUMBER}{_any(rule.separators, emphasis, openers)}*)?"
     fresh = _but(letters, "\r\n", rule.separators, emphasis, openers, _BULLETS, "0123456789", _CIRCLED)
     new_text = either(on("lines", f"{new_line}(?:{fresh}.*)?"), "" if on("lines", "-") else r"[\r\n].*")
 
+    # "B is right" behind the letters, for answers that have no marker.
     right = either(f"{between}*{several}{between}*{_RIGHT}", "" if rule.lower_case else _IS_RIGHT)
     is_right = f"{_any(emphasis, on('brackets', _CLOSERS))}*{right}{closing}*[\\r\\n]*"
 
@@ -205,6 +210,8 @@ def grammar(rule: AnswerSetRule) -> Grammar:
             on("texts", f"(?P<named>{named}){either(f'{closing}*{new_text}?', sentence)}"),
         )
 
+    # A statement is what leads to an answer, and the answer. The first that matches counts: on one line, below its
+    # marker, or alone.
     opening = f"(?:(?:{_CONCLUDES})[，,]?)?(?:(?:选项|[Oo]ption) ?)?" if on("markers", "-") else ""
     lines = bool(on("lines", "lines"))
     statements = [(lead, answer(lines=False))]
@@ -214,6 +221,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     if on("alone", "alone"):
         start = f"{_any(chr(13), chr(10), rule.separators, emphasis, openers, _BULLETS)}*{opening}"
         statements.append((start, answer(lines, on("markers", is_right))))
+    # What takes a statement back or denies it, wherever it comes later.
     instead = either(
         rf"[{_CLAUSE}](?:但是?|不过|然而|可是|[Bb]ut)(?:其实|实际上)? ?{_any(letters)}",
         f"[{_CLAUSE}](?:不是{_any(letters)}|{_any(letters)}(?:选项|项)?(?:才|更[合适好恰准]))",
@@ -239,6 +247,11 @@ def grammar(rule: AnswerSetRule) -> Grammar:
 
 
 OPEN, CLOSE = "<think>", "</think>"
+
+
+def with_thought(thought: str, answer: str) -> str:
+    """A response of thought and answer, as `split_thought` takes it apart."""
+    return f"{OPEN}{thought}{CLOSE}\n{answer}"
 
 
 def split_thought(text: str) -> tuple[str | None, str]:
@@ -273,7 +286,7 @@ def pattern(text: str, rule: PatternRule) -> bool:
 def think_format(text: str) -> bool:
     """Whether the text is white space, `<think>`, a thought, `</think>`, an answer.
 
-    Each tag stands exactly once; thought and answer hold at least one character that is not white space
+    Each tag occurs exactly once; thought and answer hold at least one character that is not white space
     (`str.isspace`, so an ideographic space is white space and a zero-width space is not).
     """
     if text.count(OPEN) != 1 or text.count(CLOSE) != 1:
@@ -287,10 +300,10 @@ def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[s
     """The option letters that the text gives as its answer, as capitals; None if it gives none.
 
     Strictly (a rule without forms): the last marker (`答案：`, `答案:`) counts, by where it ends, even if nothing
-    follows it, and only if it stands after the last `</think>`. The answer is the rest of the marker's line. It is a
+    follows it, and only if it comes after the last `</think>`. The answer is the rest of the marker's line. It is a
     list of letters if it holds nothing but option letters and separators, and after the last letter also closers (a
-    full stop, a closing bracket or quote, `*`). Whatever else it holds makes it no list: then there are no letters,
-    rather than those that came first, so nothing is gained by hedging. Later lines do not matter.
+    full stop, a closing bracket or quote, `*`). With anything else in it, it is not a list: then there are no
+    letters, rather than those that came first, so nothing is gained by hedging. Later lines do not matter.
 
         答案：ABC  答案：A、C。  答案： A 和 C  **答案：Ｂ**     read: ABC, AC, AC, B
         答案：A\\n因为…                                        read: A (the line ends the list)
@@ -307,7 +320,7 @@ def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[s
 
 
 def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
-    """What the last statement gives: a letter that stands where `forms.grammar` lets an answer begin, and the rest."""
+    """What the last statement gives: a letter that comes where `forms.grammar` lets an answer begin, and the rest."""
     if rule.answer_after is not None:
         text = text[_end_of_last(text, rule.answer_after) :]
     if rule.answer_after == CLOSE and OPEN in text:

@@ -1,8 +1,8 @@
 """Regular expressions as automata over characters: the meaning of `re.fullmatch`, exactly.
 
 The pattern is validated by `re` itself, and what a single character matches (`\\w`, `[^，、]`, `.`, under the
-flags) is asked of `re` for every code point. Only what stands between is done here: sequence, choice, groups
-and repetition. Greed makes no difference to a full match. What is no regular language, or depends on the
+flags) is asked of `re` for every code point. Only what is between them is done here: sequence, choice, groups
+and repetition. Greed makes no difference to a full match. What is not a regular language, or depends on the
 order in which `re` tries, is refused with its place: look-around, back-references, conditions, atomic groups,
 possessive repetition, word boundaries. Anchors are allowed where a full match makes them true.
 """
@@ -42,7 +42,7 @@ Span = tuple[int, int]  # code points, the end not included
 
 @dataclass(frozen=True)
 class Characters:
-    """One character of a set; `captured` if it stands in a capturing group."""
+    """One character of a set; `captured` if it is in a capturing group."""
 
     spans: tuple[Span, ...]
     captured: bool = False
@@ -95,7 +95,7 @@ _ADVICE = "rules are automata and cannot do this; write the pattern without it"
 
 
 def refuse(pattern: str, place: int, what: str, advice: str = _ADVICE) -> NoReturn:
-    """Raises UsageError for what stands at index `place` of the pattern."""
+    """Raises UsageError for what is at index `place` of the pattern."""
     found = pattern[place : place + 8]
     raise UsageError(f"pattern {pattern!r}: {what} at position {place} ({found!r}): {advice}")
 
@@ -219,7 +219,7 @@ def parse(pattern: str, flags: int = 0) -> Node:
             warnings.simplefilter("ignore", FutureWarning)
             all_flags = re.compile(pattern, flags).flags
     except (re.error, OverflowError, RecursionError, ValueError) as error:
-        raise UsageError(f"pattern {pattern!r} is no regular expression: {error}; correct it") from error
+        raise UsageError(f"pattern {pattern!r} is not a regular expression: {error}; correct it") from error
     if flags & re.VERBOSE:
         raise UsageError(f"pattern {pattern!r}: the flag VERBOSE is not supported; write it without spaces")
     tree = _Parser(pattern).choice(all_flags)
@@ -228,7 +228,7 @@ def parse(pattern: str, flags: int = 0) -> Node:
 
 
 def _check_anchors(pattern: str, node: Node, *, first: bool, last: bool) -> None:
-    """Refuses an anchor that is not true in every full match. `first`: nothing stands before the node."""
+    """Refuses an anchor that is not true in every full match. `first`: nothing comes before the node."""
     if isinstance(node, Anchor):
         if not (first if node.text in (r"\A", "^") else last):
             side = "start" if node.text in (r"\A", "^") else "end"
@@ -350,7 +350,7 @@ def compile_pattern(pattern: str, flags: int = 0, max_states: int = MAX_STATES) 
 def compile_letters(
     pattern: str, bits: Mapping[str, int], flags: int = 0, max_states: int = MAX_STATES
 ) -> CharacterAutomaton:
-    """The automaton of `compile_pattern` which also reads letters: those of `bits` that stand in a capturing group (not
+    """The automaton of `compile_pattern` which also reads letters: those of `bits` in a capturing group (not
     a named one) have their bit or-ed into the register.
 
     A state is a set of positions, each with the bits that were read on the way there and not on every way here: they
@@ -362,6 +362,7 @@ def compile_letters(
     goal = positions.add(None, [])
     start = positions.build(parse(pattern, flags), goal)
     letters = [((ord(letter), ord(letter) + 1),) for letter in bits]
+    # Characters that no position tells apart are one symbol; each letter is a symbol of its own.
     sets = sorted({spans for spans in positions.sets if spans is not None}.union(letters))
     class_of, member = _character_classes(sets)
     symbols = {spans: np.flatnonzero(row).tolist() for spans, row in zip(sets, member, strict=True)}
@@ -369,6 +370,7 @@ def compile_letters(
     for letter, bit in bits.items():
         bit_of[class_of[ord(letter)]] = bit
     example = [chr(int(np.argmax(class_of == symbol))) for symbol in range(len(bit_of))]
+    # Kept beside each state, so that an ambiguity can be shown as a text.
     begin = tuple((position, 0) for position in _bits(positions.closure(start)))
     texts = {begin: ""}  # a state → a text that leads there
     moves: dict[int, list[int]] = {}
@@ -386,6 +388,7 @@ def compile_letters(
                 for target in moves[position]:
                     if reached[symbol].setdefault(target, bits_now) != bits_now:
                         raise Ambiguous(texts[state] + example[symbol])
+        # Bits that all ways share are certain: they go into the register now, and out of the state.
         found = []
         for symbol, targets in enumerate(reached):
             certain = functools.reduce(operator.and_, targets.values()) if targets else 0

@@ -32,7 +32,7 @@ MAX_TABLE_BYTES = 160 << 20
 
 
 def compile_text_rule(rule: TextRule, token_bytes: Sequence[bytes | None], opened: str = "") -> TokenAutomaton:
-    """The table of a rule, for responses that go on from the text `opened`.
+    """The table of a rule, for responses that continue the text `opened`.
 
     Raises UsageError if its automaton is too large, or nothing that the tokenizer can spell is worth anything.
     """
@@ -163,6 +163,7 @@ class _Reader:
 
 def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
     """Reads the letters of the last statement into the register; accepts where it is one that may be read."""
+    # One small automaton for each part of the grammar; below they run side by side.
     known, bits = grammar(rule), spellings(rule)
     leads = [compile_pattern(before, re.DOTALL, MAX_STATES) for before, _ in known.statements]
     distinct = list(dict.fromkeys(answer for _, answer in known.statements))
@@ -172,11 +173,13 @@ def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
     )
     thought = compile_pattern(".*" + re.escape(rule.answer_after), re.DOTALL) if rule.answer_after else None
     opens = compile_pattern(f".*{OPEN}.*", re.DOTALL) if rule.answer_after == CLOSE else None
+    # All parts over the same classes of characters, as plain lists, which the loop reads faster than arrays.
     parts = [*leads, *answers, goes_on, withdrawn, denied, *filter(None, (thought, opens))]
     member, class_of = group_rows(np.stack([part.class_of for part in parts], axis=1))
     letter_classes, nothing = {int(class_of[ord(letter)]) for letter in bits}, int(class_of[0])
     tables = {id(part): part.table.next[:, part.class_of[member]].tolist() for part in parts}
     effects = [part.table.effect[:, part.class_of[member]].tolist() for part in answers]
+    # What can never come back: a statement taken back for good, an answer that can no longer match.
     taken_back = withdrawn.table.accept
     for_good = taken_back & (withdrawn.table.next == np.arange(len(taken_back))[:, None]).all(axis=1)
     dead = [with_dead_state(part.table)[1] for part in answers]
@@ -187,17 +190,20 @@ def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
         def moved(part: CharacterAutomaton, state: int, symbol: int = symbol) -> int:
             return tables[id(part)][state][symbol]
 
+        # A thought that ends, or begins, forgets all that was read before it.
         passed = moved(thought, reader.thought) if thought else 0
         if thought and thought.table.accept[passed]:
             return replace(begin, thought=passed), 0
         opened = moved(opens, reader.opens) if opens else 0
         if opens and opens.table.accept[opened]:
             return replace(begin, thought=passed, opens=opened), 0
+        # A letter behind a lead begins a new statement, unless it is denied or goes on from the last one.
         heard = nothing if denied.table.accept[reader.denied] else symbol
         statement, answer, taken, effect = reader.statement, reader.answer, reader.withdrawn, 0
         begun = [kind[i] for i, lead in enumerate(leads) if lead.table.accept[reader.leads[i]]]
         if heard in letter_classes and begun and not goes_on.table.accept[reader.goes_on]:
             statement, answer, taken, effect = begun[0], 0, 0, CLEAR
+        # The open statement reads on; where it can no longer match, it is over.
         if statement is not None:
             effect |= effects[statement][answer][symbol]
             answer, taken = moved(answers[statement], answer), moved(withdrawn, taken)
@@ -205,6 +211,7 @@ def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
                 statement = None
         if statement is None:
             answer = taken = effect = 0  # what the register holds does not matter then
+        # The other parts read on in any case.
         seen = tuple(moved(lead, state, heard) for lead, state in zip(leads, reader.leads, strict=True))
         further = moved(goes_on, reader.goes_on, heard)
         no = moved(denied, reader.denied)

@@ -174,12 +174,6 @@ def compile_rules(
     return CompiledRules(tables, tuple(rules), stops)
 
 
-def completion_mask(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
-    """bool [N, T]: True up to and including the first stop token of `tokens` [N, T], or all True."""
-    stop = _is_stop(tokens, stop_token_ids).astype(jnp.int32)
-    return jnp.cumsum(stop, axis=1) - stop == 0
-
-
 def _is_stop(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
     return jnp.isin(tokens, jnp.asarray(stop_token_ids, tokens.dtype))
 
@@ -254,8 +248,8 @@ def score(
 ) -> tuple[Array, dict[str, Array]]:
     """The rewards of whole responses `tokens` int32 [N, T]; can be jitted, and traced inside any program.
 
-    A response ends at its first stop token, which counts as one of its tokens but is no text, or after
-    `lengths` int32 [N] tokens (T if None) if there is none before. What stands after that does not matter.
+    A response ends at its first stop token, which counts as one of its tokens but is not text, or after
+    `lengths` int32 [N] tokens (T if None) if there is none before. What comes after that does not matter.
     Arguments, results and errors are otherwise those of `finish`.
     """
     batch, steps = tokens.shape

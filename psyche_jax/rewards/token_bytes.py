@@ -19,7 +19,7 @@ def _byte_of_character() -> dict[str, int]:
 def token_bytes_from_tokenizer(
     tokenizer: Any, vocab_size: int | None = None, text_tokens: Sequence[str] = ("<think>", "</think>")
 ) -> list[bytes | None]:
-    """The bytes of every token of a byte-level BPE tokenizer; None for ids that are no text.
+    """The bytes of every token of a byte-level BPE tokenizer; None for ids that are not text.
 
     `tokenizer` is a fast tokenizer of `transformers`, or a `tokenizers.Tokenizer`. `vocab_size` is the
     model's, which may be larger (padding rows); the list has this length. Added tokens count as their text

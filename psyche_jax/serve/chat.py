@@ -9,21 +9,19 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TextIO
-
-import openai
+from typing import TextIO
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import render_prompt
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.endpoint import Endpoint
-from psyche_jax.llm import FAULTS, SCHEMES, Names, Server
-from psyche_jax.llm_answers import BrokenAnswerError
+from psyche_jax.llm.reply import NoReplyError
+from psyche_jax.llm.server import SCHEMES, Names, Server
 from psyche_jax.rewards.reference import CLOSE, OPEN, split_thought
 from psyche_jax.serve.config import ServeConfig
-from psyche_jax.serve.crisis.gate import Gate, OutputFilter, language_of
-from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate
+from psyche_jax.serve.crisis.gate import OutputFilter, language_of
+from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate, overlap
 from psyche_jax.storage.files import write_json
 
 _SECONDS = 300.0  # without a byte, after which an endpoint has failed
@@ -35,21 +33,7 @@ HELP = """\
 /history      what was said so far
 /save FILE    write the conversation as JSON
 /quit         leave; so do Ctrl-D, and Ctrl-C while nothing is being said
-Ctrl-C stops an answer. A line that ends with \\ goes on in the next one."""
-
-
-class Model(Protocol):
-    """Who is talked with."""
-
-    name: str
-    gate: Gate | None
-
-    def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
-        """The answer to the last turn, piece by piece.
-
-        Raises:
-          UserError: there is none.
-        """
+Ctrl-C stops an answer. A line that ends with \\ continues in the next one."""
 
 
 class LocalModel:
@@ -62,7 +46,11 @@ class LocalModel:
         self.gate = self._service.gate
 
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
-        """See `Model`."""
+        """The answer to the last turn, piece by piece.
+
+        Raises:
+          UserError: there is none.
+        """
         try:
             answer = await self._service.answer(Wanted(turns, self._config.temperature, self._config.top_p))
             async with contextlib.aclosing(answer.parts) as parts:  # type: ignore[type-var]
@@ -71,7 +59,7 @@ class LocalModel:
         except TooLongError as error:
             raise UserError(f"{error}; /new begins anew") from None
         except FailedError:
-            raise UserError("decoding failed; the reason stands above") from None
+            raise UserError("decoding failed; see the reason above") from None
 
     def close(self) -> None:
         """End its thread."""
@@ -91,27 +79,23 @@ class RemoteModel:
         self._names: Names = {}  # of parameters, as the endpoint turns out to want them
 
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
-        """See `Model`."""
+        """As `LocalModel.answer`."""
         own = [turn.content for turn in turns if turn.role == "user"]
         if self.gate and (reply := self.gate.reply(own)):
             yield reply.text
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None
         failure = None
-        server = Server(self._url, os.environ.get("OPENAI_API_KEY"), timeout=_SECONDS, retries=2, names=self._names)
-        try:
-            async for piece in self._stream(server, turns):
-                yield output.feed(piece) if output else piece
-                if output and output.stopped:
-                    return
-        except BrokenAnswerError as error:
-            failure = f"the answer broke off ({error})"
-        except openai.APIStatusError as error:
-            failure = f"{server.said(error)}; see OPENAI_API_KEY, the URL and the model"
-        except FAULTS as error:
-            failure = f"the answer broke off ({server.said(error)})"
-        finally:
-            await server.close()
+        key = os.environ.get("OPENAI_API_KEY")
+        async with Server(self._url, key, timeout=_SECONDS, retries=2, names=self._names) as server:
+            try:
+                async for piece in self._stream(server, turns):
+                    yield output.feed(piece) if output else piece
+                    if output and output.stopped:
+                        return
+            except NoReplyError as error:
+                hint = f"{error}; see OPENAI_API_KEY, the URL and the model"
+                failure = hint if error.status else f"the answer broke off ({error})"
         if output:
             yield output.finish()
         if failure:
@@ -124,17 +108,18 @@ class RemoteModel:
             "temperature": self._config.temperature,
             "top_p": self._config.top_p,
             "max_tokens": self._config.limits.new_tokens,
+            "stream": True,
         }
         thinking = False
-        async for piece in server.pieces(body):
-            if piece.reasoning:
-                yield piece.reasoning if thinking else OPEN + piece.reasoning
+        async for part in server.parts(body):
+            if part.reasoning:
+                yield part.reasoning if thinking else OPEN + part.reasoning
                 thinking = True
-            if text := piece.text or piece.refusal:
+            if text := part.text or part.refusal:
                 yield (CLOSE if thinking else "") + text
                 thinking = False
-            if piece.finish is not None and piece.fault:
-                raise BrokenAnswerError(piece.fault)
+            if part.finish is not None and part.fault:
+                raise NoReplyError(part.fault)
 
     def close(self) -> None:
         """Nothing to end."""
@@ -170,7 +155,7 @@ class Screen:
         if self._part == "thought":
             thought, ended, rest = self._waiting.partition(CLOSE)
             if not ended:
-                held = next((size for size in range(len(CLOSE) - 1, 0, -1) if thought.endswith(CLOSE[:size])), 0)
+                held = overlap(thought, CLOSE)
                 thought, rest = thought[: len(thought) - held], thought[len(thought) - held :]
             self._write_thought(thought)
             self._waiting = rest
@@ -218,7 +203,7 @@ class Screen:
 class Chat:
     """The conversation: what was said, and the commands."""
 
-    def __init__(self, model: Model, system: str, screen: Screen, out: TextIO) -> None:
+    def __init__(self, model: LocalModel | RemoteModel, system: str, screen: Screen, out: TextIO) -> None:
         self._model = model
         self._screen = screen
         self._out = out

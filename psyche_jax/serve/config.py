@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from psyche_jax.config import Dtype, MeshSection, PromptSection, Section
 from psyche_jax.config_files import parse_config, read_values
@@ -14,20 +16,17 @@ from psyche_jax.errors import UsageError
 class LimitsSection(Section):
     """What one request, one client and all of them together may take."""
 
-    body_bytes: int = 1_048_576  # of one request
-    body_seconds: float = 30.0  # for a request's head to arrive, and for its body
-    new_tokens: int = 2048  # the longest response
-    choices: int = 8  # the largest `n`
-    rows: int = 16  # responses decoded at once
-    waiting: int = 64  # requests that may wait for their turn; the next one gets 429
-    per_minute: int = 600  # requests of one client
-    request_seconds: float = 600.0  # from request to the end of its response
-    shutdown_seconds: float = 30.0  # for running requests to finish once the server is told to stop
+    body_bytes: PositiveInt = 1_048_576  # of one request
+    body_seconds: PositiveFloat = 30.0  # for a request's head to arrive, and for its body
+    new_tokens: PositiveInt = 2048  # the longest response
+    choices: PositiveInt = 8  # the largest `n`
+    rows: PositiveInt = 16  # responses decoded at once
+    waiting: PositiveInt = 64  # requests that may wait for their turn; the next one gets 429
+    per_minute: PositiveInt = 600  # requests of one client
+    request_seconds: PositiveFloat = 600.0  # from request to the end of its response
+    shutdown_seconds: PositiveFloat = 30.0  # for running requests to finish once the server is told to stop
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise UsageError(f"{name} must be positive, not {value}")
         if self.choices > self.rows:
             raise UsageError(f"choices {self.choices} are more than the {self.rows} rows decoded at once")
 
@@ -49,22 +48,14 @@ class ServeConfig(Section):
     model: str  # a Hugging Face folder, a checkpoint or a run
     name: str | None = None  # what clients call it; None: the last part of `model`
     host: str = "127.0.0.1"
-    port: int = 8000
-    temperature: float = 0.7  # where a request says nothing; the published recipe's
-    top_p: float = 0.9
+    port: Annotated[int, Field(ge=0, lt=65536)] = 8000  # 0: any that is free
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7  # where a request says nothing; the published recipe's
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     prompt: PromptSection | None = None  # None: what the model was trained with
     compute_dtype: Dtype = "float32"
     mesh: MeshSection = field(default_factory=MeshSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     crisis: CrisisSection = field(default_factory=CrisisSection)
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.port < 65536:
-            raise UsageError(f"port must be from 0 (any that is free) to 65535, not {self.port}")
-        if not 0 <= self.temperature <= 2:
-            raise UsageError(f"temperature must be from 0 to 2, not {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p must be above 0 and at most 1, not {self.top_p}")
 
 
 def serve_config(path: Path | None, overrides: Sequence[str], flags: Mapping[str, Any]) -> ServeConfig:

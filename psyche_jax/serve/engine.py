@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import StoredModel
 
+_LOG = logging.getLogger("psyche_jax.serve")
 MOST_ALTERNATIVES = 20  # the most likely tokens of a step whose log-probs can be asked for
 _SHORTEST = 64  # responses are given room for this many tokens, or a power of two times as many
 
@@ -44,13 +45,14 @@ class Chunk(NamedTuple):
     `tokens`: int32 [rows, steps]; `mask`: bool, True on tokens up to and including the first stop token;
     `log_probs`: float32 [rows, steps], of each token under the model at temperature 1, whatever it was drawn with;
     `best`, `best_log_probs`: [rows, steps, MOST_ALTERNATIVES], the likeliest tokens; zeros if not asked for.
+    On the device they are JAX's, with the rows of padding.
     """
 
-    tokens: np.ndarray
-    mask: np.ndarray
-    log_probs: np.ndarray
-    best: np.ndarray
-    best_log_probs: np.ndarray
+    tokens: Any
+    mask: Any
+    log_probs: Any
+    best: Any
+    best_log_probs: Any
 
 
 class _State(NamedTuple):
@@ -63,16 +65,6 @@ class _State(NamedTuple):
     step: jax.Array
 
 
-class _Said(NamedTuple):
-    """A `Chunk` on the device, with the rows of padding."""
-
-    tokens: jax.Array
-    mask: jax.Array
-    log_probs: jax.Array
-    best: jax.Array
-    best_log_probs: jax.Array
-
-
 class _Draw(NamedTuple):
     """How each row is drawn: [rows]."""
 
@@ -82,7 +74,7 @@ class _Draw(NamedTuple):
 
 
 class Batch:
-    """Rows that are decoded together. `capacity` rows lie in memory until the last of them is done."""
+    """Rows that are decoded together. `capacity` rows stay in memory until the last of them is done."""
 
     def __init__(self, state: _State, draw: _Draw, settings: Sequence[RowSettings], alternatives: bool) -> None:
         self.capacity = len(draw.seed)
@@ -184,39 +176,43 @@ def _advance(
     given_up: jax.Array,
     alternatives: jax.Array,
     state: _State,
-) -> tuple[_State, "_Said"]:
+) -> tuple[_State, Chunk]:
     """Draw and decode `steps` tokens, fewer if every row is finished before."""
     model = bind(config, parameters)
     stop = jnp.asarray(config.stop_token_ids, jnp.int32)
     rows = state.logits.shape[0]
 
-    def unfinished(carry: tuple[jax.Array, _State, _Said]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, _State, Chunk]) -> jax.Array:
         step, state, _ = carry
         return (step < steps) & ~jnp.all(state.finished)
 
-    def advance(carry: tuple[jax.Array, _State, _Said]) -> tuple[jax.Array, _State, _Said]:
+    def advance(carry: tuple[jax.Array, _State, Chunk]) -> tuple[jax.Array, _State, Chunk]:
         step, state, chunk = carry
+        # `state.logits` are of the token that is due: those of the prompt at first, of the last token drawn later.
         token = _draw(state.logits, draw, state.step)
         log_probs = jax.nn.log_softmax(state.logits, axis=-1)
+        # The likeliest tokens want a sort of the vocabulary, so only batches that asked for them pay for it.
         best_log_probs, best = jax.lax.cond(
             alternatives,
             lambda: _likeliest(log_probs),
             lambda: (jnp.zeros((rows, MOST_ALTERNATIVES)), jnp.zeros((rows, MOST_ALTERNATIVES), jnp.int32)),
         )
-        chunk = _Said(
+        chunk = Chunk(
             chunk.tokens.at[:, step].set(token),
             chunk.mask.at[:, step].set(~state.finished),
             chunk.log_probs.at[:, step].set(jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]),
             chunk.best.at[:, step].set(best),
             chunk.best_log_probs.at[:, step].set(best_log_probs),
         )
+        # Finished rows decode with the others, into places that nobody reads: the mask says what was said.
         positions = state.positions + state.step
         hidden, cache = model.decode(token, positions, state.step, state.cache, execution)
         finished = state.finished | jnp.isin(token, stop)
         state = _State(cache, model.logits(hidden), state.positions, finished, state.step + 1)
         return step + 1, state, chunk
 
-    empty = _Said(
+    # What is given up counts as finished, so that a batch of such rows ends at once.
+    empty = Chunk(
         jnp.zeros((rows, steps), jnp.int32),
         jnp.zeros((rows, steps), bool),
         jnp.zeros((rows, steps)),
@@ -244,9 +240,6 @@ def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
     best_log_probs, best = jax.lax.top_k(log_probs, count)
     missing = ((0, 0), (0, MOST_ALTERNATIVES - count))
     return jnp.pad(best_log_probs, missing, constant_values=-jnp.inf), jnp.pad(best, missing)
-
-
-_LOG = logging.getLogger("psyche_jax.serve")
 
 
 class BusyError(Exception):
@@ -297,7 +290,7 @@ class _Running:
 
 
 class Batcher:
-    """Feeds an engine. `rows`: how many may lie in memory; `waiting`: how many jobs may wait."""
+    """Feeds an engine. `rows`: how many may be in memory; `waiting`: how many jobs may wait."""
 
     def __init__(self, engine: Engine, rows: int, waiting: int) -> None:
         self._engine = engine

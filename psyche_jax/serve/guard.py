@@ -1,14 +1,23 @@
-"""What every request passes before the application sees it: host, origin, token, rate, size and time of its body."""
+"""What every connection and request passes before an application sees it.
+
+`listen` and `impatient`: the socket, and connections that wait only so long for a request. `Guard`: host, origin, token
+and rate of a request, size and time of its body.
+"""
 
 import asyncio
 import hmac
-import json
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any, TypeAlias
-from urllib.parse import urlsplit
+from typing import Any, NoReturn, TypeAlias
+from urllib.parse import SplitResult, urlsplit
 
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from psyche_jax.errors import UserError
 from psyche_jax.serve.config import LimitsSection
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -18,7 +27,7 @@ App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _MOST_CLIENTS = 10_000  # whose rates are remembered
-_HEADERS = {
+HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
     "cache-control": "no-store",
@@ -40,9 +49,9 @@ class RefusalError(Exception):
         self.headers = headers or {}
 
     @property
-    def body(self) -> dict[str, Any]:
-        """OpenAI's shape of an error."""
-        return error_body(self.status, str(self), self.code)
+    def response(self) -> JSONResponse:
+        """The answer, in OpenAI's form of an error."""
+        return JSONResponse(error_body(self.status, str(self), self.code), self.status, {**HEADERS, **self.headers})
 
 
 def error_body(status: int, message: str, code: str | None, param: str | None = None) -> dict[str, Any]:
@@ -67,7 +76,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = Headers(scope=scope)
         body = _Body(receive, self._limits, headers.get("content-length", "0"))
         answered = False
 
@@ -77,25 +86,25 @@ class Guard:
                 return
             if body.refusal is not None:  # the application has made something else of it
                 answered = True
-                await _refuse(send, body.refusal)
+                await body.refusal.response(scope, receive, send)
                 return
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *_encoded(_HEADERS)]
+                MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
         try:
             self._admit(scope, headers)
         except RefusalError as refusal:
-            await _refuse(send, refusal)
+            await refusal.response(scope, receive, send)
         else:
             await self._app(scope, body.receive, send_on)
 
-    def _admit(self, scope: Scope, headers: dict[str, str]) -> None:
+    def _admit(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
-        if self._local and _name(host) not in LOOPBACK:
+        if self._local and _split(f"//{host}").hostname not in LOOPBACK:
             raise RefusalError(403, "this server answers on this machine only", "host_not_allowed")
         origin = headers.get("origin")
-        if origin is not None and _netloc(origin) != host:
+        if origin is not None and _split(origin).netloc != host:
             raise RefusalError(403, "requests from other web pages are refused", "origin_not_allowed")
         if not scope["path"].startswith("/v1/"):
             return
@@ -148,45 +157,79 @@ class _Body:
         """The next message of the request."""
         if self._complete:
             return await self._receive()  # waits for the client to go away
+        if self._told > self._most:
+            self._refuse(413, f"the body is larger than {self._most} bytes", "request_too_large")
         try:
-            if max(self._seen, self._told) > self._most:
-                raise RefusalError(413, f"the body is larger than {self._most} bytes", "request_too_large")
             message = await asyncio.wait_for(self._receive(), max(self._deadline - time.monotonic(), 0.001))
-            self._seen += len(message.get("body", b""))
-            if self._seen > self._most:
-                raise RefusalError(413, f"the body is larger than {self._most} bytes", "request_too_large")
         except TimeoutError:
-            self.refusal = RefusalError(408, "the body did not arrive in time", "request_timeout")
-            raise self.refusal from None
-        except RefusalError as refusal:
-            self.refusal = refusal
-            raise
+            self._refuse(408, "the body did not arrive in time", "request_timeout")
+        self._seen += len(message.get("body", b""))
+        if self._seen > self._most:
+            self._refuse(413, f"the body is larger than {self._most} bytes", "request_too_large")
         self._complete = not message.get("more_body", False)
         return message
 
-
-async def _refuse(send: Send, refusal: RefusalError) -> None:
-    body = json.dumps(refusal.body).encode()
-    answer = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers, **_HEADERS}
-    await send({"type": "http.response.start", "status": refusal.status, "headers": _encoded(answer)})
-    await send({"type": "http.response.body", "body": body})
+    def _refuse(self, status: int, message: str, code: str) -> NoReturn:
+        self.refusal = RefusalError(status, message, code)
+        raise self.refusal from None
 
 
-def _name(host: str) -> str:
-    """The host of a Host header, without its port."""
+def _split(url: str) -> SplitResult:
+    """The parts of an address that a client gave; empty ones if it cannot be read."""
     try:
-        return urlsplit(f"//{host}").hostname or ""
+        return urlsplit(url)
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
-def _netloc(origin: str) -> str | None:
-    """Host and port of an Origin header, None if it is no URL."""
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket; port 0 is any that is free.
+
+    Raises:
+      UserError: the address is invalid, or taken.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        return urlsplit(origin).netloc
-    except ValueError:
-        return None
+        listening.bind((host, port))
+    except (OSError, OverflowError, UnicodeError) as error:
+        listening.close()
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot serve on {host} port {port}: {reason}; choose another with --port") from None
+    listening.listen(512)  # before the address is shown: who comes at once waits, and is not refused
+    listening.setblocking(False)
+    return listening
 
 
-def _encoded(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
-    return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+def impatient(seconds: float) -> type[H11Protocol]:
+    """A protocol for uvicorn that closes a connection if the head of a request takes longer to arrive."""
+
+    class Impatient(H11Protocol):
+        _timer: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._timer = self.loop.call_later(seconds, transport.close)
+
+        def data_received(self, data: bytes) -> None:
+            if self._timer is None and self._idle:
+                self._timer = self.loop.call_later(seconds, self.transport.close)
+            super().data_received(data)
+            if not self._idle:
+                self._forget()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._forget()
+            super().connection_lost(exc)
+
+        @property
+        def _idle(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def _forget(self) -> None:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+
+    return Impatient

@@ -1,8 +1,13 @@
-"""Requests and responses of OpenAI's chat completions, as far as they are supported; all else is refused by name."""
+"""OpenAI's chat completions: what a request may hold, and what this server's own responses are made of.
+
+A field of a request that is not supported is refused by its name. The form of completions is that of the `openai`
+library (`openai.types.chat`).
+"""
 
 from itertools import islice
 from typing import Annotated, Any, Literal
 
+from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from psyche_jax.serve.engine import MOST_ALTERNATIVES
@@ -146,98 +151,6 @@ class ChatRequest(_Request):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-class TopLogProb(BaseModel):
-    """A token that could have stood there. `bytes` are None for ids that are no text."""
-
-    token: str
-    logprob: float
-    bytes: list[int] | None
-
-
-class LogProb(TopLogProb):
-    """A token that was said, under the model at temperature 1 before top-p."""
-
-    top_logprobs: list[TopLogProb]
-
-
-class LogProbs(BaseModel):
-    """Log-probs of a choice's tokens."""
-
-    content: list[LogProb]
-    refusal: None = None
-
-
-class Reply(BaseModel):
-    """What the assistant said."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ReplyDelta(BaseModel):
-    """A part of it."""
-
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-
-class Choice(BaseModel):
-    """One of `n` answers."""
-
-    index: int
-    message: Reply
-    finish_reason: Literal["stop", "length", "content_filter"]
-    logprobs: LogProbs | None = None
-
-
-class ChunkChoice(BaseModel):
-    """A part of one of them."""
-
-    index: int
-    delta: ReplyDelta
-    finish_reason: Literal["stop", "length", "content_filter"] | None = None
-    logprobs: LogProbs | None = None
-
-
-class Usage(BaseModel):
-    """Tokens counted."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Crisis(BaseModel):
-    """Beyond OpenAI's protocol: the answer is a fixed text of the crisis gate, for a message of this class."""
-
-    risk: str
-
-
-class ChatCompletion(BaseModel):
-    """The whole response."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    crisis: Crisis | None = None
-
-
-class ChatCompletionChunk(BaseModel):
-    """One event of a stream."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-    crisis: Crisis | None = None
-
-
 class ModelCard(BaseModel):
     """The model that is served."""
 
@@ -255,16 +168,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
-class ErrorBody(BaseModel):
-    """What went wrong, in one line."""
-
-    message: str
-    type: str
-    param: str | None = None
-    code: str | None = None
-
-
 class ErrorResponse(BaseModel):
-    """The body of every answer that is no success."""
+    """The body of every answer that reports an error."""
 
-    error: ErrorBody
+    error: ErrorObject

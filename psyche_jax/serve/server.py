@@ -16,6 +16,7 @@ import fastapi
 import uvicorn
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
 
 import psyche_jax
@@ -23,10 +24,9 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.serve import protocol
 from psyche_jax.serve.config import ServeConfig
-from psyche_jax.serve.connections import impatient, listen
 from psyche_jax.serve.engine import BusyError, ClosingError
-from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body
-from psyche_jax.serve.service import Answer, FailedError, Said, Service, TokenLogProb, TooLongError, Wanted, describe
+from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body, impatient, listen
+from psyche_jax.serve.service import Answer, FailedError, Said, Service, TokenLogProb, TooLongError, Wanted
 
 TOKEN_VARIABLE = "PSYCHE_SERVE_TOKEN"
 _PAGE = {
@@ -97,6 +97,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
     )
     card = protocol.ModelCard(id=service.name, created=int(time.time()), crisis_gate=service.gate is not None)
 
+    # The page, and what it asks for.
     assets = files("psyche_jax.serve") / "page"
 
     def page(name: str, kind: str) -> Callable[[], Response]:
@@ -112,8 +113,12 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
 
     @app.get("/about", include_in_schema=False)
     async def about() -> dict[str, Any]:
-        return {**describe(service), "token_required": token is not None}
+        """What the page needs to know."""
+        gate = service.gate
+        notice = {"zh": gate.notice("zh"), "en": gate.notice("en")} if gate else None
+        return {"model": service.name, "notice": notice, "token_required": token is not None}
 
+    # OpenAI's protocol, as far as it goes with one model.
     @app.get("/v1/models", responses={status: _ERRORS[status] for status in (401, 403, 429)})
     async def models() -> protocol.ModelList:
         """The model that is served."""
@@ -128,7 +133,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
 
     @app.post(
         "/v1/chat/completions",
-        response_model=protocol.ChatCompletion,
+        response_model=ChatCompletion,
         responses={**_ERRORS, 200: {"content": {"text/event-stream": {}}, "description": "The answer"}},
     )
     async def chat(body: protocol.ChatRequest, request: fastapi.Request) -> Response:
@@ -144,16 +149,24 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
             raise RefusalError(400, str(error), "invalid_request") from None
         except ClosingError:
             raise RefusalError(503, "the server is shutting down", "closing") from None
-        about = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+        about: dict[str, Any] = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": service.name,
+        }
         if answer.gate_reply is not None:
-            about["crisis"] = protocol.Crisis(risk=answer.gate_reply.assessment.risk.value)
+            about["crisis"] = {"risk": answer.gate_reply.assessment.risk.value}  # beyond OpenAI's protocol
         limit = config.limits.request_seconds
         if body.stream:
-            usage = bool(body.stream_options and body.stream_options.include_usage)
-            events = _events(answer, about, service, body, usage, limit)
-            return StreamingResponse(events, media_type="text/event-stream")
-        completion = await _whole(answer, about, service, body, request, limit)
-        return JSONResponse(completion.model_dump(mode="json"))
+            return StreamingResponse(_events(answer, about, service, body, limit), media_type="text/event-stream")
+        return JSONResponse(await _whole(answer, about, service, body, request, limit))
+
+    _answer_errors(app)
+    return Guard(app, config.limits, token, config.host in LOOPBACK)
+
+
+def _answer_errors(app: fastapi.FastAPI) -> None:
+    """Answer whatever goes wrong in OpenAI's form of an error."""
 
     @app.exception_handler(RequestValidationError)
     async def wrong(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
@@ -165,7 +178,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
 
     @app.exception_handler(RefusalError)
     async def refused(_: fastapi.Request, error: RefusalError) -> JSONResponse:
-        return JSONResponse(error.body, error.status, error.headers)
+        return error.response
 
     @app.exception_handler(HTTPException)
     async def failed(_: fastapi.Request, error: HTTPException) -> JSONResponse:
@@ -176,9 +189,6 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
     @app.exception_handler(Exception)
     async def broken(_: fastapi.Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(500, "something went wrong; the server's log says what", "internal_error"), 500)
-
-    local = config.host in LOOPBACK
-    return Guard(app, config.limits, token, local)
 
 
 def _no_model(service: Service) -> RefusalError:
@@ -194,7 +204,7 @@ def _wanted(body: protocol.ChatRequest, service: Service, config: ServeConfig) -
     turns = [
         Message("system" if message.role == "developer" else message.role, message.text)
         for message in body.messages
-        if message.text.strip()  # a system prompt or an answer without a word is none
+        if message.text.strip()  # a system prompt or an answer without a word is left out
     ]
     return Wanted(
         turns,
@@ -215,7 +225,8 @@ async def _whole(
     body: protocol.ChatRequest,
     request: fastapi.Request,
     limit: float,
-) -> protocol.ChatCompletion:
+) -> dict[str, Any]:
+    """The completion in one piece. Decoding stops once the client is gone or the time is up."""
     parts: dict[int, list[Said]] = {}
     watch = asyncio.ensure_future(_gone(request))
     try:
@@ -229,19 +240,17 @@ async def _whole(
     finally:
         watch.cancel()
         await answer.parts.aclose()  # type: ignore[attr-defined]
-    choices = []
-    for index in sorted(parts):
-        own = parts[index]
-        entries = [entry for part in own for entry in part.delta.log_probs]
-        choices.append(
-            protocol.Choice(
-                index=index,
-                message=protocol.Reply(content="".join(part.delta.text for part in own)),
-                finish_reason=own[-1].finish or "length",
-                logprobs=_log_probs(entries, service) if body.logprobs else None,
-            )
-        )
-    return protocol.ChatCompletion(choices=choices, usage=_usage(answer, parts), **about)
+    choices = [
+        {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(part.delta.text for part in own), "refusal": None},
+            "finish_reason": own[-1].delta.finish or "length",
+            "logprobs": _log_probs([one for part in own for one in part.delta.log_probs], service, body),
+        }
+        for index, own in sorted(parts.items())
+    ]
+    usage = _usage(answer, {index: own[-1].tokens for index, own in parts.items()})
+    return {"object": "chat.completion", "choices": choices, "usage": usage, "crisis": None, **about}
 
 
 async def _gone(request: fastapi.Request) -> None:
@@ -271,71 +280,69 @@ async def _until(parts: AsyncIterator[Said], watch: "asyncio.Future[None]") -> A
 
 
 async def _events(
-    answer: Answer,
-    about: dict[str, Any],
-    service: Service,
-    body: protocol.ChatRequest,
-    usage: bool,
-    limit: float,
+    answer: Answer, about: dict[str, Any], service: Service, body: protocol.ChatRequest, limit: float
 ) -> AsyncIterator[str]:
-    """Server-sent events."""
+    """The completion as server-sent events."""
 
-    def event(choices: list[protocol.ChunkChoice], counted: protocol.Usage | None = None) -> str:
-        chunk = protocol.ChatCompletionChunk(choices=choices, usage=counted, **about)
-        leave_out = {"usage"} if counted is None else set()
-        leave_out |= set() if "crisis" in about else {"crisis"}
-        return f"data: {chunk.model_dump_json(exclude=leave_out)}\n\n"
+    def event(choices: list[dict[str, Any]], **more: Any) -> str:
+        chunk = {"object": "chat.completion.chunk", "choices": choices, **about, **more}
+        return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
-    parts: dict[int, list[Said]] = {}
+    def part(index: int, finish: str | None = None, log_probs: Any = None, **delta: str) -> list[dict[str, Any]]:
+        whole = {"role": None, "content": None, **delta}
+        return [{"index": index, "delta": whole, "finish_reason": finish, "logprobs": log_probs}]
+
+    tokens: dict[int, int] = {}
     try:
         async with asyncio.timeout(limit):
+            # Clients want to be told who speaks before anything is said.
             for index in range(body.n or 1):
-                yield event(
-                    [protocol.ChunkChoice(index=index, delta=protocol.ReplyDelta(role="assistant", content=""))]
-                )
+                yield event(part(index, role="assistant", content=""))
             async for said in answer.parts:
-                parts[said.choice] = [said]
-                entries = said.delta.log_probs
-                if said.delta.text or entries:
-                    log_probs = _log_probs(entries, service) if body.logprobs else None
-                    delta = protocol.ReplyDelta(content=said.delta.text)
-                    yield event([protocol.ChunkChoice(index=said.choice, delta=delta, logprobs=log_probs)])
-                if said.finish is not None:
-                    end = protocol.ChunkChoice(
-                        index=said.choice, delta=protocol.ReplyDelta(), finish_reason=said.finish
-                    )
-                    yield event([end])
-            if usage:
-                yield event([], _usage(answer, parts))
+                tokens[said.choice] = said.tokens
+                # Log-probs may come without text: of tokens that are no whole character yet, or held back.
+                if said.delta.text or said.delta.log_probs:
+                    log_probs = _log_probs(said.delta.log_probs, service, body)
+                    yield event(part(said.choice, log_probs=log_probs, content=said.delta.text))
+                if said.delta.finish is not None:
+                    yield event(part(said.choice, said.delta.finish))
+            if body.stream_options and body.stream_options.include_usage:
+                yield event([], usage=_usage(answer, tokens))
         yield "data: [DONE]\n\n"
     except (TimeoutError, FailedError) as error:
+        # The status was sent long ago: an error in the stream is all that can still be said.
         message = "the response took too long" if isinstance(error, TimeoutError) else "the response broke off"
         yield f"data: {json.dumps(error_body(500, message, 'failed'))}\n\n"
     finally:
         await answer.parts.aclose()  # type: ignore[attr-defined]
 
 
-def _usage(answer: Answer, parts: dict[int, list[Said]]) -> protocol.Usage:
-    said = sum(own[-1].tokens for own in parts.values())
-    return protocol.Usage(
-        prompt_tokens=answer.prompt_tokens, completion_tokens=said, total_tokens=answer.prompt_tokens + said
-    )
+def _usage(answer: Answer, tokens: dict[int, int]) -> dict[str, int]:
+    """`tokens`: said so far, by choice."""
+    said = sum(tokens.values())
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": said,
+        "total_tokens": answer.prompt_tokens + said,
+    }
 
 
-def _log_probs(entries: list[TokenLogProb], service: Service) -> protocol.LogProbs:
+def _log_probs(
+    entries: list[TokenLogProb], service: Service, body: protocol.ChatRequest
+) -> dict[str, list[dict[str, Any]] | None] | None:
+    """Log-probs of tokens under the model at temperature 1 before top-p; None if the request wants none."""
+
     def known(token: int, log_prob: float) -> dict[str, Any]:
         text, own = service.token_text(token)
         return {"token": text, "bytes": own, "logprob": max(log_prob, -9999.0)}
 
-    return protocol.LogProbs(
-        content=[
-            protocol.LogProb(
-                **known(entry.token, entry.log_prob),
-                top_logprobs=[protocol.TopLogProb(**known(*best)) for best in entry.best],
-            )
-            for entry in entries
-        ]
-    )
+    if not body.logprobs:
+        return None
+    content = [
+        {**known(entry.token, entry.log_prob), "top_logprobs": [known(*best) for best in entry.best]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
 
 
 def announce(config: ServeConfig, address: str) -> None:

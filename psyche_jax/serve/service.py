@@ -20,6 +20,7 @@ from psyche_jax.serve.engine import Batcher, BusyError, Job, Piece, RowSettings,
 from psyche_jax.train.checkpoints import open_model
 
 Finish = Literal["stop", "length", "content_filter"]
+_READERS = 4  # threads that tokenize conversations and hold them against the gate
 _BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 
 
@@ -39,6 +40,11 @@ class Delta:
     text: str = ""
     log_probs: list[TokenLogProb] = field(default_factory=list)
     finish: Finish | None = None
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop` with which `text` ends: more of it may follow."""
+    return next((size for size in range(len(stop) - 1, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class Speech:
@@ -67,15 +73,8 @@ class Speech:
         self._given = 0  # characters of it that the filter was given
         self._log_probs: list[tuple[int, TokenLogProb]] = []  # with the place in the text where each token begins
 
-    @property
-    def ended(self) -> bool:
-        """Whether there is nothing more to come."""
-        return self.finish is not None
-
     def feed(self, piece: Piece) -> Delta:
         """Add what was decoded; returns what may be shown of it."""
-        if self.ended:
-            return Delta()
         self.tokens += len(piece.tokens)
         if self._keep:
             for index, token in enumerate(piece.tokens):
@@ -92,20 +91,14 @@ class Speech:
 
     def _end(self, finish: Finish | None) -> tuple[int, Finish | None]:
         """How much of the text is certain, and whether it ends there."""
-        found = [place for stop in self._stop if (place := self._text.find(stop, self._earliest(stop))) >= 0]
+        begin = [max(self._given - len(stop), 0) for stop in self._stop]
+        found = [place for stop, at in zip(self._stop, begin, strict=True) if (place := self._text.find(stop, at)) >= 0]
         if found:
             return min(found), "stop"
         if finish is not None:
             return len(self._text), finish
-        held = max((self._overlap(stop) for stop in self._stop), default=0)
+        held = max((overlap(self._text, stop) for stop in self._stop), default=0)
         return len(self._text) - held, None
-
-    def _earliest(self, stop: str) -> int:
-        return max(self._given - len(stop), 0)
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest beginning of `stop` with which the text ends."""
-        return next((size for size in range(len(stop) - 1, 0, -1) if self._text.endswith(stop[:size])), 0)
 
     def _shown(self, end: int) -> Delta:
         piece, self._given = self._text[self._given : end], max(end, self._given)
@@ -113,7 +106,7 @@ class Speech:
             return Delta(piece, self._released(self._given), self.finish)
         withheld = self._output.withheld
         shown = self._output.feed(piece)
-        if self.ended:
+        if self.finish is not None:
             shown += self._output.finish()
         checked = self._given - self._output.held_back
         if self._output.withheld > withheld:
@@ -130,9 +123,6 @@ class Speech:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return decoded_text(self._tokenizer, ids)
-
-
-_READERS = 4  # threads that tokenize conversations and hold them against the gate
 
 
 class TooLongError(ValueError):
@@ -159,21 +149,20 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Said:
-    """A part of one choice; `finish` with its last part."""
+    """A part of one choice."""
 
     choice: int
     delta: Delta
-    finish: Finish | None
     tokens: int  # of this choice so far
 
 
+@dataclass(frozen=True)
 class Answer:
     """What is being answered: an asynchronous iterator of `Said`. Left early, decoding stops."""
 
-    def __init__(self, prompt_tokens: int, gate_reply: GateReply | None, parts: AsyncIterator[Said]) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.gate_reply = gate_reply
-        self.parts = parts
+    prompt_tokens: int
+    gate_reply: GateReply | None
+    parts: AsyncIterator[Said]
 
 
 def open_gate(crisis: CrisisSection) -> Gate | None:
@@ -219,7 +208,7 @@ class Service:
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
-        """A token as text, and its bytes (None for ids that are no text)."""
+        """A token as text, and its bytes (None for ids that are not text)."""
         own = self._bytes[token] if token < len(self._bytes) else None
         if own is None:
             return self.tokenizer.convert_ids_to_tokens(token) or "", None
@@ -240,8 +229,10 @@ class Service:
             prompt, reply = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, wanted.turns)
         finally:
             self._reading -= 1
+        # Who is in a crisis hears the gate, before any model.
         if reply is not None:
             return Answer(len(prompt), reply, _fixed(reply.text, wanted.choices))
+        # Each choice is a row with a seed of its own: the same seed gives the same choices again.
         own = [turn.content for turn in wanted.turns if turn.role == "user"]
         room = self._places - len(prompt)
         longest = min(wanted.max_new_tokens or self._limits.new_tokens, self._limits.new_tokens, room)
@@ -250,6 +241,7 @@ class Service:
             RowSettings(longest, wanted.temperature, wanted.top_p, (seed + choice * 0x9E3779B1) % 2**32)
             for choice in range(wanted.choices)
         ]
+        # The batcher's thread hands pieces over to this event loop, and may outlive it by a moment.
         pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -310,31 +302,22 @@ def _last_said(turns: Sequence[Message]) -> list[str]:
 
 async def _fixed(text: str, choices: int) -> AsyncIterator[Said]:
     for choice in range(choices):
-        yield Said(choice, Delta(text), "stop", 0)
+        yield Said(choice, Delta(text, finish="stop"), 0)
 
 
 async def _speak(job: Job, speeches: Sequence[Speech], pieces: "asyncio.Queue[Piece | None]") -> AsyncIterator[Said]:
     try:
-        while not all(speech.ended for speech in speeches):
+        while not all(speech.finish is not None for speech in speeches):
             piece = await pieces.get()
             if piece is None:
                 raise FailedError
             speech = speeches[piece.row]
-            if speech.ended:
+            if speech.finish is not None:
                 continue
             delta = speech.feed(piece)
             if delta.finish is not None:
                 job.give_up(piece.row)
             if delta.text or delta.log_probs or delta.finish is not None:
-                yield Said(piece.row, delta, delta.finish, speech.tokens)
+                yield Said(piece.row, delta, speech.tokens)
     finally:
         job.give_up()
-
-
-def describe(service: Service) -> dict[str, Any]:
-    """What the page needs to know."""
-    gate = service.gate
-    return {
-        "model": service.name,
-        "notice": {"zh": gate.notice("zh"), "en": gate.notice("en")} if gate else None,
-    }

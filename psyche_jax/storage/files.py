@@ -1,21 +1,18 @@
-"""Files and folders that are either whole or absent, local ones and in buckets; large arrays in blocks."""
+"""Files and folders that are either whole or absent, on disks and in buckets; JSON and JSONL."""
 
 import contextlib
-import itertools
 import json
-import math
 import os
+import re
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, cast
 
-import numpy as np
-
-from psyche_jax.errors import UserError
+from psyche_jax.errors import NotTextError, RowError, UserError, first_reason
 from psyche_jax.storage import buckets
 
 _BUCKETS = "gs://"
@@ -32,7 +29,7 @@ def as_path(path: str | Path) -> Path:
 
 
 def in_bucket(path: str | Path) -> bool:
-    """Whether `path` is an address in a bucket."""
+    """Return whether `path` is an address in a bucket."""
     return str(path).startswith(_BUCKETS)
 
 
@@ -51,13 +48,9 @@ def bucket_errors(path: Path) -> Iterator[None]:
     if not in_bucket(path):
         yield
         return
-    from aiohttp import ClientError
-    from gcsfs.retry import HttpError
-    from google.auth.exceptions import GoogleAuthError
-
     try:
         yield
-    except (OSError, ClientError, HttpError, GoogleAuthError) as error:
+    except buckets.FILE_ERRORS as error:
         raise UserError(
             f"{path}: the bucket cannot be used ({buckets.reason(error)}); see `gcloud auth list`"
         ) from None
@@ -143,6 +136,57 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
 
+NO_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, or a byte that `text_lines` could not read
+
+
+def text_lines(path: Path, encoding: str = "utf-8", newline: str = "\n", name: str | None = None) -> Iterator[str]:
+    """Read the lines of a file; a byte order mark is left out, bytes that are no text match `NO_TEXT`.
+
+    Args:
+      path: of the file.
+      encoding: as Python calls it.
+      newline: "\n": lines end there alone, since U+2028 and the like may be within a string; "": CSV's.
+      name: of the file in errors, where it is not `path`.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    known = "utf-8-sig" if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else encoding
+    try:
+        with bucket_errors(path), path.open("rb") as file:
+            yield from TextIOWrapper(file, known, "surrogateescape", newline)
+    except OSError as error:
+        why = error.strerror or first_reason(error)
+        raise UserError(f"{name or path}: the data cannot be read ({why})") from None
+    except UnicodeError as error:  # UTF-16 without its mark
+        raise UserError(f"{name or path}: is not {encoding} text ({first_reason(error)})") from None
+
+
+def read_jsonl(path: Path, encoding: str = "utf-8", name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Read the values of a JSONL file, each with its place, file and line; blank lines are left out.
+
+    All JSONL is read here but that of data sets as published (`data/json_stream.py`). A line that cannot be read is a
+    `RowError` in its place: bytes that are not text (`NotTextError`), not JSON, numbers and nesting beyond Python's
+    limits, a last line cut short by a crash.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    for number, line in enumerate(text_lines(path, encoding, name=name), start=1):
+        if line.strip():
+            yield f"{name or path}:{number}", parsed_json(line, encoding)
+
+
+def parsed_json(text: str, encoding: str = "utf-8") -> Any:
+    """The value of a JSON text or what is wrong with it, a `RowError`."""
+    if NO_TEXT.search(text):
+        return NotTextError(f"not {encoding} text")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return RowError("not JSON", str(error))
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a new folder: yields a partial one beside `path`, which takes that name only if nothing was raised.
@@ -183,47 +227,3 @@ def _remove(folder: Path) -> None:
         time.sleep(0.1)
         if not folder.exists():
             return
-
-
-Index: TypeAlias = tuple[slice, ...]
-Job = TypeVar("Job")
-Result = TypeVar("Result")
-
-# One layer's largest matrix of a 7B model (18944 × 3584) is one piece; a few of them stand in memory at a time.
-PIECE_ELEMENTS = 80 * 2**20
-
-
-def blocks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Index]:
-    """Cut an array of `shape`, stored in chunks, into blocks of whole chunks, in row-major order.
-
-    A block has `PIECE_ELEMENTS` elements at most, unless a single chunk has more.
-    """
-    block = list(chunk)
-    for axis in reversed(range(len(shape))):
-        block[axis] = min(shape[axis], block[axis] * max(1, PIECE_ELEMENTS // math.prod(block)))
-        if block[axis] < shape[axis]:
-            break
-    starts = (range(0, size, step) for size, step in zip(shape, block, strict=True))
-    for corner in itertools.product(*starts):
-        bounds = zip(corner, block, shape, strict=True)
-        yield tuple(slice(start, min(start + step, size)) for start, step, size in bounds)
-
-
-def read_ahead(read: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result]]:
-    """Each job with what `read` returns for it; the next one is read in a thread while this one is used."""
-    with ThreadPoolExecutor(1) as reader:
-        waiting = None
-        for job in jobs:
-            following = job, reader.submit(read, job)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
-
-
-def all_finite(values: np.ndarray) -> bool:
-    """Whether there is no NaN and no infinity: in both all bits of the exponent are set, which is cheap to look for."""
-    bits = values.view(f"u{values.itemsize}")
-    infinity = np.array(np.inf, values.dtype).view(bits.dtype)
-    return not values.size or bool((bits & infinity).max() < infinity)

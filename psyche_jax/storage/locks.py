@@ -16,18 +16,20 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from psyche_jax.errors import UserError
-from psyche_jax.storage.buckets import client, reason
-from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage import buckets
+from psyche_jax.storage.files import in_bucket, parsed_json
 
 FILE = "lock.json"
 BEAT_SECONDS = 15.0  # between two writings of the object
 STALE_SECONDS = 90.0  # without a change after which nobody is thought to hold it
-_DEADLINE_SECONDS = 60.0  # of one request, with all that is tried again
+Result = TypeVar("Result")
 
 
 class LostLockError(UserError):
@@ -98,12 +100,14 @@ def _started(pid: int) -> str | None:
 
 
 def _is_dead(holder: dict[str, Any]) -> bool:
-    """Whether it is certain that the holder is gone: it ran here, and does not any more."""
+    """Return whether it is certain that the holder is gone: it ran here, and does not any more."""
     here = _place()
     return here is not None and holder.get("place") == here and _started(holder["pid"]) != holder["started"]
 
 
 class _FolderLock:
+    """The kernel's lock on a file that says who holds it; that of `filelock` would stay in the folder."""
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._file: int | None = None
@@ -140,8 +144,7 @@ class _BucketLock:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         bucket, _, prefix = str(folder).removeprefix("gs://").partition("/")
-        with self._errors():
-            self._bucket = client().bucket(bucket)
+        self._bucket = self._tried(lambda _: buckets.client().bucket(bucket))
         self._name = f"{prefix.strip('/')}/{FILE}"
         self._self = _self()
         self._generation = 0
@@ -192,12 +195,10 @@ class _BucketLock:
             )
 
     def release(self) -> None:
-        from google.api_core.exceptions import GoogleAPIError
-
         self._ended.set()
         self._thread.join()
-        with contextlib.suppress(GoogleAPIError, OSError):  # what cannot be removed is found stale
-            self._blob().delete(if_generation_match=self._generation, timeout=_DEADLINE_SECONDS)
+        with contextlib.suppress(UserError):  # what cannot be removed is found stale
+            self._tried(lambda once: self._blob().delete(if_generation_match=self._generation, **once))
 
     def _beat_on(self) -> None:
         while not self._ended.wait(BEAT_SECONDS):
@@ -212,65 +213,40 @@ class _BucketLock:
 
     def _read(self) -> tuple[int, dict[str, Any]] | None:
         """Generation and content of the object, if there is one."""
-        from google.api_core.exceptions import NotFound
+        return self._tried(self._read_once)
 
+    def _read_once(self, once: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         blob = self._blob()
-        with self._errors():
-            try:
-                content = blob.download_as_bytes(retry=self._retry(), timeout=_DEADLINE_SECONDS)
-            except NotFound:
-                return None
+        try:
+            content = blob.download_as_bytes(**once)
+        except NotFound:
+            return None
         return int(blob.generation), _parsed(content)
 
     def _write(self) -> bool:
         """Replace the object if it is of the known generation (0: if there is none). Returns whether it was."""
-        from google.api_core.exceptions import PreconditionFailed
-
         with self._writing:
             self._beats += 1
             content = {**self._self, "beat": self._beats}
-            blob = self._blob()
-            with self._errors():
+
+            def write(once: dict[str, Any]) -> int | None:
+                blob = self._blob()
                 try:
-                    blob.upload_from_string(
-                        json.dumps(content),
-                        if_generation_match=self._generation,
-                        retry=self._retry(),
-                        timeout=_DEADLINE_SECONDS,
-                    )
+                    blob.upload_from_string(json.dumps(content), if_generation_match=self._generation, **once)
                 except PreconditionFailed:
-                    found = self._read()
-                    if found is None or found[1] != content:  # else it was a write of ours whose answer was lost
-                        return False
-                    self._generation = found[0]
-                    return True
-            self._generation = int(blob.generation)
-            return True
+                    found = self._read_once(once)
+                    # Perhaps it was a write of ours whose answer was lost.
+                    return found[0] if found is not None and found[1] == content else None
+                return int(blob.generation)
 
-    def _retry(self) -> Any:
-        from google.cloud.storage.retry import DEFAULT_RETRY
+            generation = self._tried(write)
+            self._generation = self._generation if generation is None else generation
+            return generation is not None
 
-        return DEFAULT_RETRY.with_timeout(_DEADLINE_SECONDS)
-
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        from google.api_core.exceptions import GoogleAPIError, PreconditionFailed
-        from google.auth.exceptions import GoogleAuthError
-        from google.cloud.storage.exceptions import InvalidResponse
-
-        try:
-            yield
-        except PreconditionFailed:
-            raise
-        except (GoogleAPIError, GoogleAuthError, InvalidResponse, OSError) as error:
-            raise UserError(
-                f"{self._folder}: the bucket cannot be used ({reason(error)}); see `gcloud auth list`"
-            ) from None
+    def _tried(self, operation: Callable[[dict[str, Any]], Result]) -> Result:
+        return buckets.tried(str(self._folder), buckets.LOCK_SECONDS, operation)
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    try:
-        found = json.loads(content)
-    except ValueError:  # its holder is just writing it
-        return {}
-    return found if isinstance(found, dict) else {}
+    found = parsed_json(content.decode("utf-8", "replace"))
+    return found if isinstance(found, dict) else {}  # else its holder is just writing it

@@ -1,17 +1,16 @@
 """Asking an LLM for one thing: the prompt from its template, and a reply that is read or asked for again."""
 
-import asyncio
 import dataclasses
 import hashlib
 import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jinja2
 import pydantic
@@ -19,8 +18,9 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.extraction import answer_part
-from psyche_jax.llm_answers import FILTERED, json_object
-from psyche_jax.synth.calls import Reply
+from psyche_jax.llm.objects import json_object
+from psyche_jax.llm.reply import FILTERED, Reply, printable
+from psyche_jax.synth.calls import Call
 from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import CallsSection
 
@@ -57,14 +57,13 @@ class Prompts:
     """The package's prompts, or those of a folder where it has a file of that name."""
 
     def __init__(self, folder: str | None = None) -> None:
-        self._folders = [Path(folder)] if folder else []
         if folder and not Path(folder).is_dir():
             raise UsageError(f"prompts: there is no folder {folder}")
-        known = sorted(path.stem for path in _PACKAGED.glob("*.jinja"))
+        self._paths = {path.stem: path for path in sorted(_PACKAGED.glob("*.jinja"))}
         for path in sorted(Path(folder).glob("*.jinja")) if folder else ():
-            if path.stem not in known:
-                raise UsageError(f"{path}: no stage has a prompt of that name; known: {', '.join(known)}")
-        self._folders.append(_PACKAGED)
+            if path.stem not in self._paths:
+                raise UsageError(f"{path}: no stage has a prompt of that name; known: {', '.join(self._paths)}")
+            self._paths[path.stem] = path
         self._environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
         self._environment.filters["fenced"] = fenced
         self._prompts: dict[str, Prompt] = {}
@@ -76,7 +75,7 @@ class Prompts:
           UsageError: its file is broken or lacks the version or the block `user`.
         """
         if name not in self._prompts:
-            path = next(path for folder in self._folders if (path := folder / f"{name}.jinja").is_file())
+            path = self._paths[name]
             text = path.read_text(encoding="utf-8")
             version = _VERSION.match(text)
             if version is None:
@@ -99,7 +98,6 @@ def fenced(text: str, name: str) -> str:
 
 
 T = TypeVar("T")
-Messages: TypeAlias = Sequence[Mapping[str, str]]
 _LONGEST_FAULT = 200  # characters
 _LONGEST_SHOWN = 300  # characters of a reply
 _DRAW = 1_000_000  # samples of a request that were filtered are drawn again under numbers that no stage uses
@@ -111,16 +109,6 @@ class FaultyReplyError(Exception):
 
 class SetAsideError(Exception):
     """An item is given up; the message says why."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request as the client takes it."""
-
-    llm: str
-    prompt: str
-    messages: Messages
-    sample: int
 
 
 class Asker:
@@ -138,7 +126,7 @@ class Asker:
         self._of_use: set[tuple[str, str]] = set()  # LLMs and prompts that brought something
         self._reasks = reasks
         self._give_up_after = give_up_after
-        self._rows: dict[tuple[str, str], list[tuple[Asked, Reply, str]]] = {}  # those since the last one of use
+        self._rows: dict[tuple[str, str], list[tuple[Call, Reply, str]]] = {}  # those since the last one of use
         self._stopped: UserError | None = None
 
     async def ask(self, llm: str, prompt: str, values: dict[str, Any], read: Callable[[str], T], sample: int = 0) -> T:
@@ -146,14 +134,12 @@ class Asker:
 
         Raises:
           SetAsideError: none of the replies could be used, or the server refused or filtered all of them.
-          UserError: too many in a row could not be used; else as `Client.call`.
-          CallFailedError: as `Client.call`.
+          NoReplyError, UserError: as `Client.reply`; the latter also where too many in a row could not be used.
         """
         template = self.prompts[prompt]
-        asked = Asked(llm, template.id, template.messages(**values), sample)
-        fault = ""
+        call = self.client.request(llm, template.id, template.messages(**values), sample)
         for attempt in range(self._reasks + 1):
-            reply = await self.reply(asked)
+            reply = await self.reply(call)
             try:
                 if reply.finish == "length":
                     raise FaultyReplyError("回答太长，没有写完")
@@ -163,46 +149,46 @@ class Asker:
             except FaultyReplyError as error:
                 fault = str(error)[:_LONGEST_FAULT]
             else:
-                self.count(asked, reply)
+                self.count(call, reply)
                 return found
-            await self.count_unusable(asked, reply, fault)
+            self.count_unusable(call, reply, fault)
             if attempt < self._reasks:
                 self.asked_again += 1
-                again = self.prompts["again"].text(fault=fault)
                 said = answer_part(reply.text) or "（空）"  # servers want no thoughts back
+                again = self.prompts["again"].text(fault=fault)
                 turns = ({"role": "assistant", "content": said}, {"role": "user", "content": again})
-                asked = replace(asked, messages=(*asked.messages, *turns))
+                call = replace(call, messages=(*call.messages, *turns))
         raise SetAsideError(f"no usable reply: {prompt}, {llm}: {fault}")
 
-    async def reply(self, asked: Asked) -> Reply:
+    async def reply(self, call: Call) -> Reply:
         """What the LLM answers. What its server filters out is drawn again, if it is drawn at all.
 
         Raises:
           SetAsideError: the server refused the request, or filtered every answer.
-          CallFailedError, UserError: as `ask`.
+          NoReplyError, UserError: as `ask`.
         """
-        draws = self._reasks + 1 if self.client.temperature(asked.llm) > 0 else 1
+        draws = self._reasks + 1 if self.client.temperature(call.llm) > 0 else 1
         for draw in range(draws):
             if self._stopped is not None:
                 raise self._stopped
-            drawn = replace(asked, sample=asked.sample + draw * _DRAW)
-            reply = await self.client.call(drawn.llm, drawn.prompt, drawn.messages, drawn.sample)
+            drawn = replace(call, sample=call.sample + draw * _DRAW)
+            reply = await self.client.reply(drawn)
             if reply.finish not in ("refused", *FILTERED):
                 return reply
             what = "refused" if reply.finish == "refused" else "filtered"
             said = f": {reply.text[:_LONGEST_FAULT]}" if reply.text else ""
-            reason = f"{what} by the server: {asked.prompt.partition('@')[0]}, {asked.llm}{said}"
-            await self.count_unusable(drawn, reply, reason)
+            reason = f"{what} by the server: {_names(call)}{said}"
+            self.count_unusable(drawn, reply, reason)
             if what == "refused":
                 break
         raise SetAsideError(reason)
 
-    def count(self, asked: Asked, reply: Reply) -> None:
+    def count(self, call: Call, reply: Reply) -> None:
         """A reply was of use."""
-        self._of_use.add((asked.llm, asked.prompt))
-        self._rows.pop((asked.llm, asked.prompt), None)
+        self._of_use.add((call.llm, call.prompt))
+        self._rows.pop((call.llm, call.prompt), None)
 
-    async def count_unusable(self, asked: Asked, reply: Reply, fault: str) -> None:
+    def count_unusable(self, call: Call, reply: Reply, fault: str) -> None:
         """A reply was of no use.
 
         Raises:
@@ -210,17 +196,17 @@ class Asker:
         """
         self.unusable += 1
         if not reply.stored:
-            self.client.fault(asked.llm, fault)
-        row = self._rows.setdefault((asked.llm, asked.prompt), [])
-        row.append((asked, reply, fault))
+            self.client.fault(call.llm, fault)
+        row = self._rows.setdefault((call.llm, call.prompt), [])
+        row.append((call, reply, fault))
         if self._stopped is not None:
-            await self._forget(asked)
+            self.client.forget(call)
             raise self._stopped
         fresh = sum(not reply.stored for _, reply, _ in row)
         if fresh >= self._give_up_after:
-            await self._stop(row, f"{fresh} replies in a row could not be used")
+            self._stop(row, f"{fresh} replies in a row could not be used")
 
-    async def check(self, kept: bool) -> None:
+    def check(self, kept: bool) -> None:
         """Called at the end of a stage, which `kept` something or not. Says which LLM never gave anything of use.
 
         Raises:
@@ -229,31 +215,34 @@ class Asker:
         never = [row for pair, row in self._rows.items() if pair not in self._of_use]
         if never and not kept:
             row = max(never, key=len)
-            await self._stop(row, f"none of {len(row)} replies could be used")
+            self._stop(row, f"none of {len(row)} replies could be used")
         for row in never:
-            asked, _, fault = row[-1]
-            what = f"{asked.prompt.partition('@')[0]}, {asked.llm}: none of {len(row)} replies could be used"
+            call, _, fault = row[-1]
+            what = f"{_names(call)}: none of {len(row)} replies could be used"
             print(f"look here: {what}, the last one for: {fault}", file=sys.stderr, flush=True)
 
-    async def _stop(self, row: list[tuple[Asked, Reply, str]], what: str) -> None:
+    def _stop(self, row: list[tuple[Call, Reply, str]], what: str) -> None:
         """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""
-        asked, reply, _ = row[-1]
+        call, reply, _ = row[-1]
         fault, count = Counter(fault for _, _, fault in row).most_common(1)[0]
-        shown = "".join(character if character.isprintable() else " " for character in reply.text[:_LONGEST_SHOWN])
         self._stopped = UserError(
-            f"{asked.prompt.partition('@')[0]}, {asked.llm}: {what}, {count} of them: {fault}; the last one was: "
-            f"{shown or '(nothing)'}; mend the LLM or its prompt and start again, or raise calls.give_up_after"
+            f"{_names(call)}: {what}, {count} of them: {fault}; the last one was: "
+            f"{printable(reply.text, _LONGEST_SHOWN) or '(nothing)'}; "
+            "mend the LLM or its prompt and start again, or raise calls.give_up_after"
         )
         self.client.stop()
-        await asyncio.gather(*(self._forget(one) for one, _, _ in row))
+        for one, _, _ in row:
+            self.client.forget(one)
         raise self._stopped
 
-    async def _forget(self, asked: Asked) -> None:
-        await self.client.forget(asked.llm, asked.prompt, asked.messages, asked.sample)
+
+def _names(call: Call) -> str:
+    """The prompt and the LLM."""
+    return f"{call.prompt.partition('@')[0]}, {call.llm}"
 
 
 def read_json(kind: type[T]) -> Callable[[str], T]:
-    """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever stands around it."""
+    """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever is around it."""
     adapter = pydantic.TypeAdapter(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     names = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -263,7 +252,7 @@ def read_json(kind: type[T]) -> Callable[[str], T]:
             value = json_object(answer_part(text), names)
             if value is None:
                 raise FaultyReplyError("回答里没有 JSON 对象")
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+            json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
             return adapter.validate_python(value)
         except pydantic.ValidationError as error:
             first = error.errors()[0]

@@ -1,18 +1,18 @@
 """The store of calls: every request before it is sent, every reply before it is used, keyed by content (SQLite)."""
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UserError
+from psyche_jax.llm.reply import Reply
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -56,20 +56,6 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What came back. `finish`: stop, length, content_filter, …, or `refused` where the server took no request.
-
-    `stored`: it was there already.
-    """
-
-    text: str
-    finish: str
-    prompt_tokens: int
-    completion_tokens: int
-    stored: bool = False
-
-
-@dataclass(frozen=True)
 class Usage:
     """Calls and tokens of one LLM with one prompt.
 
@@ -86,10 +72,11 @@ class Usage:
 
 
 class CallStore:
-    """Writes of one turn of the event loop make one transaction; each is awaited. A killed process loses none of them.
+    """Requests and replies are there before a method returns, and survive a killed process.
 
-    (WAL without a sync at each commit: what a process has committed survives its death. A crash of the machine may
-    lose the last ones, never the file. No thread: it would fight for the interpreter with what it serves.)
+    (WAL without a sync at each commit: a crash of the machine may lose the last ones, never the file. No thread: it
+    would fight for the interpreter with what it serves. And not lines of JSON, as `evaluate/answers.py` writes: of
+    100,000 replies each is found by its key, without all of them in memory.)
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,7 +88,8 @@ class CallStore:
             self._database.execute(_SCHEMA)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: is no store of calls ({error}); move it away") from None
-        self._waiting: list[tuple[str, Sequence[Any], asyncio.Future[None]]] = []
+        self._waiting: list[tuple[str, tuple[Any, ...]]] = []
+        self._writing: asyncio.Task[None] | None = None
 
     def find(self, key: str) -> Reply | None:
         """The stored reply to the call `key`."""
@@ -109,28 +97,30 @@ class CallStore:
             "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL",
             (key,),
         ).fetchone()
-        return replace(Reply(*row), stored=True) if row else None
+        if row is None:
+            return None
+        text, finish, asked, said = row
+        return Reply(text, finish=finish, prompt_tokens=asked, completion_tokens=said, stored=True)
 
     async def opened(self, call: Call) -> None:
         """Write the request; one that is there without a reply was in flight when a run ended, and is counted."""
-        sql = (
+        await self._written(
             "INSERT INTO calls (key, llm, model, prompt, request, asked) VALUES (?, ?, ?, ?, ?, ?) "
-            "ON CONFLICT (key) DO UPDATE SET repeated = repeated + 1"
+            "ON CONFLICT (key) DO UPDATE SET repeated = repeated + 1",
+            *(call.key, call.llm, call.model, call.prompt, call.request, time.time()),
         )
-        await self._written(sql, (call.key, call.llm, call.model, call.prompt, call.request, time.time()))
 
     async def answered(self, key: str, reply: Reply) -> None:
         """Write the reply; its tokens are added to those of one that was forgotten."""
-        sql = (
+        await self._written(
             "UPDATE calls SET text = ?, finish = ?, prompt_tokens = COALESCE(prompt_tokens, 0) + ?, "
-            "completion_tokens = COALESCE(completion_tokens, 0) + ?, received = ? WHERE key = ?"
+            "completion_tokens = COALESCE(completion_tokens, 0) + ?, received = ? WHERE key = ?",
+            *(reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens, time.time(), key),
         )
-        values = (reply.text, reply.finish, reply.prompt_tokens, reply.completion_tokens, time.time(), key)
-        await self._written(sql, values)
 
-    async def forget(self, key: str) -> None:
+    def forget(self, key: str) -> None:
         """The call will be asked again; what it cost stays counted."""
-        await self._written("UPDATE calls SET received = NULL WHERE key = ?", (key,))
+        self._write([("UPDATE calls SET received = NULL WHERE key = ?", (key,))])
 
     def usage(self) -> list[Usage]:
         """Calls that had a reply and their tokens, by LLM and prompt."""
@@ -141,37 +131,27 @@ class CallStore:
         return [Usage(*row) for row in rows]
 
     def close(self) -> None:
-        """Write what waits, and end."""
-        self._write()
+        """Write what waits, and close the file."""
+        if self._waiting:  # the event loop was ended before their turn
+            self._write(self._waiting)
         self._database.close()
 
-    async def _written(self, sql: str, values: Sequence[Any]) -> None:
-        loop = asyncio.get_running_loop()
-        if not self._waiting:
-            loop.call_soon(self._write)
-        done: asyncio.Future[None] = loop.create_future()
-        self._waiting.append((sql, values, done))
-        await done
+    async def _written(self, sql: str, *values: Any) -> None:
+        """Wait until it is written; all of one turn of the event loop are one transaction, which is cheaper by half."""
+        self._waiting.append((sql, values))
+        if self._writing is None or self._writing.done():
+            self._writing = asyncio.create_task(self._write_waiting())
+        await asyncio.shield(self._writing)
 
-    def _write(self) -> None:
+    async def _write_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
-        if not waiting:
-            return
-        fault: UserError | None = None
+        self._write(waiting)
+
+    def _write(self, statements: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
         try:
-            self._database.execute("BEGIN IMMEDIATE")
-            for sql, values, _ in waiting:
-                self._database.execute(sql, values)
-            self._database.execute("COMMIT")
-        except Exception as error:  # a full disk, say; whatever it is, those who wait must hear of it
-            fault = UserError(f"{self._path}: cannot be written ({error})")
-            with contextlib.suppress(sqlite3.Error):
-                if self._database.in_transaction:
-                    self._database.execute("ROLLBACK")
-        for _, _, done in waiting:
-            if done.done():  # whoever waited was cancelled
-                continue
-            if fault is None:
-                done.set_result(None)
-            else:
-                done.set_exception(fault)
+            with self._database:  # which commits, or takes back what was written before a fault
+                self._database.execute("BEGIN IMMEDIATE")
+                for sql, values in statements:
+                    self._database.execute(sql, values)
+        except (sqlite3.Error, OverflowError, ValueError) as error:  # a full disk, half of a surrogate pair
+            raise UserError(f"{self._path}: cannot be written ({error})") from None

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 
 from psyche_jax.config import RunSection
+from psyche_jax.storage.files import read_jsonl
 from psyche_jax.synth.config import (
     CallsSection,
     ControlSection,
@@ -27,32 +30,19 @@ from psyche_jax.synth.config import (
 
 
 def replay_app(answer: Callable[[Mapping[str, Any]], str]) -> Callable[..., Any]:
-    """The ASGI application: `answer` says what the assistant replies to a request's JSON; None: 404 to that request."""
+    """An ASGI application: `answer` says what the assistant replies to a request's JSON; any other address is a 404."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        body = await read_body(receive)
-        status, value = 404, {"error": {"message": "only chat/completions is served here"}}
         if scope["path"].endswith("/chat/completions"):
-            request = json.loads(body)
-            status, value = 200, completion(request, answer(request))
-        content = json.dumps(value).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())]
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": content})
+            request = await Request(scope, receive).json()
+            response = JSONResponse(completion(request, answer(request)))
+        else:
+            response = JSONResponse({"error": {"message": "only chat/completions is served here"}}, 404)
+        await response(scope, receive, send)
 
     return app
-
-
-async def read_body(receive: Any) -> bytes:
-    """The whole body of an ASGI request."""
-    body, more = b"", True
-    while more:
-        message = await receive()
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-    return body
 
 
 def completion(request: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -121,11 +111,11 @@ def canned_answer(request: Mapping[str, Any]) -> str:
     if '"advice_kept"' in asked:
         return json.dumps({"advice_kept": True, "safe": True, "warmer": True, "fault": ""})
     if '{"reply"' in asked:
-        reply = next(line["reply"] for line in _lines("warmer.jsonl") if line["post"] in asked)
+        reply = next(line["reply"] for line in _lines(FOLDER / "warmer.jsonl") if line["post"] in asked)
         return json.dumps({"reply": reply}, ensure_ascii=False)
     if '{"instruction"' in asked:
         return json.dumps({"instruction": _INSTRUCTION}, ensure_ascii=False)
-    question = next((question for question in _lines("questions.jsonl") if question["stem"] in asked), None)
+    question = next((question for question in _lines(FOLDER / "questions.jsonl") if question["stem"] in asked), None)
     if '"worth"' in asked:
         return _vote(question)
     if question is None:
@@ -138,12 +128,10 @@ def canned_answer(request: Mapping[str, Any]) -> str:
 
 
 def _written(asked: str, again: bool) -> str:
-    titles = {json.loads(line)["text"]: json.loads(line)["meta"]["title"] for line in _passages()}
-    title = next(title for text, title in titles.items() if text in asked)
+    title = next(passage["meta"]["title"] for passage in _lines(_PASSAGES) if passage["text"] in asked)
     keys = ("kind", "stem", "options", "answer")
-    found = [
-        {key: question[key] for key in keys} for question in _lines("questions.jsonl") if question["title"] == title
-    ]
+    written = [question for question in _lines(FOLDER / "questions.jsonl") if question["title"] == title]
+    found = [{key: question[key] for key in keys} for question in written]
     if title == _POOR:
         options = {"A": "1924年", "B": "1905年", "C": "1956年", "D": "材料没有说"}
         found.append({"kind": "single", "stem": "神经元是哪一年被命名的？", "options": options, "answer": "D"})
@@ -174,10 +162,5 @@ def _solved(question: Mapping[str, Any], model: str) -> str:
 
 
 @cache
-def _passages() -> tuple[str, ...]:
-    return tuple(_PASSAGES.read_text(encoding="utf-8").splitlines())
-
-
-@cache
-def _lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (FOLDER / name).read_text(encoding="utf-8").splitlines()]
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [value for _, value in read_jsonl(path)]

@@ -93,17 +93,14 @@ class Cleaner:
         self._seen: set[bytes] = set()
 
     def passage(self, passage: Passage) -> Outcome:
-        """A cleaned passage, or one set aside: too short, or there before."""
+        """A cleaned passage, or one that is skipped: too short, or there before."""
         outcome = Outcome()
-        text, counts = clean_text(passage.text, self._rules)
-        outcome.counts.update({f"rule/{name}": count for name, count in counts.items()})
+        text = self._clean(passage.text, outcome)
         if len(text) < self._rules.shortest:
-            outcome.drop("too short: after cleaning", passage)
-        elif self._repeated(text):
-            outcome.drop("duplicate: the text was there before", passage)
-        else:
-            outcome.keep("passages", replace(passage, text=text, id=""))
-        return outcome
+            return outcome.drop("too short: after cleaning", passage)
+        if self._repeated(text):
+            return outcome.drop("duplicate: the text was there before", passage)
+        return outcome.keep("passages", replace(passage, text=text, id=""))
 
     def dialogue(self, dialogue: Dialogue) -> Outcome:
         """The first exchange of a dialogue, cleaned."""
@@ -111,19 +108,18 @@ class Cleaner:
         turns = [turn for turn in dialogue.turns if turn.role != "system"][:2]
         if len(dialogue.turns) > 2:
             outcome.counts["shortened to the first exchange"] += 1
-        texts = []
-        for turn in turns:
-            text, counts = clean_text(turn.content, self._rules)
-            outcome.counts.update({f"rule/{name}": count for name, count in counts.items()})
-            texts.append(text)
+        texts = [self._clean(turn.content, outcome) for turn in turns]
         if not all(texts):
-            outcome.drop("too short: after cleaning", dialogue)
-        elif self._repeated(texts[0]):
-            outcome.drop("duplicate: the text was there before", dialogue)
-        else:
-            messages = tuple(Message(turn.role, text) for turn, text in zip(turns, texts, strict=True))
-            outcome.keep("dialogues", replace(dialogue, turns=messages, id=""))
-        return outcome
+            return outcome.drop("too short: after cleaning", dialogue)
+        if self._repeated(texts[0]):
+            return outcome.drop("duplicate: the text was there before", dialogue)
+        messages = tuple(Message(turn.role, text) for turn, text in zip(turns, texts, strict=True))
+        return outcome.keep("dialogues", replace(dialogue, turns=messages, id=""))
+
+    def _clean(self, text: str, outcome: Outcome) -> str:
+        text, counts = clean_text(text, self._rules)
+        outcome.counts.update({f"rule/{name}": count for name, count in counts.items()})
+        return text
 
     def _repeated(self, text: str) -> bool:
         if not self._rules.duplicates:
@@ -168,7 +164,7 @@ def _personal(text: str) -> tuple[str, int]:
 
 
 def _punctuation(text: str) -> tuple[str, int]:
-    """Chinese punctuation among Chinese characters, one mark where several stand, no spaces within Chinese."""
+    """Chinese punctuation among Chinese characters, one mark where there are several, no spaces within Chinese."""
     old = before = text
     for _ in range(_PASSES):
         text = _punctuate(before)

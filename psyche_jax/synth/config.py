@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 from urllib.parse import urlsplit
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from psyche_jax.config import RunSection, Section
 
@@ -88,9 +88,9 @@ class CleanSection(Section):
     emoji: bool = True
     emoticons: bool = True
     punctuation: bool = True
-    repetitions: bool = True  # sentences that stand twice, characters that run on
-    duplicates: bool = True  # texts that stand twice
-    shortest: PositiveInt = 20  # characters of a passage; shorter ones are set aside
+    repetitions: bool = True  # sentences said twice, characters repeated many times
+    duplicates: bool = True  # texts that come twice
+    shortest: PositiveInt = 20  # characters of a passage; shorter ones are skipped
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class QuestionsSection(Section):
 class ControlSection(Section):
     """Near-duplicates, the filter by LLMs, and who sees what is left."""
 
-    candidates: PositiveFloat = 0.4  # estimated Jaccard similarity from which two questions are compared
+    candidates: Annotated[float, Field(gt=0, lt=1)] = 0.4  # Jaccard similarity from which two are compared
     permutations: PositiveInt = 128  # of MinHash
     redis: str | None = None  # host:port, for tables that outgrow memory
     twins: str | None = None  # an LLM that says whether two questions ask the same where the comparison leaves it open
@@ -119,10 +119,6 @@ class ControlSection(Section):
     votes: PositiveInt = 3  # of each LLM
     least_score: PositiveFloat = 3.5  # a vote is for a question if each of its scores, from 1 to 5, is at least that
     review: Literal["none", "flagged", "all"] = "flagged"  # flagged: votes differ, or a twin has another key
-
-    def __post_init__(self) -> None:
-        if not 0 < self.candidates < 1:
-            raise ValueError(f"candidates must lie between 0 and 1, not {self.candidates}")
 
 
 @dataclass(frozen=True)
@@ -175,19 +171,17 @@ class SynthConfig(Section):
     selection: SelectionSection = field(default_factory=SelectionSection)
 
     def __post_init__(self) -> None:
-        _check_on_disk(self.run)
-        known = _unique_names(self.llms)
-        for where, names in (
-            ("questions.llm", (self.questions.llm,)),
-            ("control.twins", (self.control.twins,) if self.control.twins else ()),
-            ("control.llms", self.control.llms),
-            ("rationales.llm", (self.rationales.llm,)),
-            ("rationales.judge", (self.rationales.judge,) if self.rationales.judge else ()),
-            ("dialogues.llm", (self.dialogues.llm,)),
-            ("dialogues.checker", (self.dialogues.checker,)),
-            ("selection.llms", self.selection.llms),
-        ):
-            _check_known(where, names, known)
+        uses: dict[str, Sequence[str | None]] = {
+            "questions.llm": [self.questions.llm],
+            "control.twins": [self.control.twins],
+            "control.llms": self.control.llms,
+            "rationales.llm": [self.rationales.llm],
+            "rationales.judge": [self.rationales.judge],
+            "dialogues.llm": [self.dialogues.llm],
+            "dialogues.checker": [self.dialogues.checker],
+            "selection.llms": self.selection.llms,
+        }
+        _check(self.run, self.llms, uses)
 
 
 @dataclass(frozen=True)
@@ -204,24 +198,18 @@ class SelectConfig(Section):
     selection: SelectionSection = field(default_factory=SelectionSection)
 
     def __post_init__(self) -> None:
-        _check_on_disk(self.run)
         if not self.questions:
             raise ValueError("questions is empty; name at least one file")
-        _check_known("selection.llms", self.selection.llms, _unique_names(self.llms))
+        _check(self.run, self.llms, {"selection.llms": self.selection.llms})
 
 
-def _check_on_disk(run: RunSection) -> None:
+def _check(run: RunSection, llms: Sequence[LlmSection], uses: Mapping[str, Sequence[str | None]]) -> None:
+    """Raise ValueError unless the run is on a disk, and each LLM that a key of `uses` names is there, once."""
     if "://" in run.dir:
         raise ValueError(f"run.dir must be a folder on a disk, not {run.dir!r}")
-
-
-def _unique_names(llms: Sequence[LlmSection]) -> list[str]:
     names = [llm.name for llm in llms]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"llms: two are named {twice[0]!r}")
-    return names
-
-
-def _check_known(where: str, names: Sequence[str], known: Sequence[str]) -> None:
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"{where}: there is no LLM {unknown[0]!r} in llms; known: {', '.join(known) or 'none'}")
+    for where, used in uses.items():
+        if unknown := [name for name in used if name is not None and name not in names]:
+            raise ValueError(f"{where}: there is no LLM {unknown[0]!r} in llms; known: {', '.join(names) or 'none'}")

@@ -20,7 +20,7 @@ _SURNAMES = (
     "王李张刘陈杨赵黄周吴徐孙胡朱高林何郭马罗梁宋郑谢韩唐冯于董萧程曹袁邓许傅沈曾彭吕苏卢蒋蔡贾丁魏薛叶阎"
     "余潘杜戴夏钟汪田任姜范方石姚谭廖邹熊金陆郝孔白崔康毛邱秦江史顾侯邵孟龙万段雷钱汤尹黎易常武乔贺赖龚文"
 )
-# Whoever stands at the beginning of a case, before age or sex, whatever the name.
+# Whoever is named at the beginning of a case, before age or sex, whatever the name.
 _CASE_OF = re.compile(r"(?:^|(?<=[。.!?;:\n]))[^。、.,:\d\s]{1,4}?(?=,?今年|[、,]?(?:男|女)性?[、,]|[、,]?\d{1,2}岁)")
 _NAME = re.compile(
     rf"(?:小[{_SURNAMES}明红华丽强军芳刚]|[{_SURNAMES}](?:某某?|女士|先生|同学|老师|同志|阿姨)|老[{_SURNAMES}]|"
@@ -63,8 +63,10 @@ class _Seen:
 
 @dataclass(frozen=True)
 class Twin:
-    """An earlier question that asks the same. `conflict`: with another key. `doubtful`: it may ask the same, and is
-    here for an LLM to say so."""
+    """An earlier question that asks the same.
+
+    `conflict`: with another key. `doubtful`: it may ask the same, and is here for an LLM to say so.
+    """
 
     id: str
     exact: bool = False
@@ -119,7 +121,7 @@ class Duplicates:
         return _doubtful(new, candidates) if self._doubts else None
 
     def close(self) -> None:
-        """Remove what lies outside memory."""
+        """Remove what is outside memory."""
         if self._redis is not None:
             self._redis.clear()
 
@@ -168,7 +170,7 @@ def _same_options(one: _Seen, other: _Seen) -> bool:
 
 
 def _doubtful(new: _Seen, candidates: Sequence[_Seen]) -> Twin | None:
-    """Of the candidates that are none, but whose stem or whose options are the same, the one with the likest stem."""
+    """Of candidates that are not duplicates, but have the same stem or options, the one with the likest stem."""
     letters = set("".join(new.options))
     likest: tuple[float, Twin | None] = (-1.0, None)
     for old in candidates:

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from typing import Any
 import psyche_jax
 from psyche_jax.data.dataset import MANIFEST, open_dataset, write_dataset
 from psyche_jax.data.records import BaseRecord, Dialogue, Question, SftExample, question_to_rl, question_to_sft
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UserError
 from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.store import open_store
 from psyche_jax.synth.calls import Usage
 from psyche_jax.synth.stages import iterate
 
@@ -49,6 +50,7 @@ def publish(
         "rl": lambda: (question_to_rl(question) for question in iterate(Question, selection / "rl.jsonl")),
         "crisis": lambda: iterate(Dialogue, dialogues / "crisis.jsonl") if dialogues else iter(()),
     }
+    # The card needs all counts, and a bucket should hear of an empty synthesis before anything is written.
     for name, records in writers.items():
         for record in records():
             counts[name] = counts.get(name, 0) + 1
@@ -56,36 +58,26 @@ def publish(
             licences[getattr(record, "meta", {}).get("licence") or "unknown"] += 1
     if not counts:
         raise UserError(f"{out}: there is nothing to publish; see what was set aside in {selection.parent}")
+    # A data set appears as a whole, so one that is there is either this synthesis' own or another one's.
     for name in counts:
         if store.read(f"{name}/{MANIFEST}") is None:
             write_dataset(f"{out}/{name}", writers[name](), {"synthesis": fingerprint, **config})
         elif open_dataset(f"{out}/{name}").manifest.config.get("synthesis") != fingerprint:
             raise UserError(f"{out}/{name}: holds records of another synthesis; choose another out, or remove it first")
+    # The card comes last: where it is, everything is.
     card = {
         "code_version": psyche_jax.__version__,
         "records": counts,
         "sources": dict(sorted(sources.items())),
         "licences": dict(sorted(licences.items())),
         "stages": [{key: report[key] for key in ("stage", "counts", "set_aside")} for report in reports],
-        "calls": [
-            {
-                "llm": use.llm,
-                "model": use.model,
-                "prompt": use.prompt,
-                "calls": use.calls,
-                "prompt_tokens": use.prompt_tokens,
-                "completion_tokens": use.completion_tokens,
-            }
-            for use in usage
-        ],
+        "calls": [{key: value for key, value in asdict(use).items() if key != "repeated"} for use in usage],
         "seed": config["run"]["seed"],
         "config": config,
     }
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in (
-            (CARD_JSON, json.dumps(card, ensure_ascii=False, indent=2) + "\n"),
-            (CARD, as_markdown(card)),
-        ):
+        dumped = json.dumps(card, ensure_ascii=False, indent=2) + "\n"
+        for name, text in ((CARD_JSON, dumped), (CARD, as_markdown(card))):
             path = Path(folder) / name
             path.write_text(text, encoding="utf-8")
             store.remove(name)

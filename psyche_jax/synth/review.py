@@ -7,9 +7,9 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -17,12 +17,13 @@ import pydantic
 import uvicorn
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
 from psyche_jax.data.records import Kind, Question, record_from_json, record_to_json
-from psyche_jax.errors import UserError
-from psyche_jax.serve.connections import listen
-from psyche_jax.storage.files import write_text
+from psyche_jax.errors import RowError, UserError
+from psyche_jax.serve.guard import HEADERS, LOOPBACK, listen
+from psyche_jax.storage.files import read_jsonl, write_text
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
 STORE = "review.sqlite"
@@ -64,6 +65,11 @@ class Item:
 
     question: Question
     decision: Decision | None
+
+    def as_json(self) -> dict[str, Any]:
+        """The item as the page and exported files hold it."""
+        decision = as_json(self.decision) if self.decision is not None else None
+        return {"question": record_to_json(self.question), "decision": decision}
 
 
 class ReviewConflictError(UserError):
@@ -129,28 +135,15 @@ class ReviewStore:
             if after is not None and last != after:
                 raise ReviewConflictError(f"item {decision.item} was decided by someone else in the meantime")
             decided = replace(decision, time=decision.time or time.time())
-            row = (
-                decided.item,
-                decided.verdict,
-                _dumped(decided.edited) if decided.edited else None,
-                decided.note,
-                decided.who,
-                decided.time,
-            )
+            edited = _dumped(decided.edited) if decided.edited else None
+            row = (decided.item, decided.verdict, edited, decided.note, decided.who, decided.time)
             sql = "INSERT INTO decisions (item, verdict, edited, note, who, time) VALUES (?, ?, ?, ?, ?, ?)"
             number = self._database.execute(sql, row).lastrowid
         return replace(decided, number=number or 0)
 
     def export(self, path: Path) -> int:
         """Write the queue as JSONL: one object an item, with its decision (or null) to fill in elsewhere."""
-        lines = []
-        for item in self.items():
-            decision = None
-            if item.decision is not None:
-                decision = as_json(item.decision)
-            lines.append(
-                json.dumps({"question": record_to_json(item.question), "decision": decision}, ensure_ascii=False)
-            )
+        lines = [json.dumps(item.as_json(), ensure_ascii=False) for item in self.items()]
         write_text(path, "".join(f"{line}\n" for line in lines))
         return len(lines)
 
@@ -160,18 +153,13 @@ class ReviewStore:
         Returns:
           How many were taken, and a line for each that was not: what is wrong with it, and where.
         """
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
         known = {(decision.item, decision.verdict, decision.who, decision.time) for decision in self.history()}
         taken = 0
         faults = []
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+        for where, value in read_jsonl(path):
             try:
-                value = json.loads(line)
+                if isinstance(value, RowError):
+                    raise value
                 if value.get("decision") is None:
                     continue
                 given = {"who": who, **value["decision"], "item": value["question"]["id"], "number": 0}
@@ -183,30 +171,27 @@ class ReviewStore:
                 taken += 1
             except pydantic.ValidationError as error:
                 first = error.errors()[0]
-                faults.append(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                faults.append(f"{path}:{number}: is no decision ({error!r})")
+                faults.append(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                faults.append(f"{where}: is no decision ({error!r})")
             except UserError as error:
-                faults.append(f"{path}:{number}: {error}")
+                faults.append(f"{where}: {error}")
         return taken, faults
 
     def close(self) -> None:
         """End."""
         self._database.close()
 
-    def _writing(self) -> "_Transaction":
-        return _Transaction(self._database)
-
-
-class _Transaction:
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
-
-    def __enter__(self) -> None:
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction that holds the lock from its beginning, so that what it reads is still so when it writes."""
         self._database.execute("BEGIN IMMEDIATE")
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+        try:
+            yield
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
 
 
 def reviewed(question: Question, decision: Decision) -> Question | None:
@@ -229,21 +214,6 @@ def as_json(decision: Decision) -> dict[str, Any]:
 
 def _dumped(question: Question) -> str:
     return json.dumps(record_to_json(question), ensure_ascii=False)
-
-
-_PAGE = {
-    "": ("index.html", "text/html"),
-    "review.js": ("review.js", "text/javascript"),
-    "review.css": ("review.css", "text/css"),
-}
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 
 
 class Edited(BaseModel):
@@ -271,10 +241,11 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
     """The application. The page itself is public; whatever is read or written wants the token.
 
     `hosts`: the names by which it may be asked; another one is a page elsewhere that points a name of its own at this
-    machine. None: all, for an address that stands for every one of the machine's.
+    machine. Empty: all, for an address that means every one of the machine's.
     """
     app = FastAPI(title="psyche review", docs_url=None, redoc_url=None, openapi_url=None)
 
+    # The token keeps others on this machine out; the host keeps out pages elsewhere, which may know an address here.
     def allowed(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), token.encode()):
@@ -285,27 +256,16 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
         if hosts and request.url.hostname not in hosts:
             return JSONResponse({"detail": "unknown host"}, 421)
         response = await call_next(request)
-        response.headers.update(_HEADERS)
+        response.headers.update(HEADERS)
         return response
 
-    for path, (name, kind) in _PAGE.items():
-        content = (files("psyche_jax.synth") / "page" / name).read_bytes()
-        app.get(f"/{path}")(_static(content, kind))
-
+    # What the page reads, and what it writes.
     @app.get("/api/items", dependencies=[Depends(allowed)])
     def items() -> dict[str, Any]:
-        history = store.history()
-        last = {decision.item: decision.number for decision in history}
+        last = {decision.item: decision.number for decision in store.history()}
         return {
             "who": who,
-            "items": [
-                {
-                    "question": record_to_json(item.question),
-                    "decision": as_json(item.decision) if item.decision else None,
-                    "after": last.get(item.question.id, 0),
-                }
-                for item in store.items()
-            ],
+            "items": [{**item.as_json(), "after": last.get(item.question.id, 0)} for item in store.items()],
         }
 
     @app.post("/api/decisions", dependencies=[Depends(allowed)])
@@ -319,14 +279,8 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
             raise HTTPException(422, str(error)) from None
         return as_json(decision)
 
+    app.mount("/", StaticFiles(packages=[("psyche_jax.synth", "page")], html=True))
     return app
-
-
-def _static(content: bytes, kind: str) -> Any:
-    def page() -> Response:
-        return Response(content, media_type=f"{kind}; charset=utf-8")
-
-    return page
 
 
 def _edited(store: ReviewStore, decided: Decided) -> Question | None:
@@ -342,7 +296,7 @@ def _edited(store: ReviewStore, decided: Decided) -> Question | None:
 
 
 def serve_review(store: ReviewStore, who: str, host: str, port: int) -> None:
-    """Serve until interrupted. The token stands behind the # of the printed address: browsers do not send that."""
+    """Serve until interrupted. The token follows the # of the printed address: browsers do not send that."""
     token = secrets.token_urlsafe(24)
     names = LOOPBACK if _is_loopback(host) else () if host in ("0.0.0.0", "::") else (host,)
     sock = listen(host, port)

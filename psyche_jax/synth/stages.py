@@ -8,18 +8,18 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from psyche_jax.data.dataset import is_dataset, open_dataset
-from psyche_jax.data.records import BaseRecord, Record, fault_of, record_from_json, record_to_json
+from psyche_jax.data.dataset import read_values
+from psyche_jax.data.records import BaseRecord, Record, checked, fault_of, record_to_json
 from psyche_jax.errors import UserError
-from psyche_jax.storage.files import new_folder, read_json, write_json
+from psyche_jax.llm.reply import NoReplyError
+from psyche_jax.storage.files import new_folder, read_json, read_jsonl, write_json
 from psyche_jax.synth.asking import Asker, SetAsideError
-from psyche_jax.synth.client import CallFailedError
 
 Item = TypeVar("Item")
 REPORT = "report.json"  # in the folder of a stage; written last
@@ -35,18 +35,20 @@ class Outcome:
     set_aside: list[tuple[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
-    def keep(self, file: str, record: BaseRecord) -> None:
-        """Put a record into `file`."""
+    def keep(self, file: str, record: BaseRecord) -> "Outcome":
+        """Put a record into `file`; returns the outcome."""
         self.records.append((file, record))
+        return self
 
-    def drop(self, reason: str, item: Any) -> None:
-        """Set an item (a record, or one with what was found out about it) aside.
+    def drop(self, reason: str, item: Any) -> "Outcome":
+        """Skip an item (a record, or one with what was found out about it); returns the outcome.
 
         What comes before the first colon of the reason is counted.
         """
         if isinstance(item, tuple):
             item = item[0]
         self.set_aside.append((reason, record_to_json(item) if isinstance(item, BaseRecord) else item))
+        return self
 
 
 async def outcomes(
@@ -54,19 +56,16 @@ async def outcomes(
 ) -> AsyncGenerator[Outcome, None]:
     """Work on `window` items at a time; outcomes come in the order of the items, which are read as they are needed.
 
-    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is set aside.
+    An item whose call got no reply has an outcome that counts as UNANSWERED; one that `work` gives up is skipped.
     """
 
     async def one(item: Item) -> Outcome:
         try:
             return await work(item)
         except SetAsideError as error:
-            outcome = Outcome()
-            outcome.drop(str(error), item)
-        except CallFailedError as error:
-            outcome = Outcome(counts=Counter({UNANSWERED: 1}))
-            outcome.set_aside.append((f"{UNANSWERED}: {error}", None))
-        return outcome
+            return Outcome().drop(str(error), item)
+        except NoReplyError as error:
+            return Outcome(counts=Counter({UNANSWERED: 1})).drop(f"{UNANSWERED}: {error}", None)
 
     tasks: deque[asyncio.Task[Outcome]] = deque()
     try:
@@ -148,48 +147,27 @@ def digest(*parts: Any) -> str:
 
 def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
     """The records of a file that a stage wrote, one after the other."""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield record_from_json(kind, line)
-            except ValueError:
-                raise UserError(f"{path}:{number}: was changed by hand; remove {path.parent} to make it anew") from None
+    for where, found in checked(kind, read_jsonl(path)):
+        if isinstance(found, ValueError):
+            raise UserError(f"{where}: was changed by hand; remove {path.parent} to make it anew")
+        yield found
 
 
 def source_place(location: str) -> str:
-    """Where a user's source lies: as said or, where nothing is there, in the package if it begins with its name."""
+    """Where a user's source is: as said or, where nothing is there, in the package if it begins with its name."""
     first, *rest = Path(location).parts or ("",)
     shipped = Path(str(files("psyche_jax"))).joinpath(*rest)
     return str(shipped) if first == "psyche_jax" and not Path(location).exists() and shipped.exists() else location
 
 
 def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
-    """The records of a user's JSONL file or data set, one after the other; what is none as a line that says why.
+    """The records of a user's JSONL file or data set, one after the other; a faulty one is a line that says why.
 
     Raises:
       UserError: it cannot be read, or holds records of another kind.
     """
-    location = source_place(location)
-    if is_dataset(location):
-        dataset = open_dataset(location)
-        if dataset.manifest.kind != kind.__name__:
-            raise UserError(f"{location}: holds records of {dataset.manifest.kind}, not of {kind.__name__}")
-        yield from _read(kind, location, enumerate(dataset))
-        return
-    try:
-        with Path(location).open("rb") as file:
-            yield from _read(kind, location, enumerate(file, start=1))
-    except OSError as error:
-        raise UserError(f"{location}: the data cannot be read ({error.strerror})") from None
-
-
-def _read(kind: type[Record], location: str, contents: Iterable[tuple[int, bytes]]) -> Iterator[Record | str]:
-    for number, content in contents:
-        if content.strip():
-            try:
-                yield record_from_json(kind, content.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                yield f"{location}:{number}: {fault_of(error)}"
+    for where, found in checked(kind, read_values(kind, source_place(location))):
+        yield f"{where}: {fault_of(found)}" if isinstance(found, ValueError) else found
 
 
 def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:
@@ -233,7 +211,7 @@ class Progress:
         files = [key for key in sorted(counts) if key.startswith(("out/", "published/"))]
         kept = ", ".join(f"{counts[key]} {key.partition('/')[2]}" for key in files)
         total = f"/{self._total}" if self._total is not None else ""
-        line = f"{self._name}: {counts['in']}{total} items; {kept or 'nothing'} kept, {set_aside.total()} set aside"
+        line = f"{self._name}: {counts['in']}{total} items; {kept or 'nothing'} kept, {set_aside.total()} skipped"
         if client := self._client:
             sent = client.sent - self._sent
             line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"
@@ -241,21 +219,3 @@ class Progress:
             line += f"; last fault: {client.last_fault}" if client.last_fault else ""
         width = shutil.get_terminal_size().columns - 1
         return f"{line[:width]:<{width}}" if self._terminal else line
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Only one process works in `folder`.
-
-    Raises:
-      UserError: another one does.
-    """
-    import fcntl
-
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process works in it; wait for it, or choose another run.dir") from None
-        yield

@@ -1,4 +1,4 @@
-"""Orbax checkpoints: parameters, optimizer state and what it takes to go on; and opening any kind of model.
+"""Orbax checkpoints: parameters, optimizer state and what it takes to resume; and opening any kind of model.
 
 A checkpoint folder holds `tokenizer/` and one folder a step with `parameters`, `optimizer` (absent from imported
 models) and `metadata`; each of them has its checksums.
@@ -36,8 +36,9 @@ from psyche_jax.model.huggingface import (
 )
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
-from psyche_jax.run_changes import changes, differences, refused
+from psyche_jax.storage import buckets
 from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
+from psyche_jax.train.run_changes import changes, differences, refused
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import (
     CHECKSUMS,
@@ -124,7 +125,6 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-SAVE_SECONDS = 1200  # how long writing one in the background may take, with all that is tried again
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
@@ -197,7 +197,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             enable_async_checkpointing=True,
-            async_options=ocp.AsyncOptions(timeout_secs=SAVE_SECONDS, post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(timeout_secs=buckets.SAVE_SECONDS, post_finalization_callback=self._seal),
         )
         self._saving: int | None = None
         try:
@@ -218,7 +218,7 @@ class Checkpoints:
         return self._manager.is_saving_in_progress()
 
     def save(self, state: TrainState, step: int, metadata: dict[str, Any]) -> None:
-        """Save after `step` steps. Returns when `state` may be changed; writing goes on in the background.
+        """Save after `step` steps. Returns when `state` may be changed; writing continues in the background.
 
         Raises:
           UserError: this one, or the one before, cannot be written.
@@ -270,11 +270,11 @@ class Checkpoints:
         except UserError as error:
             if error.details:
                 raise
-            raise UserError(f"{error}; remove this folder to go on from the one before it") from None
+            raise UserError(f"{error}; remove this folder to resume from the one before it") from None
         except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(
                 f"{folder}: the checkpoint is broken: {first_reason(error)}; "
-                "remove this folder to go on from the one before it"
+                "remove this folder to resume from the one before it"
             ) from None
         place = abstract.step.sharding
         return TrainState(jax.device_put(jnp.int32(step), place), restored["parameters"], restored["optimizer"])
@@ -313,7 +313,8 @@ def _of_another_run(folder: Path, found: Sequence[str]) -> UserError:
 
 @dataclass(frozen=True)
 class _ThatStep:
-    """Orbax's policy to preserve the step that a function gives."""
+    """Orbax's policy to preserve the step that a function gives: its BestN wants the metrics with every save, and ours
+    may be measured in some steps alone, or anew when a run resumes."""
 
     step: Callable[[], int | None]
 
@@ -340,7 +341,7 @@ class EverySoOften:
 
 
 def checkpoint_metadata(model: ModelConfig, prompt: PromptSection | None, **more: Any) -> dict[str, Any]:
-    """What stands in a checkpoint beside arrays."""
+    """What a checkpoint holds beside arrays."""
     prompt_values = None if prompt is None else config_to_dict(prompt)
     return {"model": dataclasses.asdict(model), "prompt": prompt_values, **more}
 

@@ -10,9 +10,9 @@ All of it is one XLA program without a visit to the host; metrics and samples co
 Python function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what
 becomes of its metrics and samples, is in `train/grpo_run.py`.
 
-Against the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no reward
-model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What later
-papers changed is chosen in the config's `objective` and `dynamic_sampling`; docs/grpo.md lists it.
+Compared with the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no
+reward model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What
+later papers changed is chosen in the config's `objective` and `dynamic_sampling`; docs/grpo.md lists it.
 
 Shapes: P prompts of a step, G generations per prompt, R = P × G responses (in an update, those of its minibatch; those
 to one prompt are consecutive rows), T = max_new_tokens. An array named `rewards_PG` is [P, G].
@@ -47,7 +47,7 @@ from psyche_jax.train.objectives import (
 from psyche_jax.train.state import TrainState, accumulate_gradients, apply_gradients
 
 # Metrics that are undefined in a step without a token to learn from.
-_OF_TOKENS = {
+_TOKEN_METRICS = {
     "loss",
     "grad_norm",
     "kl",
@@ -78,8 +78,8 @@ class Experience(NamedTuple):
     """What a rollout gives the updates; rows are prompts, or responses, those of one prompt consecutive.
 
     `prompt_tokens`: int32, `prompt_mask`: bool [prompts, prompt_length]; `tokens`: int32 [responses, max_new_tokens];
-    `mask`: bool [responses, max_new_tokens], what is learned from: the response up to its first stop token, or
-    nothing of it;
+    `mask`: bool [responses, max_new_tokens], the tokens that are learned from: the response up to and with its first
+    stop token, or none of them;
     `sampler_log_probs`: float32 [responses, max_new_tokens]; `advantages`: float32 [responses];
     `reference_log_probs`, `old_log_probs`: as `sampler_log_probs`, or None: without a KL term, and with one update
     a step, they are not needed (the old policy then is the current one).
@@ -96,8 +96,8 @@ class Experience(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What one optimizer update reports: whether it was `finite` and not `empty` (without a token to learn from; only
-    then it changed anything), `loss`, `grad_norm`, and by token the rest."""
+    """What one optimizer update reports. `finite`: its loss and gradient were; `empty`: there was no token to learn
+    from. Parameters change only if it was `finite` and not `empty`. `loss`, `grad_norm`; the rest is by token."""
 
     finite: jax.Array
     empty: jax.Array
@@ -128,7 +128,7 @@ class Iteration:
         return jax.jit(self.__call__, donate_argnums=0, out_shardings=(self.shardings, everywhere))
 
     def programs(self) -> tuple[Any, Any]:
-        """`sample` and `learn`, jitted: the same in two parts."""
+        """`sample` and `learn`, jitted: the same in two parts, for Python rewards, which run between them."""
         everywhere = self.execution.sharding.named()
         return (
             jax.jit(self.sample, out_shardings=everywhere),
@@ -149,8 +149,8 @@ class Iteration:
           state: policy, optimizer, step.
           reference: parameters of the reference policy, None if the KL coefficient is 0.
           rules: compiled rewards.
-          candidates: `tokens` int32, `mask` bool [candidates_per_step, length], `answers` int32 (bit masks); what
-            else it holds by prompt comes out again with `Sampled.prompts`.
+          candidates: `tokens` int32, `mask` bool [candidates_per_step, length], `answers` int32 (bit masks); any
+            other entries by prompt are passed through to `Sampled.prompts`.
           key: random key of this step.
         """
         return self.learn(state, reference, self.sample(state.parameters, rules, candidates, key), {})
@@ -253,7 +253,7 @@ class Iteration:
         metrics = self._metrics(state, experience, rollout, finished_R, history)
         about_rewards, absent = reward_metrics(values_PG, rewards_PG, counted_PG)
         metrics |= about_rewards | sampled.statistics
-        absent |= dict.fromkeys(_OF_TOKENS & metrics.keys(), ~learned_RT.any())
+        absent |= dict.fromkeys(_TOKEN_METRICS & metrics.keys(), ~learned_RT.any())
         samples = {
             "prompts": sampled.prompts["tokens"],
             "prompt_mask": sampled.prompts["mask"],
@@ -297,7 +297,7 @@ class Iteration:
         return Sampled(prompts, rollout, rewards, chosen, statistics)
 
     def _merge(self, kept: Sampled, new: Sampled) -> Sampled:
-        """As many prompts as before, of both: first the chosen ones, in order."""
+        """The first P prompts of both, the chosen ones first, else in order. Counts and sums of both are added."""
         size = len(kept.chosen)
         order = jnp.argsort(~jnp.concatenate([kept.chosen, new.chosen]), stable=True)[:size]
 
@@ -318,7 +318,7 @@ class Iteration:
     def _scores(self, parameters: Parameters, experience: Experience) -> TokenScores:
         """Log-probs (0 off the mask) and entropies of the responses' tokens, [responses, max_new_tokens]."""
         model = bind(self.model, parameters)
-        # Where a device's share of a micro-batch is whole prompts.
+        # Only if each device's share of a micro-batch is whole prompts.
         share_prompt = self.config.share_prompt and self.execution.sharding.divides(
             len(experience.prompt_tokens), "batch"
         )
@@ -332,7 +332,7 @@ class Iteration:
             share_prompt,
         )
         scores = token_scores(model, hidden, experience.tokens, self.execution, self.config.temperature)
-        # What stands after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
+        # What comes after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
         return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
     def _updates(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
@@ -417,6 +417,7 @@ class Iteration:
         def mean(values: jax.Array) -> jax.Array:
             return jnp.sum(values * mask) / tokens / config.passes_per_step
 
+        # On policy the old log-probs are those of the first pass.
         trainer = scores.log_probs[0] if experience.old_log_probs is None else experience.old_log_probs
         difference = jnp.abs(trainer - experience.sampler_log_probs) * mask
         lengths = rollout.mask.sum(axis=1)
@@ -439,7 +440,7 @@ class Iteration:
             "sampling/logp_difference/max": difference.max(),
         }
         if config.functions or config.objective.mask_truncated or config.dynamic_sampling.candidate_prompts is not None:
-            metrics["empty_updates"] = jnp.sum(history.empty)  # else there always is something to learn from
+            metrics["empty_updates"] = jnp.sum(history.empty)  # otherwise there is always something to learn from
         if config.objective.clip_delta is not None:
             metrics["clip_ratio/delta_mean"] = mean(terms.clipped_delta)
         if correction is not None:

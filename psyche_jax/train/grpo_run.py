@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from psyche_jax import hosts
 from psyche_jax.config import GrpoConfig
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import decoded_text, opened_text, prompt_tokens
@@ -27,20 +26,21 @@ from psyche_jax.model.sharding import Sharding
 from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions, sources_hash
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
-from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
+from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.objectives import total_rewards
 from psyche_jax.train.preemption import listening
+from psyche_jax.train.runs import open_run
 from psyche_jax.train.setup import (
     Setup,
     abstract_state,
     check_rows,
     keep_tokenizer,
     prepare,
-    report,
+    report_skipped,
     trained_on,
 )
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule, schedule_warning
@@ -64,12 +64,12 @@ class Prompt:
 
 
 def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
-    """Run GRPO as `config` says, or go on with it; see `psyche grpo --help`.
+    """Run GRPO as `config` says, or resume it; see `psyche grpo --help`.
 
     Args:
       config: the run.
       profile_steps: how many to trace.
-      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
+      accepted: what may have changed, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data, a rule or the run folder cannot be used.
@@ -95,11 +95,11 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     token_bytes = token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size)
     rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened_text(setup.tokenizer))
     functions = load_functions(config.functions)
-    prompts, faults = _tokenized(setup.tokenizer, config, config.data.train)
+    prompts, faults = tokenized_prompts(setup.tokenizer, config, config.data.train)
     held_out: list[Prompt] = []
     if config.data.evaluation is not None:
-        held_out, more = _tokenized(setup.tokenizer, config, config.data.evaluation)
-        held_out, seen = _without(held_out, prompts, config.data.evaluation)
+        held_out, more = tokenized_prompts(setup.tokenizer, config, config.data.evaluation)
+        held_out, seen = without_trained(held_out, prompts, config.data.evaluation)
         faults += [*more, *seen]
 
     # The iteration, and what it starts from. The reference is the model as it is now, read once more.
@@ -119,13 +119,13 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
 
     # Functions of the host need to see the responses between sampling and learning, so they cut the program in two.
     if functions:
-        judge = partial(_judged, functions, setup, prompts)
+        judge = partial(judged, functions, setup, prompts)
         step, lower = _two_programs(iteration, reference, rules, key, judge)
     else:
         step, lower = _one_program(iteration, reference, rules, key)
     evaluation = None
     if held_out:
-        judge = partial(_judged, functions, setup, held_out)
+        judge = partial(judged, functions, setup, held_out)
         program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
         measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
@@ -148,7 +148,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         listening(run.write_last_words) as stop,
     ):
         keep_tokenizer(run, setup)
-        report(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
+        report_skipped(run, schedule_warning(config.optimizer, total_steps, config.updates_per_step), faults)
         metadata = checkpoint_metadata(
             model,
             config.prompt,
@@ -169,7 +169,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             headline=("reward", "evaluation_reward", "kl", "completions/mean_length"),
             flops=partial(step_flops, model, config),
             memory_settings="set model.remat=full, a smaller micro_batch_prompts, fewer rollout.slots or more devices "
-            "(all of which a run that goes on may change), or a smaller max_new_tokens or data.max_prompt_length",
+            "(all of which may change when a run resumes), or a smaller max_new_tokens or data.max_prompt_length",
             profile_steps=profile_steps,
         ) as this:
             if this.finished():
@@ -233,7 +233,7 @@ def _two_programs(
     return step, lower
 
 
-def _judged(
+def judged(
     functions: Sequence[LoadedFunction], setup: Setup, prompts: Sequence[Prompt], numbers: Any, tokens: Any, mask: Any
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What the functions say of responses. The first process asks them, and tells the others.
@@ -394,7 +394,7 @@ def decoded_samples(
         }
 
 
-def _tokenized(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prompt], list[str]]:
+def tokenized_prompts(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[list[Prompt], list[str]]:
     largest = config.data.max_prompt_length
     records = load_records(RlPrompt, path)
     prompts: list[Prompt] = []
@@ -431,7 +431,7 @@ def _content(prompts: Sequence[Prompt]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _without(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:
+def without_trained(held_out: list[Prompt], trained: list[Prompt], path: str) -> tuple[list[Prompt], list[str]]:
     """Held-out prompts that are not trained on, numbered anew, and a line for each that is."""
     known = {tuple(prompt.tokens) for prompt in trained}
     kept = [prompt for prompt in held_out if tuple(prompt.tokens) not in known]

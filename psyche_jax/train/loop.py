@@ -15,14 +15,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import peak_of_all_devices
-from psyche_jax.runs import PreemptedError, Run
 from psyche_jax.storage.files import bucket_errors, files_under, in_bucket
+from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.preemption import Stop, StoppedError
+from psyche_jax.train.runs import PreemptedError, Run
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import set_aside_look_alikes
 
@@ -47,8 +47,12 @@ def count_compilations() -> Iterator[list[float]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-class Pace:
-    """Says after which steps a checkpoint is due. Measures by a clock that nobody sets."""
+class SavePace:
+    """Says after which steps a checkpoint is due. Measures by a clock that nobody sets.
+
+    Orbax's ContinuousCheckpointingPolicy goes by the wall clock, and saves when so much work could have been lost
+    already, not before another step makes it so much.
+    """
 
     def __init__(self, section: CheckpointSection, clock: Callable[[], float] = time.monotonic) -> None:
         self._section = section
@@ -103,7 +107,7 @@ def check_memory(program: jax.stages.Compiled, settings: str) -> None:
     meets the shape. Where devices do not say how much memory they have (CPUs), nothing can be compared.
 
     Args:
-      program: compiled; its arguments lie on the devices already.
+      program: compiled; its arguments are on the devices already.
       settings: what to set otherwise.
 
     Raises:
@@ -120,7 +124,7 @@ def check_memory(program: jax.stages.Compiled, settings: str) -> None:
         free = known["bytes_limit"] - known.get("bytes_in_use", 0)
         if wanted > free:
             raise UserError(
-                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB beside what lies on {device}, which "
+                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB beside what is on {device}, which "
                 f"has {free / _GIB:.2f} GiB left; {settings}"
             )
 
@@ -143,7 +147,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
     """What SFT and GRPO do alike around their steps: resume, measure, log, save, and stop when told to.
 
     ```
-    with Training(...) as this:  # goes on with the run from its last checkpoint, or begins it
+    with Training(...) as this:  # resumes the run from its last checkpoint, or begins it
         if this.finished():
             return
         state = this.begin(initial, abstract, lower_largest)
@@ -237,7 +241,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         abstract: TrainState,
         lower_largest: Callable[[TrainState], Iterable[Any]] = lambda _: (),
     ) -> TrainState:
-        """The state to go on from: the last checkpoint's, or `initial()`.
+        """The state to start from: the last checkpoint's, or `initial()`.
 
         Args:
           initial: makes the state of step 0.
@@ -249,7 +253,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         else:
             places = jax.tree.map(lambda x: x.sharding, abstract)
             state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
-            _say(f"{self.name}: going on after step {self.first}")
+            _say(f"{self.name}: resuming after step {self.first}")
         if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
             self.run.write_state("running", self.first, **self._evaluations.best_so_far())
         for lowered in lower_largest(state):
@@ -266,7 +270,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """The steps that are left, with their batches. Each must end with `end_step`."""
         self._progress = Progress(self.name, self.first, self.total_steps, self._headline)
-        self._pace = Pace(self._section)
+        self._pace = SavePace(self._section)
         self._peak = peak_of_all_devices()
         self._started = time.perf_counter()
         for step, batch in enumerate(batches, start=self.first + 1):
@@ -308,7 +312,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         if self._evaluations.due(step):
             try:
                 metrics |= self._evaluations.measure(step, state)
-            except StoppedError:  # it is made up for when the run goes on
+            except StoppedError:  # it is made up for when the run resumes
                 stopped_in_evaluation = True
         self.run.log_metrics(step, metrics)
         self._progress.update(step, metrics)
@@ -336,7 +340,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
 
 
 def _preempted(stop: Stop, step: int) -> PreemptedError:
-    return PreemptedError(f"stopped by {stop} after step {step}; start the same command again to go on")
+    return PreemptedError(f"stopped by {stop} after step {step}; start the same command again to resume")
 
 
 class _Evaluations:
@@ -386,7 +390,7 @@ class _Evaluations:
     def _compare(self, value: Any, step: int) -> None:
         """`value` may come of a file that was changed by hand."""
         assert self._evaluation is not None
-        if step == 0 or not isinstance(value, int | float) or not math.isfinite(value):  # at 0 is no checkpoint
+        if step == 0 or not isinstance(value, int | float) or not math.isfinite(value):  # there is no checkpoint at 0
             return
         if self._best is None or (
             value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]
@@ -428,7 +432,7 @@ class _Profile:
 
     def __init__(self, folder: Path, first: int, steps: int) -> None:
         self._folder, self._first, self._last, self._steps = folder, first, first + steps - 1, steps
-        self._traced: Path | None = None  # while it goes on: where to
+        self._traced: Path | None = None  # while tracing: where to
 
     def before(self, step: int) -> None:
         if self._steps and step == self._first:

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from psyche_jax import hosts
+from psyche_jax.train import hosts
 
 QUIT_CODE = 130  # as of a command that Ctrl-C ended
 _LAST_WORDS_SECONDS = 5.0  # how long a state in a bucket that does not answer may hold up a second Ctrl-C

@@ -18,7 +18,6 @@ from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.runs import Run
 from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.train.checkpoints import (
     StoredModel,
@@ -29,6 +28,7 @@ from psyche_jax.train.checkpoints import (
     with_stop_tokens_of,
     write_tokenizer,
 )
+from psyche_jax.train.runs import Run
 from psyche_jax.train.state import TrainState, state_shardings
 
 
@@ -42,7 +42,7 @@ class Setup:
     execution: Execution
 
     def read_parameters(self, dtype: str | None = None) -> Parameters:
-        """The model's weights, placed for training, in the dtype that is trained if `dtype` names no other."""
+        """The model's weights, placed for training, in the training dtype unless `dtype` is given."""
         return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
 
 
@@ -52,8 +52,8 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
     Args:
       model, mesh: sections of the config.
       longest: how many tokens the longest sequence may have.
-      longest_name: the keys of the config that say so.
-      run: the run's folder; one that goes on keeps the stop tokens that it began with.
+      longest_name: the config keys to name in the error.
+      run: the run's folder; one that resumes keeps the stop tokens it began with.
 
     Raises:
       UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
@@ -83,7 +83,7 @@ def _open_base(path: str) -> StoredModel:
 
 
 def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:
-    """Hashes of all that a run learns from, by kind: see `run_changes.py`. The model's weights are read whole.
+    """Hashes of all that a run learns from, by kind: see `train/run_changes.py`. The model's weights are read whole.
 
     Args:
       setup: the model.
@@ -123,14 +123,14 @@ def abstract_train_state(
 
 
 def keep_tokenizer(run: Run, setup: Setup) -> None:
-    """Put the tokenizer beside the run's checkpoints, so that they are models of their own."""
+    """Put the tokenizer beside the run's checkpoints, so that each checkpoint is a model by itself."""
     if not run.writes:
         return
     if not in_bucket(run.folder):
         run.checkpoints.mkdir(exist_ok=True)
     target = run.checkpoints / "tokenizer"
     with bucket_errors(target):
-        if in_bucket(target):  # where a start that was killed may have left some of its files
+        if in_bucket(target):  # a start that was killed may have left some files
             if not holds_tokenizer(target):
                 write_tokenizer(setup.model.tokenizer_folder, target)
         elif not is_tokenizer(target):
@@ -138,8 +138,8 @@ def keep_tokenizer(run: Run, setup: Setup) -> None:
                 write_tokenizer(setup.model.tokenizer_folder, partial)
 
 
-def report(run: Run, warning: str, lines: Sequence[str]) -> None:
-    """Give a warning, if there is one, and name each record that was set aside: the first ones on stderr, all of them
+def report_skipped(run: Run, warning: str, lines: Sequence[str]) -> None:
+    """Give a warning, if there is one, and name each record that was skipped: the first ones on stderr, all of them
     in the run's folder."""
     if not run.writes:
         return
@@ -149,5 +149,5 @@ def report(run: Run, warning: str, lines: Sequence[str]) -> None:
         return
     write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:
-        print(f"set aside: {line}", file=sys.stderr)
-    print(f"{len(lines)} records set aside; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)
+        print(f"skipped: {line}", file=sys.stderr)
+    print(f"{len(lines)} records skipped; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from psyche_jax import hosts
 from psyche_jax.config import PromptSection, SftConfig
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, tokenize_example
@@ -25,12 +24,13 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
-from psyche_jax.runs import open_run
 from psyche_jax.storage.files import as_path
+from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import listening
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report, trained_on
+from psyche_jax.train.runs import open_run
+from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_skipped, trained_on
 from psyche_jax.train.state import (
     TrainState,
     accumulate_gradients,
@@ -101,7 +101,7 @@ def tokenized(
 ) -> tuple[list[TokenizedExample], list[str]]:
     """All examples of a JSONL file or data set that the chat template can render and that are short enough.
 
-    Beside them a line for each record that is set aside.
+    Beside them a line for each record that is skipped.
 
     To `digest`, a hash of hashlib's, the turns of those examples are added.
 
@@ -233,12 +233,12 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
 
 
 def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
-    """Run SFT as `config` says, or go on with it; see `psyche sft --help`.
+    """Run SFT as `config` says, or resume it; see `psyche sft --help`.
 
     Args:
       config: the run.
       profile_steps: how many to trace.
-      accepted: what may be otherwise than before, of `run_changes.CHANGES`.
+      accepted: what may have changed, of `run_changes.CHANGES`.
 
     Raises:
       UserError: the model, the data or the run folder cannot be used.
@@ -318,7 +318,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         listening(run.write_last_words) as stop,
     ):
         keep_tokenizer(run, setup)
-        report(run, schedule_warning(config.optimizer, total_steps), faults)
+        report_skipped(run, schedule_warning(config.optimizer, total_steps), faults)
         metadata = checkpoint_metadata(
             setup.model.config,
             config.prompt,

@@ -75,7 +75,7 @@ def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax
 def state_shardings(
     optimizer: optax.GradientTransformation, abstract_parameters: Any, sharding: Sharding
 ) -> TrainState:
-    """Where each part of the state lies: the optimizer's moments beside their parameters, the rest everywhere."""
+    """Where each part of the state is placed: the optimizer's moments beside their parameters, the rest everywhere."""
     parameters = sharding.of_parameters(abstract_parameters)
     everywhere = sharding.named()
     plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
@@ -142,7 +142,7 @@ def accumulate_gradients(
       batch: a pytree of arrays [rows, ...].
       micro_batches: divides `rows`.
       sharding: the mesh.
-      places: shardings of the parameters, where their gradients lie too (None: wherever the compiler likes).
+      places: shardings of the parameters, where their gradients are placed too (None: wherever the compiler likes).
 
     Returns:
       The loss, the extras of all rows, the gradient.
@@ -152,7 +152,7 @@ def accumulate_gradients(
         (value, extras), gradients = gradient(parameters, batch)
         return value, extras, gradients
 
-    # The backward pass adds each layer's gradient to these where they lie: a second gradient never stands beside.
+    # The backward pass adds each layer's gradient to these in place: there never is a second gradient beside them.
     zeros = jax.tree.map(jnp.zeros_like, parameters)
     sums = jax.tree.map(jax.new_ref, zeros if places is None else jax.lax.with_sharding_constraint(zeros, places))
 

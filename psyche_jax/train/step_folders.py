@@ -9,15 +9,13 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import orbax.checkpoint as ocp
 
-from psyche_jax import hosts
-from psyche_jax.data.store import StoredObject, crc32c_of, open_store
 from psyche_jax.errors import UserError
-from psyche_jax.runs import read_state
-from psyche_jax.storage.buckets import DEADLINE_SECONDS
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json, write_text
+from psyche_jax.storage.store import StoredObject, crc32c_of, open_store, seal
+from psyche_jax.train import hosts
+from psyche_jax.train.runs import read_state
 
 CHECKSUMS = "checksums.json"
 # Orbax still writes the first when the checksums are made, and the second after all else.
@@ -33,7 +31,7 @@ def write_checksums(folder: Path) -> None:
       UserError: the bucket cannot be used.
     """
     files = checksums_of(folder)
-    sealed = {"crc32c": _seal(files), "files": files}
+    sealed = {"crc32c": seal(files), "files": files}
     write_text(folder / CHECKSUMS, json.dumps(sealed, ensure_ascii=False, indent=1) + "\n")
 
 
@@ -76,12 +74,12 @@ def check_files(folder: Path, within: Sequence[str] | None = None, content: bool
 
 
 def _known(folder: Path) -> dict[str, dict[str, int]]:
-    content = open_store(str(folder), DEADLINE_SECONDS).read(CHECKSUMS)
+    content = open_store(str(folder)).read(CHECKSUMS)
     if content is None:
         raise UserError(f"{folder}: the checkpoint is broken: {CHECKSUMS} is missing")
     try:
         sealed = json.loads(content)
-        if sealed["crc32c"] == _seal(sealed["files"]):
+        if sealed["crc32c"] == seal(sealed["files"]):
             return sealed["files"]
     except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or no UTF-8
         pass
@@ -89,16 +87,12 @@ def _known(folder: Path) -> dict[str, dict[str, int]]:
 
 
 def _files(folder: Path) -> list[StoredObject]:
-    objects = open_store(str(folder), DEADLINE_SECONDS).objects()
+    objects = open_store(str(folder)).objects()
     return [stored for stored in objects if stored.name not in _NOT_COVERED and not stored.name.endswith("/")]
 
 
 def _crc32c(folder: Path, stored: StoredObject) -> int:
     return crc32c_of(Path(str(folder)) / stored.name) if stored.crc32c is None else stored.crc32c
-
-
-def _seal(files: dict[str, dict[str, int]]) -> int:
-    return google_crc32c.value(json.dumps(files, ensure_ascii=False, sort_keys=True).encode())
 
 
 FORMAT = 2  # 1 had no checksums
@@ -146,7 +140,7 @@ def step_folders(root: Path, items: Sequence[str] = ("parameters",)) -> tuple[li
 def what_is_missing(folder: Path, items: Sequence[str] = ("parameters",)) -> str:
     """Why a folder that is named as a step was not saved whole as that step; empty if it was.
 
-    A checkpoint that is whole and was damaged later is no matter of this: what reads it says so.
+    A checkpoint that is whole and was damaged later is not noticed here: what reads it says so.
     """
     for item in items:
         if not (folder / item).is_dir():
@@ -197,7 +191,7 @@ def set_aside_look_alikes(root: Path, saved: int | None) -> None:
             elif (path / _MARK).is_file():
                 (path / _MARK).unlink()
                 print(f"{path}: not a whole checkpoint ({missing}); its {_MARK} is removed", file=sys.stderr)
-        hosts.wait_for_all("set aside what is no checkpoint")
+        hosts.wait_for_all("renamed what is not a checkpoint")
 
 
 def read_checkpoint_metadata(step_folder: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from psyche_jax.errors import UserError, first_reason
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding, parts_of_axes
-from psyche_jax.storage.files import Index, absolute, blocks, read_ahead
+from psyche_jax.storage.arrays import Index, blocks, read_ahead
+from psyche_jax.storage.files import absolute
 
 # Chunks are the shards of this mesh (data, fsdp, tensor), so each of up to 16 devices reads no more than its own.
 _FINEST_MESH = cast(Mesh, AbstractMesh((1, 16, 4), MESH_AXES))
@@ -77,7 +78,7 @@ class _StreamHandler(type_handlers.TypeHandler):
                 dtype=value.dtype,
                 process_index=0,
             )
-            # The dtype stands in the spec only from Orbax 0.12.5 on.
+            # The dtype is in the spec only from Orbax 0.12.5 on.
             store = ts.open(spec, dtype=value.dtype, create=True, open=True, context=info.ts_context).result()
             writing = None
             try:

@@ -1,4 +1,4 @@
-"""`scripts/compare_with_peers.py`: it takes turns, reads what the sides print, and says which one failed."""
+"""`scripts/benchmarks/compare_with_peers.py`: it takes turns, reads what the sides print, and says which one failed."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psyche_jax
 
-SCRIPT = Path(psyche_jax.__file__).parents[1] / "scripts" / "compare_with_peers.py"
+SCRIPT = Path(psyche_jax.__file__).parents[1] / "scripts" / "benchmarks" / "compare_with_peers.py"
 
 
 def side(folder, name, text):

@@ -23,9 +23,9 @@ from psyche_jax.data.dataset import (
     write_dataset,
 )
 from psyche_jax.data.records import Message, Question, RlPrompt, SftExample, write_records
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.storage.store import open_store
 
 
 def examples(count: int, start: int = 0) -> list[SftExample]:
@@ -231,7 +231,8 @@ def test_a_shard_in_a_bucket_that_was_replaced(bucket, tmp_path):
     manifest = write_dataset(place, examples(100), shard_bytes=3000)
     store = open_store(place)
     name = manifest.shards[1].name
-    store.download(name, tmp_path / "shard")
+    with store.local(name) as path:
+        shutil.copyfile(path, tmp_path / "shard")
     flipped(tmp_path / "shard", 1234)
     store.remove(name)
     store.upload(tmp_path / "shard", name)

@@ -8,9 +8,10 @@ import pytest
 
 from psyche_jax.cli import main
 from psyche_jax.data.dataset import load_records, write_dataset
-from psyche_jax.data.decontamination import comparable, decontaminate
+from psyche_jax.data.decontamination import decontaminate
 from psyche_jax.data.public import load_cpsyexam, load_pceb
 from psyche_jax.data.records import Dialogue, Message, Question, question_to_rl, write_records
+from psyche_jax.data.text import comparable
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
 OPTIONS = {"A": "形象记忆", "B": "情绪记忆", "C": "逻辑记忆", "D": "运动记忆"}

@@ -23,8 +23,8 @@ from psyche_jax.config_files import parse_config
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.mapping import ImportConfig, import_rows, record_of
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_text
-from psyche_jax.data.store import open_store
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.storage.store import open_store
 
 COLUMNS = {"question": "题目", "options": ["甲", "乙", "丙"], "answer": "答案"}
 RECORDS = {kind.__name__: kind for kind in (Question, Dialogue, SftExample, RlPrompt)}
@@ -435,14 +435,14 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--report", str(tmp_path / "report.json")]) == 0
     captured = capsys.readouterr()
     assert f"{tmp_path / 'out'}: 3 records of RlPrompt in 1 shards" in captured.out
-    assert captured.out.endswith("2 set aside:\n       2 the answer names no option\n")
+    assert captured.out.endswith("2 skipped:\n       2 the answer names no option\n")
     assert captured.err == "".join(
-        f"set aside: {source}:{line}: the answer names no option ({letter}, options ABC)\n"
+        f"skipped: {source}:{line}: the answer names no option ({letter}, options ABC)\n"
         for line, letter in ((5, "F"), (6, "E"))
     )
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["records"], report["faults"]) == (3, {"the answer names no option": 2})
-    assert [f"set aside: {line}" for line in report["set_aside"]] == captured.err.splitlines()
+    assert [f"skipped: {line}" for line in report["set_aside"]] == captured.err.splitlines()
     assert open_dataset(str(tmp_path / "out")).manifest.config["import"]["columns"]["question"] == "题目"
     for wrong, message in (
         ([*command, "--set", "columns.question=题木"], "there is no column '题木'; did you mean '题目'?"),

@@ -22,7 +22,7 @@ from functools import partial
 import numpy as np
 from jax.experimental import multihost_utils
 
-from psyche_jax import hosts
+from psyche_jax.train import hosts
 from psyche_jax.config import DistributedSection
 from psyche_jax.data.dataset import open_dataset
 from psyche_jax.data.packing import unpacked_rows

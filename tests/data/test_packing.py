@@ -210,7 +210,7 @@ def test_the_command_from_bucket_to_bucket(made, tmp_path, capsys):
         assert main(["pack", "--config", str(tmp_path / "pack.yaml"), "--set", "too_long=cut"]) == 0
         captured = capsys.readouterr()
         packing = open_dataset(f"{bucket}/packed").manifest.packing
-        assert f"{packing.padding_share:.2%} padding; 0 set aside" in captured.out
+        assert f"{packing.padding_share:.2%} padding; 0 skipped" in captured.out
         assert main(["data", "cat", f"{bucket}/packed"]) == 1
         assert "holds packed tokens, which are no text" in capsys.readouterr().err
         assert main(["data", "verify", f"{bucket}/packed"]) == 0

@@ -9,9 +9,9 @@ import pytest
 
 from psyche_jax.cli import main
 from psyche_jax.data.dataset import load_records
-from psyche_jax.data.decontamination import clean_text, comparable
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays, load_smile
 from psyche_jax.data.records import Question
+from psyche_jax.data.text import clean_text, comparable
 from psyche_jax.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -165,7 +165,7 @@ def test_what_an_import_says_of_dialogues(tmp_path, capsys):
     command = ["data", "import", str(tmp_path / "a.json"), str(tmp_path / "out"), "--format", "smile"]
     assert main([*command, "--report", str(tmp_path / "r.json")]) == 0
     out = capsys.readouterr().out
-    assert "7 records of Dialogue" in out and "0 set aside" in out
+    assert "7 records of Dialogue" in out and "0 skipped" in out
     assert "look here: 3 turns in 3 dialogues hold the other side's words" in out
     assert (
         "look here: 5 dialogues share their first turn with another, in 2 groups; the commonest, of 3: 你好，我想咨询"
@@ -251,7 +251,7 @@ def test_the_command(tmp_path, capsys):
     arguments = ["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out")]
     assert main([*arguments, "--format", "cpsyexam"]) == 0
     captured = capsys.readouterr()
-    assert "1 set aside" in captured.out
+    assert "1 skipped" in captured.out
     assert "1 empty answer" in captured.out
     assert "a.jsonl:2: empty answer" in captured.err
     assert len(load_records(Question, str(tmp_path / "out")).good) == 1

@@ -12,13 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from psyche_jax.cli import main
-from psyche_jax.data import published_files
+from psyche_jax.data import json_stream
 from psyche_jax.data.dataset import load_records
+from psyche_jax.data.json_stream import published_values
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_smile
-from psyche_jax.data.published_files import published_values
 from psyche_jax.data.records import Dialogue
-from psyche_jax.data.sources import RowError
-from psyche_jax.errors import UserError
+from psyche_jax.errors import RowError, UserError
 
 QUESTION = {
     "subject_name": "普通心理学",
@@ -131,7 +130,7 @@ values = st.recursive(
 @given(st.lists(values, max_size=6), st.sampled_from([None, 0, 2]), st.booleans(), st.integers(1, 40))
 def test_any_values_in_any_layout_read_in_any_pieces(tmp_path, monkeypatch, items, indent, ascii_only, size):
     """The same values as `json` reads, though a few characters at a time are read."""
-    monkeypatch.setattr(published_files, "_CHARACTERS", size)
+    monkeypatch.setattr(json_stream, "_CHARACTERS", size)
     array = written(tmp_path / "a.json", items, indent=indent, ensure_ascii=ascii_only)
     assert [found.value for found in published_values(array)] == items
     lines = tmp_path / "a.jsonl"

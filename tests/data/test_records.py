@@ -20,7 +20,8 @@ from psyche_jax.data.records import (
     read_records,
     write_records,
 )
-from psyche_jax.errors import UserError
+from psyche_jax.errors import NotTextError, RowError, UserError
+from psyche_jax.storage.files import read_jsonl
 
 QUESTION = {"stem": "问", "options": {"A": "甲", "B": "乙", "C": "丙"}, "answer": "AC", "kind": "multi"}
 TURNS = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
@@ -218,6 +219,25 @@ def test_files_of_windows(encoding, end, tmp_path):
     (tmp_path / "q.jsonl").write_bytes((text + text).encode(encoding))
     read = read_records(Question, tmp_path / "q.jsonl")
     assert (len(read.good), read.set_aside) == (2, ())
+
+
+def test_lines_of_json(tmp_path):
+    """Each value with its place; what is none is named in its place, the last line cut short by a crash too."""
+    path = tmp_path / "a.jsonl"
+    deep, long, gbk = b"[" * 100_000, b"9" * 5000, "问".encode("gbk")
+    lines = [b'\xef\xbb\xbf{"a": 1}\r', b"", b'"a\xe2\x80\xa8b"', deep, long, b'"' + gbk + b'"', b"3", b'{"cut": "\xe9']
+    path.write_bytes(b"\n".join(lines))
+    found = dict(read_jsonl(path))
+    assert [found.pop(f"{path}:{line}") for line in (1, 3, 7)] == [{"a": 1}, "a\u2028b", 3]
+    assert {where.rpartition(":")[2]: type(fault) for where, fault in found.items()} == {
+        "4": RowError,
+        "5": RowError,
+        "6": NotTextError,
+        "8": NotTextError,
+    }
+    assert [value for _, value in read_jsonl(path, "latin-1", "name") if isinstance(value, str)] != []
+    with pytest.raises(UserError, match=r"name: the data cannot be read \(No such file"):
+        list(read_jsonl(tmp_path / "none", name="name"))
 
 
 def test_writing_is_one_step(tmp_path):

@@ -9,18 +9,18 @@ import pytest
 from support.faulty_proxy import FAULTS, FLIPPED, faulty, refusing
 
 from psyche_jax.cli import main
-from psyche_jax.data import store
 from psyche_jax.data.dataset import copy_dataset, load_records, open_dataset, verify_dataset, write_dataset
 from psyche_jax.data.records import Message, SftExample
 from psyche_jax.errors import UserError
+from psyche_jax.storage import buckets
 
 RECORDS = [SftExample((Message("user", f"问{n}"), Message("assistant", f"答{n}" * 40))) for n in range(300)]
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(store, "FIRST_PAUSE", 0.01)
-    monkeypatch.setattr(store, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(buckets, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(buckets, "LONGEST_PAUSE", 0.1)
 
 
 def test_a_third_of_all_answers_is_bad(bucket, tmp_path):

@@ -239,7 +239,7 @@ def test_a_thought_that_the_prompt_has_opened_goes_on(name, said, request):
 
 def test_an_answer_without_the_thought_that_is_opened(qwq):
     turns = (Message("user", "一"), Message("assistant", "乙"))
-    with pytest.raises(UserError, match=r"does not go on from '<think>\\n'"):
+    with pytest.raises(UserError, match=r"does not continue '<think>\\n'"):
         tokenize_example(qwq, turns, PROMPT)
     later = (*turns, Message("user", "二"), Message("assistant", "<think>丙</think>丁"))
     assert len(learned(tokenize_example(qwq, later, PROMPT))) == 1
@@ -251,7 +251,7 @@ def test_a_thought_that_the_prompt_has_closed(tiny):
     for said in ("好。", "<think>\n\n</think>\n\n好。"):
         example = tokenize_example(tokenizer, (Message("user", "一"), Message("assistant", said)), PROMPT)
         assert [decoded_text(tokenizer, ids) for ids in learned(example)] == ["好。<|im_end|>"]
-    with pytest.raises(UserError, match="does not go on from"):
+    with pytest.raises(UserError, match="does not continue"):
         tokenize_example(tokenizer, (Message("user", "一"), Message("assistant", "<think>想</think>好。")), PROMPT)
 
 
@@ -311,6 +311,6 @@ def test_a_prompt_that_a_template_refuses_is_set_aside(tiny, tmp_path):
         generations_per_prompt=2,
         max_new_tokens=2,
     )
-    prompts, (line,) = grpo_run._tokenized(tokenizer, config, str(tmp_path / "rl.jsonl"))
+    prompts, (line,) = grpo_run.tokenized_prompts(tokenizer, config, str(tmp_path / "rl.jsonl"))
     assert [prompt.record for prompt in prompts] == [good]
     assert f"record {bad.id}: the tokenizer's chat template is broken" in line

@@ -191,7 +191,7 @@ def test_the_command_with_leaks_and_examples(
         assert cli.main([*arguments, "--cells", "moral_smcq,moral_mmcq"]) == 0
         out, err = capsys.readouterr()
         assert "1 stand in the training data; without them 3 questions: strict 1.000" in out
-        assert err.count("set aside: ") == 2 and "2 records set aside" in out
+        assert err.count("skipped: ") == 2 and "2 records skipped" in out
         shots = ["--shots", "1", "--shots-from", f"pceb:{pceb}", "--cells", "moral_smcq"]
         assert cli.main([*arguments[:4], *shots]) == 0
     assert len(server.requests[-1]["messages"]) == 4, "system, example, its answer, question"

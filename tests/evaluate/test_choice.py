@@ -1,6 +1,5 @@
 """Scores and chance against independent brute force."""
 
-import dataclasses
 import itertools
 import string
 from fractions import Fraction
@@ -11,8 +10,8 @@ from hypothesis import strategies as st
 
 from psyche_jax.data.records import Question, question_text
 from psyche_jax.evaluate.answers import Completion
-from psyche_jax.evaluate.score import Item, score_answer, summarize
 from psyche_jax.evaluate.score import chance as chance_of_task
+from psyche_jax.evaluate.score import score_answer, summarize
 from psyche_jax.evaluate.tasks import choice_task
 
 
@@ -20,7 +19,7 @@ def question(options: int, answer: str, kind: str = "multi", name: str = "问") 
     return Question(name, {letter: f"选项{letter}" for letter in string.ascii_uppercase[:options]}, answer, kind)
 
 
-def score_item(question: Question, completion: Completion) -> Item:
+def score_item(question: Question, completion: Completion) -> dict:
     return score_answer(choice_task(question), completion)
 
 
@@ -28,12 +27,12 @@ def chance(question: Question) -> tuple[float, float]:
     return chance_of_task(choice_task(question))
 
 
-def scores_of(questions: list[Question], items: list[Item]) -> dict:
+def scores_of(questions: list[Question], items: list[dict]) -> dict:
     """The summary of one answer to each question."""
-    return summarize([choice_task(one) for one in questions], {item.id: [item] for item in items})
+    return summarize([choice_task(one) for one in questions], {item["id"]: [item] for item in items})
 
 
-def asked(text: str, gold: str = "AC", kind: str = "multi") -> Item:
+def asked(text: str, gold: str = "AC", kind: str = "multi") -> dict:
     return score_item(question(4, gold, kind), Completion(text, 5, True))
 
 
@@ -59,9 +58,9 @@ def test_every_prediction_for_every_gold(options):
     for gold in subsets(letters):
         for predicted in subsets(letters):
             item = score_item(question(options, gold), Completion(f"<think>x</think>\n答案：{predicted}", 9, True))
-            assert item.predicted == predicted
-            assert item.strict == strict(predicted, gold)
-            assert item.elastic == pytest.approx(float(elastic(predicted, gold)))
+            assert item["predicted"] == predicted
+            assert item["strict"] == strict(predicted, gold)
+            assert item["elastic"] == pytest.approx(float(elastic(predicted, gold)))
 
 
 @pytest.mark.parametrize("options", [2, 3, 4, 6])
@@ -101,16 +100,16 @@ def test_chance_is_the_mean_over_all_guesses(options):
 )
 def test_extraction(text, predicted):
     item = asked(text)
-    assert item.predicted == predicted
-    assert item.strict == (predicted == "AC")
-    assert item.elastic == {"AC": 1.0, "A": 0.5}.get(predicted or "", 0.0)
-    assert item.response == text
+    assert item["predicted"] == predicted
+    assert item["strict"] == (predicted == "AC")
+    assert item["elastic"] == {"AC": 1.0, "A": 0.5}.get(predicted or "", 0.0)
+    assert item["response"] == text
 
 
 def test_an_item_tells_what_was_asked_and_said():
     item = asked("答案：A")
-    assert (item.id, item.kind, item.gold) == (question(4, "AC").id, "multi", "AC")
-    assert item.question == "多项选择题：问\nA. 选项A\nB. 选项B\nC. 选项C\nD. 选项D"
+    assert (item["id"], item["kind"], item["gold"]) == (question(4, "AC").id, "multi", "AC")
+    assert item["question"] == "多项选择题：问\nA. 选项A\nB. 选项B\nC. 选项C\nD. 选项D"
 
 
 answers = st.none() | st.sets(st.sampled_from("ABCDE"), min_size=1).map(lambda letters: "".join(sorted(letters)))
@@ -135,8 +134,8 @@ def test_the_order_of_options_changes_nothing_but_letters(order, gold, predicted
         for names in (predicted or "", [moved[letter] for letter in predicted or ""])
     ]
     one, other = score_item(before, said[0]), score_item(after, said[1])
-    assert (one.strict, one.elastic) == (other.strict, other.elastic)
-    assert (one.predicted is None) == (other.predicted is None)
+    assert (one["strict"], one["elastic"]) == (other["strict"], other["elastic"])
+    assert (one["predicted"] is None) == (other["predicted"] is None)
     assert chance(before) == chance(after)
     assert sorted(line[3:] for line in question_text(before).split("\n")[1:]) == sorted(
         line[3:] for line in question_text(after).split("\n")[1:]
@@ -199,4 +198,4 @@ def test_single_comes_first_in_summaries():
     summary = scores_of(questions, items)
     assert list(summary["by_kind"]) == ["single", "multi"]
     assert (summary["strict"], summary["elastic"]) == (0.5, 0.75)
-    assert dataclasses.asdict(items[1])["strict"] == 1
+    assert items[1]["strict"] == 1

@@ -18,6 +18,7 @@ from psyche_jax.evaluate import evaluation
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.endpoint import Endpoint, same_model
 from psyche_jax.evaluate.tasks import Benchmark
+from psyche_jax.llm.retries import Patience
 
 TASKS = read_benchmark("samples").tasks[:12]
 KEY = {task.text: task.gold for task in TASKS}
@@ -153,7 +154,7 @@ def test_an_endpoint_that_never_answers_is_given_up_early() -> None:
 def test_an_answer_that_drips_for_ever_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     from psyche_jax.evaluate import endpoint
 
-    monkeypatch.setattr(endpoint, "PATIENCE", 2)
+    monkeypatch.setattr(endpoint, "SILENCES", 2)
     monkeypatch.setattr(endpoint, "UNREACHABLE_AFTER", 100)
 
     def answer(request: dict[str, Any], again: int) -> Any:
@@ -295,7 +296,7 @@ def test_a_wrong_key_or_model_ends_it_at_once(status: int, expected: str) -> Non
 def test_the_rest_is_asked_when_a_dead_server_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from psyche_jax.evaluate import endpoint
 
-    monkeypatch.setattr(endpoint, "RETRIES", 0)
+    monkeypatch.setattr(endpoint, "PATIENCE", Patience(retries=0))
     dead = [False]
 
     def dies(request: dict[str, Any], again: int) -> Any:

@@ -61,7 +61,7 @@ def test_bleu_by_hand() -> None:
     assert evaluation["scores"]["essays"]["bleu4"] == pytest.approx(expected)
     assert "tok:zh" in evaluation["scores"]["essays"]["measured_by"]["bleu4"]
     assert evaluation["scores"]["count"] == 0
-    assert scores_table({**evaluation["scores"], "set_aside": 2}).splitlines()[-1] == "2 records set aside"
+    assert scores_table({**evaluation["scores"], "set_aside": 2}).splitlines()[-1] == "2 records skipped"
     assert "1 essays: ROUGE-1 " in scores_table({**evaluation["scores"], "set_aside": 0})
 
 

@@ -20,9 +20,9 @@ from support.made_up_runs import (
 )
 
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.answers import duration, spoken
 from psyche_jax.evaluate.comparison import Evaluation, read_benches, wilson
 from psyche_jax.evaluate.curves import SFT_METRICS, charts, grpo_metrics, moving_mean, number
+from psyche_jax.evaluate.formatting import duration, spoken
 from psyche_jax.evaluate.report import write_report
 
 
@@ -162,7 +162,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
     assert "No evaluation was found in this run." in text
     assert "bare has no metrics, so there is nothing to draw." in text
     assert "nothing to set side by side" in text and "state.json names no versions." in text
-    assert f"To go on with it where it stopped: psyche grpo --config {run}/config.yaml" in text
+    assert f"To resume it where it stopped: psyche grpo --config {run}/config.yaml" in text
 
 
 def test_one_model_alone_has_no_before_and_after(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from psyche_jax.model.config import (
     model_config_from_dict,
     model_config_from_hf,
 )
-from psyche_jax.model.huggingface import _expected_shapes
+from psyche_jax.model.huggingface import expected_shapes
 
 sizes = st.integers(1, 10**6)
 ids = st.integers(0, 10**6)
@@ -65,7 +65,7 @@ def test_round_trip_of_the_package_itself(config):
 @given(configs(), st.integers(1, 4))
 def test_num_parameters(config, layers):
     config = dataclasses.replace(config, num_hidden_layers=layers)
-    assert config.num_parameters == sum(math.prod(shape) for _, shape in _expected_shapes(config))
+    assert config.num_parameters == sum(math.prod(shape) for _, shape in expected_shapes(config))
 
 
 def test_transformers_reads_the_same():

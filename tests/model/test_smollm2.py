@@ -1,4 +1,4 @@
-"""The port on a real model of 135M parameters, which `scripts/smollm2.py` writes."""
+"""The port on a real model of 135M parameters, which `scripts/learning/smollm2.py` writes."""
 
 import functools
 import subprocess
@@ -14,7 +14,7 @@ from support.qwen2_reference import Batch, apart, logits, padded, read, scores, 
 from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "smollm2.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "learning" / "smollm2.py"
 TEXT = (
     "Psychology is the scientific study of mind and behavior. Its subject matter includes the behavior of humans and "
     "nonhumans, both conscious and unconscious phenomena, and mental processes such as thoughts, feelings, and motives."

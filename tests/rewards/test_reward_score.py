@@ -13,7 +13,7 @@ from support.adversary import RULES, Vocabulary
 
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import AnswerSetRule, LengthRule, PatternRule, RepetitionRule, ThinkFormatRule, reference
-from psyche_jax.rewards.score import CompiledRules, compile_rules, completion_mask, score
+from psyche_jax.rewards.score import CompiledRules, compile_rules, score
 
 # 0 is a stop token, 1 another; 2 has no bytes.
 BYTES = [b"<|im_end|>", b"<|endoftext|>", None, b"<think>", b"a", b"</think>", "答案：".encode(), b"A", b"B", b"\n"]
@@ -33,12 +33,6 @@ def values(rule: object, rows: list[list[int]], gold: int = 0b11, lengths: list[
     (found,) = by_rule.values()
     assert found.dtype == jnp.float32
     return found.tolist()
-
-
-def test_completion_mask() -> None:
-    tokens = jnp.asarray([[5, 0, 5, 0], [5, 5, 5, 5], [1, 5, 5, 5], [5, 5, 5, 0]])
-    expected = [[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]
-    np.testing.assert_array_equal(completion_mask(tokens, [0, 1]), np.array(expected, bool))
 
 
 def test_either_stop_token_ends_a_response_and_nothing_after_it_matters() -> None:

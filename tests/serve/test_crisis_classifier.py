@@ -22,7 +22,7 @@ HARD_TO_TELL = [OBLIQUE, "我爸去世三年了，我很想他", "今天好累�
 
 @pytest.fixture(scope="module")
 def training():
-    return load_script("train_crisis_classifier")
+    return load_script("crisis", "train_classifier")
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_the_measure_names_it_and_can_leave_it_out(tmp_path, capsys):
 
 
 def test_it_finds_some_of_the_sentences_that_it_was_not_trained_on():
-    """Few, for a threshold that lets little through (docs/crisis.md)."""
+    """Few, for a threshold that lets little through (docs/measurements/crisis.md)."""
     posts = own_sentences("after")
     model = classifier()
     found = {label: [] for label in Risk}
@@ -94,7 +94,7 @@ def test_it_finds_some_of_the_sentences_that_it_was_not_trained_on():
 
 def test_the_weights_in_the_package_are_of_the_sentences_in_the_repository(training):
     sentences = training.read()
-    assert classifier().data == training.fingerprint(sentences), "run scripts/train_crisis_classifier.py"
+    assert classifier().data == training.fingerprint(sentences), "run scripts/crisis/train_classifier.py"
     assert classifier().classes == tuple(risk.value for risk in Risk)
     assert len({one.text for one in sentences}) == len(sentences) > 3000
     assert len({one.author for one in sentences}) > 80
@@ -106,7 +106,7 @@ def test_the_same_sentences_and_seed_give_the_same_file(training, small, tmp_pat
     contents = []
     for name in ("one.npz", "two.npz"):
         threshold = training.choose(small, 0.02, seed=3)
-        training.train(small, threshold, training.fingerprint(small)).save(tmp_path / name)
+        training.write(training.train(small, threshold, training.fingerprint(small)), tmp_path / name)
         contents.append((tmp_path / name).read_bytes())
     assert contents[0] == contents[1]
     assert "of the messages of unseen authors" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_model_knows_what_it_was_trained_on_and_survives_its_file(training, sm
     model = training.train(small, 0.5, "data")
     wrong = [one for one in small if model.probabilities(one.text).argmax() != one.label]
     assert len(wrong) < len(small) / 20
-    model.save(tmp_path / "model.npz")
+    training.write(model, tmp_path / "model.npz")
     stored = load(tmp_path / "model.npz")
     assert replace(stored, rarity=0, weights=0, bias=0) == replace(model, rarity=0, weights=0, bias=0)
     for one in small[::10]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.script_modules import load_script
 
 from psyche_jax import cli
 from psyche_jax.serve.crisis import Risk
@@ -45,7 +46,7 @@ def files(tmp_path):
 
 
 def test_the_measuring_script_counts(files):
-    script = [sys.executable, ROOT / "scripts" / "measure_crisis.py"]
+    script = [sys.executable, ROOT / "scripts" / "crisis" / "measure.py"]
     out = subprocess.run(
         [*script, *files, "--show", "1", "--errors"], capture_output=True, text=True, check=True
     ).stdout
@@ -54,7 +55,8 @@ def test_the_measuring_script_counts(files):
     assert rows["active_ideation"][:2] == ["1", "1.000"]
     assert rows["passive_ideation"][:2] == ["1", "0.000"]
     errors = "- passive_ideation as none (): '今天好累'"
-    assert (errors in out) == (Post("", "", "2").half == 0), "errors of the second half are not shown"
+    half = load_script("measure_crisis").half_of(Post("", "", "2"))
+    assert (errors in out) == (half == 0), "errors of the second half are not shown"
     assert "- passive_ideation (does not want to live) d: '不想活了'" in out
     assert "- withheld: '你这是典型的抑郁症。'" in out
 
@@ -114,7 +116,7 @@ def test_an_interval_holds_its_share(count, more):
 
 
 def test_the_own_sentences_are_labelled_once_and_the_gate_knows_most_of_them():
-    """What they show of other sentences is in docs/crisis.md; this holds the rules to what they reach."""
+    """What they show of other sentences is in docs/measurements/crisis.md; this holds the rules to what they reach."""
     posts = own_sentences()
     assert len({post.text for post in posts}) == len(posts) > 400
     measured = measure_posts(posts)["classes"]

@@ -10,7 +10,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from psyche_jax.errors import UserError
-from psyche_jax.llm import gate_warnings
+from psyche_jax.llm.server import gate_warnings
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import Gate
 from psyche_jax.serve.server import create_app

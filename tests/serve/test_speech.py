@@ -26,7 +26,7 @@ def say(tokenizer, text, sizes, stop=(), filtered=False, finish="length", log_pr
     speech = Speech(tokenizer, stop, OutputFilter(Gate()) if filtered else None, log_probs)
     ids = tokenizer.encode(text, add_special_tokens=False)
     shown, entries, place, turn = "", [], 0, 0
-    while not speech.ended:
+    while speech.finish is None:
         size = sizes[turn % len(sizes)]
         part = ids[place : place + size]
         place, turn = place + size, turn + 1

@@ -17,7 +17,9 @@ from email.utils import formatdate
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.synth.canned import completion, read_body
+from starlette.requests import Request
+
+from psyche_jax.synth.canned import completion
 
 SERVER_FAULTS = ("429", "500", "time-out", "cut")
 MODEL_FAULTS = ("invalid JSON", "wrong letters", "refusal", "injection")
@@ -43,7 +45,7 @@ class FaultyServer:
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             return
-        body = await read_body(receive)
+        body = await Request(scope, receive).body()
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -56,7 +58,7 @@ class FaultyServer:
         key = headers["idempotency-key"]
         if headers.get("authorization") != f"Bearer {KEY}":
             said = f"Incorrect API key provided: {headers.get('authorization', '').removeprefix('Bearer ')}"
-            return await _send(send, 401, {"error": {"message": said}})
+            return await send_answer(send, 401, {"error": {"message": said}})
         self.tries[key] += 1
         fault = None
         if self.tries[key] == 1:
@@ -66,9 +68,9 @@ class FaultyServer:
         await asyncio.sleep(self.delay)
         if fault == "429":
             wait = formatdate(time.time() + 1, usegmt=True) if int(key[:2], 16) % 8 == 0 else "0.02"
-            return await _send(send, 429, {"error": {"message": "slow down"}}, [(b"retry-after", wait.encode())])
+            return await send_answer(send, 429, {"error": {"message": "slow down"}}, [(b"retry-after", wait.encode())])
         if fault == "500":
-            return await _send(send, 500, {"error": {"message": "oops"}})
+            return await send_answer(send, 500, {"error": {"message": "oops"}})
         if fault == "time-out":
             await asyncio.sleep(self.hang)
         value = completion(request, self.answer(request))
@@ -79,7 +81,7 @@ class FaultyServer:
                 self._log.flush()
         if request.get("stream"):
             return await _stream(send, value, cut=fault == "cut")
-        await _send(send, 200, value, cut=fault == "cut")
+        await send_answer(send, 200, value, cut=fault == "cut")
         return None
 
 
@@ -98,7 +100,7 @@ def pick(text: str, faults: tuple[str, ...], share: float) -> str | None:
     return faults[int(place / share)] if share and place < share * len(faults) else None
 
 
-async def _send(send: Any, status: int, value: Any, headers: Any = (), cut: bool = False) -> None:
+async def send_answer(send: Any, status: int, value: Any, headers: Any = (), cut: bool = False) -> None:
     content = json.dumps(value).encode()
     length = str(len(content)).encode()
     start = [(b"content-type", b"application/json"), (b"content-length", length), *headers]

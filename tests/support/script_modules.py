@@ -9,7 +9,7 @@ from unittest import mock
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
-def load_script(name: str) -> ModuleType:
-    """scripts/NAME.py, imported but not run."""
-    with mock.patch.object(sys, "path", [str(SCRIPTS), *sys.path]):
+def load_script(folder: str, name: str) -> ModuleType:
+    """scripts/FOLDER/NAME.py, imported but not run."""
+    with mock.patch.object(sys, "path", [str(SCRIPTS / folder), *sys.path]):
         return importlib.import_module(name)

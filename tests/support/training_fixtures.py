@@ -32,8 +32,8 @@ from psyche_jax.model.huggingface import load_tokenizer, write_weights
 from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import LengthRule, PatternRule, RepetitionRule
-from psyche_jax.runs import PreemptedError, read_lines
 from psyche_jax.train.checkpoints import Checkpoints
+from psyche_jax.train.runs import PreemptedError, read_lines
 
 PROMPT = PromptSection(system="专家。", instruction="想：")
 QUESTIONS = (

@@ -36,7 +36,7 @@ def ask(tmp_path: Path) -> Callable[..., Any]:
             ]
             client = Client(sections, CallsSection(**{**FAST, **calls}), budget or BudgetSection(), store)
             try:
-                return await work(Asker(client, Prompts(), calls.get("reasks", 2)))
+                return await work(Asker(client, Prompts(), calls.get("reasks", 2), calls.get("give_up_after", 20)))
             finally:
                 await client.close()
                 store.close()

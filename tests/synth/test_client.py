@@ -8,13 +8,15 @@ from email.utils import formatdate
 
 import httpx2
 import pytest
-from support.faulty_server import KEY, FaultyServer, _send, answering, stored_keys
+from support.faulty_server import KEY, FaultyServer, answering, send_answer, stored_keys
 
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.llm import retry_after
-from psyche_jax.synth.calls import Call, CallStore, Reply
+from psyche_jax.llm.reply import NoReplyError, Reply
+from psyche_jax.llm.retries import retry_after
+from psyche_jax.synth.asking import SetAsideError
+from psyche_jax.synth.calls import Call, CallStore
 from psyche_jax.synth.canned import completion, serving
-from psyche_jax.synth.client import CallFailedError, Client
+from psyche_jax.synth.client import Client
 from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
 
 
@@ -22,9 +24,13 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+def call(asker, text, llm="llm", sample=0):
+    return asker.client.reply(asker.client.request(llm, "p@1", user(text), sample))
+
+
 def many(count, llm="llm"):
     async def work(asker):
-        calls = (asker.client.call(llm, "p@1", user(f"第{n}问")) for n in range(count))
+        calls = (call(asker, f"第{n}问", llm) for n in range(count))
         return await asyncio.gather(*calls), asker.client
 
     return work
@@ -44,7 +50,7 @@ class Scripted(FaultyServer):
         self.times.append(time.monotonic())
         if step != "ok":
             self.tries[key] += 1
-            return await _send(send, step[0], {"error": {"message": f"no, {KEY}"}}, step[1])
+            return await send_answer(send, step[0], {"error": {"message": f"no, {KEY}"}}, step[1])
         return await super()._respond(request, headers, send)
 
 
@@ -65,10 +71,10 @@ def test_all_faults_pass_and_nothing_is_asked_twice(ask, tmp_path, stream):
 
 def test_a_request_that_is_under_way_is_not_sent_again(ask):
     async def work(asker):
-        calls = [asker.client.call("llm", "p@1", user("同一问")) for _ in range(10)]
+        calls = [call(asker, "同一问") for _ in range(10)]
         await asyncio.gather(*calls)
-        await asker.client.call("llm", "p@1", user("同一问"), sample=1)
-        await asker.client.call("other", "p@1", user("同一问"))
+        await call(asker, "同一问", "llm", sample=1)
+        await call(asker, "同一问", "other")
         return asker.client.sent
 
     assert ask(FaultyServer(share=0.0, delay=0.05), work) == 3
@@ -115,8 +121,8 @@ def test_a_server_is_waited_for_only_so_long_and_that_is_said_once(ask, capsys, 
 
 def test_a_call_that_never_succeeds_fails_alone(ask):
     async def work(asker):
-        with pytest.raises(CallFailedError, match="HTTP 500"):
-            await asker.client.call("llm", "p@1", user("问"))
+        with pytest.raises(NoReplyError, match="HTTP 500"):
+            await call(asker, "问")
         return asker.client.sent
 
     assert ask(Scripted((500, ())), work, retries=2) == 3
@@ -124,11 +130,11 @@ def test_a_call_that_never_succeeds_fails_alone(ask):
 
 def test_too_many_failed_calls_end_the_run(ask):
     async def work(asker):
-        calls = (asker.client.call("llm", "p@1", user(f"第{n}问")) for n in range(9))
+        calls = (call(asker, f"第{n}问") for n in range(9))
         return await asyncio.gather(*calls, return_exceptions=True)
 
     faults = ask(Scripted((500, ())), work, retries=0, give_up_after=3, concurrency=1)
-    assert [type(fault) for fault in faults[:3]] == [CallFailedError, CallFailedError, UserError]
+    assert [type(fault) for fault in faults[:3]] == [NoReplyError, NoReplyError, UserError]
     assert "start again later" in str(faults[2])
 
 
@@ -161,7 +167,7 @@ class Odd(FaultyServer):
         self.requests.append(request)
         value = completion(request, "好")
         value["choices"][0] |= self.choice
-        await _send(send, 200, {**value, **self.changes})
+        await send_answer(send, 200, {**value, **self.changes})
 
 
 @pytest.mark.parametrize("count", [10**30, -7, 1.5, "12", None, [], True, 2**63])
@@ -172,15 +178,17 @@ def test_counts_that_no_store_can_hold_are_taken_for_unknown(ask, count):
     assert client.tokens == 4
 
 
-def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path):
+@pytest.mark.parametrize(("text", "count"), [("好", 10**30), ("\ud800", 1)])
+def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path, text, count):
     async def work():
         store = CallStore(tmp_path / "calls.sqlite")
-        call = Call("llm", "m", "p@1", tuple(user("问")), ())
+        asked = Call("llm", "m", "p@1", tuple(user("问")), ())
+        bad = Reply(text, finish="stop", prompt_tokens=count, completion_tokens=1)
         async with asyncio.timeout(5):
-            waiting = [store.opened(call), store.answered(call.key, Reply("好", "stop", 10**30, 1)), store.opened(call)]
+            waiting = [store.opened(asked), store.answered(asked.key, bad), store.opened(asked)]
             found = await asyncio.gather(*waiting, return_exceptions=True)
             assert [type(one) for one in found] == [UserError] * 3 and "cannot be written" in str(found[0])
-            await store.opened(call)  # it goes on
+            await store.opened(asked)  # it goes on
         store.close()
 
     asyncio.run(work())
@@ -189,8 +197,8 @@ def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path):
 @pytest.mark.parametrize("finish", ["error", "insufficient_system_resource"])
 def test_what_a_server_broke_off_is_asked_again_and_never_a_reply(ask, tmp_path, finish):
     async def work(asker):
-        with pytest.raises(CallFailedError, match=f"no answer: {finish}"):
-            await asker.client.call("llm", "p@1", user("问"))
+        with pytest.raises(NoReplyError, match=f"no answer: {finish}"):
+            await call(asker, "问")
         return asker.client.sent
 
     assert ask(Odd({"finish_reason": finish}), work, retries=2) == 3
@@ -222,7 +230,7 @@ def test_parameters_that_are_refused_are_paid_for_once(ask, tmp_path, capsys):
                 said = (
                     "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'."
                 )
-                return await _send(send, 400, {"error": {"message": said, "param": "max_tokens"}})
+                return await send_answer(send, 400, {"error": {"message": said, "param": "max_tokens"}})
             return await super()._respond(request, headers, send)
 
     server = Newer()
@@ -246,7 +254,7 @@ def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
     class Picky(FaultyServer):
         async def _respond(self, request, headers, send):
             if "第1问" in request["messages"][0]["content"]:
-                return await _send(send, 400, {"error": {"message": f"no, {KEY}"}})
+                return await send_answer(send, 400, {"error": {"message": f"no, {KEY}"}})
             return await super()._respond(request, headers, send)
 
     (taken, refused), _ = ask(Picky(share=0.0), many(2), concurrency=1)
@@ -255,8 +263,13 @@ def test_a_request_that_is_refused_is_a_reply(ask, tmp_path):
 
 
 def test_an_llm_that_refuses_everything_ends_the_run_and_is_asked_again_when_it_is_mended(ask):
-    with pytest.raises(UserError, match="refused 3 requests and took none: HTTP 400"):
-        ask(Scripted((400, ())), many(9), give_up_after=3)
+    async def work(asker):
+        calls = [asker.client.request("llm", "p@1", user(f"第{n}问")) for n in range(9)]
+        return await asyncio.gather(*map(asker.reply, calls), return_exceptions=True)
+
+    faults = ask(Scripted((400, ())), work, give_up_after=3)
+    assert [type(fault) for fault in faults] == [SetAsideError] * 2 + [UserError] * 7
+    assert "3 replies in a row could not be used, 3 of them: refused by the server: p, llm: HTTP 400" in str(faults[2])
     replies, client = ask(FaultyServer(share=0.0), many(9))
     assert {reply.finish for reply in replies} == {"stop"} and client.known == 0
 

@@ -18,7 +18,7 @@ from psyche_jax.data.records import Question, read_records
 from psyche_jax.errors import UserError
 from psyche_jax.synth.config import ControlSection
 from psyche_jax.synth.duplicates import Duplicates, fold
-from psyche_jax.synth.pipeline import with_twins
+from psyche_jax.synth.steps import with_twins
 
 SAMPLES = Path(__file__).parents[2] / "psyche_jax" / "data" / "samples"
 
@@ -29,7 +29,7 @@ def test_recall_and_precision_on_planted_duplicates():
 
 
 def test_other_kinds_of_duplicates_are_found_less_often_and_look_alikes_let_through():
-    """Nothing was tuned on these: docs/synthesis.md has the figures of 1,000."""
+    """Nothing was tuned on these: docs/measurements/synthesis.md has the figures of 1,000."""
     result = measure_held_out(120)
     assert result["planted"] == result["look_alikes"] == 120 and result["precision"] >= 0.95, result
 

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from fastapi.testclient import TestClient
+from starlette.requests import Request
 from support.bucket import running_bucket
 
 from psyche_jax import cli
@@ -19,14 +20,15 @@ from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.records import Passage, Question, RlPrompt, SftExample, read_records, write_records
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.rewards.reference import think_format
+from psyche_jax.serve.guard import LOOPBACK
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
-from psyche_jax.synth.canned import canned_answer, canned_config, read_body, replay_app, serving
-from psyche_jax.synth.client import CallFailedError
+from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
-from psyche_jax.synth.review import LOOPBACK, Decision, ReviewStore, review_app
+from psyche_jax.synth.review import Decision, ReviewStore, review_app
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 
@@ -214,7 +216,7 @@ def test_a_refused_parameter_is_asked_about_once_in_a_run_of_many_stages(tmp_pat
     async def picky(scope, receive, send):
         if scope["type"] != "http":
             return None
-        body = await read_body(receive)
+        body = await Request(scope, receive).body()
 
         async def again():
             return {"type": "http.request", "body": body}
@@ -310,7 +312,7 @@ def test_export_and_import_of_reviews(tmp_path, capsys):
     file.write_text(text + "no JSON\n", encoding="utf-8")
     assert cli.main(["review", str(tmp_path), "--import", str(file), "--who", "我"]) == 0
     out, err = capsys.readouterr()
-    assert "2 decisions taken, 2 set aside" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    assert "2 decisions taken, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
     found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
     assert found == [("accept", "远方"), ("edit", "我"), None, None]
     store.export(file)
@@ -355,10 +357,10 @@ def test_a_budget_that_is_used_up_stops_and_goes_on(tmp_path, url):
 
 
 def test_two_processes_do_not_work_in_one_folder(made):
-    from psyche_jax.synth.stages import locked
+    from psyche_jax.storage.locks import locked
 
     config, _ = made
-    with locked(Path(config.run.dir)), pytest.raises(UserError, match="another process"):
+    with locked(Path(config.run.dir)), pytest.raises(UserError, match="another run is writing there"):
         run_synth(config)
 
 
@@ -417,7 +419,7 @@ def test_progress_is_said_while_no_item_is_done_with_the_last_fault(tmp_path, ca
 def test_items_without_a_reply_are_named_with_the_reason_of_theirs(tmp_path):
     async def work(item):
         if item == 0:
-            raise CallFailedError("writer: no reply in time")
+            raise NoReplyError("writer: no reply in time")
         raise SetAsideError("no usable reply: questions")
 
     progress = Progress("synth", "questions", 2, None)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from support.faulty_server import FaultyServer, _send, answering
+from support.faulty_server import FaultyServer, answering, send_answer
 
 from psyche_jax.data.records import Dialogue, Message, Passage, Question
 from psyche_jax.errors import UsageError
@@ -17,8 +17,16 @@ from psyche_jax.synth.config import (
     RationalesSection,
     SelectionSection,
 )
-from psyche_jax.synth.pipeline import control, with_twins
-from psyche_jax.synth.records import agreed_answer, read_answered, rewrite, select, write_questions, write_rationale
+from psyche_jax.synth.steps import (
+    agreed_answer,
+    control,
+    read_answered,
+    rewrite,
+    select,
+    with_twins,
+    write_questions,
+    write_rationale,
+)
 
 PASSAGE = Passage("经典条件反射由巴甫洛夫发现，说明中性刺激怎样获得意义。", "教材", "CC0", {"subject": "基础"})
 OPTIONS = {"A": "巴甫洛夫", "B": "斯金纳", "C": "班杜拉", "D": "华生"}
@@ -123,7 +131,7 @@ class Filtering(FaultyServer):
         value = completion(request, self.answer(request))
         if len(self.requests) != self.but:
             value["choices"][0]["finish_reason"] = self.finish
-        await _send(send, 200, value)
+        await send_answer(send, 200, value)
 
 
 @pytest.mark.parametrize("work", ["questions", "selection"])
@@ -458,7 +466,7 @@ def test_one_right_answer_makes_it_sft_and_agreement_on_another_asks_a_person(as
 def test_what_a_server_refused_to_be_asked_is_not_taken_for_a_wrong_answer(ask):
     class Refusing(FaultyServer):
         async def _respond(self, request, headers, send):
-            await _send(send, 400, {"error": {"message": "the prompt is filtered"}})
+            await send_answer(send, 400, {"error": {"message": "the prompt is filtered"}})
 
     with pytest.raises(SetAsideError, match=r"refused by the server: .*the prompt is filtered"):
         ask(Refusing(share=0.0), lambda asker: select(QUESTION, asker, SelectionSection(("llm",))))

@@ -95,7 +95,7 @@ def test_restored_onto_another_mesh(mesh, saved, tiny_root, tiny_config, metadat
 
 
 def test_what_is_saved_is_the_state_at_that_time(tiny_root, tiny_config, tmp_path, metadata):
-    """The step that follows takes over the state's memory while writing goes on in the background."""
+    """The step that follows takes over the state's memory while writing continues in the background."""
     state, abstract = state_on(tiny_root, tiny_config, execution(8))
     expected = leaves(state)
     scale = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
@@ -232,7 +232,7 @@ def test_one_flipped_bit_in_any_file_is_found_and_named(seed, broken, tiny_root,
             with pytest.raises(UserError, match=r"broken|cannot be read as JSON|newer version") as error:
                 checkpoints.restore(abstract, metadata)
             assert path.relative_to(broken / "4").as_posix() in str(error.value), path
-            assert "remove this folder to go on from the one before it" in str(error.value)
+            assert "remove this folder to resume from the one before it" in str(error.value)
             if "optimizer" not in path.parts:
                 with pytest.raises(UserError):
                     open_model(str(broken)).check()

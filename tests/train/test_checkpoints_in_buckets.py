@@ -13,11 +13,9 @@ from support.faulty_proxy import FAULTS, dying, faulty, silent
 from support.training_fixtures import PROMPT, execution
 from test_checkpoints import leaves, state_on
 
-from psyche_jax.data import store
 from psyche_jax.errors import UserError
 from psyche_jax.storage import buckets
 from psyche_jax.storage.files import as_path
-from psyche_jax.train import step_folders
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 
 
@@ -84,10 +82,8 @@ def test_a_third_of_all_answers_is_bad(bucket, state, metadata, monkeypatch):
 @pytest.fixture
 def impatient(monkeypatch):
     """Short deadlines; TensorStore's can be set nowhere else."""
-    for module in (buckets, step_folders):
-        monkeypatch.setattr(module, "DEADLINE_SECONDS", 1.0)
-    for module in (buckets, store):
-        monkeypatch.setattr(module, "ANSWER_SECONDS", 1.0)
+    monkeypatch.setattr(buckets, "DEADLINE_SECONDS", 1.0)
+    monkeypatch.setattr(buckets, "ANSWER_SECONDS", 1.0)
     once = {"gcs_request_retries": {"max_retries": 1, "initial_delay": "10ms", "max_delay": "10ms"}}
     with mock.patch.dict(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, once):
         yield

@@ -268,7 +268,7 @@ def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
     this = bench(tiny_root)
     config = dataclasses.replace(this.config, rewards=(*RULES, FunctionReward(function="a:judge", weight=2.0)))
     iteration = dataclasses.replace(this.iteration, config=config)
-    _prompts, _ = grpo_run._tokenized(this.tokenizer, config, str(tiny_root / "rl.jsonl"))
+    _prompts, _ = grpo_run.tokenized_prompts(this.tokenizer, config, str(tiny_root / "rl.jsonl"))
     prompts = _prompts[:11]
     program = jax.jit(iteration.evaluate, compiler_options=FAST)
     seen = []
@@ -432,7 +432,7 @@ def test_who_reads_a_response_sees_what_the_template_has_opened(tiny_root):
     ids = tokenizer.encode("想</think>答", add_special_tokens=False)
     tokens = np.asarray([[*ids, this.model.stop_token_ids[0]]], np.int32)
     function = LoadedFunction(FunctionReward(function="a:judge"), judge)
-    grpo_run._judged([function], setup, [prompt], np.asarray([0]), tokens, np.ones_like(tokens, bool))
+    grpo_run.judged([function], setup, [prompt], np.asarray([0]), tokens, np.ones_like(tokens, bool))
     asked = "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert seen == [(asked, "<think>\n想</think>答")]
     rows = {key: value[:1] for key, value in outcome(tiny_root).samples[0].items() if key != "rewards_by_rule"}

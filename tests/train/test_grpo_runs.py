@@ -19,9 +19,9 @@ from psyche_jax.model.huggingface import load_tokenizer, read_parameters
 from psyche_jax.rewards import FunctionReward, LengthRule, PatternRule, ThinkFormatRule
 from psyche_jax.rewards.functions import LoadedFunction
 from psyche_jax.rewards.score import score
-from psyche_jax.runs import read_lines
 from psyche_jax.train import checkpoints, grpo_run, loop
 from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
+from psyche_jax.train.runs import read_lines
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
 NAMES = ("tokens", "mask", "answers")
@@ -159,9 +159,9 @@ def test_rewards_know_what_the_template_has_opened(root, monkeypatch):
 
     function = LoadedFunction(FunctionReward(function="a:b"), lambda p, c, r: heard.extend([*p, *c]) or [0.0])
     setup = SimpleNamespace(tokenizer=tokenizer, model=open_model(str(root / "model")))
-    prompts, _ = grpo_run._tokenized(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
+    prompts, _ = grpo_run.tokenized_prompts(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
     rows = np.asarray([tokens])
-    grpo_run._judged([function], setup, prompts, [0], rows, rows >= 0)
+    grpo_run.judged([function], setup, prompts, [0], rows, rows >= 0)
     assert heard[0].endswith("<think>\n")
     assert heard[1] == "<think>\n想</think>B"
 
@@ -194,9 +194,9 @@ def test_what_is_held_out_is_not_trained_on(root):
     write_prompts(root / "more.jsonl", 18)
     config = grpo_config(root)
     tokenizer = load_tokenizer(root / "model")
-    trained, _ = grpo_run._tokenized(tokenizer, config, str(root / "rl.jsonl"))
-    more, _ = grpo_run._tokenized(tokenizer, config, str(root / "more.jsonl"))
-    kept, faults = grpo_run._without(more, trained, "more.jsonl")
+    trained, _ = grpo_run.tokenized_prompts(tokenizer, config, str(root / "rl.jsonl"))
+    more, _ = grpo_run.tokenized_prompts(tokenizer, config, str(root / "more.jsonl"))
+    kept, faults = grpo_run.without_trained(more, trained, "more.jsonl")
     assert [prompt.record for prompt in kept] == [prompt.record for prompt in more[16:]]
     assert [prompt.number for prompt in kept] == [0, 1]
     assert len(faults) == 16
@@ -214,7 +214,7 @@ def test_prompts_that_are_too_long_are_set_aside_and_counted(train, root, capsys
     line = f"record {long.id}: "
     assert line in (root / "run" / "set_aside.txt").read_text()
     said = capsys.readouterr().err
-    assert "over data.max_prompt_length 64" in said and "1 records set aside" in said
+    assert "over data.max_prompt_length 64" in said and "1 records skipped" in said
 
 
 def test_mfu_is_there_where_the_peak_is_known(train, root, monkeypatch):

@@ -83,7 +83,7 @@ def test_sigterm_to_one_process_stops_all_at_one_step(root):
     for process in processes:
         process.send_signal(signal.SIGTERM)
     first, _ = (process.communicate(timeout=120)[0] for process in processes)
-    assert f"going on after step {state['step']}" in first
+    assert f"resuming after step {state['step']}" in first
 
 
 @pytest.mark.slow

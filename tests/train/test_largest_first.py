@@ -12,10 +12,10 @@ from support.training_fixtures import grpo_config, metrics_of, sft_config, state
 from psyche_jax.config import GrpoDataSection, SftDataSection
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import FunctionReward
-from psyche_jax.runs import Run
 from psyche_jax.train import loop
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.loop import check_memory, out_of_memory
+from psyche_jax.train.runs import Run
 from psyche_jax.train.sft import train_sft
 
 JUDGE = "def judge(prompts, completions, records):\n    return [len(text) / 9 for text in completions]\n"

@@ -5,13 +5,13 @@ import pytest
 from psyche_jax.config import CheckpointSection
 from psyche_jax.config_files import parse_config
 from psyche_jax.errors import UsageError
-from psyche_jax.train.loop import Pace
+from psyche_jax.train.loop import SavePace
 
 
 def saved_after(section, lengths, writing=()):
     """The steps, each as many seconds long as `lengths` says, after which there is a checkpoint."""
     now = [1000.0]
-    pace = Pace(section, lambda: now[0])
+    pace = SavePace(section, lambda: now[0])
     saved = []
     for step, length in enumerate(lengths, start=1):
         now[0] += length

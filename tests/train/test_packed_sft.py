@@ -9,13 +9,13 @@ import pytest
 from support.bucket import running_bucket
 from support.training_fixtures import PROMPT, execution, metrics_of, sft_config
 
-from psyche_jax import hosts
 from psyche_jax.config import SftDataSection
 from psyche_jax.data.dataset import open_dataset
 from psyche_jax.data.packing import PackConfig, pack, unpacked_rows
 from psyche_jax.data.streams import pad_examples
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
+from psyche_jax.train import hosts
 from psyche_jax.train.sft import next_token_loss, open_examples, train_sft
 
 

@@ -17,13 +17,13 @@ import pytest
 from support.training_fixtures import grpo_config, metrics_of, sft_config, state_of, write_sft_data
 
 import psyche_jax
-from psyche_jax import hosts
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
-from psyche_jax.runs import PreemptedError, open_run
+from psyche_jax.train import hosts
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
+from psyche_jax.train.runs import PreemptedError, open_run
 from psyche_jax.train.setup import abstract_like
 from psyche_jax.train.sft import train_sft
 from psyche_jax.train.state import TrainState
@@ -90,7 +90,7 @@ def stopped(folder, call):
         toy_training(folder, signal_at(call))
     step = state_of(folder)["step"]
     assert state_of(folder)["status"] == "preempted"
-    assert str(error.value) == f"stopped by SIGTERM after step {step}; start the same command again to go on"
+    assert str(error.value) == f"stopped by SIGTERM after step {step}; start the same command again to resume"
     assert all("distance" not in line for line in metrics_of(folder) if line["step"] == step)
     return step
 
@@ -179,7 +179,7 @@ BUSY = """
 import hashlib, sys
 from pathlib import Path
 from psyche_jax.config import LoggingSection
-from psyche_jax.runs import open_run
+from psyche_jax.train.runs import open_run
 from psyche_jax.train.preemption import listening
 
 with open_run(Path(sys.argv[1]), "toy", {"a": 1}, LoggingSection()) as run, listening(run.write_last_words) as stop:
@@ -221,7 +221,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_is_busy(presses, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to go on" in said
+    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to resume" in said
     assert "Traceback" not in said
     assert (state_of(tmp_path / "run")["status"], state_of(tmp_path / "run")["step"]) == ("preempted", 3)
     assert not list((tmp_path / "run").glob("*.partial"))

@@ -25,8 +25,8 @@ from support.training_fixtures import (
 import psyche_jax
 from psyche_jax.config import CheckpointSection, DynamicSamplingSection, GrpoDataSection, ObjectiveSection
 from psyche_jax.rewards import FunctionReward
-from psyche_jax.runs import read_lines
 from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.runs import read_lines
 
 
 class Command:
@@ -122,13 +122,13 @@ def test_sft_stopped_by_sigterm_goes_on(work):
     assert (code, state["status"]) == (1, "preempted"), said
     assert 3 <= state["step"] < 40
     assert said.strip().splitlines()[-1] == (
-        f"psyche sft: stopped by SIGTERM after step {state['step']}; start the same command again to go on"
+        f"psyche sft: stopped by SIGTERM after step {state['step']}; start the same command again to resume"
     )
     assert "stopped by SIGTERM" in state["reason"]
     assert "Traceback" not in said
     assert (command.run / "checkpoints" / str(state["step"]) / "parameters").is_dir()
     assert [line["step"] for line in metrics_of(command.run)] == list(range(1, state["step"] + 1))
-    assert f"sft: going on after step {state['step']}" in command.finish()
+    assert f"sft: resuming after step {state['step']}" in command.finish()
     same_run(command.run, whole.run, 40)
     assert state_of(command.run)["reason"] == ""
 
@@ -148,7 +148,7 @@ def test_grpo_killed_and_stopped_goes_on(work):
     done = command.steps()
     assert done >= 13
     code, said = command.stop(signal.SIGINT, after=done + 2)
-    saved = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("grpo: going on after step")]
+    saved = [int(line.split()[-1]) for line in said.splitlines() if line.startswith("grpo: resuming after step")]
     assert saved and saved[0] in range(0, done + 1, 6), said
     assert (code, state_of(command.run)["status"]) == (1, "preempted"), said
     assert state_of(command.run)["step"] < 32
@@ -219,7 +219,7 @@ def test_grpo_with_everything_on_goes_on(work):
         )
         for run in ("everything-whole", "everything-stopped")
     )
-    assert "16 records set aside" in whole.finish(), "those of more.jsonl that are trained on"
+    assert "16 records skipped" in whole.finish(), "those of more.jsonl that are trained on"
     code, said = command.stop(signal.SIGTERM, after=1)
     assert (code, state_of(command.run)["status"]) == (1, "preempted"), said
     command.finish()

@@ -24,9 +24,9 @@ from psyche_jax.cli import start
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.runs import PreemptedError, Run, open_run, read_lines
 from psyche_jax.train import sft
 from psyche_jax.train.checkpoints import find_checkpoint, open_model, read_checkpoint_metadata
+from psyche_jax.train.runs import PreemptedError, Run, open_run, read_lines
 from psyche_jax.train.sft import tokenized
 from psyche_jax.train.state import make_schedule
 
@@ -248,7 +248,7 @@ def test_records_that_do_not_fit_are_set_aside_by_name(root, capsys):
     assert len(lines) == 2
     assert f"{root / 'sft.jsonl'}:21: not JSON" in lines[0]
     assert "over data.max_length 96" in lines[1]
-    assert "2 records set aside" in capsys.readouterr().err
+    assert "2 records skipped" in capsys.readouterr().err
     assert state_of(root / "run")["status"] == "done"
 
 

@@ -10,9 +10,9 @@ from support.training_fixtures import metrics_of, sft_config, state_of
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
-from psyche_jax.runs import PreemptedError
 from psyche_jax.train.checkpoints import find_checkpoint, open_model
 from psyche_jax.train.preemption import Stop
+from psyche_jax.train.runs import PreemptedError
 from psyche_jax.train.sft import train_sft
 
 
@@ -130,7 +130,7 @@ def test_training_goes_on_beside_what_looks_like_a_checkpoint(make, root, capsys
     train_sft(config(root))
     said = capsys.readouterr().err
     assert "99: not a whole checkpoint" in said
-    assert "going on after step 4" in said
+    assert "resuming after step 4" in said
     assert [line["step"] for line in metrics_of(root / "run")] == [1, 2, 3, 4, 5]
     names = sorted(path.name.split("-")[0] for path in checkpoints.iterdir())
     assert names == ["4", "5", "99.incomplete", "tokenizer"]
@@ -159,7 +159,7 @@ def test_a_damaged_state_is_made_anew(content, root, capsys):
     train_sft(config(root))
     said = capsys.readouterr().err
     assert "made anew from the run's checkpoints" in said
-    assert "going on after step 4" in said
+    assert "resuming after step 4" in said
     state = state_of(root / "run")
     assert (state["step"], state["status"], state["kind"]) == (5, "done", "sft")
     assert state["contents"].keys() == {"data", "tokenizer", "template", "base"}

@@ -9,7 +9,7 @@ import pytest
 
 from psyche_jax.config import LoggingSection
 from psyche_jax.errors import UserError
-from psyche_jax.runs import open_run, read_lines
+from psyche_jax.train.runs import open_run, read_lines
 
 LOGGING = LoggingSection(wandb_project="psyche")
 
@@ -99,7 +99,7 @@ def test_a_fault_is_one_line_and_the_run_goes_on(fails_in, server, tmp_path, cap
             run.log_metrics(step, {"loss": 1.0})
         run.write_state("done", 3)
     said = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
-    assert said == ["W&B: the server is away; the run goes on without it (all is in metrics.jsonl)"]
+    assert said == ["W&B: the server is away; the run continues without it (all is in metrics.jsonl)"]
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "done"
 
@@ -109,7 +109,7 @@ def test_tensorboard_that_cannot_write(tmp_path, capsys):
         (tmp_path / "run" / "tensorboard").write_text("a file")
     log(tmp_path / "run", 1, LoggingSection(tensorboard=True), loss=1.0)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("TensorBoard: ") and "the run goes on without it" in line
+    assert line.startswith("TensorBoard: ") and "the run continues without it" in line
 
 
 def test_wandb_that_is_not_installed(monkeypatch, tmp_path):

@@ -18,7 +18,7 @@ _LONGEST = 5  # characters of an n-gram
 _APART = 4  # places between the two characters of a pair, at most
 _PIECE = 150  # characters of a long text that are looked at together: what it was trained on is seldom longer
 _STEP = 100
-_SEPARATOR = "\n"  # between n-grams in the file: no n-gram holds it
+SEPARATOR = "\n"  # between n-grams in the file: no n-gram holds it
 _GAP = "\0"  # between the characters of a pair
 
 
@@ -60,24 +60,10 @@ class Classifier:
         exponentials = np.exp(scores - scores.max())
         return exponentials / exponentials.sum()
 
-    def save(self, path: Path) -> None:
-        """Write the file that `load` reads; the same model gives the same bytes."""
-        np.savez_compressed(
-            path,
-            classes=np.array(self.classes),
-            harmless=np.array(self.harmless),
-            vocabulary=np.frombuffer(_SEPARATOR.join(self.vocabulary).encode(), np.uint8),
-            rarity=self.rarity.astype(np.float16),
-            weights=self.weights.astype(np.float16),
-            bias=self.bias.astype(np.float32),
-            threshold=np.array(self.threshold),
-            data=np.array(self.data),
-        )
-
 
 def ngrams(text: str) -> set[str]:
     """All runs of up to five characters, and pairs with up to three others between; the ends count as characters."""
-    text = f"^{text.replace(_SEPARATOR, ' ')}$"
+    text = f"^{text.replace(SEPARATOR, ' ')}$"
     runs = {text[start : start + size] for size in range(1, _LONGEST + 1) for start in range(len(text) - size + 1)}
     pairs = (zip(text, text[apart:], strict=False) for apart in range(2, _APART + 1))
     return runs.union(*({f"{first}{_GAP}{second}" for first, second in pair} for pair in pairs))
@@ -90,9 +76,9 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def load(path: Path) -> Classifier:
-    """A model that `save` wrote. No code is run from the file."""
+    """A model that `scripts/train_crisis_classifier.py` wrote. No code is run from the file."""
     with np.load(path, allow_pickle=False) as file:
-        grams = file["vocabulary"].tobytes().decode().split(_SEPARATOR)
+        grams = file["vocabulary"].tobytes().decode().split(SEPARATOR)
         return Classifier(
             tuple(file["classes"].tolist()),
             int(file["harmless"]),
@@ -197,7 +183,7 @@ def _classify_part(text: str) -> Assessment:
             subjects.append(rule.name)
     for risk in sorted(book.crisis, key=lambda risk: -risk.severity):
         said = text
-        if risk is Risk.PASSIVE_IDEATION:  # what is wished on others is no wish for oneself
+        if risk is Risk.PASSIVE_IDEATION:  # what is wished on others is not wished for oneself
             for rule in book.crisis[Risk.HARM_TO_OTHERS]:
                 said = rule.pattern.sub(_BLANK, said)
         if found := tuple(rule.name for rule in book.crisis[risk] if rule.pattern.search(said)):

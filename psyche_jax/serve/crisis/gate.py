@@ -69,7 +69,7 @@ class Gate:
         return self.fill(_texts()["notice"][language], language)
 
     def withheld(self, action: str, language: Language) -> str:
-        """What stands in place of something that the model must not say."""
+        """What replaces something that the model must not say."""
         return self.fill(_texts()["withheld"][action][language], language)
 
     def fill(self, text: str, language: Language) -> str:
@@ -170,7 +170,7 @@ class OutputFilter:
         while not self.stopped:
             end = _SENTENCE.match(self._waiting).end()  # type: ignore[union-attr]
             if end == len(self._waiting) < _LONGEST:
-                break  # it may go on
+                break  # more of it may follow
             shown += self._checked(end)
         return shown
 
@@ -185,7 +185,7 @@ class OutputFilter:
         if broken is None:
             return sentence
         self.withheld += 1
-        self._said = ""  # what was withheld is no context for what follows
+        self._said = ""  # what was withheld must not count against what follows
         self._gate.record("reply", kind=broken.kind)
         self.stopped = broken.action == "unsafe"
         if self.stopped:

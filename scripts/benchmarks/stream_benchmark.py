@@ -4,8 +4,8 @@ A packed data set of random tokens is written to fake-gcs-server on this machine
 stream as SFT's. The server shares the machine's cores with the reader: CPU seconds of both are measured while batches
 are read.
 
-    python scripts/stream_benchmark.py --json
-    python scripts/stream_benchmark.py --json --shards 1000 --late    # as from a bucket far away
+    python scripts/benchmarks/stream_benchmark.py --json
+    python scripts/benchmarks/stream_benchmark.py --json --shards 1000 --late    # as from a bucket far away
 """
 
 import argparse
@@ -25,7 +25,7 @@ from psyche_jax.data.dataset import Packing, open_dataset, write_contents
 from psyche_jax.data.packing import PACKED, packed_row, unpacked_rows
 from psyche_jax.data.streams import batches
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from support.bucket import running_bucket
 from support.faulty_proxy import faulty

@@ -1,7 +1,7 @@
 """Where bfloat16 makes the log-probs of sampler and trainer differ.
 
-    python scripts/bfloat16_differences.py points        # Qwen2.5-1.5B's shape, random weights: each rounding alone
-    python scripts/bfloat16_differences.py model FOLDER  # a real model: what the two programs say of the same tokens
+    python scripts/benchmarks/bfloat16_differences.py points        # Qwen2.5-1.5B's shape, random: each rounding alone
+    python scripts/benchmarks/bfloat16_differences.py model FOLDER  # a real model: two programs, the same tokens
 
 `points` computes one forward pass in float32 and rounds to bfloat16 only where it is told to. Two programs that round
 there, each in its own way, differ by √2 times the error of one, which is what is printed.

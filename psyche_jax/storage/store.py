@@ -1,32 +1,28 @@
-"""Where data sets lie: a local folder or one in a bucket (`gs://`), behind one interface.
+"""Where data sets are kept: a local folder or one in a bucket (`gs://`), behind one interface.
 
-Objects are written once, whole, with their CRC32C, and never changed. What a bucket answers with "later" (408, 429,
-5xx), what it cuts short or sends damaged, and broken connections are tried again, with growing pauses, until the
-deadline. Missing permissions, credentials, buckets and objects are not: they are said at once.
+Objects are written once, whole, with their CRC32C, and never changed.
 """
 
 import base64
+import contextlib
+import functools
+import json
 import os
 import shutil
 import struct
+import tempfile
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import google_crc32c
+from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from psyche_jax.errors import UserError
-from psyche_jax.storage.buckets import (
-    ANSWER_SECONDS,
-    DEADLINE_SECONDS,
-    FIRST_PAUSE,
-    LONGEST_PAUSE,
-    client,
-    may_pass,
-    reason,
-)
+from psyche_jax.storage import buckets
 from psyche_jax.storage.files import in_bucket
 
 Result = TypeVar("Result")
@@ -56,8 +52,8 @@ class Store(Protocol):
     def read(self, name: str) -> bytes | None:
         """The content of an object; None if there is none of that name."""
 
-    def download(self, name: str, target: Path) -> int:
-        """Copy an object into the local file `target`; returns the CRC32C of what came."""
+    def local(self, name: str) -> AbstractContextManager[Path]:
+        """Within the block, a local file with the object's content: of a bucket a copy, compared with its CRC32C."""
 
     def upload(self, source: Path, name: str) -> StoredObject:
         """Write an object from a local file. An object of the same content may be there already.
@@ -70,10 +66,10 @@ class Store(Protocol):
         """Remove an object, if it is there."""
 
 
-def open_store(address: str, deadline: float = DEADLINE_SECONDS) -> Store:
+def open_store(address: str) -> Store:
     """The store at a local path or a `gs://bucket/prefix`, which need not exist yet; nothing is asked of it here."""
     if in_bucket(address):
-        return _Bucket(address, deadline)
+        return _Bucket(address)
     if "://" in address:
         raise UserError(f"{address}: must be a local folder or gs://bucket/prefix")
     return _Folder(address)
@@ -86,6 +82,11 @@ def crc32c_of(path: Path) -> int:
         while block := file.read(_BLOCK):
             checksum.update(block)
     return int.from_bytes(checksum.digest(), "big")
+
+
+def seal(value: Any) -> int:
+    """The CRC32C of a value that JSON can hold, for files that say their own."""
+    return google_crc32c.value(json.dumps(value, ensure_ascii=False, sort_keys=True).encode())
 
 
 class _Folder:
@@ -111,16 +112,14 @@ class _Folder:
         except OSError as error:
             raise UserError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
 
-    def download(self, name: str, target: Path) -> int:
-        checksum = google_crc32c.Checksum()
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        path = self._folder / name
         try:
-            with (self._folder / name).open("rb") as source, target.open("wb") as copy:
-                while block := source.read(_BLOCK):
-                    checksum.update(block)
-                    copy.write(block)
+            path.open("rb").close()
         except OSError as error:
-            raise UserError(f"{self.path(name)}: cannot be read ({error.strerror})") from None
-        return int.from_bytes(checksum.digest(), "big")
+            raise UserError(f"{path}: the data cannot be read ({error.strerror})") from None
+        yield path
 
     def upload(self, source: Path, name: str) -> StoredObject:
         target = self._folder / name
@@ -147,108 +146,74 @@ class _Folder:
 
 
 class _Bucket:
-    def __init__(self, address: str, deadline: float) -> None:
-        self._deadline = deadline
-        self._timeout = min(ANSWER_SECONDS, deadline / 2)
+    def __init__(self, address: str) -> None:
         bucket, _, prefix = address.removeprefix("gs://").partition("/")
         if not bucket:
             raise UserError(f"{address}: names no bucket")
         prefix = prefix.strip("/")
         self.address = f"gs://{bucket}/{prefix}".rstrip("/")
         self._bucket_name, self._prefix = bucket, f"{prefix}/" if prefix else ""
-        self._client: Any = None
+        self._seconds = buckets.deadline_seconds()
+
+    @functools.cached_property
+    def _bucket(self) -> Any:
+        return buckets.client().bucket(self._bucket_name)
 
     def path(self, name: str) -> str:
         return f"{self.address}/{name}"
 
     def objects(self) -> list[StoredObject]:
-        def found() -> list[StoredObject]:
-            blobs = self._bucket().list_blobs(prefix=self._prefix, retry=None, timeout=self._timeout)
+        def found(once: dict[str, Any]) -> list[StoredObject]:
+            blobs = self._bucket.list_blobs(prefix=self._prefix, **once)
             return [
                 StoredObject(blob.name.removeprefix(self._prefix), blob.size, _decoded(blob.crc32c)) for blob in blobs
             ]
 
-        return sorted(self._trying(self.address, found), key=lambda stored: stored.name)
+        return sorted(buckets.tried(self.address, self._seconds, found), key=lambda stored: stored.name)
 
     def read(self, name: str) -> bytes | None:
-        from google.api_core.exceptions import NotFound
-
-        def content() -> bytes | None:
-            blob = self._bucket().blob(self._prefix + name)
+        def content(once: dict[str, Any]) -> bytes | None:
             try:
-                return blob.download_as_bytes(checksum="crc32c", retry=None, timeout=self._timeout)
+                return self._blob(name).download_as_bytes(checksum="crc32c", **once)
             except NotFound:
                 return None
 
-        return self._trying(self.path(name), content)
+        return self._tried(name, content)
 
-    def download(self, name: str, target: Path) -> int:
-        def copy() -> int:
-            blob = self._bucket().blob(self._prefix + name)
-            blob.download_to_filename(str(target), checksum="crc32c", retry=None, timeout=self._timeout)
-            return crc32c_of(target)
-
-        return self._trying(self.path(name), copy)
+    @contextlib.contextmanager
+    def local(self, name: str) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder, Path(name).name))
+            self._tried(name, lambda once: self._blob(name).download_to_filename(path, checksum="crc32c", **once))
+            yield Path(path)
 
     def upload(self, source: Path, name: str) -> StoredObject:
-        from google.api_core.exceptions import PreconditionFailed
-
         stored = StoredObject(name, source.stat().st_size, crc32c_of(source))
 
-        def write() -> None:
-            blob = self._bucket().blob(self._prefix + name)
+        def write(once: dict[str, Any]) -> None:
+            blob = self._blob(name)
             try:
-                blob.upload_from_filename(
-                    str(source), if_generation_match=0, checksum="crc32c", retry=None, timeout=self._timeout
-                )
+                blob.upload_from_filename(str(source), if_generation_match=0, checksum="crc32c", **once)
             except PreconditionFailed:  # by someone else, or by a write of ours whose answer was lost
-                blob.reload(retry=None, timeout=self._timeout)
+                blob.reload(**once)
                 if (blob.size, _decoded(blob.crc32c)) != (stored.bytes, stored.crc32c):
                     raise _taken(self.path(name)) from None
 
-        self._trying(self.path(name), write)
+        self._tried(name, write)
         return stored
 
     def remove(self, name: str) -> None:
-        from google.api_core.exceptions import NotFound
+        def delete(once: dict[str, Any]) -> None:
+            with contextlib.suppress(NotFound):
+                self._blob(name).delete(**once)
 
-        def delete() -> None:
-            try:
-                self._bucket().blob(self._prefix + name).delete(retry=None, timeout=self._timeout)
-            except NotFound:
-                return
+        self._tried(name, delete)
 
-        self._trying(self.path(name), delete)
+    def _blob(self, name: str) -> Any:
+        return self._bucket.blob(self._prefix + name)
 
-    def _bucket(self) -> Any:
-        if self._client is None:
-            self._client = client()
-        return self._client.bucket(self._bucket_name)
-
-    def _trying(self, where: str, operation: Callable[[], Result]) -> Result:
-        """The operation's result, tried again until the deadline where that may help."""
-        from google.api_core import exceptions, retry
-        from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError
-        from google.cloud.storage.exceptions import InvalidResponse
-
-        last_start = self._deadline - self._timeout
-        again = retry.Retry(predicate=may_pass, initial=FIRST_PAUSE, maximum=LONGEST_PAUSE, timeout=last_start)
-        try:
-            return again(operation)()
-        except UserError:
-            raise
-        except exceptions.RetryError as error:
-            why = reason(error.cause or error)
-            raise UserError(f"{where}: gave up after {self._deadline:.0f} s of trying ({why})") from None
-        except DefaultCredentialsError as error:
-            advice = "run `gcloud auth application-default login`"
-            raise UserError(f"{where}: there are no credentials ({reason(error)}); {advice}") from None
-        except (exceptions.Forbidden, exceptions.Unauthorized) as error:
-            raise UserError(f"{where}: no permission ({reason(error)}); see `gcloud auth list`") from None
-        except exceptions.NotFound as error:
-            raise UserError(f"{where}: the bucket or the object does not exist ({reason(error)})") from None
-        except (exceptions.GoogleAPIError, GoogleAuthError, InvalidResponse, OSError, ValueError) as error:
-            raise UserError(f"{where}: the bucket cannot be used ({reason(error)})") from None
+    def _tried(self, name: str, operation: Callable[[dict[str, Any]], Result]) -> Result:
+        return buckets.tried(self.path(name), self._seconds, operation)
 
 
 def _taken(where: str) -> UserError:

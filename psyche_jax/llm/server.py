@@ -1,30 +1,24 @@
-"""A server of LLMs behind the OpenAI protocol: one request, and the answer to it, in pieces or whole."""
+"""A server of LLMs behind the OpenAI protocol: one request, and the reply to it, in parts or whole."""
 
 import asyncio
 import contextlib
-import email.utils
 import json
-import math
 import re
 import sys
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 import httpx2
 import openai
 
-from psyche_jax.llm_answers import BrokenAnswerError, Piece, complaint, joined, read_answer, read_models
+from psyche_jax.llm.reply import NoReplyError, Reply, complaint, joined, printable, read_reply
+from psyche_jax.llm.retries import retry_after
 
 SCHEMES = ("http://", "https://")
-# Of a request that brought no answer; `Server.said` names it.
-FAULTS = (openai.APIError, httpx2.HTTPError, TimeoutError, ValueError)
-REFUSED = frozenset({401, 402, 403, 404, 405, *range(300, 400)})  # statuses: so will be all other requests
 Names: TypeAlias = MutableMapping[str, str | None]
 _CONNECT_SECONDS = 10.0
 _MODELS_SECONDS = 5.0
 _LAST_SECONDS = 0.2  # for the end of a stream behind its last event, so that the connection can be used again
-_SHOWN = 200  # characters of what a server says in an error
 _MOST_BYTES = 16 * 2**20  # of an answer
 _EVENT_BYTES = 16  # what an event of a stream counts for besides its text
 _MOST_ERROR_BYTES = 64 * 2**10
@@ -49,9 +43,9 @@ class Server:
 
     Args:
       base_url: ends where `/chat/completions` begins, usually with `/v1`.
-      key: of the environment; None where none is wanted. It is masked in what `said` says.
+      key: of the environment; None where none is wanted. Errors do not show it.
       timeout: seconds without a byte after which a request has failed.
-      retries: of a request that the server refuses for now (408, 409, 429, 5xx) or that does not come through.
+      retries: openai's own, of a request that is refused for now or does not come through; see `retries.py` for more.
       connections: that are kept open between requests.
       names: what this server calls parameters that it has another name for; None: it gets none. What it turns out to
         refuse is added, and said once on stderr.
@@ -68,7 +62,7 @@ class Server:
         names: Names | None = None,
     ) -> None:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=connections)
-        patience = httpx2.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout))
+        silence = httpx2.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout))
         self.base_url = base_url
         self._key = key
         self._names: Names = {} if names is None else names
@@ -76,9 +70,9 @@ class Server:
             api_key=key or "none",  # servers without a key take any; the library insists on one
             base_url=base_url,
             max_retries=retries,
-            timeout=patience,
+            timeout=silence,
             http_client=openai.DefaultAioHttpClient(
-                limits=limits, timeout=patience, event_hooks={"response": [_bounded]}
+                limits=limits, timeout=silence, event_hooks={"response": [_bounded]}
             ),
         )
 
@@ -92,57 +86,75 @@ class Server:
         """End its connections."""
         await self._client.close()
 
-    async def ask(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Piece:
-        """The whole answer to a request of chat completions, whether it says `stream` or not.
+    async def ask(
+        self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None, seconds: float | None = None
+    ) -> Reply:
+        """The whole reply to a request of chat completions, whether it says `stream` or not; `seconds`: at most.
 
         Raises:
-          BrokenAnswerError: what came is no answer, or not whole.
-          FAULTS: nothing came.
+          NoReplyError: nothing came, or what came is no answer or not whole.
         """
-        return joined([piece async for piece in self._pieces(body, headers)])
+        try:
+            async with asyncio.timeout(seconds):
+                return joined([part async for part in self.parts(body, headers)])
+        except TimeoutError as error:
+            raise NoReplyError(self._said(error)) from None
 
-    async def pieces(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> AsyncIterator[Piece]:
-        """The answer as it comes; the last piece has a `finish`. One piece where the server does not stream.
+    async def parts(self, body: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> AsyncIterator[Reply]:
+        """The reply as it comes; the last part has a `finish`. One part where the server does not stream.
 
         Raises: as `ask`.
         """
-        async for piece in self._pieces({**body, "stream": True}, headers):
-            yield piece
+        with self._faults():
+            response = await self._sent(body, headers)
+        with self._faults(came=True):
+            try:
+                # Some servers answer whole though a stream was asked for, and the other way round.
+                if response.headers.get("content-type", "").partition(";")[0].strip().lower() != "text/event-stream":
+                    yield read_reply(await _content(response))
+                    return
+                response.encoding = "utf-8"
+                came, finish, size = False, False, 0
+                events = aiter(httpx2.EventSource(response, _MOST_BYTES))
+                async for event in events:
+                    if event.data.startswith("[DONE]"):
+                        with contextlib.suppress(TimeoutError, httpx2.HTTPError):
+                            async with asyncio.timeout(_LAST_SECONDS):
+                                await anext(events, None)
+                        break
+                    if event.event == "error":
+                        raise NoReplyError(f"an error came in place of the answer: {event.data}")
+                    # Events may be short or empty and without an end, so each counts for something.
+                    came = True
+                    part = read_reply(event.data, whole=False)
+                    size += len(part.text) + len(part.reasoning) + _EVENT_BYTES
+                    if size > _MOST_BYTES:
+                        raise NoReplyError("the answer has no end")
+                    finish = finish or part.finish is not None
+                    yield part
+                # A stream that was cut ends like any other; only its reason of finishing says that it is whole.
+                if not finish:
+                    raise NoReplyError("the stream ended early" if came else "nothing came")
+            finally:
+                await response.aclose()
 
-    async def _pieces(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> AsyncIterator[Piece]:
-        response = await self._answered(body, headers)
-        try:
-            if response.headers.get("content-type", "").partition(";")[0].strip().lower() != "text/event-stream":
-                yield read_answer(await _content(response))
-                return
-            response.encoding = "utf-8"
-            came, finish, size = False, False, 0
-            events = aiter(httpx2.EventSource(response, _MOST_BYTES))
-            async for event in events:
-                if event.data.startswith("[DONE]"):
-                    with contextlib.suppress(TimeoutError, httpx2.HTTPError):
-                        async with asyncio.timeout(_LAST_SECONDS):
-                            await anext(events, None)
-                    break
-                if event.event == "error":
-                    raise BrokenAnswerError(f"an error came in place of the answer: {event.data}")
-                came = True
-                piece = read_answer(event.data, whole=False)
-                size += len(piece.text) + len(piece.reasoning) + _EVENT_BYTES
-                if size > _MOST_BYTES:
-                    raise BrokenAnswerError("the answer has no end")
-                finish = finish or piece.finish is not None
-                yield piece
-            if not finish:
-                raise BrokenAnswerError("the stream ended early" if came else "nothing came")
-        except BrokenAnswerError as error:
-            raise BrokenAnswerError(self.said(error)) from None
-        except httpx2.HTTPError:
-            raise BrokenAnswerError("the answer broke off") from None
-        finally:
-            await response.aclose()
+    async def models(self) -> list[dict[str, Any]]:
+        """What `/models` lists, by `id`.
 
-    async def _answered(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> httpx2.Response:
+        Raises:
+          NoReplyError: the server has no such list.
+        """
+        client = self._client.with_options(timeout=_MODELS_SECONDS, max_retries=0)
+        with self._faults():
+            async with asyncio.timeout(2 * _MODELS_SECONDS):
+                stream = await client.get("/models", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object])
+                async with contextlib.aclosing(stream.response) as response:
+                    listed = json.loads(await _content(response))
+        models = listed.get("data") if isinstance(listed, dict) else None
+        models = models if isinstance(models, list) else []
+        return [model for model in models if isinstance(model, dict) and isinstance(model.get("id"), str)]
+
+    async def _sent(self, body: Mapping[str, Any], headers: Mapping[str, str] | None) -> httpx2.Response:
         """The response, of which nothing is read; asked for again without a parameter that the server refuses."""
         names, refusals = dict(self._names), {}
         while True:
@@ -164,7 +176,7 @@ class Server:
                     raise
                 ours = next(name for name in body if names.get(name, name) == refused)
                 names[ours] = _successor(error, refused)
-                refusals[ours] = self.said(error)
+                refusals[ours] = self._said(error)
         for ours, said in refusals.items():  # only now is it known that it was these
             if ours not in self._names or self._names[ours] != names[ours]:
                 self._names[ours] = names[ours]
@@ -172,44 +184,45 @@ class Server:
                 print(f"{self.base_url}: {said}; from now on psyche {instead}", file=sys.stderr, flush=True)
         return stream.response
 
-    async def models(self) -> list[dict[str, Any]]:
-        """What `/models` lists, by `id`.
+    @contextlib.contextmanager
+    def _faults(self, came: bool = False) -> Iterator[None]:
+        """Raise what goes wrong as NoReplyError; `came`: within the block a reply is on its way."""
+        try:
+            yield
+        except openai.APIStatusError as error:
+            wait = retry_after(error.response.headers)
+            raise NoReplyError(self._said(error), status=error.status_code, wait=wait) from None
+        except (NoReplyError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError, RecursionError) as error:
+            broken = came and isinstance(error, httpx2.HTTPError)
+            raise NoReplyError("the answer broke off" if broken else self._said(error), came=came) from None
 
-        Raises:
-          BrokenAnswerError, FAULTS: the server has no such list.
-        """
-        client = self._client.with_options(timeout=_MODELS_SECONDS, max_retries=0)
-        async with asyncio.timeout(2 * _MODELS_SECONDS):
-            stream = await client.get("/models", cast_to=object, stream=True, stream_cls=openai.AsyncStream[object])
-            try:
-                return read_models(await _content(stream.response))
-            finally:
-                await stream.response.aclose()
-
-    def said(self, error: BaseException) -> str:
+    def _said(self, error: BaseException) -> str:
         """What went wrong, or what the server said of it, in one line without the key."""
-        if isinstance(error, openai.APIStatusError):
-            message = " ".join(complaint(_body(error)).split())
-            if elsewhere := error.response.headers.get(_ELSEWHERE):
-                message = (
-                    f"redirects to {elsewhere}, and what is asked is not sent there; if it may be, name that address"
-                )
-            return f"HTTP {error.status_code}: {self._masked(message)[:_SHOWN]}"
         if isinstance(error, TimeoutError):
             return "no answer in time"
-        text = str(error.__cause__ or error) or type(error).__name__
-        return self._masked(" ".join(text.split()))[:_SHOWN]
+        if not isinstance(error, openai.APIStatusError):
+            return self._line(str(error.__cause__ or error) or type(error).__name__)
+        said = complaint(_body(error))
+        if elsewhere := error.response.headers.get(_ELSEWHERE):
+            said = f"redirects to {elsewhere}, and what is asked is not sent there; if it may be, name that address"
+        return f"HTTP {error.status_code}: {self._line(said)}"
 
-    def _masked(self, text: str) -> str:
-        """Without the key, and without what would steer a terminal."""
-        text = "".join(character if character.isprintable() else " " for character in text)
-        return text.replace(self._key, "***") if self._key else text
+    def _line(self, text: str) -> str:
+        text = " ".join(text.split())
+        return printable(text.replace(self._key, "***") if self._key else text)
 
 
 async def _bounded(response: httpx2.Response) -> None:
     """Bound every response: only so much is read of an error, and prompts do not follow to another place."""
     if not response.is_success:
-        response.stream = _Beginning(response.stream)
+        stream: Any = response.stream
+        begun = bytearray()
+        async for chunk in stream:
+            begun += chunk
+            if len(begun) >= _MOST_ERROR_BYTES:
+                break
+        await stream.aclose()
+        response.stream = httpx2.ByteStream(bytes(begun[:_MOST_ERROR_BYTES]))
     if response.has_redirect_location:
         resent = response.request.method == "GET" or response.status_code in (307, 308)  # others make it a GET
         if not resent or not _same_place(response.url, response.headers["location"]):
@@ -217,32 +230,14 @@ async def _bounded(response: httpx2.Response) -> None:
 
 
 def _same_place(here: httpx2.URL, location: str) -> bool:
-    """Whether a redirect stays with the server: the same host and port, or its TLS."""
+    """Whether a redirect stays with the server: the same host and port (None: its scheme's own), or its TLS."""
     try:
         there = here.join(location)
     except httpx2.InvalidURL:
         return False
-    ports = [url.port or {"http": 80, "https": 443}.get(url.scheme) for url in (here, there)]
-    same = here.scheme == there.scheme and ports[0] == ports[1]
-    return here.host == there.host and (same or (here.scheme, there.scheme, *ports) == ("http", "https", 80, 443))
-
-
-class _Beginning(httpx2.AsyncByteStream):
-    """The first bytes of a stream."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream = stream
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = _MOST_ERROR_BYTES
-        async for chunk in self._stream:
-            yield chunk[:left]
-            left -= len(chunk)
-            if left <= 0:
-                return
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
+    schemes = here.scheme, there.scheme
+    same = schemes[0] == schemes[1] or (schemes == ("http", "https") and here.port is None)
+    return same and (here.host, here.port) == (there.host, there.port)
 
 
 async def _content(response: httpx2.Response) -> bytes:
@@ -251,7 +246,7 @@ async def _content(response: httpx2.Response) -> bytes:
     async for chunk in response.aiter_bytes():
         content += chunk
         if len(content) > _MOST_BYTES:
-            raise BrokenAnswerError("the answer has no end")
+            raise NoReplyError("the answer has no end")
     return bytes(content)
 
 
@@ -309,42 +304,22 @@ def _successor(error: openai.APIStatusError, refused: str) -> str | None:
 def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
     """A line for each of `servers` (base URL: key) whose `/models` says that it is `psyche serve` with its crisis gate.
 
-    Only servers without TLS are asked, as `psyche serve` is one. What cannot be reached is not this function's matter.
+    Only servers without TLS are asked, as `psyche serve` is one; one that cannot be reached is left to whoever asks it.
     """
 
-    async def one(base_url: str, key: str | None) -> bool:
+    async def is_gated(base_url: str, key: str | None) -> bool:
         async with Server(base_url, key, timeout=_MODELS_SECONDS) as server:
-            try:
+            with contextlib.suppress(NoReplyError):
                 return any(model.get("crisis_gate") is True for model in await server.models())
-            except (*FAULTS, BrokenAnswerError):
-                return False
+        return False
 
-    async def every() -> list[bool]:
-        return await asyncio.gather(*(one(url, key) for url, key in plain.items()))
+    async def all_gated() -> list[bool]:
+        return await asyncio.gather(*(is_gated(url, key) for url, key in plain.items()))
 
     plain = {url: key for url, key in servers.items() if url.startswith("http://")}
     return [
         f"{url}: its crisis gate is on, and answers messages that speak of a crisis in place of the model; "
         "start psyche serve with --no-crisis-gate to hear the model alone"
-        for url, on in zip(plain, asyncio.run(every()), strict=True)
-        if on
+        for url, gated in zip(plain, asyncio.run(all_gated()), strict=True)
+        if gated
     ]
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that a Retry-After header asks for, in either of its forms (RFC 9110, 10.2.3); None if it says none.
-
-    OpenAI's `retry-after-ms` goes before it.
-    """
-    value = headers.get("retry-after", "").strip()
-    try:
-        with contextlib.suppress(ValueError):
-            if math.isfinite(exact := float(headers.get("retry-after-ms", ""))):
-                return max(0.0, exact / 1000)
-        seconds = float(value)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (ValueError, TypeError, IndexError, OverflowError):
-            return None
-    return max(0.0, seconds) if math.isfinite(seconds) else None

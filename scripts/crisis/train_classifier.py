@@ -1,9 +1,9 @@
 """Train the crisis gate's classifier on written sentences, and choose its threshold on authors that it did not see.
 
-    python scripts/train_crisis_classifier.py            # rewrites psyche_jax/serve/crisis/classifier.npz
-    python scripts/train_crisis_classifier.py --out new.npz --false-alarms 0.02
+    python scripts/crisis/train_classifier.py            # rewrites psyche_jax/serve/crisis/classifier.npz
+    python scripts/crisis/train_classifier.py --out new.npz --false-alarms 0.02
 
-The sentences are those in crisis_training/ and the part `before` of the package's sentences.yaml. Multinomial logistic
+The sentences are those in training/ and the part `before` of the package's sentences.yaml. Multinomial logistic
 regression on character n-grams. For the threshold the authors are dealt into folds; the sentences of each fold, alone
 and joined to longer messages, are classed by a model that saw none of its authors.
 """
@@ -21,12 +21,12 @@ import yaml
 from scipy import optimize, sparse
 
 from psyche_jax.serve.crisis import Risk, classify
-from psyche_jax.serve.crisis.classify import WEIGHTS, Classifier, ngrams, normalize, pieces
+from psyche_jax.serve.crisis.classify import SEPARATOR, WEIGHTS, Classifier, ngrams, normalize, pieces
 from psyche_jax.serve.crisis.measure import own_sentences
 
 HERE = Path(__file__).parent
-DATA = HERE / "crisis_training"
-PACKAGE = HERE.parent / "psyche_jax" / "serve" / "crisis"
+DATA = HERE / "training"
+PACKAGE = HERE.parents[1] / "psyche_jax" / "serve" / "crisis"
 CLASSES = tuple(risk.value for risk in Risk)
 HARMLESS = Risk.EXPLORATION.severity + 1
 LEAST = 2  # sentences that an n-gram must stand in
@@ -54,8 +54,23 @@ def main() -> None:
     print(f"{len(sentences)} sentences of {len({one.author for one in sentences})} authors:", counts(sentences))
     threshold = choose(sentences, arguments.false_alarms, arguments.seed)
     trained = train(sentences, threshold, fingerprint(sentences))
-    trained.save(arguments.out)
+    write(trained, arguments.out)
     print(f"{arguments.out}: {len(trained.vocabulary)} n-grams, {arguments.out.stat().st_size} bytes")
+
+
+def write(model: Classifier, path: Path) -> None:
+    """Write the file that `classify.load` reads; the same model gives the same bytes."""
+    np.savez_compressed(
+        path,
+        classes=np.array(model.classes),
+        harmless=np.array(model.harmless),
+        vocabulary=np.frombuffer(SEPARATOR.join(model.vocabulary).encode(), np.uint8),
+        rarity=model.rarity.astype(np.float16),
+        weights=model.weights.astype(np.float16),
+        bias=model.bias.astype(np.float32),
+        threshold=np.array(model.threshold),
+        data=np.array(model.data),
+    )
 
 
 def read() -> list[Sentence]:

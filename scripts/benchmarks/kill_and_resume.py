@@ -1,6 +1,6 @@
 """Kills training runs of a tiny model at random moments, resumes them, and compares them with runs left alone.
 
-    python scripts/kill_and_resume.py --sft 20 --grpo 10 --sigterm 10 --json
+    python scripts/benchmarks/kill_and_resume.py --sft 20 --grpo 10 --sigterm 10 --json
 
 Every second run is killed on other devices than it is resumed on: several virtual devices, or several processes. A
 third of the SIGKILLs wait for a checkpoint that is being written. SIGTERM goes to one process only. What each process
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-5  # of losses and rewards on another number of devices
 PATIENCE = 900  # seconds
 COMPARED = ("loss", "grad_norm", "evaluation_loss", "reward", "evaluation_reward")

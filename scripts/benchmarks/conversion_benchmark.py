@@ -5,7 +5,7 @@ Writes a random model at the shapes of Qwen2.5-7B (fewer layers where the disk i
 back in processes of their own, and compares the weights that come out with those that went in.
 
 Example:
-  python scripts/conversion_benchmark.py --folder /mnt/scratch --json
+  python scripts/benchmarks/conversion_benchmark.py --folder /mnt/scratch --json
 """
 
 import argparse
@@ -27,7 +27,7 @@ import numpy as np
 from psyche_jax.demo import train_tokenizer
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import stream_weights
-from psyche_jax.storage.files import Index
+from psyche_jax.storage.arrays import Index
 
 FOLDERS_AT_A_TIME = 3.1  # the model, the checkpoint, and a copy or the export; and a little
 PSYCHE = [sys.executable, "-m", "psyche_jax.cli"]

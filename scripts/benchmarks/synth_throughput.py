@@ -1,7 +1,7 @@
 """Calls a second with 64 at once, against a local server that takes 200 ms for each, beside what is possible.
 
-    python scripts/synth_throughput.py [--calls 4000] [--concurrency 64] [--delay 0.2] [--stream]
-    python scripts/synth_throughput.py --calls 100000 --delay 0.01     # does memory stay bounded?
+    python scripts/benchmarks/synth_throughput.py [--calls 4000] [--concurrency 64] [--delay 0.2] [--stream]
+    python scripts/benchmarks/synth_throughput.py --calls 100000 --delay 0.01     # does memory stay bounded?
 
 The calls go as a stage of `psyche synth` makes them: items are read, asked about and written one after the other. The
 server is a process of its own. Prints one JSON object; `share` is what the client reaches of concurrency / delay,
@@ -74,7 +74,7 @@ async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -
 
     async def work(number: int) -> Outcome:
         question = f"{number}：" + "心理学" * 200
-        reply = await client.call("llm", "throughput@1", [{"role": "user", "content": question}])
+        reply = await client.reply(client.request("llm", "throughput@1", [{"role": "user", "content": question}]))
         outcome = Outcome()
         outcome.keep("passages", Passage(question + reply.text, "made up"))
         return outcome

@@ -1,11 +1,17 @@
-"""What LLMs write and how it is read: questions, rationales, dialogues; and which questions go to RL."""
+"""One item through one stage: what an LLM is asked about it, how the reply is read, what becomes of the item.
 
+In the order of the pipeline: `write_questions`, `control` (duplicates, votes), `write_rationale`, `rewrite` (of
+dialogues), `select` (SFT or RL).
+"""
+
+import contextlib
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from statistics import fmean
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import Field
 
@@ -13,21 +19,26 @@ from psyche_jax.data.records import Dialogue, Message, Passage, Question, questi
 from psyche_jax.rewards.reference import CLOSE, OPEN, extract_letters, split_thought
 from psyche_jax.serve.crisis.classify import Risk, classify
 from psyche_jax.serve.crisis.gate import check_output
-from psyche_jax.synth.asking import Asked, Asker, FaultyReplyError, SetAsideError, read_json
+from psyche_jax.synth.asking import Asker, FaultyReplyError, SetAsideError, read_json
+from psyche_jax.synth.calls import Call
 from psyche_jax.synth.clean import clean_text
 from psyche_jax.synth.config import (
     CleanSection,
+    ControlSection,
     DialoguesSection,
     QuestionsSection,
     RationalesSection,
     SelectionSection,
 )
+from psyche_jax.synth.duplicates import Duplicates, Twin
 from psyche_jax.synth.stages import Outcome
 
 _POINTS_AT_TEXT = re.compile(
     r"(?:根据|依据|按照)(?:上述|以上|本段|这段|该)?(?:材料|文段|短文|文章|段落)|上文|材料(?:中|里)提到|文中"
 )
 _RULES = CleanSection(duplicates=False, repetitions=False)
+Score: TypeAlias = Annotated[int, Field(ge=1, le=5, strict=True)]
+CRITERIA = ("correct", "clear", "options", "worth")
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,103 @@ def _reader(passage: Passage, asker: Asker, section: QuestionsSection) -> Callab
     return questions
 
 
+@dataclass(frozen=True)
+class Vote:
+    """What one LLM says of a question, once."""
+
+    correct: Score
+    clear: Score
+    options: Score
+    worth: Score
+    reason: str = ""
+
+    @property
+    def lowest(self) -> int:
+        """Its lowest score, which decides."""
+        return min(getattr(self, name) for name in CRITERIA)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What an LLM says of two questions."""
+
+    same: Annotated[bool, Field(strict=True)]
+    reason: str = ""
+
+
+def with_twins(questions: Iterable[Question], section: ControlSection) -> Iterator[tuple[Question, Twin | None]]:
+    """Each question with the earlier one that it repeats."""
+    with contextlib.closing(Duplicates(section)) as duplicates:
+        for question in questions:
+            yield question, duplicates.find(question)
+
+
+async def control(item: tuple[Question, Twin | None], asker: Asker, section: ControlSection) -> Outcome:
+    """Skip duplicates; let the LLMs vote; keep, skip, or leave to a person."""
+    question, twin = item
+    outcome = Outcome()
+    # Where the comparison of texts leaves open whether two questions are one, an LLM says so.
+    if twin is not None and twin.doubtful is not None:
+        same = await _same(question, twin.doubtful, asker, section)
+        outcome.counts["twins/asked about"] += 1
+        outcome.counts[f"twins/{'no usable reply' if same is None else 'the same' if same else 'not the same'}"] += 1
+        twin = Twin(twin.id) if same else None
+    if twin is not None and not twin.conflict:
+        return outcome.drop(f"{'exact' if twin.exact else 'near'} duplicate: of {twin.id}", question)
+    # A duplicate with another key is no reason to drop either: one of the keys is wrong, and a person sees which.
+    flags = [f"another key than {twin.id}, which reads the same"] if twin is not None else []
+    votes = [
+        await asker.ask(llm, "filter", _values(question), read_json(Vote), sample)
+        for llm in section.llms
+        for sample in range(section.votes)
+    ]
+    if votes:
+        scores = {name: round(fmean(getattr(vote, name) for vote in votes), 3) for name in CRITERIA}
+        question = _made_by(question, asker, {"filter": list(section.llms)}, ["filter"], scores=scores)
+        against = [vote.reason for vote in votes if vote.lowest < section.least_score]
+        ayes = len(votes) - len(against)
+        said = f"{ayes} of {len(votes)} votes for it; {next(iter(against), '')}"
+        if 2 * ayes <= len(votes):
+            return outcome.drop(f"filter: {said}", question)
+        if ayes < len(votes):
+            flags.append(said)
+    # What is left is kept, or waits for a person.
+    if section.review == "all" or (flags and section.review == "flagged"):
+        return outcome.keep("review", replace(question, meta={**question.meta, "flags": flags}))
+    if twin is not None:
+        return outcome.drop(f"conflicting key: {flags[0]}", question)
+    return outcome.keep("questions", question)
+
+
+async def _same(question: Question, other: Question, asker: Asker, section: ControlSection) -> bool | None:
+    """Whether an LLM takes both for the same question; None if it does not say."""
+    assert section.twins is not None
+    values = {f"{key}_{place}": value for place, one in enumerate((other, question), start=1)
+              for key, value in _values(one).items()}  # fmt: skip
+    try:
+        return (await asker.ask(section.twins, "twins", values, read_json(Compared))).same
+    except SetAsideError:
+        return None
+
+
+def _values(question: Question) -> dict[str, Any]:
+    return {"question": question_text(question), "answer": question.answer}
+
+
+def _made_by(question: Question, asker: Asker, llms: dict[str, Any], prompts: Iterable[str], **more: Any) -> Question:
+    """The question with who wrote or judged it in its meta, and by which version of which prompt."""
+    meta = question.meta
+    return replace(
+        question,
+        meta={
+            **meta,
+            **({"llms": {**meta.get("llms", {}), **llms}} if llms else {}),
+            "prompts": {**meta.get("prompts", {}), **{name: asker.prompts[name].id for name in prompts}},
+            **more,
+        },
+    )
+
+
 _GIVES_AWAY = re.compile(r"答案|正确(?:选项|的?是)|选项?\s*[A-H]|[A-H]\s*(?:项|选项|正确)|\b[A-H]\b", re.ASCII)
 _SHORTEST = 15  # characters of a rationale
 
@@ -131,14 +239,14 @@ class Verdict:
 
 
 async def write_rationale(question: Question, asker: Asker, section: RationalesSection) -> Outcome:
-    """The question with the rationale that came last and whose answer was right, or set aside if P's was wrong."""
+    """The question with the last rationale that came to the right answer; skipped if the first one did not."""
     outcome = Outcome()
     text = question_text(question)
     instruction = asker.prompts["instruction"].text()
     best = await _answered(asker, section.llm, text, instruction)
     if best.answer != question.answer:
-        outcome.drop(f"wrong answer: {best.answer} where the key is {question.answer}", question)
-        return outcome
+        return outcome.drop(f"wrong answer: {best.answer} where the key is {question.answer}", question)
+    # Each round an LLM improves the instruction; what is written by it is taken if it comes to the right answer.
     taken = []
     for number in range(1, section.rounds + 1):
         try:
@@ -160,17 +268,9 @@ async def write_rationale(question: Question, asker: Asker, section: RationalesS
         outcome.counts["rounds/taken"] += 1
         taken.append(number)
         best, instruction = found, candidate
-    prompts = {"rationale": asker.prompts["rationale"].id}
-    if section.rounds:
-        prompts["improve"] = asker.prompts["improve"].id
-    meta = {
-        **question.meta,
-        "llms": {**question.meta.get("llms", {}), "rationale": section.llm},
-        "prompts": {**question.meta.get("prompts", {}), **prompts},
-        "rounds_taken": taken,
-    }
-    outcome.keep("questions", replace(question, rationale=best.rationale, meta=meta))
-    return outcome
+    prompts = ["rationale", "improve"] if section.rounds else ["rationale"]
+    made = _made_by(question, asker, {"rationale": section.llm}, prompts, rounds_taken=taken)
+    return outcome.keep("questions", replace(made, rationale=best.rationale))
 
 
 async def _answered(asker: Asker, llm: str, question: str, instruction: str) -> Answered:
@@ -236,16 +336,14 @@ class Checked:
 
 
 async def rewrite(dialogue: Dialogue, asker: Asker, section: DialoguesSection) -> Outcome:
-    """The dialogue with a warmer reply, or the post on the track of crises, or set aside with the checker's reason."""
+    """The dialogue with a warmer reply, or the post on the track of crises, or skipped with the checker's reason."""
     outcome = Outcome()
     post, reply = (turn.content for turn in dialogue.turns)
     found = classify(post)
     if found.risk is not Risk.NONE:
         outcome.counts[f"risk/{found.risk}"] += 1
-        outcome.keep(
-            "crisis", replace(dialogue, meta={**dialogue.meta, "risk": found.risk, "rules": list(found.rules)})
-        )
-        return outcome
+        meta = {**dialogue.meta, "risk": found.risk, "rules": list(found.rules)}
+        return outcome.keep("crisis", replace(dialogue, meta=meta))
     values = {"post": post, "reply": reply}
     warmer = await asker.ask(section.llm, "dialogue", values, _read_reply)
     verdict = await asker.ask(section.checker, "check", {**values, "rewritten": warmer}, read_json(Checked))
@@ -259,8 +357,7 @@ async def rewrite(dialogue: Dialogue, asker: Asker, section: DialoguesSection) -
         "rewritten_from": dialogue.id,
     }
     turns = (dialogue.turns[0], Message("assistant", warmer))
-    outcome.keep("dialogues", Dialogue(turns, dialogue.source, meta))
-    return outcome
+    return outcome.keep("dialogues", Dialogue(turns, dialogue.source, meta))
 
 
 def _read_reply(text: str) -> str:
@@ -281,7 +378,10 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
     template = asker.prompts["answer"]
     messages = template.messages(question=question_text(question))
     answers = {
-        llm: [await _letters(asker, Asked(llm, template.id, messages, sample)) for sample in range(section.samples)]
+        llm: [
+            await _letters(asker, asker.client.request(llm, template.id, messages, sample))
+            for sample in range(section.samples)
+        ]
         for llm in section.llms
     }
     right = {llm: sum(answer == question.answer for answer in given) for llm, given in answers.items()}
@@ -292,34 +392,28 @@ async def select(question: Question, asker: Asker, section: SelectionSection) ->
         "samples": section.samples,
         "difficulty": round(1 - sum(right.values()) / total, 4),
     }
+    # Where all agree on another answer the key may be wrong: a person looks, once.
     track = "sft" if any(right.values()) else "rl"
     other = agreed_answer(answers)
     if track == "rl" and other is not None and "review" not in question.meta:
         track = "review"
         selection["agreed"] = other
-    meta = {
-        **question.meta,
-        "selection": selection,
-        "prompts": {**question.meta.get("prompts", {}), "answer": template.id},
-    }
-    if track == "review":
-        meta["flags"] = [f"all LLMs answer {other}, the key is {question.answer}"]
+    flags = {"flags": [f"all LLMs answer {other}, the key is {question.answer}"]} if track == "review" else {}
     outcome = Outcome()
     outcome.counts.update({f"right/{llm}": count for llm, count in right.items()})
     outcome.counts["samples without letters"] += sum(not answer for given in answers.values() for answer in given)
     outcome.counts[f"difficulty/{selection['difficulty']:.1f}"] += 1
-    outcome.keep(track, replace(question, meta=meta))
-    return outcome
+    return outcome.keep(track, _made_by(question, asker, {}, ["answer"], selection=selection, **flags))
 
 
-async def _letters(asker: Asker, asked: Asked) -> str:
+async def _letters(asker: Asker, asked: Call) -> str:
     """What an LLM answers; what does not come to an answer at all sets the question aside, since it is not wrong."""
     reply = await asker.reply(asked)
     letters = "".join(sorted(extract_letters(reply.text) or ()))
     if letters:
         asker.count(asked, reply)
     else:
-        await asker.count_unusable(asked, reply, "no letters after the marker")
+        asker.count_unusable(asked, reply, "no letters after the marker")
     return letters
 
 

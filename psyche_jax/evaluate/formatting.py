@@ -1,0 +1,73 @@
+"""How the report writes figures and texts."""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from psyche_jax.rewards.reference import split_thought
+
+LONGEST_TEXT = 8000  # characters of a response that the page shows
+_STOP_TOKEN = re.compile(r"\s*<[|｜][^<>]*[|｜]>\s*$")  # `<|im_end|>`, R1-Distill's `<｜end▁of▁sentence｜>`
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that stays short."""
+    size = abs(value)
+    if value == 0 or not math.isfinite(value):
+        text = f"{value:g}" if value else "0"
+    elif 1e-3 <= size < 1e7:
+        text = f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
+    else:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return text.replace("-", "−")
+
+
+def cell(text: str) -> str:
+    """A text for a cell of a Markdown table, with no markup of its own."""
+    return re.sub(r"([\\`*_{}\[\]<>()#|])", r"\\\1", " ".join(str(text).split()))
+
+
+def percent(value: float | None) -> str:
+    """A share as a percentage."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def interval(one: Mapping[str, Any]) -> str:
+    """A share with its interval, as percentages."""
+    if one["share"] is None:
+        return "–"
+    return f"{100 * one['share']:.1f} [{100 * one['low']:.1f}–{100 * one['high']:.1f}]"
+
+
+def points(value: float) -> str:
+    """A difference of shares in percentage points, always signed."""
+    return f"{100 * value:+.1f}".replace("-", "−")
+
+
+def brief(value: Any) -> str:
+    """A number without needless zeros; anything else as it is."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float) -> str:
+    """A time span for people."""
+    if seconds < 1:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def clip(text: str) -> str:
+    """A text short enough to show."""
+    left = len(text) - LONGEST_TEXT
+    return text if left <= 0 else f"{text[:LONGEST_TEXT]} … ({left:,} more characters)"
+
+
+def spoken(response: str) -> tuple[str | None, str]:
+    """Reasoning and answer of a response, without the stop token that samples of a run show."""
+    return split_thought(_STOP_TOKEN.sub("", response))
