@@ -1,4 +1,5 @@
-"""Which collectives a compiled program runs, in which loop, how often and on how many bytes: read from its HLO text."""
+"""What a compiled program moves, read from its HLO text: its collectives, in which loop, how often and on how many
+bytes; and copies of the cache or of weights while it decodes."""
 
 import re
 from collections.abc import Iterator
@@ -26,19 +27,84 @@ class Collective:
     weight_sized: bool
 
 
-def find_collectives(text: str, weight_bytes: int) -> list[Collective]:
-    """All collectives of the program in `text`.
+# What moves numbers and computes none.
+_MOVES = (
+    "bitcast",
+    "concatenate",
+    "constant",
+    "convert",
+    "copy",
+    "dynamic-slice",
+    "get-tuple-element",
+    "pad",
+    "parameter",
+    "reshape",
+    "reverse",
+    "slice",
+    "transpose",
+    "tuple",
+)
+
+
+def find_collectives(module: Module, weight_bytes: int) -> list[Collective]:
+    """All collectives of a program.
 
     Args:
-      text: HLO after compilation.
+      module: HLO after compilation.
       weight_bytes: size of the smallest weight matrix of a layer, as one chip computes with it.
     """
-    module = Module.parse(text)
     return list(_walk(module, module.entry, "once", 1, weight_bytes, set()))
 
 
-def summarize(collectives: list[Collective]) -> dict[str, dict[str, int]]:
-    """By place: `instructions` in the program, `count` of them executed, `bytes` of all executions, `weight_sized`."""
+def find_copies(module: Module, sizes: frozenset[int]) -> list[Instruction]:
+    """The instructions of the decoding loops that do nothing but copy arrays with so many elements.
+
+    What a chip reads from its HBM into its own memory, as it is, for a product to come, is not a copy.
+
+    Args:
+      module: HLO after compilation.
+      sizes: of the cache and of weights on one chip.
+    """
+    found = []
+    for instruction in _decoding(module, module.entry, False):
+        largest = max((array.elements for array in instruction.arrays), default=0)
+        if largest in sizes and _only_moves(module, instruction, largest):
+            found.append(instruction)
+    return found
+
+
+def _decoding(module: Module, name: str, inside: bool) -> Iterator[Instruction]:
+    """Instructions of the decoding loops, fusions whole."""
+    for instruction in module.computations.get(name, ()):
+        if inside:
+            yield instruction
+        within = inside or (instruction.opcode == "while" and "decoding_loop" in instruction.op_name)
+        for called in instruction.called("body", "to_apply", "branch_computations"):
+            yield from _decoding(module, called, within)
+
+
+def _only_moves(module: Module, instruction: Instruction, elements: int) -> bool:
+    if instruction.opcode not in ("copy", "transpose", "fusion"):
+        return False
+    opcodes = set(_opcodes(module, instruction, elements))
+    turned = opcodes & {"copy", "transpose", "convert"}
+    # To the chip's own memory as it is: a read ahead.
+    return opcodes <= set(_MOVES) and (bool(turned) or all(array.memory == 0 for array in instruction.arrays))
+
+
+def _opcodes(module: Module, instruction: Instruction, elements: int) -> Iterator[str]:
+    """Those of an instruction, of a fusion what it holds, but for what works on much smaller arrays (indices)."""
+    if instruction.opcode != "fusion":
+        yield instruction.opcode
+    for called in instruction.called("calls") if instruction.opcode == "fusion" else ():
+        for inner in module.computations.get(called, ()):
+            if any(2 * array.elements >= elements for array in inner.arrays):
+                yield from _opcodes(module, inner, elements)
+
+
+def summarize(collectives: list[Collective], copies: int = 0) -> dict[str, dict[str, int]]:
+    """By place: `instructions` in the program, `count` of them executed, `bytes` of all executions, `weight_sized`; and
+    in the decoding loop how many `copies` of the cache or of weights there are."""
     result = {}
     for place in PLACES:
         here = [collective for collective in collectives if collective.place == place]
@@ -48,6 +114,7 @@ def summarize(collectives: list[Collective]) -> dict[str, dict[str, int]]:
             "bytes": sum(collective.times * collective.bytes for collective in here),
             "weight_sized": sum(collective.weight_sized for collective in here),
         }
+    result["decoding_loop"]["cache_sized_copies"] = copies
     return result
 
 
