@@ -216,4 +216,3 @@ def _add(cost: dict[str, float], other: Mapping[str, float], times: float = 1) -
 
 def _seconds(cost: Mapping[str, float]) -> float:
     return sum(value for name, value in cost.items() if "/" not in name)
-

@@ -70,7 +70,7 @@ def count_attention(
     return _Counter(config, model, mesh, decoding).attention()
 
 
-def full_decoding(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[int] | None = None) -> Decoding:
+def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[int] | None = None) -> Decoding:
     """The steps of decoding; without `lengths` of the responses all are as long as can be."""
     responses = config.prompts_per_step * config.generations_per_prompt
     lengths = [config.max_new_tokens] * responses if lengths is None else lengths
@@ -190,7 +190,7 @@ class _Counter:
         return Phase(flops, hbm, self._reduced_activations(rows * self._places))
 
     def _decoding(self, config: GrpoConfig) -> Decoding:
-        return full_decoding(config, self.mesh) if self.given is None else self.given
+        return decoding_of(config, self.mesh) if self.given is None else self.given
 
     def _cache_bytes(self, config: GrpoConfig) -> float:
         """What decoding reads of the cache: in every step all prompts, or one for each row, and what rows have said."""
