@@ -93,7 +93,7 @@ def draw_lengths(text: str | None, count: int, longest: int) -> list[int]:
     if text is None:
         return [longest] * count
     shares = [(number + 0.5) / count for number in range(count)]
-    if Path(text).is_dir():
+    if text and Path(text).is_dir():
         known = sorted(_sampled(Path(text)))
         lengths = [known[int(share * len(known))] for share in shares]
     else:
