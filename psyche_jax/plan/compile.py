@@ -24,6 +24,7 @@ from psyche_jax.train.sft import make_sft_step
 from psyche_jax.train.state import make_optimizer, make_schedule
 
 PlanConfig: TypeAlias = SftConfig | GrpoConfig
+FULL_LENGTH = "every response is as long as max_new_tokens"
 _STEPS = 1000  # of the schedule, which changes nothing in the size of a program
 GIB = 2**30
 
@@ -191,7 +192,7 @@ def _lower_grpo(
     assumptions = (
         "reward tables are those of a vocabulary of single bytes (the real one's have a column more for each kind "
         "of token, a few MiB; some 40 where answers have forms)",
-        "every response is as long as max_new_tokens",
+        FULL_LENGTH,
         *(["dynamic sampling finds all of its prompts at the first try"] if prompts > config.prompts_per_step else []),
         *(["reward functions take no time"] if config.functions else []),
     )

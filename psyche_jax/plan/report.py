@@ -17,6 +17,7 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.plan.collectives import PLACES, Collective, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
     ARGUMENTS,
+    FULL_LENGTH,
     GIB,
     WITHIN_TEMPORARIES,
     PlanConfig,
@@ -179,7 +180,12 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     # LIBTPU_INIT_ARGS may tell the compiler of more memory than a chip has.
     fits = compiled.executable is not None and (compiled.peak_bytes or 0) <= limit
     memory_gib = memory_by_kind(lowered, config, compiled.peak_bytes)
-    assumed = [line for line in lowered.assumptions if wishes.lengths is None or "max_new_tokens" not in line]
+    assumed = lowered.assumptions
+    if wishes.lengths is not None:
+        ragged = (
+            f"responses are as long as --lengths {wishes.lengths} says; learning reads them padded to max_new_tokens"
+        )
+        assumed = tuple(ragged if line == FULL_LENGTH else line for line in assumed)
     return Plan(
         config=config,
         slice_=slice_,

@@ -111,6 +111,7 @@ def test_grpo(tmp_path, capsys):
     assert ragged["forecast_seconds"]["updates"] == pytest.approx(result["forecast_seconds"]["updates"])
     assert (ragged["forecast"]["steps"], ragged["forecast"]["dollars_per_chip_hour"]) == (50, 0.5)
     assert not any("as long as max_new_tokens" in line for line in ragged["assumptions"])
+    assert any("as long as --lengths mean=20,p90=40 says" in line for line in ragged["assumptions"])
 
 
 @pytest.mark.slow
@@ -186,6 +187,9 @@ def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
     assert 0 < result["peak_gib"] < result["limit_gib"] == CHIPS[result["topology"].split(":")[0]].hbm_gib
     sent = sum(place["count"] for place in result["collectives"].values())
     assert (sent > 0) == (devices > 1)
+    high = result["forecast_seconds"]
+    assert high["total"] == pytest.approx(sum(high[name] for name in PHASES))
+    assert (high["unhidden_collectives"] > 0) == (devices > 1)
     if devices > 1:
         compute = result["phases"]["forward"]["flops"] / (4 * 2307e12)
         assert result["roofline_seconds"]["forward"] >= compute
