@@ -84,6 +84,8 @@ def _decoding(module: Module, name: str, inside: bool) -> Iterator[Instruction]:
 
 
 def _only_moves(module: Module, instruction: Instruction, elements: int) -> bool:
+    if instruction.opcode == "copy-start":
+        return all(array.memory == 0 for array in instruction.arrays[:2])  # from HBM to HBM
     if instruction.opcode not in ("copy", "transpose", "fusion"):
         return False
     opcodes = set(_opcodes(module, instruction, elements))

@@ -84,7 +84,10 @@ def forecast(
     low = dict.fromkeys((*PHASES, UNHIDDEN), 0.0)
     for name, work in roofline.items():
         low[_OF_ROOFLINE[name]] += work.seconds(slice_)
-    cost = _Reader(module, slice_.chip, [loop.turns for loop in loops]).program()
+    turns = [loop.turns for loop in loops]
+    if there := sum(_is_decoding_loop(i) for body in module.computations.values() for i in body):
+        turns[there - 1 :] = [sum(turns[there - 1 :])]
+    cost = _Reader(module, slice_.chip, turns).program()
     high = {name: cost[name] for name in low}
     for phase, work in attention.items():
         if cost[f"kernels/{phase}"]:
@@ -182,7 +185,7 @@ class _Reader:
         name = loop.op_name
         if name.endswith("more_candidates/while"):
             return 0  # all prompts are found at the first try
-        if outer != "decoding" and name.endswith("decoding_loop/while"):
+        if outer != "decoding" and _is_decoding_loop(loop):
             self._loops += 1
             return self.turns[self._loops - 1] if self._loops <= len(self.turns) else 0
         return self.module.trip_count(loop)
@@ -207,6 +210,10 @@ class _Reader:
         if instruction.opcode == "dynamic-update-slice":  # in place
             written = by_name.get(instruction.operands()[1], instruction)
         return 2 * sum(a.bytes for a in written.arrays if a.memory == 0) / self.chip.hbm_bytes_per_second
+
+
+def _is_decoding_loop(instruction: Instruction) -> bool:
+    return instruction.opcode == "while" and instruction.op_name.endswith("decoding_loop/while")
 
 
 def _add(cost: dict[str, float], other: Mapping[str, float], times: float = 1) -> None:

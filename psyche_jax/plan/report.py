@@ -158,7 +158,7 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
       UsageError: a wish cannot be.
       UserError: the model is missing, libtpu is, or the mesh divides something it must not.
     """
-    lengths = _lengths(config, wishes)
+    lengths = response_lengths(config, wishes)
     lowered = lower(config, slice_.devices())
     mesh = dict(lowered.mesh.shape)
     decoding = decoding_of(config, mesh, lengths) if isinstance(config, GrpoConfig) else None
@@ -207,8 +207,12 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     )
 
 
-def _lengths(config: PlanConfig, wishes: Wishes) -> list[int] | None:
-    """Those of the responses of a step; None where all are as long as can be."""
+def response_lengths(config: PlanConfig, wishes: Wishes) -> list[int] | None:
+    """Those of a step's responses; None where all are as long as can be.
+
+    Raises:
+      UsageError: a wish cannot be.
+    """
     if wishes.steps is not None and wishes.steps < 1:
         raise UsageError(f"--steps must be at least 1, not {wishes.steps}")
     if wishes.price is not None and not 0 <= wishes.price < math.inf:

@@ -6,13 +6,13 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from psyche_jax.config import RolloutSection, SftConfig
+from psyche_jax.config import GrpoConfig, RolloutSection, SftConfig
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.sharding import check_mesh_fits, make_mesh
 from psyche_jax.plan.compile import GIB, PlanConfig, find_architecture, least_peak
-from psyche_jax.plan.report import Plan, Wishes, describe, divisors, make_plan
-from psyche_jax.plan.roofline import count_phases
+from psyche_jax.plan.report import Plan, Wishes, describe, divisors, make_plan, response_lengths
+from psyche_jax.plan.roofline import count_phases, decoding_of
 from psyche_jax.plan.slices import Slice
 
 _MOST_TRIES = 12
@@ -28,12 +28,13 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     Raises:
       UserError: none fits.
     """
+    lengths = response_lengths(config, wishes)
     devices = slice_.devices()
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
     model, _ = find_architecture(config)
     check_mesh_fits(mesh, model)
     shape = dict(mesh.shape)
-    seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_)
+    seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_, lengths=lengths)
     candidates = list(_candidates(config, shape["data"] * shape["fsdp"]))
     # Of equally fast ones the largest first: what it does not compute again costs nothing where there is room.
     candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
@@ -46,8 +47,8 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
         plan = make_plan(candidate, slice_, wishes)
         peak = "?" if plan.peak_bytes is None else f"{plan.peak_bytes / GIB:.2f}"
         result = "fits" if plan.fits else "does not fit"
-        by_cycles = "" if plan.forecast is None else f" to {plan.forecast.totals[1]:.2f}"
-        _say(f"{describe(candidate)}: {result}, {peak} GiB, {plan.seconds:.2f}{by_cycles} s")
+        by_cycles = "" if plan.forecast is None else f" to {plan.forecast.totals[1]:.4g}"
+        _say(f"{describe(candidate)}: {result}, {peak} GiB, {plan.seconds:.4g}{by_cycles} s")
         if plan.fits and plan.forecast is not None:
             fitting.append((plan.forecast.totals[1], plan))
         else:
@@ -98,8 +99,11 @@ def _slots(responses: int, places: int) -> Iterator[int]:
         responses = responses // 2 if responses % 2 == 0 else 0
 
 
-def _roofline(config: PlanConfig, model: ModelConfig, mesh: dict[str, int], slice_: Slice) -> float:
-    return sum(phase.seconds(slice_) for phase in count_phases(config, model, mesh).values())
+def _roofline(
+    config: PlanConfig, model: ModelConfig, mesh: dict[str, int], slice_: Slice, lengths: list[int] | None
+) -> float:
+    decoding = decoding_of(config, mesh, lengths) if isinstance(config, GrpoConfig) else None
+    return sum(phase.seconds(slice_) for phase in count_phases(config, model, mesh, decoding).values())
 
 
 def _say(line: str) -> None:

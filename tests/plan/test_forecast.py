@@ -140,6 +140,11 @@ def test_more_turns_cost_more():
     assert totals == sorted(set(totals))
 
 
+def test_all_turns_count_where_the_program_has_fewer_loops():
+    merged = seconds((Loop(16, 20), Loop(8, 3), Loop(4, 5), Loop(2, 7))).high
+    assert merged == seconds((Loop(16, 20), Loop(8, 15))).high
+
+
 @pytest.mark.parametrize(
     ("op_name", "phase"),
     [
@@ -213,6 +218,8 @@ COPIES = """
   %ahead = bf16[1,64,128]{2,1,0:T(8,128)S(1)} fusion(%x), kind=kLoop, calls=%read
   %again = bf16[1,64,128]{2,1,0:T(8,128)} fusion(%x), kind=kLoop, calls=%read
   %copied = bf16[3,64,128]{2,1,0} copy(%x)
+  %moved = (bf16[64,128]{1,0}, bf16[64,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
+  %fetched = (bf16[64,128]{1,0:S(1)}, bf16[64,128]{1,0}, u32[]{:S(2)}) copy-start(%x)
   %activation = bf16[64,100]{1,0} copy(%x)
   ROOT %t = (s32[]) tuple(%i)
 }
@@ -235,7 +242,7 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 
 def test_copies_of_the_cache_while_decoding():
     found = find_copies(Module.parse(COPIES), frozenset({64 * 128, 3 * 64 * 128}))
-    assert [instruction.name for instruction in found] == ["turned", "again", "copied"]
+    assert [instruction.name for instruction in found] == ["turned", "again", "copied", "moved"]
     assert find_copies(Module.parse(COPIES), frozenset()) == []
 
 
