@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.config_files import load_config, read_values
-from psyche_jax.data.dataset import is_dataset, open_dataset
-from psyche_jax.errors import UsageError
+from psyche_jax.data.dataset import open_dataset
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.plan.collectives import PLACES, Collective, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
@@ -225,12 +225,14 @@ def response_lengths(config: PlanConfig, wishes: Wishes) -> list[int] | None:
 
 
 def count_steps(config: PlanConfig) -> int | None:
-    """How many steps a run has, at most (what it would skip counts too). None if its data are not on this machine."""
+    """How many steps a run has, at most (what it would skip counts too). None if its data cannot be read on this
+    machine."""
     places = config.data.train
     names = [places] if isinstance(places, str) else list(places)
-    if not all(Path(name).exists() for name in names):
+    try:
+        records = sum(len(open_dataset(name)) if Path(name).is_dir() else _lines(Path(name)) for name in names)
+    except (OSError, UserError):
         return None
-    records = sum(len(open_dataset(name)) if is_dataset(name) else _lines(Path(name)) for name in names)
     size = config.batch_size if isinstance(config, SftConfig) else config.candidates_per_step
     return math.ceil(config.epochs * records / size)
 
