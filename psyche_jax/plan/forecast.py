@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from psyche_jax.plan.hlo import Instruction, Module
+from psyche_jax.plan.hlo import COLLECTIVES, Instruction, Module
 from psyche_jax.plan.rollout import Loop
 from psyche_jax.plan.roofline import Phase
 from psyche_jax.plan.slices import Chip, Slice
@@ -147,64 +147,69 @@ class _Reader:
         scoped = Counter(phase for i in instructions if (phase := phase_of(i.op_name)))
         usual = scoped.most_common(1)[0][0] if scoped else outer or "updates"
         cost: dict[str, float] = defaultdict(float)
-        hidden = 0.0
+        beside = 0.0
         for instruction in instructions:
             phase = phase_of(instruction.op_name) or usual
-            if instruction.opcode == "while":
+            # What runs other computations.
+            if instruction.opcode in ("while", "conditional", "call"):
                 turns = self._turns(instruction, outer)
-                for called in instruction.called("body", "condition") if turns else ():
-                    _add(cost, self._computation(called, phase, set()), turns)
-            elif instruction.opcode == "conditional":
-                branches = [self._computation(b, phase, seen) for b in instruction.called("branch_computations")]
-                _add(cost, max(branches, key=_seconds, default={}))
-            elif instruction.opcode == "call":
-                for called in instruction.called("to_apply"):
-                    _add(cost, self._computation(called, phase, seen))
-            elif instruction.collective:
-                seconds = collective_seconds(instruction, self.chip)
-                if instruction.opcode.endswith("-start"):
-                    hidden += seconds
-                else:
-                    cost[UNHIDDEN] += seconds
-            elif not instruction.opcode.endswith(("-start", "-done", "-update")):
-                if "tpu_custom_call" in instruction.line:
-                    cost[f"kernels/{phase}"] += 1
-                inside = list(self._collectives(instruction, seen))
-                seconds = sum(collective_seconds(found, self.chip) for found in inside)
-                if any(name.startswith("all-reduce-scatter") for name in instruction.called("calls")):
-                    cost[UNHIDDEN] += seconds / 2  # only the first half of a sum
-                else:
-                    hidden += seconds
-                    cost[phase] += self._seconds(instruction, by_name)
-            else:
-                hidden += sum(collective_seconds(found, self.chip) for found in self._collectives(instruction, seen))
-        cost[UNHIDDEN] += max(0.0, hidden - sum(cost[phase] for phase in PHASES))
+                for called in self._called(instruction, phase, seen) if turns else ():
+                    _add(cost, called, turns)
+                continue
+
+            # What is sent: everything waits for a plain collective, other work for one that has been split.
+            seconds = sum(self._sending(instruction, seen))
+            waits = instruction.opcode in COLLECTIVES or _is_reduce_scatter(instruction)
+            cost[UNHIDDEN] += seconds if waits else 0.0
+            beside += 0.0 if waits else seconds
+
+            # What is computed.
+            cost[phase] += self._computing(instruction, by_name)
+            if "tpu_custom_call" in instruction.line:
+                cost[f"kernels/{phase}"] += 1
+        cost[UNHIDDEN] += max(0.0, beside - sum(cost[phase] for phase in PHASES))
         return cost
 
-    def _turns(self, loop: Instruction, outer: str | None) -> int:
-        name = loop.op_name
-        if name.endswith("more_candidates/while"):
-            return 0  # all prompts are found at the first try
-        if outer != "decoding" and _is_decoding_loop(loop):
+    def _called(self, instruction: Instruction, phase: str, seen: set[str]) -> list[dict[str, float]]:
+        """What a turn of a loop, a call, or a choice among computations costs."""
+        if instruction.opcode == "while":
+            return [self._computation(called, phase, set()) for called in instruction.called("body", "condition")]
+        found = [self._computation(c, phase, seen) for c in instruction.called("to_apply", "branch_computations")]
+        return [max(found, key=_seconds)] if found else []
+
+    def _turns(self, instruction: Instruction, outer: str | None) -> int:
+        if instruction.opcode != "while":
+            return 1
+        if instruction.op_name.endswith("more_candidates/while"):
+            return 0  # dynamic sampling finds all of its prompts at the first try
+        if outer != "decoding" and _is_decoding_loop(instruction):
             self._loops += 1
             return self.turns[self._loops - 1] if self._loops <= len(self.turns) else 0
-        return self.module.trip_count(loop)
+        return self.module.trip_count(instruction)
 
-    def _collectives(self, instruction: Instruction, seen: set[str]) -> Iterator[Instruction]:
-        """Those within a fusion or an asynchronous computation. One may be in several: it counts once."""
+    def _sending(self, instruction: Instruction, seen: set[str]) -> Iterator[float]:
+        """Seconds of a collective, or of those within a fusion. One that is in several fusions counts once."""
+        if instruction.collective:
+            yield collective_seconds(instruction, self.chip)
         for called in instruction.called("calls"):
             for inner in self.module.computations.get(called, ()):
-                if inner.collective and (inner.channel is None or inner.channel not in seen):
+                if inner.collective and inner.channel not in seen:
                     seen |= {inner.channel} if inner.channel else set()
-                    yield inner
+                    seconds = collective_seconds(inner, self.chip)
+                    yield seconds / 2 if _is_reduce_scatter(instruction) else seconds
                 elif inner.opcode == "fusion":
-                    yield from self._collectives(inner, seen)
+                    yield from self._sending(inner, seen)
 
-    def _seconds(self, instruction: Instruction, by_name: Mapping[str, Instruction]) -> float:
-        """Of one instruction that computes."""
+    def _computing(self, instruction: Instruction, by_name: Mapping[str, Instruction]) -> float:
+        """Seconds of what an instruction computes."""
         if instruction.cycles is not None:
             return instruction.cycles / self.chip.clock
-        if instruction.opcode in _FREE or any("async_collective" in c for c in instruction.called("calls")):
+        if (
+            instruction.opcode in _FREE
+            or instruction.collective
+            or instruction.opcode.endswith(("-start", "-done", "-update"))
+            or any("async_collective" in called for called in instruction.called("calls"))
+        ):
             return 0.0
         written = instruction
         if instruction.opcode == "dynamic-update-slice":  # in place
@@ -212,8 +217,14 @@ class _Reader:
         return 2 * sum(a.bytes for a in written.arrays if a.memory == 0) / self.chip.hbm_bytes_per_second
 
 
+def _is_reduce_scatter(instruction: Instruction) -> bool:
+    """Whether it is a sum of which each chip keeps a part: the compiler writes a fusion of both."""
+    return any(called.startswith("all-reduce-scatter") for called in instruction.called("calls"))
+
+
 def _is_decoding_loop(instruction: Instruction) -> bool:
-    return instruction.opcode == "while" and instruction.op_name.endswith("decoding_loop/while")
+    name = instruction.op_name
+    return instruction.opcode == "while" and name.endswith("decoding_loop/while") and "more_candidates/" not in name
 
 
 def _add(cost: dict[str, float], other: Mapping[str, float], times: float = 1) -> None:
