@@ -425,10 +425,9 @@ def _forecast_lines(plan: Plan) -> list[str]:
     fast, slow = plan.forecast.totals
     lines.append(f"{'total':28}{fast:12.2f}{slow:12.2f}")
     if plan.decoding is not None:
-        responses = plan.config.prompts_per_step * plan.config.generations_per_prompt  # type: ignore[union-attr]
         lines.append(
-            f"decoding: {plan.decoding.steps} steps for {responses} responses of "
-            f"{plan.decoding.tokens / responses:.0f} tokens on average; "
+            f"decoding: {plan.decoding.steps} steps for {plan.decoding.responses} responses of "
+            f"{plan.decoding.tokens / plan.decoding.responses:.0f} tokens on average; "
             f"{plan.copies} copies of the cache or of weights in a step"
         )
     mfu, tokens, hours, price = (run[name] for name in ("mfu", "tokens_per_second", "hours", "price"))

@@ -28,10 +28,12 @@ class Loop:
 class Decoding:
     """What it takes to decode the responses of a step.
 
-    `tokens`: of all responses; `attended`: how many decoded tokens all steps of all responses attend to together.
+    `responses`: how many; `tokens`: of all of them; `attended`: how many decoded tokens all steps of all responses
+    attend to together.
     """
 
     loops: tuple[Loop, ...]
+    responses: int
     tokens: int
     attended: int
 
@@ -73,7 +75,7 @@ def simulate(lengths: Sequence[int], slots: int, parts: int) -> Decoding:
             break
         rows, done = half, stop
     attended = sum(length * (length - 1) // 2 for length in lengths)
-    return Decoding(tuple(loops), sum(lengths), attended)
+    return Decoding(tuple(loops), len(lengths), sum(lengths), attended)
 
 
 def draw_lengths(text: str | None, count: int, longest: int) -> list[int]:

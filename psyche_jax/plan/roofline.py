@@ -176,8 +176,7 @@ class _Counter:
 
     def _decode(self, config: GrpoConfig) -> Phase:
         model, tensor, decoding = self.model, self.mesh["tensor"], self._decoding(config)
-        responses = config.prompts_per_step * config.generations_per_prompt
-        tokens = decoding.tokens - responses  # the first ones follow from the prompts
+        tokens = decoding.tokens - decoding.responses  # the first ones follow from the prompts
         pairs = config.data.max_prompt_length + decoding.attended / max(tokens, 1)
         flops = layers_flops(model, tokens, 1, pairs) + head_flops(model, tokens)
         # Every step reads all weights, and makes logits of all rows.
