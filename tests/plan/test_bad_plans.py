@@ -190,7 +190,7 @@ def test_another_architecture_than_the_config_says(tmp_path):
     small = ARCHITECTURES["Qwen2.5-0.5B"]
     check_architecture("Qwen2.5-0.5B-Instruct", small, "models/x")
     check_architecture(None, small, "models/x")
-    with pytest.raises(UsageError, match=r"models/x is no Qwen2.5-7B: its vocab_size is 151936, not 152064"):
+    with pytest.raises(UsageError, match=r"models/x is not Qwen2.5-7B: its vocab_size is 151936, not 152064"):
         check_architecture("Qwen2.5-7B", small, "models/x")
 
 
@@ -199,7 +199,7 @@ def test_the_model_that_is_there_counts(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(ARCHITECTURES["Qwen2.5-0.5B"], "float32")))
     arguments = ["--config", SFT, "--topology", "v5e:4x4", "--set", f"model.path={tmp_path}"]
     code, line = fails(capsys, *arguments)
-    assert (code, "is no Qwen2.5-7B" in line) == (2, True), line
+    assert (code, "is not Qwen2.5-7B" in line) == (2, True), line
 
 
 def test_out_of_memory_messages():
