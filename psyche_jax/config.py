@@ -1,11 +1,13 @@
 """Typed configs: frozen dataclasses that check themselves. `config_files.py` reads them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import pydantic
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
+from psyche_jax.errors import UsageError
 from psyche_jax.rewards.config import (
     AnswerSetRule,
     FunctionReward,
@@ -227,6 +229,13 @@ class DynamicSamplingSection(Section):
 
 
 @dataclass(frozen=True)
+class RolloutSection(Section):
+    """How responses are decoded: memory and speed only, the tokens are the same."""
+
+    slots: Count | None = None  # so many responses at once, a multiple of data × fsdp; the others wait; None: all
+
+
+@dataclass(frozen=True)
 class GrpoConfig(Section):
     """Group-relative policy optimization (DeepSeekMath, arXiv 2402.03300)."""
 
@@ -241,7 +250,7 @@ class GrpoConfig(Section):
     micro_batch_prompts: Count | None = None  # prompts at once in forward and backward; None: the minibatch
     max_new_tokens: Count = 1024
     share_prompt: bool = True  # learning reads a prompt once for all its responses, where micro-batches allow it
-    rollout_waves: Count = 1  # the prompts of a step are decoded in that many parts, one after the other
+    rollout: RolloutSection = field(default_factory=RolloutSection)
     temperature: PositiveFloat = 1.0  # of the rollout; policy, old, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     reference_dtype: Dtype = "float32"  # of the reference policy's weights; bfloat16 halves them
@@ -261,7 +270,6 @@ class GrpoConfig(Section):
         _keeps_small_updates(self.model)
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
         check_rules(self.rewards)
-        _divides("rollout_waves", self.rollout_waves, "prompts_per_step", self.prompts_per_step)
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
         _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", self.prompts_per_update)
         if (candidates := self.dynamic_sampling.candidate_prompts) is not None:
@@ -277,6 +285,36 @@ class GrpoConfig(Section):
                 self.dynamic_sampling.rule,
                 "must name one of the rules in rewards (not a function)",
             )
+
+    @classmethod
+    def renamed(cls, values: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """`values` of a config file with an old key under its new name, and a line that says so (or nothing).
+
+        Raises:
+          UsageError: both names are there, or the old one's value cannot be.
+        """
+        if "rollout_waves" not in values:
+            return values, ""
+        values = dict(values)
+        waves, section = values.pop("rollout_waves"), values.get("rollout") or {}
+        if isinstance(section, dict) and section.get("slots") is not None:
+            raise UsageError("rollout_waves is the old name of rollout.slots, and both are there: remove rollout_waves")
+        counts = [values.get(name, getattr(cls, name)) for name in ("prompts_per_step", "generations_per_prompt")]
+        if not all(isinstance(count, int) for count in counts) or not isinstance(section, dict):
+            return values, ""  # an error of its own
+        if not isinstance(waves, int) or waves < 1 or counts[0] % waves:
+            raise UsageError(f"rollout_waves must divide prompts_per_step {counts[0]}, not {waves!r}")
+        slots = None if waves == 1 else counts[0] * counts[1] // waves
+        return (
+            {**values, "rollout": {**section, "slots": slots}},
+            f"rollout_waves: {waves} is an old name; write rollout: {{slots: {'null' if slots is None else slots}}}",
+        )
+
+    @property
+    def slots(self) -> int:
+        """How many of a step's responses are decoded at once."""
+        responses = self.prompts_per_step * self.generations_per_prompt
+        return min(responses, self.rollout.slots or responses)
 
     @property
     def rules(self) -> tuple[RuleConfig, ...]:
@@ -326,7 +364,8 @@ EXECUTION_SETTINGS = (
     "micro_batch_size",
     "micro_batch_prompts",  # but for `objective.name: bnpo`, whose loss is by micro-batch
     "share_prompt",
-    "rollout_waves",
+    "rollout",
+    "rollout_waves",  # an old name, in the files of runs
 )
 # Settings that only say where to find what a run remembers by its content (`train/run_changes.py`), or what of it to
 # take.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -64,8 +65,15 @@ def find_config(path: Path, folder: Path = Path()) -> Path:
 
 
 def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> Config:
-    """Check a mapping and turn it into the dataclass `kind`; `origin` names it in messages."""
+    """Check a mapping and turn it into the dataclass `kind`; `origin` names it in messages.
+
+    A kind that has `renamed` reads old names of keys, and says on stderr what they are called now.
+    """
     try:
+        if renamed := getattr(kind, "renamed", None):
+            values, note = renamed(values)
+            if note:
+                print(f"{origin}: {note}", file=sys.stderr, flush=True)
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
         raise UsageError(f"{origin}: {_describe(kind, error.errors()[0])}") from None

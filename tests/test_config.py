@@ -428,3 +428,18 @@ def test_configs_that_come_with_the_package(tmp_path, monkeypatch):
     for name, shown in (("sft_7b_v5", "sft_7b_v5e16"), ("sft_7b_v5e61.yaml", "sft_7b_v5e16"), ("qqq", "grpo_tiny")):
         with pytest.raises(UsageError, match=f"{name}: the config cannot be read .*; configs that come with .*{shown}"):
             load_config(SftConfig, Path(name))
+
+
+def test_waves_are_an_old_name_of_slots(tmp_path, capsys):
+    values = {**LEAST, "prompts_per_step": 12, "generations_per_prompt": 4}
+    config = load(GrpoConfig, tmp_path, {**values, "rollout_waves": 3})
+    assert (config.rollout.slots, config.slots) == (16, 16)
+    assert capsys.readouterr().err.endswith("c.yaml: rollout_waves: 3 is an old name; write rollout: {slots: 16}\n")
+    assert load(GrpoConfig, tmp_path, values, "rollout_waves=1").slots == 48
+    assert load(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 100}}).slots == 48
+    assert "and both are there" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 8}}, "rollout_waves=2")
+    for wrong in (5, 0, "x", None, 2.0):
+        message = failure(GrpoConfig, tmp_path, {**values, "rollout_waves": wrong})
+        assert f"rollout_waves must divide prompts_per_step 12, not {wrong!r}" in message
+    assert "slots must be at least 1, not 0" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 0}})
+    assert "'rollout.slots'" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slot": 1}})

@@ -74,8 +74,16 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
     verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
     verb.add_argument(
-        "--search", action="store_true", help="try micro-batches, remat and waves; show the fastest plan that fits"
+        "--search", action="store_true", help="try micro-batches, remat and slots; show the fastest plan that fits"
     )
+    verb.add_argument(
+        "--lengths",
+        metavar="LENGTHS",
+        help="of responses, for the forecast: mean=400,p99=2048 (log-normal), or the folder of a run (default: all are "
+        "as long as max_new_tokens)",
+    )
+    verb.add_argument("--steps", type=int, metavar="N", help="of the run whose hours and price are forecast")
+    verb.add_argument("--price", type=float, metavar="DOLLARS", help="of an hour of one chip")
     verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
     verb = add(
@@ -189,10 +197,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     slice_ = parse_topology(arguments.topology)
     use_cpu()
-    from psyche_jax.plan.report import as_text, load_plan_config, make_plan, search
+    from psyche_jax.plan.report import Wishes, as_text, load_plan_config, make_plan
+    from psyche_jax.plan.search import search
 
     config = load_plan_config(arguments.config, arguments.overrides, arguments.program)
-    plan = search(config, slice_) if arguments.search else make_plan(config, slice_)
+    wishes = Wishes(arguments.lengths, arguments.steps, arguments.price)
+    plan = (search if arguments.search else make_plan)(config, slice_, wishes)
     print(json.dumps(plan.as_json()) if arguments.json else as_text(plan))
     if not plan.fits:
         raise UserError(f"{arguments.config} does not fit {slice_.name}: {plan.advice[0]}")

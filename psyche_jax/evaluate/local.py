@@ -1,6 +1,7 @@
 """A model on this machine as one who answers: completions batch by batch."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, ma
 from psyche_jax.train.checkpoints import identity as identity_of
 from psyche_jax.train.checkpoints import open_model
 
+_MOST_BATCHES = 4  # so many are read at once, to be answered one batch after the other
+
 
 def complete(
     config: ModelConfig,
@@ -39,27 +42,35 @@ def complete(
 ) -> dict[int, Completion]:
     """One completion for each prompt, by its place.
 
-    Prompts are sorted by length, so that batches waste little and few shapes are compiled. `keep(place, completion)`
-    is called as they come. Prompts at the places `skip` have theirs already; the others get what they would have got
-    without it, since batches are always cut alike. `batch_size` is rounded up to a multiple of what the mesh's batch
-    axes need. `opened` is what the chat template has written of each response; their texts begin with it.
+    `batch_size` prompts are answered at once; where prompts are short beside answers, more of them are read, and each
+    takes the slot of one that has ended. Prompts are sorted by length, so that little is padded and few shapes are
+    compiled. `keep(place, completion)` is called as they come. Prompts at the places `skip` have theirs already; the
+    others get what they would have got without it, since parts are always cut alike. `batch_size` is rounded up to a
+    multiple of what the mesh's batch axes need. `opened` is what the chat template has written of each response; their
+    texts begin with it.
     """
-    shape = execution.sharding.mesh.shape
-    places = shape["data"] * shape["fsdp"]
+    places = execution.sharding.parts("batch")
     rows = -(-min(batch_size, len(prompts)) // places) * places
+    sampling = replace(sampling, slots=rows)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     program: Callable[..., Rollout] = jax.jit(
         partial(generate, config, sampling=sampling, execution=execution), donate_argnums=()
     )
     place = execution.sharding.named("batch", None)
     completions: dict[int, Completion] = {}
-    for start in range(0, len(order), rows):
-        indices = order[start : start + rows]
+    start = 0
+    while start < len(order):
+        # The prompts of what waits take memory too: half as much as answers at most.
+        ends = [min(start + batches * rows, len(order)) for batches in range(1, _MOST_BATCHES + 1)]
+        sizes = [(end - start) * len(prompts[order[end - 1]]) for end in ends]
+        fitting = [end for end, size in zip(ends, sizes, strict=True) if 2 * size <= rows * sampling.max_new_tokens]
+        indices = order[start : max([ends[0], *fitting])]
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        start += len(indices)
         if all(index in skip for index in indices):
             continue
-        padded = indices + indices[:1] * (rows - len(indices))
+        padded = indices + indices[:1] * (-len(indices) % rows)
         batch = jax.device_put(pad_prompts([prompts[i] for i in padded], config.max_position_embeddings), place)
-        key = jax.random.fold_in(jax.random.key(seed), start)
         rollout = jax.device_get(program(parameters, batch["tokens"], batch["mask"], key))
         for row, index in enumerate(indices):
             if index in skip:

@@ -35,24 +35,48 @@ def attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
     Returns:
       [batch, queries, heads, head_dim] in the dtype of `query`. Scores and softmax are float32.
     """
+    return joined([attend(query, source) for source in sources], query.dtype)
+
+
+class Attended(NamedTuple):
+    """Attention over one source: what it takes to join it with others. All are float32.
+
+    `largest`, `total`: [batch, kv_heads, queries that share a key, queries, 1], the largest score, and the sum of all
+    weights relative to it; `output`: the same with head_dim last, the sum of values by weight.
+    """
+
+    largest: jax.Array
+    total: jax.Array
+    output: jax.Array
+
+
+def attend(query: jax.Array, source: Source) -> Attended:
+    """As `attention`, over one source, without the division at the end."""
     batch, queries, heads, head_dim = query.shape
-    kv_heads = sources[0].key.shape[1]
-    shared = heads // kv_heads
+    kv_heads = source.key.shape[1]
     # Scores and weights are the large arrays. They stay as the products leave them, [rows, kv_heads, queries that
     # share a key, keys]; the queries are laid out for that, which is cheap.
-    query = query.reshape(batch, queries, kv_heads, shared, head_dim) * jnp.asarray(head_dim**-0.5, query.dtype)
-    query = query.transpose(0, 2, 3, 1, 4)  # [batch, kv_heads, shared, queries, head_dim]
-    scores = [_scores(query, source) for source in sources]
-    # [batch, kv_heads, shared, queries, 1]
-    largest = jax.lax.stop_gradient(_maximum([score.max(axis=-1, keepdims=True) for score in scores]))
-    total, outputs = jnp.zeros_like(largest), jnp.zeros((*query.shape[:-1], head_dim), jnp.float32)
-    for source, score in zip(sources, scores, strict=True):
-        weights = jnp.exp(score - largest)
-        total += weights.sum(axis=-1, keepdims=True)
-        outputs += _weighted(weights.astype(query.dtype), source)
+    query = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    query = (query * jnp.asarray(head_dim**-0.5, query.dtype)).transpose(0, 2, 3, 1, 4)
+    scores = _scores(query, source)
+    largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores - largest)
+    return Attended(largest, weights.sum(axis=-1, keepdims=True), _weighted(weights.astype(query.dtype), source))
+
+
+def joined(parts: Sequence[Attended], dtype: jnp.dtype) -> jax.Array:
+    """Attention over the sources of all parts: [batch, queries, heads, head_dim]."""
+    largest = parts[0].largest
+    for part in parts[1:]:
+        largest = jnp.maximum(largest, part.largest)
+    total, output = jnp.zeros_like(largest), jnp.zeros_like(parts[0].output)
+    for part in parts:
+        scale = jnp.exp(part.largest - largest)
+        total, output = total + scale * part.total, output + scale * part.output
     # Divided here, where the array is small, instead of in the weights.
-    output = (outputs / total).astype(query.dtype)
-    return output.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, head_dim)
+    output = (output / total).astype(dtype).transpose(0, 3, 1, 2, 4)
+    batch, queries, kv_heads, shared, head_dim = output.shape
+    return output.reshape(batch, queries, kv_heads * shared, head_dim)
 
 
 def _scores(query: jax.Array, source: Source) -> jax.Array:
@@ -90,13 +114,6 @@ def _split_groups(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if batch == rows:
         return array.reshape(shape)
     return array.reshape(rows, shape[1], batch // rows, *shape[2:]).swapaxes(1, 2).reshape(shape)
-
-
-def _maximum(arrays: Sequence[jax.Array]) -> jax.Array:
-    result = arrays[0]
-    for array in arrays[1:]:
-        result = jnp.maximum(result, array)
-    return result
 
 
 def by_head(array: jax.Array) -> jax.Array:

@@ -1,17 +1,24 @@
-"""Decoding: prefill, one token after the other with a KV cache, and how a token is drawn from its logits."""
+"""Decoding: how a token is drawn from its logits; and prompts to responses, in slots that are never idle for long.
+
+prompts ─► read once ─► the first token of every response
+        ─► slots: each step adds a token to the response of every slot; one that has ended hands its slot on
+        ─► nothing waits any more, and half of the slots are idle: the others are gathered, and so on
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.random import threefry2x32_p
 
+from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import last_positions
-from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, build
-from psyche_jax.model.sharding import DECODE_RULES, join_rows, split_rows
+from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, Qwen2, bind, build, take_rows
+from psyche_jax.model.sharding import DECODE_RULES
 
 _BLOCK = 128  # a draw finds a block of so many tokens first, then the token in it
 
@@ -28,18 +35,32 @@ class Sampling:
     max_new_tokens: int
     temperature: float = 1.0
     generations_per_prompt: int = 1
-    waves: int = 1  # the prompts are decoded in that many parts, one after the other, to hold less cache
+    slots: int | None = None  # so many responses are decoded at once, to hold less cache; None: all
     top_k: int | None = None
     top_p: float = 1.0
     min_p: float = 0.0
 
 
-def draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+def uniform(key: jax.Array, response: jax.Array, position: jax.Array) -> jax.Array:
+    """Two numbers from 0 to below 1 for each token, float32 [2, rows]: a function of key, response and position alone.
+
+    The cipher behind `jax.random` (Threefry) is applied to the pair of both, for all rows at once.
+
+    Args:
+      key: random key.
+      response, position: int32 [rows], the number of a response among all, and which of its tokens is drawn.
+    """
+    words = jax.random.key_data(key).ravel()
+    bits = threefry2x32_p.bind(words[0], words[1], response.astype(jnp.uint32), position.astype(jnp.uint32))
+    return jnp.stack([(part >> 8).astype(jnp.float32) * jnp.float32(2**-24) for part in bits])
+
+
+def draw(logits: jax.Array, numbers: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """A token for each row, and its log-prob under the distribution it was drawn from.
 
     Args:
       logits: float32 [rows, vocab].
-      key: random key.
+      numbers: what `uniform` gives for these rows.
       sampling: greedy draws report the log-prob at temperature 1.
 
     Returns:
@@ -52,7 +73,7 @@ def draw(logits: jax.Array, key: jax.Array, sampling: Sampling) -> tuple[jax.Arr
     largest = logits.max(axis=-1, keepdims=True)
     weights = jnp.exp(logits - largest)
     if sampling.temperature > 0:
-        token = _pick(weights, key)
+        token = _pick(weights, numbers)
     chosen = jnp.take_along_axis(logits - largest, token[:, None], axis=-1)[:, 0]
     return token.astype(jnp.int32), chosen - jnp.log(weights.sum(axis=-1))
 
@@ -110,7 +131,7 @@ def keep_from(logits: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> ja
     return jnp.where(order >= threshold, logits, -jnp.inf)
 
 
-def _pick(weights: jax.Array, key: jax.Array) -> jax.Array:
+def _pick(weights: jax.Array, numbers: jax.Array) -> jax.Array:
     """Index into each row of `weights` [rows, vocab] with that probability, by inverting the cumulative sum.
 
     Two uniform numbers a row instead of one a token: the first picks a block, the second the token in it, so that
@@ -119,24 +140,23 @@ def _pick(weights: jax.Array, key: jax.Array) -> jax.Array:
     rows, vocabulary = weights.shape
     blocks = -(-vocabulary // _BLOCK)
     by_block = jnp.pad(weights, ((0, 0), (0, blocks * _BLOCK - vocabulary))).reshape(rows, blocks, _BLOCK)
-    uniform = jax.random.uniform(key, (2, rows, 1))
-    block = _invert(by_block.sum(axis=-1), uniform[0])
+    block = _invert(by_block.sum(axis=-1), numbers[0][:, None])
     chosen = jnp.arange(blocks) == block[:, None]
     within = jnp.where(chosen[:, :, None], by_block, 0).sum(axis=1)
-    return block * _BLOCK + _invert(within, uniform[1])
+    return block * _BLOCK + _invert(within, numbers[1][:, None])
 
 
-def _invert(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The first index at which the cumulative sum of `weights` [rows, n] exceeds `uniform` [rows, 1] of the total."""
+def _invert(weights: jax.Array, share: jax.Array) -> jax.Array:
+    """The first index at which the cumulative sum of `weights` [rows, n] exceeds `share` [rows, 1] of the total."""
     cumulative = jnp.cumsum(weights, axis=-1)
     total = cumulative[:, -1:]
     # Rounding must not reach the total itself, after which there is nothing.
-    target = jnp.minimum(uniform * total, total * (1 - jnp.finfo(jnp.float32).epsneg))
+    target = jnp.minimum(share * total, total * (1 - jnp.finfo(jnp.float32).epsneg))
     return jnp.sum(cumulative <= target, axis=-1)
 
 
-# Decoding attends over the part of the cache that is filled, by steps: this much at first, then twice as much.
-_FIRST_FILLED = 64
+# The rows of a device are halved as long as so many are left: a step of fewer takes no less time.
+_FEWEST_ROWS = 8
 
 
 class Rollout(NamedTuple):
@@ -162,15 +182,31 @@ def generate(
     sampling: Sampling,
     execution: Execution,
 ) -> Rollout:
+    """Sample `generations_per_prompt` responses to each prompt, inside a jitted program: see `generate_counted`."""
+    return generate_counted(config, parameters, prompt_tokens, prompt_mask, key, sampling, execution)[0]
+
+
+def generate_counted(
+    config: ModelConfig,
+    parameters: Parameters,
+    prompt_tokens: jax.Array,
+    prompt_mask: jax.Array,
+    key: jax.Array,
+    sampling: Sampling,
+    execution: Execution,
+) -> tuple[Rollout, jax.Array]:
     """Sample `generations_per_prompt` responses to each prompt, inside a jitted program.
 
     Args:
       config, parameters: the model.
       prompt_tokens: int32 [prompts, prompt_length], padded on either side.
       prompt_mask: bool [prompts, prompt_length], False on padding.
-      key: random key; step t of wave w draws with `fold_in(fold_in(key, w), t)`.
+      key: random key; a token is drawn by it, the number of its response and its place in that one alone.
       sampling: lengths and temperature.
       execution: its mesh and dtype are used; the table of rules is the one for decoding.
+
+    Returns:
+      The responses, and how many steps they took, the first tokens counted as one.
     """
     execution = replace(execution, sharding=replace(execution.sharding, rules=DECODE_RULES), remat="none")
     # One change of layout before the loop: weights in the dtype they compute in, whole but for the tensor axis. A
@@ -179,107 +215,285 @@ def generate(
     for padded in (False, True):
         places = execution.sharding.of_parameters(build(config)[1], padded)
         parameters = jax.lax.with_sharding_constraint(parameters, places)
-    if sampling.waves == 1:
-        return _decode_wave(
-            config, parameters, prompt_tokens, prompt_mask, jax.random.fold_in(key, 0), sampling, execution
-        )
-    split = partial(split_rows, parts=sampling.waves, sharding=execution.sharding)
-    keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(sampling.waves))
-    rollouts = jax.lax.map(
-        lambda wave: _decode_wave(config, parameters, wave[0], wave[1], wave[2], sampling, execution),
-        (split(prompt_tokens), split(prompt_mask), keys),
-    )
-    return join_rows(rollouts)
-
-
-def _decode_wave(
-    config: ModelConfig,
-    parameters: Parameters,
-    prompt_tokens: jax.Array,
-    prompt_mask: jax.Array,
-    key: jax.Array,
-    sampling: Sampling,
-    execution: Execution,
-) -> Rollout:
-    """Prefill, then decode until every response of these prompts has ended."""
     model = bind(config, parameters)
-    responses = len(prompt_tokens) * sampling.generations_per_prompt
-    lengths = prompt_mask.sum(axis=1)
+
+    # Each prompt is read once: its keys and values serve all of its responses.
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     hidden, (prompt_key, prompt_value) = model.prefill(
         prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution
     )
     hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
-    layers, _, kv_heads, _, head_dim = prompt_key.shape
-    own = jnp.zeros((layers, responses, kv_heads, sampling.max_new_tokens, head_dim), prompt_key.dtype)
-    cache_axes = (None, "batch", "kv_heads", None, None)
-    own = execution.sharding.constrain(own, *cache_axes)
-    cache = KVCache(prompt_key, prompt_value, prompt_mask, own, own)
-    response_positions = jnp.repeat(lengths, sampling.generations_per_prompt)
-    stop = jnp.asarray(config.stop_token_ids, jnp.int32)
-    padding = config.pad_token_id or 0
-    tensor = execution.sharding.mesh.shape["tensor"]
+    prompts = _Prompts(prompt_key, prompt_value, prompt_mask, prompt_mask.sum(axis=1))
+    decoder = _Decoder(model, sampling, execution, key, prompts)
+    if (sampling.slots or 0) % (parts := decoder.parts):
+        raise UsageError(f"{sampling.slots} slots cannot be spread over data × fsdp = {parts} devices; use a multiple")
 
-    def choose(logits: jax.Array, step: jax.Array, finished: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Token, its log-prob and whether the response is over, each [responses]."""
-        logits = execution.sharding.constrain(whole_blocks(logits, tensor), "batch", "vocab")
-        token, log_prob = draw(logits, jax.random.fold_in(key, step), sampling)
-        token = jnp.where(finished, padding, token)
-        return token, jnp.where(finished, 0.0, log_prob), finished | jnp.isin(token, stop)
+    # The first token of each response follows from what was read. What is left to decode waits in a queue.
+    first = decoder.first_tokens(hidden)
+    if sampling.max_new_tokens == 1:
+        return decoder.rollout(first), jnp.int32(1)
+    queue = decoder.queue(first)
+    state = decoder.fill_slots(first, queue)
 
-    shape = (responses, sampling.max_new_tokens)
-    logits = jnp.repeat(model.logits(hidden), sampling.generations_per_prompt, axis=0)
-    token, log_prob, finished = choose(logits, jnp.int32(0), jnp.zeros(responses, bool))
-    rollout = Rollout(
-        jnp.full(shape, padding, jnp.int32).at[:, 0].set(token),
-        jnp.zeros(shape, bool).at[:, 0].set(True),
-        jnp.zeros(shape, jnp.float32).at[:, 0].set(log_prob),
-    )
+    # One loop for as long as anything waits or more than half of the slots are busy, one for half of the slots, …
+    rows = decoder.rows
+    waiting: _Queue | None = queue
+    while (half := rows // 2) >= _FEWEST_ROWS:
+        state = decoder.gather(decoder.loop(state, waiting, half), half)
+        rows, waiting = half, None
+    state = decoder.loop(state, waiting, 0)
+    return decoder.rollout(state.said), 1 + state.step
 
-    def decode(start: int, end: int, filled: int, carry: _Carry) -> _Carry:
-        """Tokens `start` to `end` of all responses, unless all end before; `filled` is at least `end` - 1."""
 
-        def unfinished(state: tuple[jax.Array, _Carry]) -> jax.Array:
-            turn, carry = state
-            return (turn < end - start) & ~jnp.all(carry.finished)
+class _Prompts(NamedTuple):
+    """`key`, `value`: of all layers, [layers, prompts, kv_heads, prompt_length, head_dim]; `allowed`: bool [prompts,
+    prompt_length]; `lengths`: int32 [prompts]."""
 
-        def advance(state: tuple[jax.Array, _Carry]) -> tuple[jax.Array, _Carry]:
-            turn, (token, finished, cache, rollout) = state
-            step = start + turn
-            hidden, cache = model.decode(token, response_positions + step - 1, step - 1, cache, execution, filled)
-            token, log_prob, now_finished = choose(model.logits(hidden), step, finished)
-            rollout = Rollout(
-                rollout.tokens.at[:, step].set(token),
-                rollout.mask.at[:, step].set(~finished),
-                rollout.log_probs.at[:, step].set(log_prob),
-            )
-            return turn + 1, _Carry(token, now_finished, cache, rollout)
+    key: jax.Array
+    value: jax.Array
+    allowed: jax.Array
+    lengths: jax.Array
+
+
+class _Said(NamedTuple):
+    """`tokens`: int32, `log_probs`: float32 [responses, max_new_tokens]; a log-prob of infinity: not drawn yet."""
+
+    tokens: jax.Array
+    log_probs: jax.Array
+
+
+class _Slots(NamedTuple):
+    """What the rows decode, all int32 [rows].
+
+    `response`: which one, as numbered within the row's part of the batch axes; beyond the last one: none;
+    `length`: how many tokens of it are drawn; `token`: the last of them.
+    """
+
+    response: jax.Array
+    length: jax.Array
+    token: jax.Array
+
+
+class _Queue(NamedTuple):
+    """What there is to decode. `order`: int32 [responses], of each part of the batch axes, those that go on after their
+    first token come first; `going`: int32 [parts], how many these are; `first`: int32 [responses], all first tokens."""
+
+    order: jax.Array
+    going: jax.Array
+    first: jax.Array
+
+
+class _State(NamedTuple):
+    """What one step hands to the next. `step`: int32, how many were done; `taken`: int32 [parts], how many of the queue
+    were given a slot."""
+
+    step: jax.Array
+    slots: _Slots
+    taken: jax.Array
+    cache: KVCache
+    said: _Said
+
+
+@dataclass(frozen=True)
+class _Decoder:
+    """Responses to prompts that were read.
+
+    The rows of every array of responses and slots are spread over the parts of the mesh's batch axes. Each part has its
+    own prompts, their responses, its own slots and queue, so that nothing of the cache ever travels; but all do their
+    steps together.
+
+    The keys and values of a step lie at one place of all rows' cache, which goes round: `step % max_new_tokens`. Those
+    of a response are the last `length` ones of its row, wherever it began. (The positions are in keys and queries.)
+    """
+
+    model: Qwen2
+    sampling: Sampling
+    execution: Execution
+    key: jax.Array
+    prompts: _Prompts
+
+    def first_tokens(self, hidden: jax.Array) -> _Said:
+        """The first token of all responses; `hidden` [prompts, width] predicts it."""
+        prompts, each, longest = len(hidden), self.sampling.generations_per_prompt, self.sampling.max_new_tokens
+        padding = self.model.config.pad_token_id or 0
+        logits = self.model.logits(hidden)
+        numbers = jnp.arange(prompts * each, dtype=jnp.int32).reshape(prompts, each)
+        # One response of every prompt at a time: logits of all responses would be large.
+        tokens, log_probs = jax.lax.map(
+            lambda response: self.choose(logits, response, jnp.zeros_like(response)), numbers.T
+        )
+        shape = (prompts * each, longest)
+        empty = _Said(jnp.full(shape, padding, jnp.int32), jnp.full(shape, jnp.inf))
+        said = jax.tree.map(lambda all_, new: all_.at[:, 0].set(new.T.reshape(-1)), empty, _Said(tokens, log_probs))
+        return _Said(*(self.execution.sharding.constrain(array, "batch", None) for array in said))
+
+    def choose(self, logits: jax.Array, response: jax.Array, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A token for each row and its log-prob. `response`: its number among all."""
+        sharding = self.execution.sharding
+        logits = sharding.constrain(whole_blocks(logits, sharding.mesh.shape["tensor"]), "batch", "vocab")
+        return draw(logits, uniform(self.key, response, position), self.sampling)
+
+    def queue(self, first: _Said) -> _Queue:
+        """All responses whose first token does not end them."""
+        tokens = first.tokens[:, 0]
+        order, going = self.execution.sharding.by_part(_true_first, ~self.is_stop(tokens))
+        return _Queue(order, going, tokens)
+
+    def fill_slots(self, first: _Said, queue: _Queue) -> _State:
+        """The first of the queue in the slots. Where there is a slot for each response, they are in their own order."""
+        rows, none = self.rows, self.responses
+
+        def fill(queue: _Queue) -> tuple[_Slots, jax.Array]:
+            response = jnp.where(jnp.arange(rows) < queue.going, queue.order[:rows], none)
+            if rows == none:
+                response = jnp.where(self.is_stop(queue.first), none, jnp.arange(rows, dtype=jnp.int32))
+            token = take_rows(queue.first, response)
+            return _Slots(response, (response < none).astype(jnp.int32), token), jnp.minimum(queue.going, rows)
+
+        slots, taken = self.execution.sharding.by_part(fill, queue)
+        layers, _, kv_heads, _, head_dim = self.prompts.key.shape
+        shape = (layers, len(slots.token), kv_heads, self.sampling.max_new_tokens, head_dim)
+        own = jnp.zeros(shape, self.prompts.key.dtype)
+        own = self.execution.sharding.constrain(own, None, "batch", "kv_heads", None, None)
+        cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, own, own)
+        return _State(jnp.int32(0), slots, taken, self.with_prompts(cache, slots), first)
+
+    def loop(self, state: _State, queue: _Queue | None, following: int) -> _State:
+        """Steps until at most `following` rows of each part are busy, and nothing of the queue waits."""
+        most = -(-self.responses // self.rows) * (self.sampling.max_new_tokens - 1)
+
+        def goes_on(state: _State) -> jax.Array:
+            busy = jnp.sum((state.slots.response < self.responses).reshape(self.parts, -1), axis=1)
+            if queue is None:
+                return busy.max() > following
+            busy = jnp.where(state.taken < queue.going, self.responses, busy)
+            # The number of steps is for those who read the program: no lengths of responses take more.
+            return (state.step < most) & (busy.max() > following)
 
         with jax.named_scope("decoding_loop"):  # the name by which `psyche plan` finds it in the compiled program
-            return jax.lax.while_loop(unfinished, advance, (jnp.int32(0), carry))[1]
+            return jax.lax.while_loop(goes_on, lambda state: self.advance(state, queue), state)
 
-    carry = _Carry(token, finished, cache, rollout)
-    start = 1
-    for filled in _filled_lengths(sampling.max_new_tokens - 1):
-        carry = decode(start, filled + 1, filled, carry)
-        start = filled + 1
-    return carry.rollout
+    def advance(self, state: _State, queue: _Queue | None) -> _State:
+        """One more token of every response that has a slot."""
+        by_part, none, longest = self.execution.sharding.by_part, self.responses, self.sampling.max_new_tokens
+        slots, cache = state.slots, state.cache
+
+        # The last token of each is read, and the next one drawn.
+        start = by_part(take_rows, self.prompts.lengths, self.prompt_of(slots.response))
+        place = state.step % longest
+        hidden, cache = self.model.decode(
+            slots.token, start + slots.length - 1, place, cache, self.execution, slots.length
+        )
+        part = jnp.arange(len(slots.token)) // (len(slots.token) // self.parts)
+        token, log_prob = self.choose(self.model.logits(hidden), slots.response + part * none, slots.length)
+
+        def write(said: _Said, slots: _Slots, token: jax.Array, log_prob: jax.Array) -> _Said:
+            at = (slots.response, slots.length)  # a row without a response writes nothing
+            return _Said(said.tokens.at[at].set(token, mode="drop"), said.log_probs.at[at].set(log_prob, mode="drop"))
+
+        said = by_part(write, state.said, slots, token, log_prob)
+
+        # What has ended makes room.
+        length = jnp.where(slots.response < none, slots.length + 1, 0)
+        ended = self.is_stop(token) | (length == longest)
+        slots, taken = _Slots(slots.response, length, token), state.taken
+        if queue is None or self.rows == none:  # nothing ever waits
+            slots = _Slots(jnp.where(ended, none, slots.response), jnp.where(ended, 0, length), token)
+        else:
+            old = slots.response
+            slots, taken = by_part(self.hand_on, slots, ended, taken, queue)
+            cache = self.with_prompts(cache, slots, old)
+        return _State(state.step + 1, slots, taken, cache, said)
+
+    def hand_on(self, slots: _Slots, ended: jax.Array, taken: jax.Array, queue: _Queue) -> tuple[_Slots, jax.Array]:
+        """The slots of what has ended go to the next of the queue, in order; of one part."""
+        none = self.responses
+        free = ended & (slots.response < none)
+        turn = taken + jnp.cumsum(free, dtype=jnp.int32) - 1
+        following = jnp.where(turn < queue.going, take_rows(queue.order, turn), none)
+        begun = _Slots(following, (following < none).astype(jnp.int32), take_rows(queue.first, following))
+        slots = jax.tree.map(lambda new, old: jnp.where(free, new, old), begun, slots)
+        return slots, jnp.minimum(taken + free.sum(dtype=jnp.int32), queue.going)
+
+    def gather(self, state: _State, rows: int) -> _State:
+        """The same with so many rows in each part: those that are busy, and some that are not."""
+        by_part, none = self.execution.sharding.by_part, self.responses
+        kept = by_part(lambda busy: _true_first(busy)[0][:rows], state.slots.response < none)
+        slots = by_part(take_rows, state.slots, kept)
+        own = by_part(partial(take_rows, axis=1), (state.cache.key, state.cache.value), kept, axes=(1, 0), out=1)
+        cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, *own)
+        return state._replace(slots=slots, cache=self.with_prompts(cache, slots))
+
+    def with_prompts(self, cache: KVCache, slots: _Slots, before: jax.Array | None = None) -> KVCache:
+        """`cache` with what the rows attend to of prompts.
+
+        Where rows are many, that is the prompts as they were read, each for all of its responses at once. Where rows
+        are fewer than prompts, each has a copy. `before`: which responses the rows of `cache` were set to, if so.
+        """
+        by_part, rows = self.execution.sharding.by_part, len(slots.token) // self.parts
+        if rows == self.responses:  # all responses, in their own order
+            return cache
+        if rows > self.responses // self.sampling.generations_per_prompt:
+
+            def find(response: jax.Array) -> tuple[jax.Array, jax.Array]:
+                row_of = jnp.zeros(self.responses, jnp.int32).at[response].set(jnp.arange(rows), mode="drop")
+                return row_of, response
+
+            return cache._replace(rows=by_part(find, slots.response))
+        prompt = self.prompt_of(slots.response)
+        read = (self.prompts.key, self.prompts.value)
+        allowed = by_part(take_rows, self.prompts.allowed, prompt)
+        if before is None:
+            key, value = by_part(partial(take_rows, axis=1), read, prompt, axes=(1, 0), out=1)
+            return cache._replace(prompt_key=key, prompt_value=value, prompt_allowed=allowed)
+
+        # Copied one by one, for the rows that decode something new: mostly there are none.
+        order, count = by_part(_true_first, slots.response != before)
+
+        def copy(carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            turn, caches = carry
+
+            def one(caches: Any, read: Any, prompt: jax.Array, order: jax.Array, count: jax.Array) -> Any:
+                row = jnp.where(turn < count[0], order[turn], rows)
+                return jax.tree.map(
+                    lambda to, of: to.at[:, row].set(of[:, prompt[order[turn]]], mode="drop"), caches, read
+                )
+
+            return turn + 1, by_part(one, caches, read, prompt, order, count, axes=(1, 1, 0, 0, 0), out=1)
+
+        caches = (cache.prompt_key, cache.prompt_value)
+        _, (key, value) = jax.lax.while_loop(lambda carry: carry[0] < count.max(), copy, (jnp.int32(0), caches))
+        return cache._replace(prompt_key=key, prompt_value=value, prompt_allowed=allowed)
+
+    def rollout(self, said: _Said) -> Rollout:
+        """What was drawn, as it is handed out."""
+        mask = said.log_probs != jnp.inf
+        return Rollout(said.tokens, mask, jnp.where(mask, said.log_probs, 0.0))
+
+    def prompt_of(self, response: jax.Array) -> jax.Array:
+        """Which of its part's prompts a response of that number answers; where there is none: any."""
+        return jnp.minimum(response, self.responses - 1) // self.sampling.generations_per_prompt
+
+    def is_stop(self, token: jax.Array) -> jax.Array:
+        """Whether a token ends its response."""
+        return jnp.isin(token, jnp.asarray(self.model.config.stop_token_ids, jnp.int32))
+
+    @property
+    def parts(self) -> int:
+        """Over how many devices, or groups of them, rows are spread."""
+        return self.execution.sharding.parts("batch")
+
+    @property
+    def responses(self) -> int:
+        """How many responses a part has."""
+        return len(self.prompts.lengths) * self.sampling.generations_per_prompt // self.parts
+
+    @property
+    def rows(self) -> int:
+        """How many slots a part has."""
+        return min(self.responses, (self.sampling.slots or self.responses * self.parts) // self.parts)
 
 
-class _Carry(NamedTuple):
-    """What one decoding step hands to the next: the last tokens, who has ended, the cache, all tokens so far."""
-
-    token: jax.Array
-    finished: jax.Array
-    cache: KVCache
-    rollout: Rollout
-
-
-def _filled_lengths(longest: int) -> list[int]:
-    """64, 128, 256, … and `longest`: a loop each. None at all where nothing is decoded."""
-    lengths = []
-    filled = _FIRST_FILLED
-    while filled < longest:
-        lengths.append(filled)
-        filled *= 2
-    return [*lengths, longest] if longest else []
+def _true_first(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The numbers of rows, those where `mask` [rows] is True first, in their order, and how many these are: [1]."""
+    return jnp.argsort(~mask, stable=True).astype(jnp.int32), jnp.sum(mask, dtype=jnp.int32)[None]

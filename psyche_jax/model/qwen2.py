@@ -6,13 +6,14 @@ architecture: the Qwen2.5 technical report (arXiv 2412.15115) and transformers' 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from psyche_jax.model.attention import Source, attention, by_head
+from psyche_jax.model.attention import Attended, Source, attend, by_head, joined
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
 from psyche_jax.model.products import product, weighted
@@ -25,6 +26,8 @@ _FLOAT32 = jnp.dtype("float32")
 
 # Compiling all layers at once takes long in a deeper model.
 _UNROLLED_LAYERS = 12
+# Decoding looks at the last so many places of the cache, or twice, four times as many, and so on.
+_FIRST_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class KVCache(NamedTuple):
 
     `prompt_key`, `prompt_value`: [layers, prompts, kv_heads, prompt_length, head_dim];
     `prompt_allowed`: bool [prompts, prompt_length], False on padding;
-    `key`, `value`: [layers, responses, kv_heads, response_length, head_dim].
+    `key`, `value`: [layers, rows, kv_heads, places, head_dim], of the responses that are decoded: a ring of places;
+    `rows`: which row decodes each response, int32 [prompts * responses to each], and which response each row decodes,
+    int32 [rows], as they are numbered within a part of the batch axes. None: those to one prompt are consecutive rows.
     """
 
     prompt_key: jax.Array
@@ -50,6 +55,7 @@ class KVCache(NamedTuple):
     prompt_allowed: jax.Array
     key: jax.Array
     value: jax.Array
+    rows: tuple[jax.Array, jax.Array] | None = None
 
 
 class Linear(nnx.Module):
@@ -193,49 +199,54 @@ class Qwen2(nnx.Module):
         self,
         tokens: jax.Array,
         positions: jax.Array,
-        index: jax.Array,
+        place: jax.Array,
         cache: KVCache,
         execution: Execution,
-        filled: int | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
-        """One decoding step of every response.
+        """One decoding step of every row.
 
         Args:
-          tokens, positions: int32 [responses].
-          index: int32 scalar, how many tokens were decoded before this one: where its keys and values go.
-          cache: what to attend to; the responses of one prompt are consecutive rows.
+          tokens, positions: int32 [rows].
+          place: int32 scalar, where in the ring of all rows the keys and values of these tokens go.
+          cache: what to attend to.
           execution: dtype and sharding.
-          filled: more than `index`: only so much of the response's part of the cache is looked at. None: all of it.
+          lengths: int32 [rows], how many places of the ring, up to this one and with it, are the row's own. None:
+            all from the first one on.
 
         Returns:
-          Hidden states [responses, width] and the cache with this token in it.
+          Hidden states [rows, width] and the cache with these tokens in it.
         """
         sharding = execution.sharding
         x = self._embed(tokens[:, None], execution)
         rotary = rotary_tables(positions[:, None], self.config, execution.compute_dtype)
-        _, responses, kv_heads, allocated, head_dim = cache.key.shape
-        visible = (1, responses, kv_heads, filled or allocated, head_dim)
-        decoded = jnp.broadcast_to(jnp.arange(visible[3]) <= index, (responses, 1, visible[3]))
+        own = _OwnPlaces(cache.key.shape, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths)
         graph, stacked = nnx.split(self.layers)
+
+        def of_prompt(query: jax.Array, key: jax.Array, value: jax.Array) -> Attended:
+            prompt = Source(key, value, cache.prompt_allowed[:, None])
+            if cache.rows is None:
+                return attend(query, prompt)
+            row_of, response_of = cache.rows
+            attended = attend(sharding.by_part(take_rows, query, row_of), prompt)
+            return sharding.by_part(take_rows, attended, response_of)
 
         def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]) -> tuple[Any, None]:
             x, keys, values = carry
             parameters, layer_index, prompt_key, prompt_value = layer_inputs
             layer = nnx.merge(graph, parameters)
 
-            def attend(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                start, this_layer = (layer_index, 0, 0, index, 0), (layer_index, 0, 0, 0, 0)
+            def mixed(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
+                start = (layer_index, 0, 0, place, 0)
                 new_keys = jax.lax.dynamic_update_slice(keys, by_head(key)[None], start)
                 new_values = jax.lax.dynamic_update_slice(values, by_head(value)[None], start)
-                prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
-                own = Source(
-                    jax.lax.dynamic_slice(new_keys, this_layer, visible)[0],
-                    jax.lax.dynamic_slice(new_values, this_layer, visible)[0],
-                    decoded,
+                parts = (
+                    of_prompt(query, prompt_key, prompt_value),
+                    own.attend(query, new_keys, new_values, layer_index),
                 )
-                return attention(query, (prompt, own)), (new_keys, new_values)
+                return joined(parts, query.dtype), (new_keys, new_values)
 
-            change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, attend, sharding)
+            change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, mixed, sharding)
             return (x + change, keys, values), None
 
         layer_inputs = (
@@ -302,6 +313,38 @@ class Qwen2(nnx.Module):
         devices, layers = execution.sharding.mesh.devices, self.config.num_hidden_layers
         one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
         return layers if one_cpu and execution.remat == "none" and layers <= _UNROLLED_LAYERS else 1
+
+
+class _OwnPlaces:
+    """What rows attend to of the ring: its last places, so many that the longest row finds all of its own."""
+
+    def __init__(self, cache_shape: tuple[int, ...], place: jax.Array, lengths: jax.Array) -> None:
+        _, _, _, self._all, _ = cache_shape
+        self._shape, self._place, self._lengths = cache_shape, place, lengths
+        doubled = [_FIRST_PLACES << power for power in range(self._all.bit_length())]
+        self._sizes = [size for size in doubled if size < self._all]
+        # Where the longest row's places begin at the end of the ring, all of it is looked at.
+        longest = lengths.max()
+        enough = jnp.asarray([*self._sizes, self._all]) >= longest
+        self._choice = jnp.where(longest > place + 1, len(self._sizes), jnp.argmax(enough))
+
+    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
+        """As `attention.attend`; `keys` and `values` of all layers."""
+        looks = [partial(self._look, size) for size in (*self._sizes, self._all)]
+        return jax.lax.switch(self._choice, looks, query, keys, values, layer)
+
+    def _look(self, size: int, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
+        _, rows, kv_heads, _, head_dim = self._shape
+        first = jnp.clip(self._place + 1 - size, 0, self._all - size)
+        start, shape = (layer, 0, 0, first, 0), (1, rows, kv_heads, size, head_dim)
+        key, value = (jax.lax.dynamic_slice(array, start, shape)[0] for array in (keys, values))
+        age = (self._place - first - jnp.arange(size)) % self._all
+        return attend(query, Source(key, value, (age < self._lengths[:, None])[:, None]))
+
+
+def take_rows(tree: Any, rows: jax.Array, axis: int = 0) -> Any:
+    """Of each array the rows with these numbers; rows lie along `axis`."""
+    return jax.tree.map(lambda array: jnp.take(array, rows, axis=axis, mode="clip"), tree)
 
 
 def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:

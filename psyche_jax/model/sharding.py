@@ -1,7 +1,7 @@
 """One mesh, two tables of rules: where each logical axis goes while training and while decoding."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeAlias
@@ -57,7 +57,7 @@ class Sharding:
 
     def divides(self, size: int, axis: str) -> bool:
         """Whether a dimension of `size` can be split as the rule of `axis` says."""
-        return size % parts_of_axes(self.mesh, self.rules[axis]) == 0
+        return size % self.parts(axis) == 0
 
     def _divides_all(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> bool:
         return all(axis is None or self.divides(size, axis) for size, axis in zip(shape, axes, strict=True))
@@ -65,6 +65,33 @@ class Sharding:
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
         """Fix how `array` is laid out on the mesh at this point; what is not divided, the compiler pads."""
         return jax.lax.with_sharding_constraint(array, self.named(*axes))
+
+    def parts(self, axis: str) -> int:
+        """Into how many parts the rule of `axis` splits a dimension."""
+        return parts_of_axes(self.mesh, self.rules[axis])
+
+    def by_part(
+        self, function: Callable[..., Any], *arrays: Any, axes: tuple[int, ...] | None = None, out: int = 0
+    ) -> Any:
+        """`function` of the rows that lie together, for each part of the batch axes by itself: no row travels.
+
+        Args:
+          function: takes and gives trees of arrays; sizes and numbers of rows are those of one part.
+          arrays: trees of arrays whose rows are spread over the batch axes.
+          axes: along which dimension the rows lie, for each of `arrays`; None: the first.
+          out: the same for what it gives.
+        """
+        parts = self.parts("batch")
+        if parts == 1:
+            return function(*arrays)
+        axes = axes or (0,) * len(arrays)
+
+        def split(tree: Any, axis: int) -> Any:
+            return jax.tree.map(lambda x: x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), tree)
+
+        inner = [split(tree, axis) for tree, axis in zip(arrays, axes, strict=True)]
+        result = jax.vmap(function, axes, out, spmd_axis_name=self.rules["batch"])(*inner)
+        return jax.tree.map(lambda x: x.reshape(*x.shape[:out], -1, *x.shape[out + 2 :]), result)
 
     def of_parameters(self, abstract_parameters: nnx.State, padded: bool = False) -> dict[str, Any]:
         """NamedShardings of a model's parameters, as a plain nested dict of the same structure.

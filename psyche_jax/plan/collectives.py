@@ -1,58 +1,14 @@
-"""Which collectives a compiled program runs, in which loop, how often and on how many bytes: read from its HLO text."""
+"""What a compiled program moves, read from its HLO text: its collectives, in which loop, how often and on how many
+bytes; and copies of the cache or of weights while it decodes."""
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-_OPCODES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][\w\-]*)\(")
-_COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-_SHAPE = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+|c64|c128)\[([\d,]*)\]")
-_CALLS = re.compile(r"(body|condition|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(?:, ?%[\w.\-]+)*)")
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
+from psyche_jax.plan.hlo import Instruction, Module
+
 _METADATA = re.compile(r"metadata=\{[^}]*\}")
-_CHANNEL = re.compile(r"channel_id=(\d+)")
-_TRIPS = re.compile(r'known_trip_count"?:\{"?n"?:"?(\d+)')
 PLACES = ("decoding_loop", "layer_loop", "other_loops", "once")
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """One line of HLO: what is read of it."""
-
-    name: str
-    opcode: str
-    bytes: int  # of the largest part of its result; of all parts, if it is an all-reduce of several arrays
-    line: str
-
-    @property
-    def op_name(self) -> str:
-        """JAX's name for it, with its scopes."""
-        match = _OP_NAME.search(self.line)
-        return match[1] if match else ""
-
-    def called(self, *kinds: str) -> list[str]:
-        """Names of computations that it calls as any of `kinds` (body, condition, calls, ...)."""
-        found = [names for kind, names in _CALLS.findall(self.line) if kind in kinds]
-        return [name.strip().removeprefix("%") for names in found for name in names.split(",")]
-
-    def operands(self) -> list[str]:
-        """Names of its operands."""
-        return re.findall(r"%([\w.\-]+)", self.line.partition(f" {self.opcode}(")[2].partition(")")[0])
-
-    @property
-    def constant(self) -> int | None:
-        """Its value, if it is an integer constant."""
-        match = re.search(r" constant\((\d+)\)", self.line)
-        return int(match[1]) if match else None
 
 
 @dataclass(frozen=True)
@@ -71,70 +27,86 @@ class Collective:
     weight_sized: bool
 
 
-@dataclass
-class Module:
-    """The computations of an HLO text, by name, and the trip counts of its loops."""
-
-    computations: dict[str, list[Instruction]] = field(default_factory=dict)
-    entry: str = ""
-
-    @staticmethod
-    def parse(text: str) -> "Module":
-        """Read `compiled.as_text()`."""
-        module = Module()
-        current: list[Instruction] = []
-        for line in text.splitlines():
-            if match := _INSTRUCTION.match(line):
-                size = _bytes(match["shape"], match["opcode"])
-                current.append(Instruction(match["name"], match["opcode"], size, line))
-            elif match := _COMPUTATION.match(line):
-                current = module.computations.setdefault(match["name"], [])
-                module.entry = match["name"] if match["entry"] else module.entry
-        return module
-
-    def trip_count(self, loop: Instruction) -> int:
-        """How often a `while` runs at most: as the compiler notes it, else the constant its condition compares with."""
-        if match := _TRIPS.search(loop.line):
-            return int(match[1])
-        condition = self._named(loop, "condition")
-        compared = [i for i in condition.values() if i.opcode == "compare" and "direction=LT" in i.line]
-        for operands in ([condition.get(name) for name in i.operands()] for i in compared):
-            limit = next((i.constant for i in operands if i is not None and i.constant is not None), None)
-            counter = next((i for i in operands if i is not None and i.opcode == "get-tuple-element"), None)
-            if limit is not None:
-                return max(1, -(-limit // self._step(loop, counter)))
-        return 1
-
-    def _step(self, loop: Instruction, counter: Instruction | None) -> int:
-        """What a turn adds to the counter: more than 1 where the compiler has unrolled the loop."""
-        body = self._named(loop, "body")
-        index = re.search(r"index=(\d+)", counter.line.rpartition("get-tuple-element(")[2]) if counter else None
-        root = next((i for i in body.values() if i.opcode == "tuple" and i.line.lstrip().startswith("ROOT")), None)
-        if index is None or root is None or int(index[1]) >= len(root.operands()):
-            return 1
-        added = body.get(root.operands()[int(index[1])])
-        if added is None or added.opcode != "add":
-            return 1
-        constants = [body[name].constant for name in added.operands() if name in body]
-        return next((value for value in constants if value), 1)
-
-    def _named(self, loop: Instruction, kind: str) -> dict[str, Instruction]:
-        return {i.name: i for name in loop.called(kind) for i in self.computations.get(name, ())}
+# What moves numbers and computes none.
+_MOVES = (
+    "bitcast",
+    "concatenate",
+    "constant",
+    "convert",
+    "copy",
+    "dynamic-slice",
+    "get-tuple-element",
+    "pad",
+    "parameter",
+    "reshape",
+    "reverse",
+    "slice",
+    "transpose",
+    "tuple",
+)
 
 
-def find_collectives(text: str, weight_bytes: int) -> list[Collective]:
-    """All collectives of the program in `text`.
+def find_collectives(module: Module, weight_bytes: int) -> list[Collective]:
+    """All collectives of a program.
 
     Args:
-      text: HLO after compilation.
+      module: HLO after compilation.
       weight_bytes: size of the smallest weight matrix of a layer, as one chip computes with it.
     """
-    module = Module.parse(text)
     return list(_walk(module, module.entry, "once", 1, weight_bytes, set()))
 
 
-def summarize(collectives: list[Collective]) -> dict[str, dict[str, int]]:
-    """By place: `instructions` in the program, `count` of them executed, `bytes` of all executions, `weight_sized`."""
+def find_copies(module: Module, sizes: frozenset[int]) -> list[Instruction]:
+    """The instructions of the decoding loops that do nothing but copy arrays with so many elements.
+
+    What a chip reads from its HBM into its own memory, as it is, for a product to come, is not a copy.
+
+    Args:
+      module: HLO after compilation.
+      sizes: of the cache and of weights on one chip.
+    """
+    found = []
+    for instruction in _decoding(module, module.entry, False):
+        largest = max((array.elements for array in instruction.arrays), default=0)
+        if largest in sizes and _only_moves(module, instruction, largest):
+            found.append(instruction)
+    return found
+
+
+def _decoding(module: Module, name: str, inside: bool) -> Iterator[Instruction]:
+    """Instructions of the decoding loops, fusions whole."""
+    for instruction in module.computations.get(name, ()):
+        if inside:
+            yield instruction
+        within = inside or (instruction.opcode == "while" and "decoding_loop" in instruction.op_name)
+        for called in instruction.called("body", "to_apply", "branch_computations"):
+            yield from _decoding(module, called, within)
+
+
+def _only_moves(module: Module, instruction: Instruction, elements: int) -> bool:
+    if instruction.opcode == "copy-start":
+        return all(array.memory == 0 for array in instruction.arrays[:2])  # from HBM to HBM
+    if instruction.opcode not in ("copy", "transpose", "fusion"):
+        return False
+    opcodes = set(_opcodes(module, instruction, elements))
+    turned = opcodes & {"copy", "transpose", "convert"}
+    # To the chip's own memory as it is: a read ahead.
+    return opcodes <= set(_MOVES) and (bool(turned) or all(array.memory == 0 for array in instruction.arrays))
+
+
+def _opcodes(module: Module, instruction: Instruction, elements: int) -> Iterator[str]:
+    """Those of an instruction, of a fusion what it holds, but for what works on much smaller arrays (indices)."""
+    if instruction.opcode != "fusion":
+        yield instruction.opcode
+    for called in instruction.called("calls") if instruction.opcode == "fusion" else ():
+        for inner in module.computations.get(called, ()):
+            if any(2 * array.elements >= elements for array in inner.arrays):
+                yield from _opcodes(module, inner, elements)
+
+
+def summarize(collectives: list[Collective], copies: int = 0) -> dict[str, dict[str, int]]:
+    """By place: `instructions` in the program, `count` of them executed, `bytes` of all executions, `weight_sized`; and
+    in the decoding loop how many `copies` of the cache or of weights there are."""
     result = {}
     for place in PLACES:
         here = [collective for collective in collectives if collective.place == place]
@@ -144,6 +116,7 @@ def summarize(collectives: list[Collective]) -> dict[str, dict[str, int]]:
             "bytes": sum(collective.times * collective.bytes for collective in here),
             "weight_sized": sum(collective.weight_sized for collective in here),
         }
+    result["decoding_loop"]["cache_sized_copies"] = copies
     return result
 
 
@@ -151,7 +124,6 @@ def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, 
     """Collectives of a computation and of all it calls. `seen`: channels that this turn of the loop has had."""
     rings: dict[str, list[Instruction]] = {}
     for instruction in module.computations.get(name, ()):
-        opcode = instruction.opcode.removesuffix("-start")
         if instruction.opcode == "while":
             trips = times * module.trip_count(instruction)
             inside = _place(place, instruction.op_name)
@@ -160,12 +132,11 @@ def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, 
             for called in instruction.called("body", "condition"):
                 found = list(_walk(module, called, inside, trips, weight_bytes, inner))
                 yield from _as_one(found, times, weight_bytes) if windowed else found
-        elif opcode in _OPCODES:
-            channel = _CHANNEL.search(instruction.line)
+        elif opcode := instruction.collective:
             # An asynchronous collective is in the fusions that begin, continue and end it: once is enough.
-            if channel is not None and channel[1] in seen:
+            if instruction.channel in seen:
                 continue
-            seen |= {channel[1]} if channel else set()
+            seen |= {instruction.channel} if instruction.channel else set()
             if opcode == "collective-permute":
                 metadata = _METADATA.search(instruction.line)
                 rings.setdefault(metadata[0] if metadata else instruction.name, []).append(instruction)
@@ -206,16 +177,3 @@ def _place(outer: str, op_name: str) -> str:
 def _is_windowed(loop: Instruction) -> bool:
     """Whether the compiler made this loop of one matrix product, to send parts while it multiplies."""
     return "windowed" in loop.line or not loop.op_name.endswith("while")
-
-
-def _bytes(shape: str, opcode: str) -> int:
-    sizes = [_array_bytes(dtype, dimensions) for dtype, dimensions in _SHAPE.findall(shape)]
-    return (sum if opcode == "all-reduce" else max)([0, *sizes])
-
-
-def _array_bytes(dtype: str, dimensions: str) -> int:
-    bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
-    count = 1
-    for dimension in dimensions.split(","):
-        count *= int(dimension) if dimension else 1
-    return count * bits // 8

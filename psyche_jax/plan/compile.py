@@ -24,6 +24,7 @@ from psyche_jax.train.sft import make_sft_step
 from psyche_jax.train.state import make_optimizer, make_schedule
 
 PlanConfig: TypeAlias = SftConfig | GrpoConfig
+FULL_LENGTH = "every response is as long as max_new_tokens"
 _STEPS = 1000  # of the schedule, which changes nothing in the size of a program
 GIB = 2**30
 
@@ -151,7 +152,8 @@ def _lower_grpo(
     sharding = execution.sharding
     # What a run would refuse before its first step is refused here too.
     rows = config.prompts_per_micro_batch * config.generations_per_prompt
-    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", sharding)
+    check_rows(config.prompts_per_step, "prompts_per_step", sharding)
+    check_rows(config.slots, "rollout.slots", sharding)
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
     # The very program of a run, with shapes in place of arrays.
     schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
@@ -190,7 +192,7 @@ def _lower_grpo(
     assumptions = (
         "reward tables are those of a vocabulary of single bytes (the real one's have a column more for each kind "
         "of token, a few MiB; some 40 where answers have forms)",
-        "every response is as long as max_new_tokens",
+        FULL_LENGTH,
         *(["dynamic sampling finds all of its prompts at the first try"] if prompts > config.prompts_per_step else []),
         *(["reward functions take no time"] if config.functions else []),
     )
@@ -223,8 +225,7 @@ def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, i
     tokens = micro_batch(config, mesh).tokens / batch_places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
-        prompts = config.prompts_per_step / config.rollout_waves
-        tokens = prompts * (config.data.max_prompt_length + config.generations_per_prompt * config.max_new_tokens)
+        tokens = config.prompts_per_step * config.data.max_prompt_length + config.slots * config.max_new_tokens
         heads = model.num_key_value_heads / mesh["tensor"]
         parts["kv_cache"] = 2 * model.num_hidden_layers * tokens / batch_places * heads * model.head_dim * compute
         parts["decoding_weights"] = model.num_parameters * compute / mesh["tensor"]

@@ -1,9 +1,8 @@
-"""`psyche plan`: compile a config for a slice, or search for settings that fit, and say it as text or JSON."""
+"""`psyche plan`: compile a config for a slice, and say what it takes as text or JSON."""
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Iterator
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +11,39 @@ import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.config_files import load_config, read_values
-from psyche_jax.errors import UserError
+from psyche_jax.data.dataset import open_dataset
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.sharding import check_mesh_fits, make_mesh
-from psyche_jax.plan.collectives import PLACES, Collective, find_collectives, summarize
+from psyche_jax.plan.collectives import PLACES, Collective, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
     ARGUMENTS,
+    FULL_LENGTH,
     GIB,
     WITHIN_TEMPORARIES,
     PlanConfig,
     compile_lowered,
-    find_architecture,
-    least_peak,
     lower,
     memory_by_kind,
 )
-from psyche_jax.plan.roofline import ASSUMPTIONS, Phase, count_phases
-from psyche_jax.plan.slices import Slice
+from psyche_jax.plan.forecast import Forecast, forecast
+from psyche_jax.plan.hlo import Module
+from psyche_jax.plan.rollout import Decoding, Loop, draw_lengths
+from psyche_jax.plan.roofline import ASSUMPTIONS, Phase, count_attention, count_phases, decoding_of
+from psyche_jax.plan.slices import PRICE_SOURCE, PRICES, Slice
 
-_MOST_TRIES = 12
+_STEPS = 1000  # where it is not known how many there are
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What `psyche plan` is told beside the config.
+
+    `lengths`: of responses, as `draw_lengths` takes them; `steps`: of the run; `price`: dollars for a chip-hour.
+    """
+
+    lengths: str | None = None
+    steps: int | None = None
+    price: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +59,11 @@ class Plan:
     limit_bytes: int
     memory_gib: dict[str, float | None]
     collectives: tuple[Collective, ...]
+    copies: int  # of the cache or of weights in the decoding loop
     phases: dict[str, Phase]
+    decoding: Decoding | None
+    forecast: Forecast | None  # of a program that has been compiled
+    wishes: Wishes
     compile_seconds: float
     assumptions: tuple[str, ...]
     advice: tuple[str, ...]
@@ -55,6 +72,34 @@ class Plan:
     def seconds(self) -> float:
         """The roofline time of all phases."""
         return sum(phase.seconds(self.slice_) for phase in self.phases.values())
+
+    @functools.cached_property
+    def run(self) -> dict[str, Any] | None:
+        """What the forecast means for a run: by figure the two ends, the smaller first, as `low` and `high`."""
+        if self.forecast is None:
+            return None
+        fast, slow = self.forecast.totals
+        # What remat computes again is work that the model does not need.
+        flops = sum(phase.flops for name, phase in self.phases.items() if name != "backward")
+        flops += 2 * self.phases["forward"].flops
+        peak = self.slice_.device_count * self.slice_.chip.bf16_flops
+        if isinstance(self.config, SftConfig):
+            tokens = self.config.batch_size * self.config.data.max_length
+        else:
+            tokens = 0 if self.decoding is None else self.decoding.tokens
+        known = self.wishes.steps or count_steps(self.config)
+        hours = (known or _STEPS) / 3600
+        price = PRICES[self.slice_.chip.name] if self.wishes.price is None else self.wishes.price
+        return {
+            "mfu": {"low": flops / peak / slow, "high": flops / peak / fast},
+            "tokens_per_second": {"low": tokens / slow, "high": tokens / fast},
+            "hours": {"low": hours * fast, "high": hours * slow},
+            "price": {end: hours * time * self.slice_.chips * price for end, time in (("low", fast), ("high", slow))},
+            "steps": known or _STEPS,
+            "steps_are_known": known is not None,
+            "dollars_per_chip_hour": price,
+            "decoding_steps": None if self.decoding is None else self.decoding.steps,
+        }
 
     def as_json(self) -> dict[str, Any]:
         """One JSON object."""
@@ -67,7 +112,7 @@ class Plan:
             "peak_gib": _gib(self.peak_bytes),
             "limit_gib": _gib(self.limit_bytes),
             "memory_gib": {k: None if v is None else round(v, 4) for k, v in self.memory_gib.items()},
-            "collectives": summarize(list(self.collectives)),
+            "collectives": summarize(list(self.collectives), self.copies),
             "flops": sum(phase.flops for phase in self.phases.values()),
             "hbm_bytes": sum(phase.hbm_bytes for phase in self.phases.values()),
             "roofline_seconds": {**seconds, "total": self.seconds},
@@ -75,6 +120,13 @@ class Plan:
                 name: {**dataclasses.asdict(phase), "bound": phase.bound(self.slice_)}
                 for name, phase in self.phases.items()
             },
+            "forecast_seconds": None
+            if self.forecast is None
+            else self.forecast.high | {"total": self.forecast.totals[1]},
+            "forecast_seconds_at_least": (
+                None if self.forecast is None else self.forecast.low | {"total": self.forecast.totals[0]}
+            ),
+            "forecast": self.run,
             "compile_seconds": round(self.compile_seconds, 2),
             "assumptions": list(self.assumptions),
             "advice": list(self.advice),
@@ -99,38 +151,114 @@ def load_plan_config(path: Path, overrides: list[str], program: str | None) -> P
     return load_config(SftConfig, path, overrides)
 
 
-def make_plan(config: PlanConfig, slice_: Slice) -> Plan:
+def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     """Compile the program of `config` for `slice_` and read the result.
 
     Raises:
+      UsageError: a wish cannot be.
       UserError: the model is missing, libtpu is, or the mesh divides something it must not.
     """
+    lengths = response_lengths(config, wishes)
     lowered = lower(config, slice_.devices())
-    compiled = compile_lowered(lowered)
     mesh = dict(lowered.mesh.shape)
+    decoding = decoding_of(config, mesh, lengths) if isinstance(config, GrpoConfig) else None
+    phases = count_phases(config, lowered.model, mesh, decoding)
+
+    # What the compiler says, and what there is to read in its program.
+    compiled = compile_lowered(lowered)
     collectives: tuple[Collective, ...] = ()
+    copies, expected = 0, None
     if compiled.executable is not None:
+        module = Module.parse(compiled.executable.as_text())
         smallest = smallest_weight_bytes(config, lowered.model, mesh["tensor"])
-        collectives = tuple(find_collectives(compiled.executable.as_text(), smallest))
+        collectives = tuple(find_collectives(module, smallest))
+        loops = decoding.loops if decoding else ()
+        expected = forecast(module, slice_, phases, count_attention(config, lowered.model, mesh, decoding), loops)
+        if isinstance(config, GrpoConfig):
+            copies = len(find_copies(module, decoding_sizes(config, lowered.model, mesh, loops)))
     limit = compiled.limit_bytes or int(slice_.chip.hbm_gib * GIB)
     # LIBTPU_INIT_ARGS may tell the compiler of more memory than a chip has.
     fits = compiled.executable is not None and (compiled.peak_bytes or 0) <= limit
     memory_gib = memory_by_kind(lowered, config, compiled.peak_bytes)
+    assumed = lowered.assumptions
+    if wishes.lengths is not None:
+        ragged = (
+            f"responses are as long as --lengths {wishes.lengths} says; learning reads them padded to max_new_tokens"
+        )
+        assumed = tuple(ragged if line == FULL_LENGTH else line for line in assumed)
     return Plan(
-        config,
-        slice_,
-        lowered.program,
-        mesh,
-        fits,
-        compiled.peak_bytes,
-        limit,
-        memory_gib,
-        collectives,
-        count_phases(config, lowered.model, mesh),
-        compiled.seconds,
-        (*lowered.assumptions, *ASSUMPTIONS),
-        () if fits else advise(config, lowered.model, mesh, memory_gib, limit),
+        config=config,
+        slice_=slice_,
+        program=lowered.program,
+        mesh=mesh,
+        fits=fits,
+        peak_bytes=compiled.peak_bytes,
+        limit_bytes=limit,
+        memory_gib=memory_gib,
+        collectives=collectives,
+        copies=copies,
+        phases=phases,
+        decoding=decoding,
+        forecast=expected,
+        wishes=wishes,
+        compile_seconds=compiled.seconds,
+        assumptions=(*assumed, *ASSUMPTIONS),
+        advice=() if fits else advise(config, lowered.model, mesh, memory_gib, limit),
     )
+
+
+def response_lengths(config: PlanConfig, wishes: Wishes) -> list[int] | None:
+    """Those of a step's responses; None where all are as long as can be.
+
+    Raises:
+      UsageError: a wish cannot be.
+    """
+    if wishes.steps is not None and wishes.steps < 1:
+        raise UsageError(f"--steps must be at least 1, not {wishes.steps}")
+    if wishes.price is not None and not 0 <= wishes.price < math.inf:
+        raise UsageError(f"--price must be a number of dollars, not {wishes.price}")
+    if wishes.lengths is None:
+        return None
+    if isinstance(config, SftConfig):
+        raise UsageError("--lengths is of responses, which SFT has none of")
+    return draw_lengths(wishes.lengths, config.prompts_per_step * config.generations_per_prompt, config.max_new_tokens)
+
+
+def count_steps(config: PlanConfig) -> int | None:
+    """How many steps a run has, at most (what it would skip counts too). None if its data cannot be read on this
+    machine."""
+    places = config.data.train
+    names = [places] if isinstance(places, str) else list(places)
+    try:
+        records = sum(len(open_dataset(name)) if Path(name).is_dir() else _lines(Path(name)) for name in names)
+    except (OSError, UserError):
+        return None
+    size = config.batch_size if isinstance(config, SftConfig) else config.candidates_per_step
+    return math.ceil(config.epochs * records / size)
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(bool(line.strip()) for line in file)
+
+
+def decoding_sizes(
+    config: GrpoConfig, model: ModelConfig, mesh: dict[str, int], loops: tuple[Loop, ...]
+) -> frozenset[int]:
+    """How many elements the cache and the weights have on a chip, of one layer and of all: what no step may copy."""
+    tensor, layers, prompts = mesh["tensor"], model.num_hidden_layers, config.prompts_per_step
+    prompts = max(1, prompts // (mesh["data"] * mesh["fsdp"]))
+    width, inner = model.hidden_size, model.intermediate_size // tensor
+    heads = model.num_attention_heads * model.head_dim // tensor
+    kv_heads = model.num_key_value_heads * model.head_dim // tensor
+    rows = [loop.rows for loop in loops]
+    of_a_layer = {row * kv_heads * config.max_new_tokens for row in rows}
+    of_a_layer |= {row * kv_heads * config.data.max_prompt_length for row in (*rows, prompts)}
+    of_a_layer |= {width * features for features in (heads, kv_heads, inner)}
+    # A matrix may have as many as activations have.
+    activations = {row * features for row in rows for features in (width, heads, kv_heads, inner)}
+    of_a_layer -= activations
+    return frozenset(of_a_layer | {layers * size for size in of_a_layer} | {model.vocab_size * width // tensor})
 
 
 def smallest_weight_bytes(config: PlanConfig, model: ModelConfig, tensor: int) -> int:
@@ -160,10 +288,9 @@ def advise(
         rows, whole = prompts * config.generations_per_prompt, config.prompts_per_update
         if smaller := _smaller(rows, whole * config.generations_per_prompt, places, config.generations_per_prompt):
             advice.append(f"micro_batch_prompts={smaller // config.generations_per_prompt} instead of {prompts}")
-        wave = config.prompts_per_step // config.rollout_waves
-        if smaller := _smaller(wave, config.prompts_per_step, places):
-            waves = config.prompts_per_step // smaller
-            advice.append(f"rollout_waves={waves} instead of {config.rollout_waves}: less KV cache at a time")
+        responses = config.prompts_per_step * config.generations_per_prompt
+        if smaller := _smaller(config.slots, responses, places):
+            advice.append(f"rollout.slots={smaller} instead of {config.slots}: less KV cache")
         if config.objective.kl_coefficient and config.reference_dtype == "float32":
             advice.append("reference_dtype=bfloat16: halves the reference policy")
         if mesh["tensor"] < 4 and model.num_key_value_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
@@ -178,103 +305,28 @@ def advise(
     return (larger, *advice) if held > 0.75 * limit / GIB else (*advice, larger)
 
 
-def search(config: PlanConfig, slice_: Slice) -> Plan:
-    """Try micro-batches, remat policies and waves, the fastest by roofline first; the first that fits is the best.
-
-    Prints each try on stderr.
-
-    Raises:
-      UserError: none fits.
-    """
-    devices = slice_.devices()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
-    model, _ = find_architecture(config)
-    check_mesh_fits(mesh, model)
-    shape = dict(mesh.shape)
-    seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_)
-    candidates = list(_candidates(config, shape["data"] * shape["fsdp"]))
-    # Of equally fast ones the largest first: what it does not compute again costs nothing where there is room.
-    candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
-    limit = slice_.chip.hbm_gib * GIB
-    possible = [c for c in candidates if least_peak(c, model, shape) <= limit]
-    _say(f"{len(candidates)} variants, {len(candidates) - len(possible)} of them too large by arithmetic")
-    failed: list[PlanConfig] = []
-    for number, candidate in enumerate(_not_larger(possible, failed), start=1):
-        if number > _MOST_TRIES:
-            break
-        plan = make_plan(candidate, slice_)
-        peak = "?" if plan.peak_bytes is None else f"{plan.peak_bytes / GIB:.2f}"
-        result = "fits" if plan.fits else "does not fit"
-        _say(f"{describe(candidate)}: {result}, {peak} GiB, roofline {plan.seconds:.2f} s")
-        if plan.fits:
-            return plan
-        failed.append(candidate)
-    raise UserError(
-        f"nothing fits {slice_.name} within {_MOST_TRIES} tries: take a larger slice, or change mesh or lengths"
-    )
-
-
 def describe(config: PlanConfig) -> str:
     """What a search varies, as `--set` takes it."""
     keys = {"model.remat": config.model.remat}
     if isinstance(config, SftConfig):
         return " ".join(f"{k}={v}" for k, v in {**keys, "micro_batch_size": config.micro_batch_size}.items())
-    more = {"micro_batch_prompts": config.micro_batch_prompts, "rollout_waves": config.rollout_waves}
+    more = {"micro_batch_prompts": config.micro_batch_prompts, "rollout.slots": config.slots}
     return " ".join(f"{k}={v}" for k, v in {**keys, **more}.items())
-
-
-def _not_larger(candidates: list[PlanConfig], failed: list[PlanConfig]) -> Iterator[PlanConfig]:
-    """Skip what needs at least as much of everything as one that has failed (a list that grows meanwhile)."""
-    for candidate in candidates:
-        if not any(all(a >= b for a, b in zip(_size(candidate), _size(other), strict=True)) for other in failed):
-            yield candidate
-
-
-def _size(config: PlanConfig) -> tuple[int, ...]:
-    remat = ("full", "dots", "none").index(config.model.remat)
-    if isinstance(config, SftConfig):
-        return remat, config.rows_per_micro_batch
-    prompts = config.prompts_per_micro_batch
-    return remat, prompts, -config.rollout_waves
-
-
-def _candidates(config: PlanConfig, places: int) -> Iterator[PlanConfig]:
-    for remat in ("none", "dots", "full"):
-        section = dataclasses.replace(config.model, remat=remat)
-        if isinstance(config, SftConfig):
-            for rows in _divisors(config.batch_size):
-                if rows % places == 0:
-                    yield dataclasses.replace(config, model=section, micro_batch_size=rows)
-        else:
-            for prompts in _divisors(config.prompts_per_update):
-                for waves in _divisors(config.prompts_per_step):
-                    rows = prompts * config.generations_per_prompt
-                    if rows % places == 0 and config.prompts_per_step // waves % places == 0:
-                        yield dataclasses.replace(
-                            config, model=section, micro_batch_prompts=prompts, rollout_waves=waves
-                        )
-
-
-def _roofline(config: PlanConfig, model: ModelConfig, mesh: dict[str, int], slice_: Slice) -> float:
-    return sum(phase.seconds(slice_) for phase in count_phases(config, model, mesh).values())
 
 
 def _smaller(rows: int, whole: int, places: int, unit: int = 1) -> int | None:
     """The next smaller part of `whole` that can be spread over `places`, in multiples of `unit`."""
-    sizes = [size for size in _divisors(whole) if size < rows and size % places == 0 and size % unit == 0]
+    sizes = [size for size in divisors(whole) if size < rows and size % places == 0 and size % unit == 0]
     return max(sizes, default=None)
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All of a number, the smallest first."""
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _gib(size: int | None) -> float | None:
     return None if size is None else round(size / GIB, 3)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 _LABELS = {
@@ -284,7 +336,7 @@ _LABELS = {
     "batch": "batch and reward tables",
     "gradients": "gradients",
     "saved_activations": "activations kept for backward",
-    "kv_cache": "KV cache of a wave",
+    "kv_cache": "KV cache of prompts and slots",
     "decoding_weights": "weights laid out for decoding",
 }
 _PLACES = {
@@ -350,6 +402,8 @@ def as_text(plan: Plan) -> str:
         f"a {unit}: {chip.bf16_flops / 1e12:.0f} bf16 TFLOP/s, {chip.hbm_bytes_per_second / 1e9:.0f} GB/s of HBM, "
         f"{chip.ici_bytes_per_second / 1e9:.0f} GB/s to its neighbours"
     )
+    if plan.fits:
+        lines += ["", *_forecast_lines(plan)]
     lines += ["", "assumed:", *(f"  {line}" for line in plan.assumptions)]
     if plan.advice:
         lines += ["", "to make it fit:", *(f"  {line}" for line in plan.advice)]
@@ -358,3 +412,33 @@ def as_text(plan: Plan) -> str:
 
 def _gib_line(label: str, value: float | None) -> str:
     return f"{label:36}{'?' if value is None else f'{value:.2f}':>6}"
+
+
+def _forecast_lines(plan: Plan) -> list[str]:
+    """Both ends by phase, and what they mean for a run."""
+    assert plan.forecast is not None and plan.run is not None
+    low, high, run = plan.forecast.low, plan.forecast.high, plan.run
+    lines = [f"{'forecast, seconds':28}{'at least':>12}{'by cycles':>12}"]
+    for name in low:
+        if high[name]:
+            lines.append(f"{name.replace('_', ' '):28}{low[name]:12.2f}{high[name]:12.2f}")
+    fast, slow = plan.forecast.totals
+    lines.append(f"{'total':28}{fast:12.2f}{slow:12.2f}")
+    if plan.decoding is not None:
+        lines.append(
+            f"decoding: {plan.decoding.steps} steps for {plan.decoding.responses} responses of "
+            f"{plan.decoding.tokens / plan.decoding.responses:.0f} tokens on average; "
+            f"{plan.copies} copies of the cache or of weights in a step"
+        )
+    mfu, tokens, hours, price = (run[name] for name in ("mfu", "tokens_per_second", "hours", "price"))
+    lines.append(
+        f"MFU {100 * mfu['low']:.0f} to {100 * mfu['high']:.0f} %, "
+        f"{tokens['low']:,.0f} to {tokens['high']:,.0f} tokens/s"
+    )
+    lines.append(
+        f"{run['steps']:,} steps{'' if run['steps_are_known'] else ' (the data are not here: --steps)'}: "
+        f"{hours['low']:.1f} to {hours['high']:.1f} hours, ${price['low']:,.0f} to ${price['high']:,.0f} "
+        f"at ${run['dollars_per_chip_hour']:.2f} a chip-hour"
+        + ("" if plan.wishes.price is not None else f" ({PRICE_SOURCE})")
+    )
+    return lines

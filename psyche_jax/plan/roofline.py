@@ -1,6 +1,6 @@
 """FLOPs and bytes of each phase, counted by arithmetic with loops multiplied out, and the time they take at least."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -9,11 +9,12 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
 from psyche_jax.plan.compile import MicroBatch, PlanConfig, micro_batch
+from psyche_jax.plan.rollout import Decoding, simulate
 from psyche_jax.plan.slices import SOURCE, Slice
 
 ASSUMPTIONS = (
     f"published peaks ({SOURCE}); compute, memory and interconnect overlap wholly, and no latency counts",
-    "causal attention computes half of all pairs, decoding reads the whole cache in every step",
+    "causal attention computes half of all pairs, decoding reads of the cache what each response has filled",
     "weights are gathered once per micro-batch and direction; all links of a chip carry them",
 )
 
@@ -52,9 +53,28 @@ class Phase:
         return max(times, key=lambda name: times[name])
 
 
-def count_phases(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> dict[str, Phase]:
-    """The phases of one run of the program (one step of SFT, one iteration of GRPO)."""
-    return _Counter(config, model, mesh).phases()
+def count_phases(
+    config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int], decoding: Decoding | None = None
+) -> dict[str, Phase]:
+    """The phases of one run of the program (one step of SFT, one iteration of GRPO).
+
+    `decoding`: the steps that decoding takes; None: those of responses that are all of full length.
+    """
+    return _Counter(config, model, mesh, decoding).phases()
+
+
+def count_attention(
+    config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int], decoding: Decoding | None = None
+) -> dict[str, Phase]:
+    """What of that is attention, by the phases of a forecast."""
+    return _Counter(config, model, mesh, decoding).attention()
+
+
+def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[int] | None = None) -> Decoding:
+    """The steps of decoding; without `lengths` of the responses all are as long as can be."""
+    responses = config.prompts_per_step * config.generations_per_prompt
+    lengths = [config.max_new_tokens] * responses if lengths is None else lengths
+    return simulate(lengths, config.slots, mesh["data"] * mesh["fsdp"])
 
 
 @dataclass(frozen=True)
@@ -62,6 +82,7 @@ class _Counter:
     config: PlanConfig
     model: ModelConfig
     mesh: Mapping[str, int]
+    given: Decoding | None = None
 
     def phases(self) -> dict[str, Phase]:
         config = self.config
@@ -146,30 +167,64 @@ class _Counter:
         return Phase(0.0, own + size, size * (fsdp - 1) / fsdp)
 
     def _prefill(self, config: GrpoConfig) -> Phase:
-        model, length, waves = self.model, config.data.max_prompt_length, config.rollout_waves
+        model, length = self.model, config.data.max_prompt_length
         prompts = config.prompts_per_step
         weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._compute
         flops = causal_flops(model, prompts, length) + head_flops(model, prompts)
         tokens = prompts / self._places * length
-        return Phase(
-            flops, waves * weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length)
-        )
+        return Phase(flops, weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length))
 
     def _decode(self, config: GrpoConfig) -> Phase:
-        model, tensor = self.model, self.mesh["tensor"]
-        steps, prompt = config.max_new_tokens, config.data.max_prompt_length
-        responses = config.prompts_per_step * config.generations_per_prompt
-        tokens = responses * steps
-        attended = layers_flops(model, tokens, 1, prompt + steps)
-        flops = attended + head_flops(model, tokens)
-        # Every step of every wave reads all weights and the whole cache.
+        model, tensor, decoding = self.model, self.mesh["tensor"], self._decoding(config)
+        tokens = decoding.tokens - decoding.responses  # the first ones follow from the prompts
+        pairs = config.data.max_prompt_length + decoding.attended / max(tokens, 1)
+        flops = layers_flops(model, tokens, 1, pairs) + head_flops(model, tokens)
+        # Every step reads all weights, and makes logits of all rows.
+        turns = sum(loop.turns for loop in decoding.loops)
+        rows = sum(loop.turns * loop.rows for loop in decoding.loops)
         embedding = model.vocab_size * model.hidden_size
         weights = (model.num_hidden_layers * layer_weights(model) + embedding) / tensor * self._compute
-        numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / tensor * self._compute
-        cache = (config.prompts_per_step * prompt + responses * steps) / self._places * numbers
-        logits = responses / self._places * model.vocab_size / tensor * 4 * 3
-        hbm = steps * (config.rollout_waves * weights + cache + logits)
-        return Phase(flops, hbm, self._reduced_activations(responses * steps))
+        logits = model.vocab_size / tensor * 4 * 3
+        hbm = turns * weights + self._cache_bytes(config) + rows * logits
+        return Phase(flops, hbm, self._reduced_activations(rows * self._places))
+
+    def _decoding(self, config: GrpoConfig) -> Decoding:
+        return decoding_of(config, self.mesh) if self.given is None else self.given
+
+    def _cache_bytes(self, config: GrpoConfig) -> float:
+        """What decoding reads of the cache: in every step all prompts, or one for each row, and what rows have said."""
+        model, decoding = self.model, self._decoding(config)
+        numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / self.mesh["tensor"]
+        prompts = config.prompts_per_step / self._places
+        of_prompts = sum(loop.turns * min(prompts, loop.rows) for loop in decoding.loops)
+        places = of_prompts * config.data.max_prompt_length + decoding.attended / self._places
+        return places * numbers * self._compute
+
+    def attention(self) -> dict[str, Phase]:
+        """What of the phases is attention: its products, and the cache that decoding reads."""
+        config = self.config
+        part = micro_batch(config, self.mesh)
+        once = self._attention(part.prompts, part.prompt_length) + self._attention(
+            part.rows, part.length, part.prompt_length
+        )
+        again = 1 if self.config.model.remat == "none" else 2
+        # Backward has seven products where forward has two.
+        update = (again + 3.5) * once
+        if isinstance(config, SftConfig):
+            return {"updates": config.batch_size // part.rows * update}
+        parts = config.prompts_per_step * config.generations_per_prompt // part.rows
+        scored = bool(config.objective.kl_coefficient) + (config.updates_per_step > 1)
+        scored += config.passes_per_step * (config.objective.top_entropy < 1)
+        return {
+            "prefill": self._attention(config.prompts_per_step, config.data.max_prompt_length),
+            "decoding": Phase(0.0, self._cache_bytes(config)),
+            "log_probs": scored * parts * once,
+            "updates": config.passes_per_step * parts * update,
+        }
+
+    def _attention(self, rows: int, length: int, before: int = 0) -> Phase:
+        pairs = causal_flops(self.model, rows, length, before) - layers_flops(self.model, rows, length, 0)
+        return Phase(pairs, 0.0, 0.0)
 
     def _traffic_per_token(self) -> float:
         """Bytes: what the matrix products of all layers read and write for one token."""

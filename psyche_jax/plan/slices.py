@@ -33,9 +33,15 @@ class Chip:
     per_accelerator_unit: int  # what the cloud counts behind that name: chips, or TensorCores, two a chip
     dimensions: int
     most: int  # chips of the largest slice
+    multipliers: int  # of bfloat16, in all matrix units of one device: each multiplies and adds once a cycle
     devices: int = 1  # in a chip
     spellings: tuple[str, ...] = ()  # beside `name` and `accelerator`
     options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def clock(self) -> float:
+        """Cycles a second, from the peak: what the compiler counts in."""
+        return self.bf16_flops / self.multipliers / 2
 
 
 SOURCE = "cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak compute, HBM and inter-chip bandwidth per chip"
@@ -43,20 +49,26 @@ _MEGACORE = (("chip_config_name", "megacore"),)  # a chip's two TensorCores as o
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", BF16_PEAKS["v4"], 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, options=_MEGACORE),
-        Chip("v5e", BF16_PEAKS["v5e"], 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256, spellings=("v5lite",)),
-        Chip("v5p", BF16_PEAKS["v5p"], 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, options=_MEGACORE),
+        Chip("v4", BF16_PEAKS["v4"], 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, 8 * 128**2, options=_MEGACORE),
         Chip(
-            "v6e", BF16_PEAKS["v6e"], 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256,
+            "v5e", BF16_PEAKS["v5e"], 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256, 4 * 128**2,
+            spellings=("v5lite",),
+        ),
+        Chip("v5p", BF16_PEAKS["v5p"], 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, 8 * 128**2, options=_MEGACORE),
+        Chip(
+            "v6e", BF16_PEAKS["v6e"], 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256, 4 * 256**2,
             spellings=("trillium", "v6lite"), options=(("chips_per_host_bounds", (2, 2, 1)),),
         ),
         # Ironwood: a chip has 192 GiB, 7,380 GB/s of HBM and 600 GB/s to its neighbours, for two devices.
         Chip(
-            "tpu7x", BF16_PEAKS["tpu7x"], 94.74, 3.690e12, 300e9, "tpu7x", 2, 3, 9216,
+            "tpu7x", BF16_PEAKS["tpu7x"], 94.74, 3.690e12, 300e9, "tpu7x", 2, 3, 9216, 4 * 256**2,
             devices=2, spellings=("v7x", "ironwood"),
         ),
     )
 }  # fmt: skip
+# Dollars for an hour of one chip, on demand, where it is cheapest in the United States.
+PRICES = {"v4": 3.22, "v5e": 1.20, "v5p": 4.20, "v6e": 2.70, "tpu7x": 12.00}
+PRICE_SOURCE = "cloud.google.com/tpu/pricing, on demand in the US, as quoted in November 2026"
 _FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_SHAPES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
 _EXAMPLES = "v5e:4x4, v6e-8, v5p:2x2x2, tpu7x:2x2x1"

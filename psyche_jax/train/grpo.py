@@ -6,9 +6,9 @@ Read `Iteration.__call__`, then `sample` and `learn`, which it calls: that is th
     learn    rewards ─► advantages within each group ─► log-probs of the reference and of the old policy
              ─► updates: forward, `policy_loss` (`train/objectives.py`), backward, AdamW (`train/state.py`)
 
-All of it is one XLA program without a visit to the host; metrics and samples come out at its end. Where a reward is a
-Python function it is two programs, `sample` and `learn`, with the function between them. What feeds it, and what
-becomes of its metrics and samples, is in `train/grpo_run.py`.
+All of it is one XLA program without a visit to the host; metrics and samples come out at its end. (`psyche plan` knows
+its phases by their `named_scope`s.) Where a reward is a Python function it is two programs, `sample` and `learn`, with
+the function between them. What feeds it, and what becomes of its metrics and samples, is in `train/grpo_run.py`.
 
 Compared with the paper (DeepSeekMath, arXiv 2402.03300, section 4): the reference policy never changes, there is no
 reward model, and with one update a step (the default) the ratio to the old policy is 1 and the clip does nothing. What
@@ -27,7 +27,7 @@ import optax
 
 from psyche_jax.config import GrpoConfig
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Rollout, Sampling, generate
+from psyche_jax.model.decode import Rollout, Sampling, generate, generate_counted
 from psyche_jax.model.log_probs import TokenScores, response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import join_rows, split_rows
@@ -63,7 +63,8 @@ class Sampled(NamedTuple):
 
     `prompts`: those of the candidates that were answered, [prompts_per_step, ...]; `rollout`: [responses,
     max_new_tokens]; `rewards`: float32 [prompts_per_step, generations] by rule; `chosen`: bool [prompts_per_step],
-    the prompts that are learned from (all, without dynamic sampling); `statistics`: metrics of dynamic sampling.
+    the prompts that are learned from (all, without dynamic sampling); `statistics`: metrics of decoding and of dynamic
+    sampling.
     """
 
     prompts: dict[str, jax.Array]
@@ -182,10 +183,13 @@ class Iteration:
             number, kept = carry
             return number + 1, self._merge(kept, part(number))
 
-        number, kept = jax.lax.while_loop(unfilled, one_more, (jnp.int32(1), part(jnp.int32(0))))
+        first = jnp.int32(1), part(jnp.int32(0))
+        with jax.named_scope("more_candidates"):
+            number, kept = jax.lax.while_loop(unfilled, one_more, first)
         sampled = number * size
         return kept._replace(
             statistics={
+                "decoding_steps": kept.statistics["decoding_steps"],
                 "dynamic_sampling/sampled_prompts": sampled,
                 "dynamic_sampling/unused_prompts": config.candidates_per_step - sampled,
                 "dynamic_sampling/kept_prompts": kept.chosen.sum(),
@@ -193,6 +197,7 @@ class Iteration:
             }
         )
 
+    @jax.named_scope("updates")
     def learn(
         self,
         state: TrainState,
@@ -267,7 +272,7 @@ class Iteration:
         self, parameters: Parameters, rules: CompiledRules, prompts: dict[str, jax.Array]
     ) -> tuple[Rollout, dict[str, jax.Array]]:
         """One greedy response to each prompt, and the values of the rules, float32 [prompts]."""
-        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.rollout_waves)
+        sampling = Sampling(self.config.max_new_tokens, 0.0, 1, self.config.slots)
         key = jax.random.key(0)  # unused: decoding is greedy
         rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
         return rollout, score(rules, rollout.tokens, prompts["answers"])[1]
@@ -281,17 +286,19 @@ class Iteration:
     ) -> Sampled:
         """Responses to given prompts; those whose responses are equally right are not chosen under dynamic sampling."""
         config = self.config
-        sampling = Sampling(
-            config.max_new_tokens, config.temperature, config.generations_per_prompt, config.rollout_waves
-        )
-        rollout = generate(self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution)
+        sampling = Sampling(config.max_new_tokens, config.temperature, config.generations_per_prompt, config.slots)
+        with jax.named_scope("prefill"):  # but for the loop over steps, which has a scope of its own
+            rollout, steps = generate_counted(
+                self.model, parameters, prompts["tokens"], prompts["mask"], key, sampling, self.execution
+            )
         answers = jnp.repeat(prompts["answers"], config.generations_per_prompt)
-        _, by_rule = score(rules, rollout.tokens, answers)
+        with jax.named_scope("rewards"):
+            _, by_rule = score(rules, rollout.tokens, answers)
         rewards = {name: value.reshape(-1, config.generations_per_prompt) for name, value in by_rule.items()}
-        chosen, statistics = jnp.ones(config.prompts_per_step, bool), {}
+        chosen, statistics = jnp.ones(config.prompts_per_step, bool), {"decoding_steps": steps}
         if config.dynamic_sampling.candidate_prompts is not None:
             accuracy = rewards[config.dynamic_sampling.rule]
-            chosen, statistics = ~zero_std_groups(accuracy), {"accuracy": accuracy.mean()}
+            chosen, statistics = ~zero_std_groups(accuracy), {**statistics, "accuracy": accuracy.mean()}
         return Sampled(prompts, rollout, rewards, chosen, statistics)
 
     def _merge(self, kept: Sampled, new: Sampled) -> Sampled:
@@ -307,6 +314,7 @@ class Iteration:
         picked = jax.tree.map(pick, kept._replace(statistics={}), new._replace(statistics={}))
         return picked._replace(statistics=statistics)
 
+    @jax.named_scope("log_probs")
     def _fixed_log_probs(self, parameters: Parameters, experience: Experience) -> jax.Array:
         """Log-probs of the responses under some policy, by micro-batches, without gradient."""
         micro_batches = self.config.prompts_per_step // self.config.prompts_per_micro_batch
@@ -360,7 +368,8 @@ class Iteration:
         high_entropy_RT = None
         if objective.top_entropy < 1:
             parts = split_rows(experience, micro_batches, self.execution.sharding)
-            entropy_RT = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
+            with jax.named_scope("log_probs"):
+                entropy_RT = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
             high_entropy_RT = high_entropy_tokens(entropy_RT, experience.mask, objective.top_entropy)
 
         def loss(

@@ -85,7 +85,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     model = setup.model.config
 
     # What cannot work is said before the work begins: shapes that the mesh does not divide, rules, functions, data.
-    check_rows(config.prompts_per_step // config.rollout_waves, "prompts_per_step / rollout_waves", execution.sharding)
+    check_rows(config.prompts_per_step, "prompts_per_step", execution.sharding)
+    check_rows(config.slots, "rollout.slots", execution.sharding)
     check_rows(
         config.prompts_per_micro_batch * config.generations_per_prompt,
         "micro_batch_prompts × generations_per_prompt",
@@ -167,7 +168,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             evaluation=evaluation,
             headline=("reward", "evaluation_reward", "kl", "completions/mean_length"),
             flops=partial(step_flops, model, config),
-            memory_settings="set model.remat=full, a smaller micro_batch_prompts, more rollout_waves or more devices "
+            memory_settings="set model.remat=full, a smaller micro_batch_prompts, fewer rollout.slots or more devices "
             "(all of which may change when a run resumes), or a smaller max_new_tokens or data.max_prompt_length",
             profile_steps=profile_steps,
         ) as this:

@@ -95,6 +95,7 @@ def initial_state(optimizer: optax.GradientTransformation, parameters: Parameter
     return TrainState(jax.device_put(jnp.int32(0), shardings.step), parameters, optimizer_state)
 
 
+@jax.named_scope("optimizer")
 def apply_gradients(
     optimizer: optax.GradientTransformation,
     state: TrainState,
@@ -126,6 +127,7 @@ def _is_matrix(path: tuple[Any, ...], _: Any) -> bool:
 LossFunction: TypeAlias = Callable[[Parameters, Any], tuple[jax.Array, Any]]
 
 
+@jax.named_scope("updates")
 def accumulate_gradients(
     loss: LossFunction,
     parameters: Parameters,

@@ -92,6 +92,27 @@ def test_topologies_that_there_are(text, name, accelerator_type, chips, devices)
     assert (found.chips, found.device_count) == (chips, devices)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lengths", "400"], "--lengths 400: must be mean=400,p99=2048, or the folder of a GRPO run"),
+        (["--lengths", "mean=4000,p99=5000"], "the mean at most max_new_tokens 1024"),
+        (["--steps", "0"], "--steps must be at least 1, not 0"),
+        (["--price", "-1"], "--price must be a number of dollars, not -1.0"),
+        (["--price", "nan"], "--price must be a number of dollars, not nan"),
+    ],
+)
+def test_wishes_that_cannot_be(arguments, said, capsys):
+    """Before anything is compiled."""
+    code, line = fails(capsys, "--config", "grpo_7b_v5e16", "--topology", "v5e:4x4", *arguments)
+    assert (code, said in line) == (2, True), line
+
+
+def test_sft_has_no_responses(capsys):
+    code, line = fails(capsys, "--config", SFT, "--topology", "v5e:4x4", "--lengths", "mean=40,p99=50")
+    assert (code, line) == (2, "--lengths is of responses, which SFT has none of")
+
+
 @needs_libtpu
 @pytest.mark.parametrize("topology", ["v5e:3x5", "v6e:5x5", "v4:1x1x7"])
 def test_slices_that_do_not_exist(topology, capsys):
@@ -169,7 +190,7 @@ def test_another_architecture_than_the_config_says(tmp_path):
     small = ARCHITECTURES["Qwen2.5-0.5B"]
     check_architecture("Qwen2.5-0.5B-Instruct", small, "models/x")
     check_architecture(None, small, "models/x")
-    with pytest.raises(UsageError, match=r"models/x is no Qwen2.5-7B: its vocab_size is 151936, not 152064"):
+    with pytest.raises(UsageError, match=r"models/x is not Qwen2.5-7B: its vocab_size is 151936, not 152064"):
         check_architecture("Qwen2.5-7B", small, "models/x")
 
 
@@ -178,7 +199,7 @@ def test_the_model_that_is_there_counts(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(ARCHITECTURES["Qwen2.5-0.5B"], "float32")))
     arguments = ["--config", SFT, "--topology", "v5e:4x4", "--set", f"model.path={tmp_path}"]
     code, line = fails(capsys, *arguments)
-    assert (code, "is no Qwen2.5-7B" in line) == (2, True), line
+    assert (code, "is not Qwen2.5-7B" in line) == (2, True), line
 
 
 def test_out_of_memory_messages():

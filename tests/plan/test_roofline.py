@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import psyche_jax
-from psyche_jax.config import GrpoConfig, ObjectiveSection, SftConfig
+from psyche_jax.config import GrpoConfig, ObjectiveSection, RolloutSection, SftConfig
 from psyche_jax.config_files import load_config
 from psyche_jax.model.config import ARCHITECTURES, ModelConfig, published_architecture
 from psyche_jax.model.flops import head_flops, layers_flops
@@ -90,15 +90,16 @@ def test_phases_of_grpo():
     assert phases["decode"].bound(slice_) == "memory"
     plain = dataclasses.replace(config, objective=ObjectiveSection(kl_coefficient=0.0), minibatch_prompts=None)
     assert not {"reference", "old_log_probs"} & set(count_phases(plain, SEVEN, mesh))
-    more_waves = dataclasses.replace(config, rollout_waves=8)
-    assert count_phases(more_waves, SEVEN, mesh)["decode"].hbm_bytes > phases["decode"].hbm_bytes
+    config = dataclasses.replace(config, rollout=RolloutSection(512))
+    fewer_slots = dataclasses.replace(config, rollout=RolloutSection(256))
+    assert count_phases(fewer_slots, SEVEN, mesh)["decode"].hbm_bytes > phases["decode"].hbm_bytes
     alone = count_phases(dataclasses.replace(config, share_prompt=False), SEVEN, mesh)
     # Eight responses of 1024 tokens after a prompt of 512: read once, it saves 7 of 8 times 512 of 1536 tokens.
     saved = 1 - phases["forward"].flops / alone["forward"].flops
     assert 0.25 < saved < 7 / 8 * 512 / 1536
     assert phases["decode"] == alone["decode"]
-    parts, fewer = estimated_parts(config, SEVEN, mesh), estimated_parts(more_waves, SEVEN, mesh)
-    assert parts["kv_cache"] == pytest.approx(2 * fewer["kv_cache"])
-    # 56 KiB a token, 256 responses of 1024 tokens and 32 prompts of 512 a wave, on 16 chips.
-    assert parts["kv_cache"] == pytest.approx((256 * 1024 + 32 * 512) * 56 * 1024 / 16)
-    assert least_peak(config, SEVEN, mesh) > least_peak(more_waves, SEVEN, mesh)
+    parts, fewer = estimated_parts(config, SEVEN, mesh), estimated_parts(fewer_slots, SEVEN, mesh)
+    # 56 KiB a token, 512 or 256 slots of 1024 tokens and 128 prompts of 512, on 16 chips.
+    assert parts["kv_cache"] == pytest.approx((512 * 1024 + 128 * 512) * 56 * 1024 / 16)
+    assert fewer["kv_cache"] == pytest.approx((256 * 1024 + 128 * 512) * 56 * 1024 / 16)
+    assert least_peak(config, SEVEN, mesh) > least_peak(fewer_slots, SEVEN, mesh)

@@ -31,7 +31,7 @@ def write_config(folder: Path, program: str, **changes) -> Path:
         "prompts_per_step": 8,
         "minibatch_prompts": 4,
         "micro_batch_prompts": 2,
-        "rollout_waves": 2,
+        "rollout": {"slots": 16},
         "generations_per_prompt": 4,
         "max_new_tokens": 128,
         "reference_dtype": "bfloat16",

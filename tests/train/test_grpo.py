@@ -201,7 +201,7 @@ def test_metrics_have_the_names_that_users_of_trl_know(tiny_root):
         *("loss", "grad_norm", "learning_rate", "reward", "reward_std", "frac_reward_zero_std", "kl", "entropy"),
         *(f"clip_ratio/{part}_mean" for part in ("low", "high", "region")),
         *(f"completions/{part}_length" for part in ("mean", "min", "max")),
-        *("completions/clipped_ratio", "num_tokens", "skipped_updates"),
+        *("completions/clipped_ratio", "num_tokens", "skipped_updates", "decoding_steps"),
         *(f"sampling/logp_difference/{part}" for part in ("mean", "max")),
         *(f"rewards/{rule}/{part}" for rule in ("ascii", "length", "repetition") for part in ("mean", "std")),
     }

@@ -8,7 +8,7 @@ import pytest
 from support.iterations import ALL, FAST, FSDP, Bench, bench, compare, outcome
 from support.training_fixtures import RULES, largest_difference
 
-from psyche_jax.config import ObjectiveSection
+from psyche_jax.config import ObjectiveSection, RolloutSection
 from psyche_jax.rewards import FunctionReward
 from psyche_jax.rewards.score import compile_rules
 
@@ -44,7 +44,7 @@ def test_two_programs_are_the_one(tiny_root, figure):
         config=dataclasses.replace(this.config, rewards=(*RULES[1:], FunctionReward(function="a:ascii"))),
     )
     rules = compile_rules(iteration.config.rules, this.bytes, this.model.stop_token_ids)
-    key = jax.random.fold_in(jax.random.key(5), 0)  # as `run` draws
+    key = jax.random.fold_in(jax.random.key(6), 0)  # as `run` draws
     sample, learn = iteration.programs()
     state = this.state(this.read())
     sampled = sample.lower(state.parameters, rules, this.batch, key).compile(FAST)(
@@ -72,6 +72,15 @@ def test_two_programs_are_the_one(tiny_root, figure):
     group = np.delete(np.asarray(total[1], np.float64), 2)
     assert np.delete(advantages[1], 2) == pytest.approx((group - group.mean()) / (group.std(ddof=1) + 1e-4), abs=1e-4)
     assert float(outputs["metrics"]["rewards/ascii/mean"]) == pytest.approx(np.nanmean(some), abs=1e-6)
+
+
+def test_slots_change_nothing(tiny_root, figure):
+    """A quarter of the responses at once, in more steps."""
+    ours, expected = Bench(tiny_root, rollout=RolloutSection(8)).run(2), outcome(tiny_root)
+    for left, right in zip(ours.metrics, expected.metrics, strict=True):
+        assert left.pop("decoding_steps") > 2 * right["decoding_steps"]
+        left["decoding_steps"] = right["decoding_steps"]
+    compare(ours, expected, figure, "slots")
 
 
 @pytest.mark.parametrize("mesh", [FSDP, ALL], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])

@@ -30,6 +30,7 @@ from psyche_jax.config import (
     MeshSection,
     ObjectiveSection,
     OptimizerSection,
+    RolloutSection,
 )
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.errors import UserError
@@ -281,7 +282,7 @@ EXECUTION = {
     "micro-batches": lambda c: (
         {"micro_batch_size": 8} if hasattr(c, "micro_batch_size") else {"micro_batch_prompts": 4, "share_prompt": False}
     ),
-    "waves": lambda c: {} if hasattr(c, "batch_size") else {"rollout_waves": 4, "mesh": MeshSection(fsdp=2, tensor=4)},
+    "slots": lambda c: {} if hasattr(c, "batch_size") else {"rollout": RolloutSection(16)},
     "evaluations": lambda c: {"evaluate_every_steps": 3},
 }
 NUMBERS = {

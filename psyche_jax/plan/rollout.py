@@ -1,0 +1,135 @@
+"""How long responses are, and how many steps it takes to decode them in slots: `model/decode.py` in plain Python."""
+
+import heapq
+import math
+import random
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.model.decode import _FEWEST_ROWS
+from psyche_jax.storage.files import read_jsonl
+
+_EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One of the loops of decoding: its `rows` on each part of the batch axes, and the `turns` that it takes."""
+
+    rows: int
+    turns: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What it takes to decode the responses of a step.
+
+    `responses`: how many; `tokens`: of all of them; `attended`: how many decoded tokens all steps of all responses
+    attend to together.
+    """
+
+    loops: tuple[Loop, ...]
+    responses: int
+    tokens: int
+    attended: int
+
+    @property
+    def steps(self) -> int:
+        """As the metric `decoding_steps` counts them: the first tokens are one."""
+        return 1 + sum(loop.turns for loop in self.loops)
+
+
+def simulate(lengths: Sequence[int], slots: int, parts: int) -> Decoding:
+    """Decode responses of these lengths in `slots` slots, spread over `parts` parts of the mesh's batch axes.
+
+    Each part has its own consecutive responses, its own slots and queue. A response's first token is drawn before
+    the loops; each turn adds a token to the response of every slot, and a slot that is free takes the next one.
+    """
+    share = len(lengths) // parts
+    rows = min(share, slots // parts)
+    ends, emptied = [], 0
+    for part in range(parts):
+        waiting = [length - 1 for length in lengths[part * share : (part + 1) * share] if length > 1]
+        busy = waiting[:rows]
+        heapq.heapify(busy)
+        finished = []
+        for turns in waiting[rows:]:
+            finished.append(heapq.heappop(busy))
+            emptied = max(emptied, finished[-1])
+            heapq.heappush(busy, finished[-1] + turns)
+        ends.append(sorted([*finished, *busy]))
+
+    # Each loop goes on until at most half of its rows are busy, the first one until nothing waits either.
+    loops, done = [], 0
+    while True:
+        half = rows // 2
+        following = half if half >= _FEWEST_ROWS else 0
+        last = max((part[-following - 1] for part in ends if len(part) > following), default=0)
+        stop = max(done, emptied, last)
+        loops.append(Loop(rows, stop - done))
+        if not following:
+            break
+        rows, done = half, stop
+    attended = sum(length * (length - 1) // 2 for length in lengths)
+    return Decoding(tuple(loops), len(lengths), sum(lengths), attended)
+
+
+def draw_lengths(text: str | None, count: int, longest: int) -> list[int]:
+    """Lengths of `count` responses, none over `longest`: those that `--lengths` describes, or all as long as can be.
+
+    The same ones every time: quantiles of the distribution, in an order that a fixed seed shuffles.
+
+    Args:
+      text: `mean=400,p99=2048` (log-normal; p50, p90, p95 or p99), or a run's folder, whose samples are taken.
+      count: how many.
+      longest: where they are cut off.
+
+    Raises:
+      UsageError: `text` is of another form, or no distribution is like that.
+      UserError: the run has no samples.
+    """
+    if text is None:
+        return [longest] * count
+    shares = [(number + 0.5) / count for number in range(count)]
+    if text and Path(text).is_dir():
+        known = sorted(_sampled(Path(text)))
+        lengths = [known[int(share * len(known))] for share in shares]
+    else:
+        mu, sigma = _log_normal(text, longest)
+        normal = statistics.NormalDist(mu, sigma) if sigma else None
+        lengths = [round(math.exp(mu if normal is None else normal.inv_cdf(share))) for share in shares]
+    random.Random(0).shuffle(lengths)
+    return [min(max(1, length), longest) for length in lengths]
+
+
+def _sampled(run: Path) -> list[int]:
+    path = run / "samples.jsonl"
+    if not path.exists():
+        raise UserError(f"--lengths {run}: holds no samples.jsonl; must be {_EXAMPLE}")
+    rows = [row for _, row in read_jsonl(path)]
+    lengths = [row["tokens"] for row in rows if isinstance(row, dict) and isinstance(row.get("tokens"), int)]
+    if not lengths:
+        raise UserError(f"--lengths {run}: samples.jsonl holds no response with its number of tokens")
+    return lengths
+
+
+def _log_normal(text: str, longest: int) -> tuple[float, float]:
+    """Mean and standard deviation of the logarithm."""
+    match = re.fullmatch(r"mean=(\d+(?:\.\d+)?),p(50|90|95|99)=(\d+(?:\.\d+)?)", text.replace(" ", ""))
+    if match is None:
+        raise UsageError(f"--lengths {text}: must be {_EXAMPLE}")
+    mean, percentile, value = float(match[1]), int(match[2]), float(match[3])
+    if not 1 <= mean <= longest or value < 1:
+        raise UsageError(f"--lengths {text}: lengths are at least 1, and the mean at most max_new_tokens {longest}")
+    # The quantile is mu + z sigma, and the logarithm of the mean mu + sigma² / 2.
+    z = statistics.NormalDist().inv_cdf(percentile / 100)
+    root = z * z - 2 * math.log(value / mean)
+    sigma = z - math.sqrt(root) if percentile > 50 and root >= 0 else math.sqrt(max(root, 0))
+    if root < 0 or sigma < 0:
+        limit = f"from the mean to {math.exp(z * z / 2):.1f} times it" if percentile > 50 else "at most the mean"
+        raise UsageError(f"--lengths {text}: no log-normal distribution is like that; p{percentile} must be {limit}")
+    return math.log(mean) - sigma**2 / 2, sigma
