@@ -366,8 +366,9 @@ class _Decoder:
             busy = jnp.sum((state.slots.response < self.responses).reshape(self.parts, -1), axis=1)
             if queue is None:
                 return busy.max() > following
+            busy = jnp.where(state.taken < queue.going, self.responses, busy)
             # The number of steps is for those who read the program: no lengths of responses take more.
-            return (state.step < most) & ((state.taken < queue.going).any() | (busy.max() > following))
+            return (state.step < most) & (busy.max() > following)
 
         with jax.named_scope("decoding_loop"):  # the name by which `psyche plan` finds it in the compiled program
             return jax.lax.while_loop(goes_on, lambda state: self.advance(state, queue), state)
