@@ -418,10 +418,8 @@ class _Decoder:
         by_part, none = self.execution.sharding.by_part, self.responses
         kept = by_part(lambda busy: _true_first(busy)[0][:rows], state.slots.response < none)
         slots = by_part(take_rows, state.slots, kept)
-        take = partial(by_part, partial(take_rows, axis=1), axes=(1, 0), out=1)
-        # First all keys, then all values: so that no more than a quarter of the old cache lies beside it.
-        key, value = jax.lax.optimization_barrier((take(state.cache.key, kept), state.cache.value))
-        cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, key, take(value, kept))
+        own = by_part(partial(take_rows, axis=1), (state.cache.key, state.cache.value), kept, axes=(1, 0), out=1)
+        cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, *own)
         return state._replace(slots=slots, cache=self.with_prompts(cache, slots))
 
     def with_prompts(self, cache: KVCache, slots: _Slots, before: jax.Array | None = None) -> KVCache:
