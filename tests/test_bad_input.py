@@ -214,6 +214,7 @@ def test_meshes(psyche):
         ("sft", ["mesh.tensor=4"], "tensor 4 does not divide the model's num_key_value_heads 2"),
         ("sft", ["batch_size=4"], "4 rows cannot be spread over data × fsdp = 8 devices"),
         ("grpo", ["prompts_per_step=4"], "4 rows cannot be spread over data × fsdp = 8 devices"),
+        ("grpo", ["rollout.slots=12"], "rollout.slots: 12 rows cannot be spread over data × fsdp = 8 devices"),
     ):
         code, line = psyche(*with_set(verb, *overrides))
         assert (code, expected in line) == (2, True), line

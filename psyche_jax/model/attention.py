@@ -66,13 +66,11 @@ def attend(query: jax.Array, source: Source) -> Attended:
 
 def joined(parts: Sequence[Attended], dtype: jnp.dtype) -> jax.Array:
     """Attention over the sources of all parts: [batch, queries, heads, head_dim]."""
-    largest = parts[0].largest
+    largest, total, output = parts[0]
     for part in parts[1:]:
-        largest = jnp.maximum(largest, part.largest)
-    total, output = jnp.zeros_like(largest), jnp.zeros_like(parts[0].output)
-    for part in parts:
-        scale = jnp.exp(part.largest - largest)
-        total, output = total + scale * part.total, output + scale * part.output
+        both = jnp.maximum(largest, part.largest)
+        old, new = jnp.exp(largest - both), jnp.exp(part.largest - both)
+        largest, total, output = both, old * total + new * part.total, old * output + new * part.output
     # Divided here, where the array is small, instead of in the weights.
     output = (output / total).astype(dtype).transpose(0, 3, 1, 2, 4)
     batch, queries, kv_heads, shared, head_dim = output.shape

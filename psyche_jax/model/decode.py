@@ -380,10 +380,8 @@ class _Decoder:
 
         # The last token of each is read, and the next one drawn.
         start = by_part(take_rows, self.prompts.lengths, self.prompt_of(slots.response))
-        place = state.step % longest
-        hidden, cache = self.model.decode(
-            slots.token, start + slots.length - 1, place, cache, self.execution, slots.length
-        )
+        position, place = start + slots.length - 1, state.step % longest
+        hidden, cache = self.model.decode(slots.token, position, place, cache, self.execution, slots.length)
         part = jnp.arange(len(slots.token)) // (len(slots.token) // self.parts)
         token, log_prob = self.choose(self.model.logits(hidden), slots.response + part * none, slots.length)
 

@@ -180,6 +180,21 @@ def test_what_does_not_divide(overrides, code, said, capsys):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("rollout.slots=6", "rollout.slots: 6 rows cannot be spread over data × fsdp = 4 devices; use a multiple"),
+        ("rollout.slots=0", "rollout: slots must be at least 1, not 0"),
+        ("rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are there"),
+    ],
+)
+def test_slots_that_cannot_be(override, said, capsys):
+    config = str(ROOT / "configs" / "grpo_7b_v5e16.yaml")
+    code, line = fails(capsys, "--config", config, "--topology", "v5e:4x4", "--set", override)
+    assert (code, said in line) == (2, True), line
+
+
+@needs_libtpu
 def test_kv_heads(tmp_path, capsys):
     config = write_config(tmp_path, "sft", mesh={"fsdp": 1, "tensor": 4})
     code, line = fails(capsys, "--config", str(config), "--topology", "v5e:2x2")

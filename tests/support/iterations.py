@@ -82,7 +82,7 @@ class Bench:
     def shardings(self) -> Any:
         return state_shardings(self.optimizer, build(self.model)[1], self.execution.sharding)
 
-    def run(self, steps: int, seed: int = 6, parameters: Any = None) -> Outcome:
+    def run(self, steps: int, seed: int = 8, parameters: Any = None) -> Outcome:
         state = self.state(self.read() if parameters is None else parameters)
         metrics, samples, history = [], [], [jax.device_get(state.parameters)]
         for step in range(steps):

@@ -300,6 +300,12 @@ def test_how_to_compute_may_change(what, tiny_root, verb):
     assert changes(config_to_dict(old), config_to_dict(new)) == {}
 
 
+def test_a_run_that_was_begun_in_waves_goes_on_in_slots(tiny_root):
+    new = config_to_dict(grpo_config(tiny_root, rollout=RolloutSection(8)))
+    old = {key: value for key, value in new.items() if key != "rollout"} | {"rollout_waves": 4}
+    assert changes(old, new) == {}
+
+
 @pytest.mark.parametrize("what", NUMBERS)
 def test_what_changes_the_numbers_may_not(what, tiny_root, verb):
     old = configs(tiny_root, verb)
