@@ -84,10 +84,7 @@ def forecast(
     low = dict.fromkeys((*PHASES, UNHIDDEN), 0.0)
     for name, work in roofline.items():
         low[_OF_ROOFLINE[name]] += work.seconds(slice_)
-    turns = [loop.turns for loop in loops]
-    if there := sum(_is_decoding_loop(i) for body in module.computations.values() for i in body):
-        turns[there - 1 :] = [sum(turns[there - 1 :])]
-    cost = _Reader(module, slice_.chip, turns).program()
+    cost = _Reader(module, slice_.chip, loops).program()
     high = {name: cost[name] for name in low}
     for phase, work in attention.items():
         if cost[f"kernels/{phase}"]:
@@ -132,8 +129,17 @@ class _Reader:
 
     module: Module
     chip: Chip
-    turns: list[int]  # of the loops of decoding, in their order
-    _loops: int = field(default=0, init=False)
+    loops: Sequence[Loop]  # of decoding, in their order
+    _next: int = field(default=0, init=False)
+    _looks: tuple[int, ...] = field(default=(), init=False)  # in the loop of decoding that is being read
+
+    def __post_init__(self) -> None:
+        # If the program has fewer loops than are expected, its last one does what is left.
+        there = sum(_is_decoding_loop(i) for body in self.module.computations.values() for i in body)
+        if 0 < there < len(self.loops):
+            rest = self.loops[there - 1 :]
+            looks = tuple(sum(counts) for counts in zip(*(loop.looks for loop in rest), strict=True))
+            self.loops = (*self.loops[: there - 1], Loop(rest[0].rows, sum(loop.turns for loop in rest), looks))
 
     def program(self) -> dict[str, float]:
         """All of it."""
@@ -175,6 +181,12 @@ class _Reader:
         if instruction.opcode == "while":
             return [self._computation(called, phase, set()) for called in instruction.called("body", "condition")]
         found = [self._computation(c, phase, seen) for c in instruction.called("to_apply", "branch_computations")]
+        if phase == "decoding" and len(found) == len(self._looks) and any(self._looks):
+            # How much of the cache is looked at.
+            mean: dict[str, float] = defaultdict(float)
+            for cost, count in zip(found, self._looks, strict=True):
+                _add(mean, cost, count / sum(self._looks))
+            return [mean]
         return [max(found, key=_seconds)] if found else []
 
     def _turns(self, instruction: Instruction, outer: str | None) -> int:
@@ -183,8 +195,11 @@ class _Reader:
         if instruction.op_name.endswith("more_candidates/while"):
             return 0  # dynamic sampling finds all of its prompts at the first try
         if outer != "decoding" and _is_decoding_loop(instruction):
-            self._loops += 1
-            return self.turns[self._loops - 1] if self._loops <= len(self.turns) else 0
+            self._next += 1
+            if self._next > len(self.loops):
+                return 0
+            self._looks = self.loops[self._next - 1].looks
+            return self.loops[self._next - 1].turns
         return self.module.trip_count(instruction)
 
     def _sending(self, instruction: Instruction, seen: set[str]) -> Iterator[float]:

@@ -1,16 +1,19 @@
 """How long responses are, and how many steps it takes to decode them in slots: `model/decode.py` in plain Python."""
 
+import bisect
 import heapq
 import math
 import random
 import re
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.decode import _FEWEST_ROWS
+from psyche_jax.model.qwen2 import _FIRST_PLACES
 from psyche_jax.storage.files import read_jsonl
 
 _EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
@@ -18,10 +21,15 @@ _EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
 
 @dataclass(frozen=True)
 class Loop:
-    """One of the loops of decoding: its `rows` on each part of the batch axes, and the `turns` that it takes."""
+    """One of the loops of decoding: its `rows` on each part of the batch axes, and the `turns` that it takes.
+
+    `looks`: of these, how many look at the last `_FIRST_PLACES` places of the cache, at twice as many, and so on; empty
+    if that was not asked for.
+    """
 
     rows: int
     turns: int
+    looks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -43,25 +51,30 @@ class Decoding:
         return 1 + sum(loop.turns for loop in self.loops)
 
 
-def simulate(lengths: Sequence[int], slots: int, parts: int) -> Decoding:
+def simulate(lengths: Sequence[int], slots: int, parts: int, places: int | None = None) -> Decoding:
     """Decode responses of these lengths in `slots` slots, spread over `parts` parts of the mesh's batch axes.
 
     Each part has its own consecutive responses, its own slots and queue. A response's first token is drawn before
     the loops; each turn adds a token to the response of every slot, and a slot that is free takes the next one.
+    `places`: of the cache's ring; with it, the turns of loops are told apart by what they look at.
     """
     share = len(lengths) // parts
     rows = min(share, slots // parts)
-    ends, emptied = [], 0
+    ends, emptied, spans = [], 0, []
     for part in range(parts):
         waiting = [length - 1 for length in lengths[part * share : (part + 1) * share] if length > 1]
         busy = waiting[:rows]
+        spans += [(0, turns) for turns in busy]
         heapq.heapify(busy)
         finished = []
         for turns in waiting[rows:]:
             finished.append(heapq.heappop(busy))
             emptied = max(emptied, finished[-1])
             heapq.heappush(busy, finished[-1] + turns)
+            spans.append((finished[-1], finished[-1] + turns))
         ends.append(sorted([*finished, *busy]))
+
+    looks = _looks(spans, places) if places else []
 
     # Each loop goes on until at most half of its rows are busy, the first one until nothing waits either.
     loops, done = [], 0
@@ -70,12 +83,32 @@ def simulate(lengths: Sequence[int], slots: int, parts: int) -> Decoding:
         following = half if half >= _FEWEST_ROWS else 0
         last = max((part[-following - 1] for part in ends if len(part) > following), default=0)
         stop = max(done, emptied, last)
-        loops.append(Loop(rows, stop - done))
+        kinds = Counter(looks[done:stop])
+        loops.append(Loop(rows, stop - done, tuple(kinds[kind] for kind in range(len(_sizes(places))))))
         if not following:
             break
         rows, done = half, stop
     attended = sum(length * (length - 1) // 2 for length in lengths)
     return Decoding(tuple(loops), len(lengths), sum(lengths), attended)
+
+
+def _sizes(places: int | None) -> list[int]:
+    """How many places of the cache a step may look at, the last of them all."""
+    doubled = [_FIRST_PLACES << power for power in range((places or 0).bit_length())]
+    return [*(size for size in doubled if size < (places or 0)), places] if places else []
+
+
+def _looks(spans: list[tuple[int, int]], places: int) -> list[int]:
+    """Which of `_sizes` each turn looks at: the first one that holds what the longest response has said; all, where
+    that begins at the end of the ring. `spans`: from which turn to which one each response has a slot."""
+    spans = sorted(spans)
+    sizes, oldest, found = _sizes(places), 0, []
+    for turn in range(max((end for _, end in spans), default=0)):
+        while spans[oldest][1] <= turn:
+            oldest += 1
+        longest = 1 + turn - spans[oldest][0]
+        found.append(len(sizes) - 1 if longest > turn % places + 1 else bisect.bisect_left(sizes, longest))
+    return found
 
 
 def draw_lengths(text: str | None, count: int, longest: int) -> list[int]:

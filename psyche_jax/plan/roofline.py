@@ -74,7 +74,7 @@ def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[i
     """The steps of decoding; without `lengths` of the responses all are as long as can be."""
     responses = config.prompts_per_step * config.generations_per_prompt
     lengths = [config.max_new_tokens] * responses if lengths is None else lengths
-    return simulate(lengths, config.slots, mesh["data"] * mesh["fsdp"])
+    return simulate(lengths, config.slots, mesh["data"] * mesh["fsdp"], config.max_new_tokens)
 
 
 @dataclass(frozen=True)

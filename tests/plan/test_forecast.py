@@ -106,6 +106,16 @@ def test_cycles_times_trips_by_phase():
     assert high["optimizer"] * clock == pytest.approx(300)
 
 
+def test_how_much_of_the_cache_is_looked_at():
+    """Where it is known which branch how many steps take, their mean counts instead of the costliest."""
+    gather = 2 * 4e6 / CHIP.hbm_bytes_per_second
+    loops = (Loop(16, 20, (15, 5)), Loop(8, 3, (0, 3)))
+    expected = (15 * 10 + 5 * 1000 + 3 * 1000) / CHIP.clock
+    assert seconds(loops).high["decoding"] - gather == pytest.approx(expected, rel=1e-3)
+    other = (Loop(16, 20, (15, 5, 0)), Loop(8, 3, (0, 3, 0)))
+    assert seconds(other).high["decoding"] == pytest.approx(seconds().high["decoding"]), "other branches than expected"
+
+
 def test_collectives_that_nothing_hides():
     sum_ = 2 * (2000 * 3 / 4 / 50e9 + 3e-6)
     gather = 2e6 * 3 / 4 / 50e9 + 3e-6

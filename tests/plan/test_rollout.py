@@ -71,6 +71,32 @@ def test_one_step_at_a_time(seed):
     assert decoding.attended == sum(sum(range(length)) for length in lengths)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_what_each_turn_looks_at(seed):
+    """Against `_OwnPlaces`' rule, with the lengths of all rows in every turn."""
+    chance = random.Random(seed)
+    parts, share, longest = chance.choice([1, 2]), chance.randint(4, 40), chance.choice([60, 200, 300])
+    lengths = [chance.randint(1, longest) for _ in range(parts * share)]
+    slots = parts * chance.randint(1, share)
+    decoding = simulate(lengths, slots, parts, longest)
+    sizes = [size for size in (64, 128, 256) if size < longest] + [longest]
+    expected = dict.fromkeys(sizes, 0)
+    rows = min(share, slots // parts)
+    queues = [[n for n in lengths[p * share : (p + 1) * share] if n > 1] for p in range(parts)]
+    busy = [[[1, queue.pop(0)] for _ in range(min(rows, len(queue)))] for queue in queues]
+    for turn in range(decoding.steps - 1):
+        most = max(said for part in busy for said, _ in part)
+        fits = [size for size in sizes if size >= most]
+        expected[longest if most > turn % longest + 1 else fits[0]] += 1
+        for part, queue in zip(busy, queues, strict=True):
+            part[:] = [[said + 1, length] for said, length in part if said + 1 < length]
+            part += [[1, queue.pop(0)] for _ in range(min(rows - len(part), len(queue)))]
+    assert [sum(looks) for looks in zip(*(loop.looks for loop in decoding.loops), strict=True)] == list(
+        expected.values()
+    )
+    assert all(sum(loop.looks) == loop.turns for loop in decoding.loops)
+
+
 def test_ragged_lengths_take_fewer_steps():
     lengths = draw_lengths("mean=100,p99=300", 256, 512)
     for slots in (32, 64, 256):
