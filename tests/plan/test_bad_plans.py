@@ -184,7 +184,7 @@ def test_what_does_not_divide(overrides, code, said, capsys):
     ("override", "said"),
     [
         ("rollout.slots=6", "rollout.slots: 6 rows cannot be spread over data × fsdp = 4 devices; use a multiple"),
-        ("rollout.slots=0", "rollout: slots must be at least 1, not 0"),
+        ("rollout.slots=0", "rollout.slots must be at least 1, not 0"),
         ("rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are there"),
     ],
 )

@@ -123,7 +123,7 @@ def test_functions_are_found_by_name(tmp_path, monkeypatch):
         "my_rewards_here:absent": "has no attribute 'absent'",
         "no_such_module:judge": "ModuleNotFoundError: No module named 'no_such_module'",
         "my_broken_rewards:judge": "RuntimeError: two lines",
-        "my_rewards_here:number": "is no function",
+        "my_rewards_here:number": "is not a function",
     }.items():
         with pytest.raises(UsageError) as error:
             load_functions([FunctionReward(function=name)])

@@ -219,7 +219,7 @@ def test_what_an_automaton_cannot_do_is_refused_with_its_place(pattern: str, pla
 
 
 def test_what_re_rejects_is_refused() -> None:
-    with pytest.raises(UserError, match=r"no regular expression: .* at position 1"):
+    with pytest.raises(UserError, match=r"not a regular expression: .* at position 1"):
         PatternRule(pattern="a(b")
 
 

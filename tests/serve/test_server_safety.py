@@ -38,9 +38,9 @@ def raw(server, data, seconds=20):
     [
         (["--host", "0.0.0.0"], {}, 2, "host 0.0.0.0 can be reached from other machines: set PSYCHE_SERVE_TOKEN"),
         (["--host", "0.0.0.0"], {"PSYCHE_SERVE_TOKEN": "short"}, 2, "at least 16 ASCII characters"),
-        (["--port", "70000"], {}, 2, "port: Input should be less than 65536, not 70000"),
+        (["--port", "70000"], {}, 2, "port must be below 65536, not 70000"),
         (["--region", "XX"], {}, 2, "region 'XX' has no hotline"),
-        (["--set", "limits.rows=0"], {}, 2, "limits.rows: Input should be greater than 0, not 0"),
+        (["--set", "limits.rows=0"], {}, 2, "limits.rows must be above 0, not 0"),
         (["--set", "limits.wating=3"], {}, 2, "waiting"),
         (["--crisis-log", "/no/such/folder/log"], {}, 1, "/no/such/folder/log: No such file"),
     ],
