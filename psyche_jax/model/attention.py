@@ -1,6 +1,7 @@
 """Grouped-query attention over one or several sources of keys and values."""
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import jax
@@ -35,7 +36,13 @@ def attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
     Returns:
       [batch, queries, heads, head_dim] in the dtype of `query`. Scores and softmax are float32.
     """
-    return joined([attend(query, source) for source in sources], query.dtype)
+    query = _by_key(query, sources[0])
+    scores = [_scores(query, source) for source in sources]
+    # One largest score for all sources: their weights add up without being scaled, which would round them once more.
+    largest = reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
+    parts = [_weigh(score, largest, source, query.dtype) for score, source in zip(scores, sources, strict=True)]
+    _, total, output = reduce(lambda old, new: Attended(largest, old.total + new.total, old.output + new.output), parts)
+    return _divided(total, output, query.dtype)
 
 
 class Attended(NamedTuple):
@@ -52,16 +59,9 @@ class Attended(NamedTuple):
 
 def attend(query: jax.Array, source: Source) -> Attended:
     """As `attention`, over one source, without the division at the end."""
-    batch, queries, heads, head_dim = query.shape
-    kv_heads = source.key.shape[1]
-    # Scores and weights are the large arrays. They stay as the products leave them, [rows, kv_heads, queries that
-    # share a key, keys]; the queries are laid out for that, which is cheap.
-    query = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
-    query = (query * jnp.asarray(head_dim**-0.5, query.dtype)).transpose(0, 2, 3, 1, 4)
+    query = _by_key(query, source)
     scores = _scores(query, source)
-    largest = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    weights = jnp.exp(scores - largest)
-    return Attended(largest, weights.sum(axis=-1, keepdims=True), _weighted(weights.astype(query.dtype), source))
+    return _weigh(scores, scores.max(axis=-1, keepdims=True), source, query.dtype)
 
 
 def joined(parts: Sequence[Attended], dtype: jnp.dtype) -> jax.Array:
@@ -71,7 +71,29 @@ def joined(parts: Sequence[Attended], dtype: jnp.dtype) -> jax.Array:
         both = jnp.maximum(largest, part.largest)
         old, new = jnp.exp(largest - both), jnp.exp(part.largest - both)
         largest, total, output = both, old * total + new * part.total, old * output + new * part.output
-    # Divided here, where the array is small, instead of in the weights.
+    return _divided(total, output, dtype)
+
+
+def _by_key(query: jax.Array, source: Source) -> jax.Array:
+    """[batch, kv_heads, queries that share a key, queries, head_dim], scaled.
+
+    Scores and weights are the large arrays. They stay as the products leave them, [rows, kv_heads, queries that share a
+    key, keys]; the queries are laid out for that, which is cheap.
+    """
+    batch, queries, heads, head_dim = query.shape
+    kv_heads = source.key.shape[1]
+    query = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
+    return (query * jnp.asarray(head_dim**-0.5, query.dtype)).transpose(0, 2, 3, 1, 4)
+
+
+def _weigh(scores: jax.Array, largest: jax.Array, source: Source, dtype: jnp.dtype) -> Attended:
+    largest = jax.lax.stop_gradient(largest)
+    weights = jnp.exp(scores - largest)
+    return Attended(largest, weights.sum(axis=-1, keepdims=True), _weighted(weights.astype(dtype), source))
+
+
+def _divided(total: jax.Array, output: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[batch, queries, heads, head_dim]. Divided here, where the array is small, instead of in the weights."""
     output = (output / total).astype(dtype).transpose(0, 3, 1, 2, 4)
     batch, queries, kv_heads, shared, head_dim = output.shape
     return output.reshape(batch, queries, kv_heads * shared, head_dim)

@@ -156,7 +156,7 @@ def _invert(weights: jax.Array, share: jax.Array) -> jax.Array:
 
 
 # The rows of a device are halved as long as so many are left: a step of fewer takes no less time.
-_FEWEST_ROWS = 8
+FEWEST_ROWS = 8
 
 
 class Rollout(NamedTuple):
@@ -238,7 +238,7 @@ def generate_counted(
     # One loop for as long as anything waits or more than half of the slots are busy, one for half of the slots, …
     rows = decoder.rows
     waiting: _Queue | None = queue
-    while (half := rows // 2) >= _FEWEST_ROWS:
+    while (half := rows // 2) >= FEWEST_ROWS:
         state = decoder.gather(decoder.loop(state, waiting, half), half)
         rows, waiting = half, None
     state = decoder.loop(state, waiting, 0)

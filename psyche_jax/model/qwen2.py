@@ -27,7 +27,7 @@ _FLOAT32 = jnp.dtype("float32")
 # Compiling all layers at once takes long in a deeper model.
 _UNROLLED_LAYERS = 12
 # Decoding looks at the last so many places of the cache, or twice, four times as many, and so on.
-_FIRST_PLACES = 64
+FIRST_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class _OwnPlaces:
     def __init__(self, cache_shape: tuple[int, ...], place: jax.Array, lengths: jax.Array) -> None:
         _, _, _, self._all, _ = cache_shape
         self._shape, self._place, self._lengths = cache_shape, place, lengths
-        doubled = [_FIRST_PLACES << power for power in range(self._all.bit_length())]
+        doubled = [FIRST_PLACES << power for power in range(self._all.bit_length())]
         self._sizes = [size for size in doubled if size < self._all]
         # Where the longest row's places begin at the end of the ring, all of it is looked at.
         longest = lengths.max()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.decode import _FEWEST_ROWS
-from psyche_jax.model.qwen2 import _FIRST_PLACES
+from psyche_jax.model.decode import FEWEST_ROWS
+from psyche_jax.model.qwen2 import FIRST_PLACES
 from psyche_jax.storage.files import read_jsonl
 
 _EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
@@ -23,7 +23,7 @@ _EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
 class Loop:
     """One of the loops of decoding: its `rows` on each part of the batch axes, and the `turns` that it takes.
 
-    `looks`: of these, how many look at the last `_FIRST_PLACES` places of the cache, at twice as many, and so on; empty
+    `looks`: of these, how many look at the last `FIRST_PLACES` places of the cache, at twice as many, and so on; empty
     if that was not asked for.
     """
 
@@ -80,7 +80,7 @@ def simulate(lengths: Sequence[int], slots: int, parts: int, places: int | None 
     loops, done = [], 0
     while True:
         half = rows // 2
-        following = half if half >= _FEWEST_ROWS else 0
+        following = half if half >= FEWEST_ROWS else 0
         last = max((part[-following - 1] for part in ends if len(part) > following), default=0)
         stop = max(done, emptied, last)
         kinds = Counter(looks[done:stop])
@@ -94,7 +94,7 @@ def simulate(lengths: Sequence[int], slots: int, parts: int, places: int | None 
 
 def _sizes(places: int | None) -> list[int]:
     """How many places of the cache a step may look at, the last of them all."""
-    doubled = [_FIRST_PLACES << power for power in range((places or 0).bit_length())]
+    doubled = [FIRST_PLACES << power for power in range((places or 0).bit_length())]
     return [*(size for size in doubled if size < (places or 0)), places] if places else []
 
 
