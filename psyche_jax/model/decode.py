@@ -242,7 +242,7 @@ def generate_counted(
         state = decoder.gather(decoder.loop(state, waiting, half), half)
         rows, waiting = half, None
     state = decoder.loop(state, waiting, 0)
-    return decoder.rollout(state.said), 1 + state.step
+    return decoder.rollout(state.said), jnp.asarray(1 + state.step, jnp.int32)
 
 
 class _Prompts(NamedTuple):

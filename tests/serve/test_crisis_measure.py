@@ -55,7 +55,7 @@ def test_the_measuring_script_counts(files):
     assert rows["active_ideation"][:2] == ["1", "1.000"]
     assert rows["passive_ideation"][:2] == ["1", "0.000"]
     errors = "- passive_ideation as none (): '今天好累'"
-    half = load_script("measure_crisis").half_of(Post("", "", "2"))
+    half = load_script("crisis", "measure").half_of(Post("", "", "2"))
     assert (errors in out) == (half == 0), "errors of the second half are not shown"
     assert "- passive_ideation (does not want to live) d: '不想活了'" in out
     assert "- withheld: '你这是典型的抑郁症。'" in out

@@ -76,7 +76,7 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def load(path: Path) -> Classifier:
-    """A model that `scripts/train_crisis_classifier.py` wrote. No code is run from the file."""
+    """A model that `scripts/crisis/train_classifier.py` wrote. No code is run from the file."""
     with np.load(path, allow_pickle=False) as file:
         grams = file["vocabulary"].tobytes().decode().split(SEPARATOR)
         return Classifier(
