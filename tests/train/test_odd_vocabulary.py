@@ -55,8 +55,9 @@ def test_sft(root, config, figure):
 @pytest.mark.slow
 def test_grpo(root, config, figure):
     """The same tokens are sampled, and no token that there is not."""
-    ours = Bench(root, SPLIT, micro_batch_prompts=2).run(2)
-    compare(ours, Bench(root).run(2), figure, "odd vocabulary")
+    # A seed by which no gradient is rounding alone: AdamW would make a whole step of it, in either direction.
+    ours = Bench(root, SPLIT, micro_batch_prompts=2).run(2, seed=7)
+    compare(ours, Bench(root).run(2, seed=7), figure, "odd vocabulary")
     assert largest_difference(ours.parameters[2], ours.parameters[0]) > 0
     assert all(sample["tokens"].max() < config.vocab_size for sample in ours.samples)
 
