@@ -242,7 +242,7 @@ def generate_counted(
         state = decoder.gather(decoder.loop(state, waiting, half), half)
         rows, waiting = half, None
     state = decoder.loop(state, waiting, 0)
-    return decoder.rollout(state.said), jnp.asarray(1 + state.step, jnp.int32)
+    return decoder.rollout(state.said), 1 + state.step
 
 
 class _Prompts(NamedTuple):
@@ -323,7 +323,7 @@ class _Decoder:
             lambda response: self.choose(logits, response, jnp.zeros_like(response)), numbers.T
         )
         shape = (prompts * each, longest)
-        empty = _Said(jnp.full(shape, padding, jnp.int32), jnp.full(shape, jnp.inf))
+        empty = _Said(jnp.full(shape, padding, jnp.int32), jnp.full(shape, jnp.inf, jnp.float32))
         said = jax.tree.map(lambda all_, new: all_.at[:, 0].set(new.T.reshape(-1)), empty, _Said(tokens, log_probs))
         return _Said(*(self.execution.sharding.constrain(array, "batch", None) for array in said))
 

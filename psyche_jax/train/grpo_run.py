@@ -223,7 +223,7 @@ def _two_programs(
         arguments = (state.parameters, rules, batch, jax.random.fold_in(key, 0))
         yield sample.lower(*arguments)
         sampled = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere, weak_type=leaf.weak_type),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
             jax.eval_shape(sample, *arguments),
         )
         shape = (iteration.config.prompts_per_step, iteration.config.generations_per_prompt)
