@@ -8,6 +8,7 @@ prompts ─► read once ─► the first token of every response
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jax
@@ -156,7 +157,7 @@ def _invert(weights: jax.Array, share: jax.Array) -> jax.Array:
 
 
 # The rows of a device are halved as long as so many are left: a step of fewer takes no less time.
-FEWEST_ROWS = 8
+_FEWEST_ROWS = 8
 
 
 class Rollout(NamedTuple):
@@ -236,13 +237,20 @@ def generate_counted(
     state = decoder.fill_slots(first, queue)
 
     # One loop for as long as anything waits or more than half of the slots are busy, one for half of the slots, …
-    rows = decoder.rows
     waiting: _Queue | None = queue
-    while (half := rows // 2) >= FEWEST_ROWS:
-        state = decoder.gather(decoder.loop(state, waiting, half), half)
-        rows, waiting = half, None
-    state = decoder.loop(state, waiting, 0)
+    for rows, following in pairwise([*loop_sizes(decoder.rows), 0]):
+        if waiting is None:
+            state = decoder.gather(state, rows)
+        state, waiting = decoder.loop(state, waiting, following), None
     return decoder.rollout(state.said), 1 + state.step
+
+
+def loop_sizes(rows: int) -> list[int]:
+    """How many rows of a part each loop of decoding has: all slots, half of them, …"""
+    sizes = [rows]
+    while (half := sizes[-1] // 2) >= _FEWEST_ROWS:
+        sizes.append(half)
+    return sizes
 
 
 class _Prompts(NamedTuple):

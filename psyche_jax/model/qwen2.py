@@ -27,7 +27,7 @@ _FLOAT32 = jnp.dtype("float32")
 # Compiling all layers at once takes long in a deeper model.
 _UNROLLED_LAYERS = 12
 # Decoding looks at the last so many places of the cache, or twice, four times as many, and so on.
-FIRST_PLACES = 64
+_FIRST_PLACES = 64
 
 
 @dataclass(frozen=True)
@@ -321,16 +321,15 @@ class _OwnPlaces:
     def __init__(self, cache_shape: tuple[int, ...], place: jax.Array, lengths: jax.Array) -> None:
         _, _, _, self._all, _ = cache_shape
         self._shape, self._place, self._lengths = cache_shape, place, lengths
-        doubled = [FIRST_PLACES << power for power in range(self._all.bit_length())]
-        self._sizes = [size for size in doubled if size < self._all]
+        self._sizes = look_sizes(self._all)
         # Where the longest row's places begin at the end of the ring, all of it is looked at.
         longest = lengths.max()
-        enough = jnp.asarray([*self._sizes, self._all]) >= longest
-        self._choice = jnp.where(longest > place + 1, len(self._sizes), jnp.argmax(enough))
+        enough = jnp.asarray(self._sizes) >= longest
+        self._choice = jnp.where(longest > place + 1, len(self._sizes) - 1, jnp.argmax(enough))
 
     def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
         """As `attention.attend`; `keys` and `values` of all layers."""
-        looks = [partial(self._look, size) for size in (*self._sizes, self._all)]
+        looks = [partial(self._look, size) for size in self._sizes]
         return jax.lax.switch(self._choice, looks, query, keys, values, layer)
 
     def _look(self, size: int, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
@@ -340,6 +339,12 @@ class _OwnPlaces:
         key, value = (jax.lax.dynamic_slice(array, start, shape)[0] for array in (keys, values))
         age = (self._place - first - jnp.arange(size)) % self._all
         return attend(query, Source(key, value, (age < self._lengths[:, None])[:, None]))
+
+
+def look_sizes(places: int) -> list[int]:
+    """How many of a ring's places a step of decoding may look at: the last 64, 128, 256, …, or all."""
+    doubled = [_FIRST_PLACES << power for power in range(places.bit_length())]
+    return [*(size for size in doubled if size < places), places]
 
 
 def take_rows(tree: Any, rows: jax.Array, axis: int = 0) -> Any:

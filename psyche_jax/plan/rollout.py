@@ -9,11 +9,12 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.decode import FEWEST_ROWS
-from psyche_jax.model.qwen2 import FIRST_PLACES
+from psyche_jax.model.decode import loop_sizes
+from psyche_jax.model.qwen2 import look_sizes
 from psyche_jax.storage.files import read_jsonl
 
 _EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
@@ -23,8 +24,8 @@ _EXAMPLE = "mean=400,p99=2048, or the folder of a GRPO run"
 class Loop:
     """One of the loops of decoding: its `rows` on each part of the batch axes, and the `turns` that it takes.
 
-    `looks`: of these, how many look at the last `FIRST_PLACES` places of the cache, at twice as many, and so on; empty
-    if that was not asked for.
+    `looks`: of these, how many look at each of `look_sizes`' numbers of places of the cache; empty if that was not
+    asked for.
     """
 
     rows: int
@@ -77,32 +78,23 @@ def simulate(lengths: Sequence[int], slots: int, parts: int, places: int | None 
     looks = _looks(spans, places) if places else []
 
     # Each loop goes on until at most half of its rows are busy, the first one until nothing waits either.
+    kinds = range(len(look_sizes(places)) if places else 0)
     loops, done = [], 0
-    while True:
-        half = rows // 2
-        following = half if half >= FEWEST_ROWS else 0
+    for size, following in pairwise([*loop_sizes(rows), 0]):
         last = max((part[-following - 1] for part in ends if len(part) > following), default=0)
         stop = max(done, emptied, last)
-        kinds = Counter(looks[done:stop])
-        loops.append(Loop(rows, stop - done, tuple(kinds[kind] for kind in range(len(_sizes(places))))))
-        if not following:
-            break
-        rows, done = half, stop
+        seen = Counter(looks[done:stop])
+        loops.append(Loop(size, stop - done, tuple(seen[kind] for kind in kinds)))
+        done = stop
     attended = sum(length * (length - 1) // 2 for length in lengths)
     return Decoding(tuple(loops), len(lengths), sum(lengths), attended)
 
 
-def _sizes(places: int | None) -> list[int]:
-    """How many places of the cache a step may look at, the last of them all."""
-    doubled = [FIRST_PLACES << power for power in range((places or 0).bit_length())]
-    return [*(size for size in doubled if size < (places or 0)), places] if places else []
-
-
 def _looks(spans: list[tuple[int, int]], places: int) -> list[int]:
-    """Which of `_sizes` each turn looks at: the first one that holds what the longest response has said; all, where
+    """Which of `look_sizes` each turn looks at: the first one that holds what the longest response has said; all, where
     that begins at the end of the ring. `spans`: from which turn to which one each response has a slot."""
     spans = sorted(spans)
-    sizes, oldest, found = _sizes(places), 0, []
+    sizes, oldest, found = look_sizes(places), 0, []
     for turn in range(max((end for _, end in spans), default=0)):
         while spans[oldest][1] <= turn:
             oldest += 1
