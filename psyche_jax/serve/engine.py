@@ -100,7 +100,7 @@ class Engine:
     def __init__(self, config: ModelConfig, parameters: Parameters, execution: Execution, chunk: int = 8) -> None:
         self.config = config
         self._parameters = parameters
-        self._places = execution.sharding.mesh.shape["data"] * execution.sharding.mesh.shape["fsdp"]
+        self._places = execution.sharding.parts("batch")
         self._begin = jax.jit(partial(_begin, config, execution), static_argnames="room")
         self._advance = jax.jit(partial(_advance, config, execution, chunk), donate_argnames="state")
 

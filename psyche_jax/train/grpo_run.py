@@ -350,21 +350,17 @@ class _Warnings:
         """At the metrics of one more step."""
         if metrics["reward"] is None or metrics["loss"] is None:
             self._empty += 1
-            if self._empty == 10 ** (len(str(self._empty)) - 1) and hosts.is_first():
-                print(
+            if self._empty == 10 ** (len(str(self._empty)) - 1):
+                hosts.say(
                     f"grpo: step {index} had no response to learn from, so it changed nothing "
-                    f"({self._empty} such steps since the start; see empty_updates in metrics.jsonl)",
-                    file=sys.stderr,
-                    flush=True,
+                    f"({self._empty} such steps since the start; see empty_updates in metrics.jsonl)"
                 )
         self._steps = self._steps + 1 if metrics["frac_reward_zero_std"] == 1 else min(self._steps, 0)
-        if self._steps == _EQUAL_STEPS and hosts.is_first():
+        if self._steps == _EQUAL_STEPS:
             self._steps = -sys.maxsize
-            print(
+            hosts.say(
                 f"grpo: in {_EQUAL_STEPS} steps in a row all responses to each prompt had the same reward: there was "
-                "nothing to learn; look at samples.jsonl, whether the rewards are out of the policy's reach",
-                file=sys.stderr,
-                flush=True,
+                "nothing to learn; look at samples.jsonl, whether the rewards are out of the policy's reach"
             )
 
 

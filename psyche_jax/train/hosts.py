@@ -1,6 +1,7 @@
 """Several processes, each with some of the devices, running one program."""
 
 import os
+import sys
 from typing import Any
 
 import jax
@@ -42,6 +43,12 @@ def initialize(section: DistributedSection) -> None:
 def is_first() -> bool:
     """Whether this process is the one that writes logs, metrics and states."""
     return jax.process_index() == 0
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, once for all processes."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def wait_for_all(name: str) -> None:

@@ -232,7 +232,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         if self.first < self.total_steps or self._evaluations.missed:
             return False
         self._checkpoints.check(self._metadata, self.run.accepted)
-        _say(f"{self.name}: all {self.first} steps are done already")
+        hosts.say(f"{self.name}: all {self.first} steps are done already")
         return True
 
     def begin(
@@ -253,7 +253,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         else:
             places = jax.tree.map(lambda x: x.sharding, abstract)
             state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
-            _say(f"{self.name}: resuming after step {self.first}")
+            hosts.say(f"{self.name}: resuming after step {self.first}")
         if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
             self.run.write_state("running", self.first, **self._evaluations.best_so_far())
         for lowered in lower_largest(state):
@@ -306,7 +306,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         step, last = self.step, self.step == self.total_steps
         self._skipped = self._skipped + 1 if metrics["skipped_updates"] else 0
         if self._skipped:
-            _say(f"{self.name}: step {step}: the loss or gradient is not finite; the update was skipped")
+            hosts.say(f"{self.name}: step {step}: the loss or gradient is not finite; the update was skipped")
 
         stopped_in_evaluation = False
         if self._evaluations.due(step):
@@ -419,7 +419,7 @@ class Progress:
             self._bar.update()
         elif step % self._every == 0 or step in (1, self._total):
             text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            _say(f"{self._name}: step {step}/{self._total}: {text}")
+            hosts.say(f"{self._name}: step {step}/{self._total}: {text}")
 
     def close(self) -> None:
         """Leave the finished bar on the screen."""
@@ -454,9 +454,4 @@ class _Profile:
                 for file in files_under(traced):
                     (self._folder / file.relative_to(traced).as_posix()).write_bytes(file.read_bytes())
             shutil.rmtree(traced)
-        _say(f"profile: {self._folder}")
-
-
-def _say(line: str) -> None:
-    if hosts.is_first():
-        print(line, file=sys.stderr, flush=True)
+        hosts.say(f"profile: {self._folder}")

@@ -311,11 +311,11 @@ def open_run(
         if contents:
             extra["contents"] = dict(contents)
             if "status" in old and "contents" not in old:
-                _say(f"{folder}: this run has no record of what it was trained on; from now on it has")
+                hosts.say(f"{folder}: this run has no record of what it was trained on; from now on it has")
         # Changes that were accepted are recorded for good: a report, and a later start, can tell.
         if found:
             lines = [line for lines in found.values() for line in lines]
-            _say(f"{folder}: resumes with changes that were accepted: {'; '.join(lines)}")
+            hosts.say(f"{folder}: resumes with changes that were accepted: {'; '.join(lines)}")
             entry = {"step": run.saved or 0, "kinds": sorted(found), "changes": lines, "time": time.time()}
             extra["accepted"] = [*old.get("accepted", []), entry]
         entries = extra.get("accepted", old.get("accepted", []))
@@ -374,7 +374,7 @@ def _rebuilt_state(folder: Path) -> dict[str, Any]:
     try:
         return read_state(folder) or ({} if (folder / "config.yaml").is_file() else {"step": 0})
     except UserError as error:
-        _say(f"{error}; it is made anew from the run's checkpoints")
+        hosts.say(f"{error}; it is made anew from the run's checkpoints")
         return {}
 
 
@@ -486,8 +486,3 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         if not _is_step(line.get("step")):
             raise UserError(f"{path}:{number}: has no step; the file was changed by hand; remove that line")
     return lines
-
-
-def _say(line: str) -> None:
-    if hosts.is_first():
-        print(line, file=sys.stderr, flush=True)

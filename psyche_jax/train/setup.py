@@ -101,7 +101,7 @@ def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str |
 
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:
     """Raise UsageError unless `rows` can be spread over the batch axes of the mesh."""
-    places = sharding.mesh.shape["data"] * sharding.mesh.shape["fsdp"]
+    places = sharding.parts("batch")
     if rows % places:
         raise UsageError(f"{name}: {rows} rows cannot be spread over data × fsdp = {places} devices; use a multiple")
 
