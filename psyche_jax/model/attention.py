@@ -41,8 +41,8 @@ def attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
     # One largest score for all sources: their weights add up without being scaled, which would round them once more.
     largest = reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
     parts = [_weigh(score, largest, source, query.dtype) for score, source in zip(scores, sources, strict=True)]
-    _, total, output = reduce(lambda old, new: Attended(largest, old.total + new.total, old.output + new.output), parts)
-    return _divided(total, output, query.dtype)
+    total = reduce(jnp.add, (part.total for part in parts))
+    return _divided(total, reduce(jnp.add, (part.output for part in parts)), query.dtype)
 
 
 class Attended(NamedTuple):
