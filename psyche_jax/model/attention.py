@@ -36,71 +36,56 @@ def attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
     Returns:
       [batch, queries, heads, head_dim] in the dtype of `query`. Scores and softmax are float32.
     """
-    query = _by_key(query, sources[0])
-    scores = [_scores(query, source) for source in sources]
-    # One largest score for all sources: their weights add up without being scaled, which would round them once more.
+    query = by_key(query, sources[0].key.shape[1])
+    scores = [masked_scores(query, source) for source in sources]
     largest = reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
-    parts = [_weigh(score, largest, source, query.dtype) for score, source in zip(scores, sources, strict=True)]
-    total = reduce(jnp.add, (part.total for part in parts))
-    return _divided(total, reduce(jnp.add, (part.output for part in parts)), query.dtype)
+    parts = [weigh(score, largest, source, query.dtype) for score, source in zip(scores, sources, strict=True)]
+    return joined(parts, query.dtype)
 
 
-class Attended(NamedTuple):
-    """Attention over one source: what it takes to join it with others. All are float32.
+class Weighed(NamedTuple):
+    """One source's part of attention: what is added to the parts of others. Both are float32.
 
-    `largest`, `total`: [batch, kv_heads, queries that share a key, queries, 1], the largest score, and the sum of all
-    weights relative to it; `output`: the same with head_dim last, the sum of values by weight.
+    `total`: [batch, kv_heads, queries that share a key, queries, 1], the sum of all weights; `output`: the same with
+    head_dim last, the sum of values by weight.
     """
 
-    largest: jax.Array
     total: jax.Array
     output: jax.Array
 
 
-def attend(query: jax.Array, source: Source) -> Attended:
-    """As `attention`, over one source, without the division at the end."""
-    query = _by_key(query, source)
-    scores = _scores(query, source)
-    return _weigh(scores, scores.max(axis=-1, keepdims=True), source, query.dtype)
+def weigh(scores: jax.Array, largest: jax.Array, source: Source, dtype: jnp.dtype) -> Weighed:
+    """The values of `source` by the weights of `scores`, which are what `masked_scores` gives.
+
+    `largest`, [..., 1]: the largest score of all sources, not of this one alone: so parts add up as they are. If each
+    were relative to its own, bfloat16 would round weights otherwise than where there is one source.
+    """
+    weights = jnp.exp(scores - jax.lax.stop_gradient(largest))
+    return Weighed(weights.sum(axis=-1, keepdims=True), _weighted(weights.astype(dtype), source))
 
 
-def joined(parts: Sequence[Attended], dtype: jnp.dtype) -> jax.Array:
+def joined(parts: Sequence[Weighed], dtype: jnp.dtype) -> jax.Array:
     """Attention over the sources of all parts: [batch, queries, heads, head_dim]."""
-    largest, total, output = parts[0]
-    for part in parts[1:]:
-        both = jnp.maximum(largest, part.largest)
-        old, new = jnp.exp(largest - both), jnp.exp(part.largest - both)
-        largest, total, output = both, old * total + new * part.total, old * output + new * part.output
-    return _divided(total, output, dtype)
+    # Divided here, where the array is small, instead of in the weights.
+    output = reduce(jnp.add, (part.output for part in parts)) / reduce(jnp.add, (part.total for part in parts))
+    output = output.astype(dtype).transpose(0, 3, 1, 2, 4)
+    batch, queries, kv_heads, shared, head_dim = output.shape
+    return output.reshape(batch, queries, kv_heads * shared, head_dim)
 
 
-def _by_key(query: jax.Array, source: Source) -> jax.Array:
+def by_key(query: jax.Array, kv_heads: int) -> jax.Array:
     """[batch, kv_heads, queries that share a key, queries, head_dim], scaled.
 
     Scores and weights are the large arrays. They stay as the products leave them, [rows, kv_heads, queries that share a
     key, keys]; the queries are laid out for that, which is cheap.
     """
     batch, queries, heads, head_dim = query.shape
-    kv_heads = source.key.shape[1]
     query = query.reshape(batch, queries, kv_heads, heads // kv_heads, head_dim)
     return (query * jnp.asarray(head_dim**-0.5, query.dtype)).transpose(0, 2, 3, 1, 4)
 
 
-def _weigh(scores: jax.Array, largest: jax.Array, source: Source, dtype: jnp.dtype) -> Attended:
-    largest = jax.lax.stop_gradient(largest)
-    weights = jnp.exp(scores - largest)
-    return Attended(largest, weights.sum(axis=-1, keepdims=True), _weighted(weights.astype(dtype), source))
-
-
-def _divided(total: jax.Array, output: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[batch, queries, heads, head_dim]. Divided here, where the array is small, instead of in the weights."""
-    output = (output / total).astype(dtype).transpose(0, 3, 1, 2, 4)
-    batch, queries, kv_heads, shared, head_dim = output.shape
-    return output.reshape(batch, queries, kv_heads * shared, head_dim)
-
-
-def _scores(query: jax.Array, source: Source) -> jax.Array:
-    """Float32 [batch, kv_heads, shared, queries, keys], masked."""
+def masked_scores(query: jax.Array, source: Source) -> jax.Array:
+    """Float32 [batch, kv_heads, shared, queries, keys]; `query` as `by_key` lays it out."""
     batch, kv_heads, shared, queries, head_dim = query.shape
     rows, keys = source.key.shape[0], source.key.shape[2]
     by_row = _join_groups(query, rows).reshape(rows, kv_heads, -1, head_dim)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from psyche_jax.model.attention import Attended, Source, attend, by_head, joined
+from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
 from psyche_jax.model.products import product, weighted
@@ -223,13 +223,11 @@ class Qwen2(nnx.Module):
         own = _OwnPlaces(cache.key.shape, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths)
         graph, stacked = nnx.split(self.layers)
 
-        def of_prompt(query: jax.Array, key: jax.Array, value: jax.Array) -> Attended:
-            prompt = Source(key, value, cache.prompt_allowed[:, None])
-            if cache.rows is None:
-                return attend(query, prompt)
-            row_of, response_of = cache.rows
-            attended = attend(sharding.by_part(take_rows, query, row_of), prompt)
-            return sharding.by_part(take_rows, attended, response_of)
+        def to_prompts(tree: Any) -> Any:  # from the order of rows to that of the prompts which they share
+            return tree if cache.rows is None else sharding.by_part(take_rows, tree, cache.rows[0])
+
+        def from_prompts(tree: Any) -> Any:
+            return tree if cache.rows is None else sharding.by_part(take_rows, tree, cache.rows[1])
 
         def body(carry: tuple[jax.Array, jax.Array, jax.Array], layer_inputs: tuple[Any, ...]) -> tuple[Any, None]:
             x, keys, values = carry
@@ -240,11 +238,14 @@ class Qwen2(nnx.Module):
                 start = (layer_index, 0, 0, place, 0)
                 new_keys = jax.lax.dynamic_update_slice(keys, by_head(key)[None], start)
                 new_values = jax.lax.dynamic_update_slice(values, by_head(value)[None], start)
-                parts = (
-                    of_prompt(query, prompt_key, prompt_value),
-                    own.attend(query, new_keys, new_values, layer_index),
-                )
-                return joined(parts, query.dtype), (new_keys, new_values)
+                # The prompt's part, and that of what was decoded, by weights relative to the largest score of both.
+                prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
+                query = by_key(query, self.config.num_key_value_heads)
+                scores = masked_scores(to_prompts(query), prompt)
+                largest = from_prompts(scores.max(axis=-1, keepdims=True))
+                largest, of_own = own.weigh(query, largest, new_keys, new_values, layer_index)
+                of_prompt = from_prompts(weigh(scores, to_prompts(largest), prompt, query.dtype))
+                return joined((of_prompt, of_own), query.dtype), (new_keys, new_values)
 
             change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, mixed, sharding)
             return (x + change, keys, values), None
@@ -327,18 +328,28 @@ class _OwnPlaces:
         enough = jnp.asarray(self._sizes) >= longest
         self._choice = jnp.where(longest > place + 1, len(self._sizes) - 1, jnp.argmax(enough))
 
-    def attend(self, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
-        """As `attention.attend`; `keys` and `values` of all layers."""
-        looks = [partial(self._look, size) for size in self._sizes]
-        return jax.lax.switch(self._choice, looks, query, keys, values, layer)
+    def weigh(
+        self, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, Weighed]:
+        """The largest score of all, given `largest` of other sources, and this one's part by weights relative to it.
 
-    def _look(self, size: int, query: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array) -> Attended:
+        `query` and `largest` as in `attention`; `keys` and `values` of all layers.
+        """
+        looks = [partial(self._look, size) for size in self._sizes]
+        return jax.lax.switch(self._choice, looks, query, largest, keys, values, layer)
+
+    def _look(
+        self, size: int, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
+    ) -> tuple[jax.Array, Weighed]:
         _, rows, kv_heads, _, head_dim = self._shape
         first = jnp.clip(self._place + 1 - size, 0, self._all - size)
         start, shape = (layer, 0, 0, first, 0), (1, rows, kv_heads, size, head_dim)
         key, value = (jax.lax.dynamic_slice(array, start, shape)[0] for array in (keys, values))
         age = (self._place - first - jnp.arange(size)) % self._all
-        return attend(query, Source(key, value, (age < self._lengths[:, None])[:, None]))
+        source = Source(key, value, (age < self._lengths[:, None])[:, None])
+        scores = masked_scores(query, source)
+        largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        return largest, weigh(scores, largest, source, query.dtype)
 
 
 def look_sizes(places: int) -> list[int]:
