@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "train")]
+sys.path.insert(0, str(ROOT / "tests"))
 
 from support.bucket import running_bucket  # noqa: E402
 from support.training_fixtures import make_model, sft_config, write_config, write_sft_data  # noqa: E402

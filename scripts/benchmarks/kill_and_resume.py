@@ -28,6 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support import training_fixtures as fixtures  # noqa: E402 - the tiny model, its data, configs
+
 TOLERANCE = 1e-5  # of losses and rewards on another number of devices
 PATIENCE = 900  # seconds
 COMPARED = ("loss", "grad_norm", "evaluation_loss", "reward", "evaluation_reward")
@@ -118,9 +122,6 @@ def cases(sft: int, grpo: int, sigterm: int) -> list[Case]:
 
 def run_all(work: Path, todo: Sequence[Case], chance: random.Random) -> Iterator[Outcome]:
     """The runs left alone, then each case."""
-    sys.path.insert(0, str(ROOT / "tests" / "train"))
-    import training_fixtures as fixtures  # of the tests: the tiny model, its data, configs
-
     fixtures.make_model(work / "model")
     fixtures.write_sft_data(work / "sft.jsonl", 24)
     fixtures.write_prompts(work / "rl.jsonl", 16)
@@ -128,12 +129,12 @@ def run_all(work: Path, todo: Sequence[Case], chance: random.Random) -> Iterator
     fixtures.write_prompts(work / "held_out_rl.jsonl", 22)  # the first 16 are trained on, and set aside
     whole = {}
     for verb in sorted({case.verb for case in todo}):
-        whole[verb] = Training(fixtures, work, verb, f"{verb}-whole")
+        whole[verb] = Training(work, verb, f"{verb}-whole")
         whole[verb].finish(ONE)
         if faults := whole[verb].faults():
             raise SystemExit(f"the {verb} run left alone: {'; '.join(faults)}")
     for number, case in enumerate(todo, start=1):
-        training = Training(fixtures, work, case.verb, f"{case.verb}-{case.number}")
+        training = Training(work, case.verb, f"{case.verb}-{case.number}")
         outcome = run_case(case, training, whole[case.verb], chance)
         print(f"{number}/{len(todo)}: {_line(outcome)}", file=sys.stderr, flush=True)
         shutil.rmtree(training.run)
@@ -168,10 +169,10 @@ def run_case(case: Case, training: "Training", whole: "Training", chance: random
 class Training:
     """A run of the command in as many processes as asked, one or several times."""
 
-    def __init__(self, fixtures: Any, work: Path, verb: str, name: str) -> None:
+    def __init__(self, work: Path, verb: str, name: str) -> None:
         from psyche_jax.config import CheckpointSection, OptimizerSection
 
-        self._fixtures, self._work, self._verb = fixtures, work, verb
+        self._work, self._verb = work, verb
         self.run = work / name
         self._traces: list[list[Path]] = []  # of each life, of each process
         make = {"sft": fixtures.sft_config, "grpo": fixtures.grpo_config}[verb]
@@ -260,7 +261,7 @@ class Training:
         writing = self._writing()
         faults = []
         if case.signal == signal.SIGTERM and (self.run / "state.json").is_file():
-            state = self._fixtures.state_of(self.run)
+            state = fixtures.state_of(self.run)
             if state["status"] not in ("preempted", "done"):
                 faults.append(f"after SIGTERM its state is {state['status']}: {said[-1][-300:]}")
         return step, writing, seconds, faults
@@ -272,7 +273,7 @@ class Training:
 
     def metrics(self) -> list[dict[str, float]]:
         """What does not depend on the clock."""
-        return self._fixtures.metrics_of(self.run) or [{"step": 0}]
+        return fixtures.metrics_of(self.run) or [{"step": 0}]
 
     def faults(self) -> list[str]:
         """What is wrong with the finished run, by itself."""
@@ -280,7 +281,7 @@ class Training:
         steps = [line["step"] for line in self.metrics()]
         if steps != list(range(steps[-1] + 1)):
             faults.append(f"its metrics are of the steps {steps}")
-        if (state := self._fixtures.state_of(self.run))["status"] != "done":
+        if (state := fixtures.state_of(self.run))["status"] != "done":
             faults.append(f"its state is {state['status']}")
         if left := [path.name for path in (self.run / "checkpoints").iterdir() if "tmp" in path.name]:
             faults.append(f"it left {', '.join(left)}")

@@ -9,6 +9,7 @@ float32 numbers those bits stand for. A Llama is a Qwen2 whose query, key and va
 576, 9 query and 3 key-value heads of 64, vocabulary 49152, tied head; ChatML template. Takes 0.6 GB.
 """
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -163,9 +164,9 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUT_DIR", help="the folder to write")
     try:
-        main(Path(sys.argv[1]))
+        main(parser.parse_args().out)
     except (UserError, OSError) as error:
         sys.exit(f"smollm2: {error}")
