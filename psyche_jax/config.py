@@ -233,6 +233,7 @@ class RolloutSection(Section):
     """How responses are decoded: memory and speed only, the tokens are the same."""
 
     slots: Count | None = None  # so many responses at once, a multiple of data × fsdp; the others wait; None: all
+    tensor: Count | None = None  # over so many devices of the mesh's fsdp axis weights are split; None: mesh.tensor
 
 
 @dataclass(frozen=True)
@@ -270,6 +271,12 @@ class GrpoConfig(Section):
         _keeps_small_updates(self.model)
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
         check_rules(self.rewards)
+        _require(
+            self.rollout.tensor in (None, self.mesh.tensor) or self.mesh.tensor == 1,
+            "rollout.tensor",
+            self.rollout.tensor,
+            f"needs a mesh.tensor of 1 (or the same), not {self.mesh.tensor}: training then spreads over fsdp alone",
+        )
         _divides("minibatch_prompts", self.minibatch_prompts, "prompts_per_step", self.prompts_per_step)
         _divides("micro_batch_prompts", self.micro_batch_prompts, "minibatch_prompts", self.prompts_per_update)
         if (candidates := self.dynamic_sampling.candidate_prompts) is not None:

@@ -107,6 +107,12 @@ WRONG = [
     (SftConfig, "batch_size:", "batch_size: ", "None"),
     (SftConfig, "batch_size: 0", "batch_size", "at least 1, not 0"),
     (SftConfig, "epochs: 0", "epochs", "above 0"),
+    (
+        GrpoConfig,
+        "mesh: {tensor: 2}\nrollout: {tensor: 4}",
+        "rollout.tensor",
+        "needs a mesh.tensor of 1 (or the same)",
+    ),
     (SftConfig, "epochs: .inf", "epochs", "finite"),
     (SftConfig, "epochs: .nan", "epochs", "finite"),
     (SftConfig, "micro_batch_size: 3", "micro_batch_size", "must divide batch_size 256, not 3"),

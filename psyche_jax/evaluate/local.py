@@ -116,7 +116,7 @@ class LocalModel:
         self._stored.check_shapes()
         mesh = mesh or MeshSection()
         self._sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
-        check_mesh_fits(self._sharding.mesh, self._stored.config)
+        check_mesh_fits(self._sharding, self._stored.config)
         self._tokenizer = load_tokenizer(self._stored.tokenizer_folder)
         self._prompt = prompt or self._stored.prompt or PromptSection()
         self._sampling, self._dtype, self._batch_size, self._seed = sampling, compute_dtype, batch_size, seed

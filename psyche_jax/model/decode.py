@@ -19,7 +19,6 @@ from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import last_positions
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, Qwen2, bind, build, take_rows
-from psyche_jax.model.sharding import DECODE_RULES
 
 _BLOCK = 128  # a draw finds a block of so many tokens first, then the token in it
 
@@ -209,7 +208,7 @@ def generate_counted(
     Returns:
       The responses, and how many steps they took, the first tokens counted as one.
     """
-    execution = replace(execution, sharding=replace(execution.sharding, rules=DECODE_RULES), remat="none")
+    execution = replace(execution, sharding=execution.sharding.for_decoding(), remat="none")
     # One change of layout before the loop: weights in the dtype they compute in, whole but for the tensor axis. A
     # vocabulary that is not divided goes by columns to rows: at once, the compiler would copy all of it everywhere.
     parameters = jax.tree.map(lambda x: x.astype(execution.compute_dtype), parameters)
@@ -218,7 +217,10 @@ def generate_counted(
         parameters = jax.lax.with_sharding_constraint(parameters, places)
     model = bind(config, parameters)
 
-    # Each prompt is read once: its keys and values serve all of its responses.
+    # Each prompt is read once: its keys and values serve all of its responses, where these are decoded.
+    prompt_tokens, prompt_mask = (
+        execution.sharding.constrain(array, "batch", None) for array in (prompt_tokens, prompt_mask)
+    )
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
     hidden, (prompt_key, prompt_value) = model.prefill(
         prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution
@@ -422,11 +424,38 @@ class _Decoder:
         return slots, jnp.minimum(taken + free.sum(dtype=jnp.int32), queue.going)
 
     def gather(self, state: _State, rows: int) -> _State:
-        """The same with so many rows in each part: those that are busy, and some that are not."""
+        """The same with so many rows in each part, as many at least as are busy.
+
+        What is busy behind them moves into free ones, a row at a time and within the cache as it is: a second, smaller
+        one would have to be held beside it.
+        """
         by_part, none = self.execution.sharding.by_part, self.responses
-        kept = by_part(lambda busy: _true_first(busy)[0][:rows], state.slots.response < none)
-        slots = by_part(take_rows, state.slots, kept)
-        own = by_part(partial(take_rows, axis=1), (state.cache.key, state.cache.value), kept, axes=(1, 0), out=1)
+
+        def find(busy: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            kept = jnp.arange(len(busy)) < rows
+            moved, count = _true_first(busy & ~kept)
+            return moved, _true_first(~busy & kept)[0], count
+
+        moves = by_part(find, state.slots.response < none)
+
+        def move(turn: jax.Array, arrays: Any, moves: tuple[jax.Array, jax.Array, jax.Array], axis: int) -> Any:
+            moved, free, count = moves
+            to = jnp.where(turn < count[0], free[turn], moved[turn])  # a part that has none left: onto itself
+            row = jax.tree.map(lambda array: jax.lax.dynamic_index_in_dim(array, moved[turn], axis), arrays)
+            return jax.tree.map(
+                lambda array, row: jax.lax.dynamic_update_slice_in_dim(array, row, to, axis), arrays, row
+            )
+
+        def one(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
+            turn, slots, own = carry
+            slots = by_part(lambda slots, moves: move(turn, slots, moves, 0), slots, moves)
+            own = by_part(lambda own, moves: move(turn, own, moves, 1), own, moves, axes=(1, 0), out=1)
+            return turn + 1, slots, own
+
+        count = moves[2].max()
+        start = (jnp.int32(0), state.slots, (state.cache.key, state.cache.value))
+        _, slots, own = jax.lax.while_loop(lambda carry: carry[0] < count, one, start)
+        slots = by_part(lambda slots: jax.tree.map(lambda array: array[:rows], slots), slots)
         cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, *own)
         return state._replace(slots=slots, cache=self.with_prompts(cache, slots))
 

@@ -26,8 +26,8 @@ _FLOAT32 = jnp.dtype("float32")
 
 # Compiling all layers at once takes long in a deeper model.
 _UNROLLED_LAYERS = 12
-# Decoding looks at the last so many places of the cache, or twice, four times as many, and so on.
-_FIRST_PLACES = 64
+# Decoding looks at the last so many places of the cache, or twice, four times as many; from the second on by quarters.
+_FIRST_PLACES, _QUARTERED_PLACES = 64, 512
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class KVCache(NamedTuple):
 
     `prompt_key`, `prompt_value`: [layers, prompts, kv_heads, prompt_length, head_dim];
     `prompt_allowed`: bool [prompts, prompt_length], False on padding;
-    `key`, `value`: [layers, rows, kv_heads, places, head_dim], of the responses that are decoded: a ring of places;
+    `key`, `value`: [layers, rows, kv_heads, places, head_dim], of the responses that are decoded: a ring of places.
+    There may be more rows than are decoded, of which the first ones of each part of the batch axes are used;
     `rows`: which row decodes each response, int32 [prompts * responses to each], and which response each row decodes,
     int32 [rows], as they are numbered within a part of the batch axes. None: those to one prompt are consecutive rows.
     """
@@ -220,7 +221,10 @@ class Qwen2(nnx.Module):
         sharding = execution.sharding
         x = self._embed(tokens[:, None], execution)
         rotary = rotary_tables(positions[:, None], self.config, execution.compute_dtype)
-        own = _OwnPlaces(cache.key.shape, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths)
+        parts = sharding.parts("batch")
+        own = _OwnPlaces(
+            cache.key.shape, parts, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths
+        )
         graph, stacked = nnx.split(self.layers)
 
         def to_prompts(tree: Any) -> Any:  # from the order of rows to that of the prompts which they share
@@ -235,9 +239,8 @@ class Qwen2(nnx.Module):
             layer = nnx.merge(graph, parameters)
 
             def mixed(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-                start = (layer_index, 0, 0, place, 0)
-                new_keys = jax.lax.dynamic_update_slice(keys, by_head(key)[None], start)
-                new_values = jax.lax.dynamic_update_slice(values, by_head(value)[None], start)
+                new_keys = own.write(keys, by_head(key), layer_index)
+                new_values = own.write(values, by_head(value), layer_index)
                 # The prompt's part, and that of what was decoded, by weights relative to the largest score of both.
                 prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
                 query = by_key(query, self.config.num_key_value_heads)
@@ -317,16 +320,25 @@ class Qwen2(nnx.Module):
 
 
 class _OwnPlaces:
-    """What rows attend to of the ring: its last places, so many that the longest row finds all of its own."""
+    """The ring at one step: where it is written, and what rows attend to: its last places, so many that the longest row
+    finds all of its own."""
 
-    def __init__(self, cache_shape: tuple[int, ...], place: jax.Array, lengths: jax.Array) -> None:
-        _, _, _, self._all, _ = cache_shape
-        self._shape, self._place, self._lengths = cache_shape, place, lengths
+    def __init__(self, cache_shape: tuple[int, ...], parts: int, place: jax.Array, lengths: jax.Array) -> None:
+        layers, rows, kv_heads, self._all, head_dim = cache_shape
+        self._place, self._lengths = place, lengths
+        self._by_part = (layers, parts, rows // parts, kv_heads, self._all, head_dim)
         self._sizes = look_sizes(self._all)
         # Where the longest row's places begin at the end of the ring, all of it is looked at.
         longest = lengths.max()
         enough = jnp.asarray(self._sizes) >= longest
         self._choice = jnp.where(longest > place + 1, len(self._sizes) - 1, jnp.argmax(enough))
+
+    def write(self, array: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
+        """`array`, keys or values of all layers, with `new` [rows, kv_heads, 1, head_dim] at this step's place."""
+        _, parts, _, kv_heads, _, head_dim = self._by_part
+        new = new.reshape(1, parts, -1, kv_heads, 1, head_dim)
+        start = (layer, 0, 0, 0, self._place, 0)
+        return jax.lax.dynamic_update_slice(array.reshape(self._by_part), new, start).reshape(array.shape)
 
     def weigh(
         self, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
@@ -341,10 +353,14 @@ class _OwnPlaces:
     def _look(
         self, size: int, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, Weighed]:
-        _, rows, kv_heads, _, head_dim = self._shape
+        _, parts, _, kv_heads, _, head_dim = self._by_part
+        rows = len(self._lengths)
         first = jnp.clip(self._place + 1 - size, 0, self._all - size)
-        start, shape = (layer, 0, 0, first, 0), (1, rows, kv_heads, size, head_dim)
-        key, value = (jax.lax.dynamic_slice(array, start, shape)[0] for array in (keys, values))
+        start, shape = (layer, 0, 0, 0, first, 0), (1, parts, rows // parts, kv_heads, size, head_dim)
+        key, value = (
+            jax.lax.dynamic_slice(array.reshape(self._by_part), start, shape).reshape(rows, kv_heads, size, head_dim)
+            for array in (keys, values)
+        )
         age = (self._place - first - jnp.arange(size)) % self._all
         source = Source(key, value, (age < self._lengths[:, None])[:, None])
         scores = masked_scores(query, source)
@@ -353,9 +369,15 @@ class _OwnPlaces:
 
 
 def look_sizes(places: int) -> list[int]:
-    """How many of a ring's places a step of decoding may look at: the last 64, 128, 256, …, or all."""
-    doubled = [_FIRST_PLACES << power for power in range(places.bit_length())]
-    return [*(size for size in doubled if size < places), places]
+    """How many of a ring's places a step of decoding may look at: the last 64, 128, 256, 512, 640, 768, 896, 1,024, …
+
+    Each is a branch to compile. So few places are doubled; of more, which take time, the steps are quarters.
+    """
+    sizes, size = [], _FIRST_PLACES
+    while size < places:
+        sizes.append(size)
+        size += size if size < _QUARTERED_PLACES else 2 ** (size.bit_length() - 3)
+    return [*sizes, places]
 
 
 def take_rows(tree: Any, rows: jax.Array, axis: int = 0) -> Any:

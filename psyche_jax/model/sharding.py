@@ -1,8 +1,8 @@
-"""One mesh, two tables of rules: where each logical axis goes while training and while decoding."""
+"""One mesh and tables of rules: where each logical axis goes while training and while decoding."""
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -34,6 +34,15 @@ TRAIN_RULES: Rules = MappingProxyType(
         "loss_vocab": ("tensor", "fsdp"),
     }
 )
+# Training where the axis `tensor` is for decoding alone: rows and weights are spread over it as over `fsdp`.
+SPREAD_RULES: Rules = MappingProxyType(
+    {
+        **TRAIN_RULES,
+        "batch": ("data", "fsdp", "tensor"),
+        "embed": ("fsdp", "tensor"),
+        **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp")),
+    }
+)
 # Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any.
 DECODE_RULES: Rules = MappingProxyType(
     {**TRAIN_RULES, "embed": None, "embed_for_vocab": "tensor", "loss_vocab": "tensor"}
@@ -46,6 +55,18 @@ class Sharding:
 
     mesh: Mesh
     rules: Rules
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many parts the axes of the mesh have, as these rules use them: `tensor` may be used as `fsdp` is."""
+        sizes = dict(self.mesh.shape)
+        if self.rules["heads"] is None:
+            sizes |= {"fsdp": sizes["fsdp"] * sizes["tensor"], "tensor": 1}
+        return sizes
+
+    def for_decoding(self) -> "Sharding":
+        """The same mesh, as decoding uses it."""
+        return replace(self, rules=DECODE_RULES)
 
     def spec(self, axes: tuple[str | None, ...]) -> PartitionSpec:
         """The partition of an array whose dimensions have these logical names (None: not split)."""
@@ -142,22 +163,45 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
 
 
-def check_mesh_fits(mesh: Mesh, config: ModelConfig) -> None:
+def training_sharding(
+    data: int, fsdp: int, tensor: int, decoding_tensor: int | None = None, devices: list[jax.Device] | None = None
+) -> Sharding:
+    """The mesh that a config describes, as training uses it; `for_decoding` gives it as decoding does.
+
+    Args:
+      data, fsdp, tensor: as in `make_mesh`.
+      decoding_tensor: over how many devices decoding splits weights, where that is another number than `tensor`, which
+        then is 1: they are taken from the axis `fsdp`.
+      devices: those to use; None: all.
+
+    Raises:
+      UsageError: the sizes are impossible.
+    """
+    mesh = make_mesh(data, fsdp, tensor, devices)
+    if decoding_tensor is None or decoding_tensor == tensor:
+        return Sharding(mesh, TRAIN_RULES)
+    if (spread := mesh.shape["fsdp"]) % decoding_tensor:
+        raise UsageError(f"rollout.tensor: {decoding_tensor} does not divide mesh.fsdp {spread}")
+    mesh = make_mesh(mesh.shape["data"], spread // decoding_tensor, decoding_tensor, devices)
+    return Sharding(mesh, SPREAD_RULES)
+
+
+def check_mesh_fits(sharding: Sharding, config: ModelConfig) -> None:
     """Raise UsageError unless the model's dimensions can be split as the rules say; the vocabulary always can.
 
     Raises:
       UsageError: naming the axis, its size and the dimension that it does not divide.
     """
-    tensor, fsdp = mesh.shape["tensor"], mesh.shape["fsdp"]
     dimensions = {
-        "num_attention_heads": (config.num_attention_heads, "tensor", tensor),
-        "num_key_value_heads": (config.num_key_value_heads, "tensor", tensor),
-        "intermediate_size": (config.intermediate_size, "tensor", tensor),
-        "hidden_size": (config.hidden_size, "fsdp", fsdp),
+        "num_attention_heads": (config.num_attention_heads, "heads", "tensor"),
+        "num_key_value_heads": (config.num_key_value_heads, "kv_heads", "tensor"),
+        "intermediate_size": (config.intermediate_size, "mlp", "tensor"),
+        "hidden_size": (config.hidden_size, "embed", "fsdp"),
     }
-    for name, (size, axis, parts) in dimensions.items():
-        if size % parts:
-            raise UsageError(f"mesh: {axis} {parts} does not divide the model's {name} {size}")
+    for rules in (sharding, sharding.for_decoding()):
+        for name, (size, axis, of_mesh) in dimensions.items():
+            if size % (parts := rules.parts(axis)):
+                raise UsageError(f"mesh: {of_mesh} {parts} does not divide the model's {name} {size}")
 
 
 def split_rows(tree: Any, parts: int, sharding: Sharding) -> Any:

@@ -15,11 +15,11 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig, check_architecture, published_architecture
 from psyche_jax.model.qwen2 import Execution
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
 from psyche_jax.rewards.score import compile_rules
 from psyche_jax.train.checkpoints import abstract_parameters, open_model
 from psyche_jax.train.grpo import Iteration
-from psyche_jax.train.setup import abstract_train_state, check_rows
+from psyche_jax.train.setup import abstract_train_state, check_grpo_rows, check_rows
 from psyche_jax.train.sft import make_sft_step
 from psyche_jax.train.state import make_optimizer, make_schedule
 
@@ -35,7 +35,7 @@ class Lowered:
 
     program: str
     model: ModelConfig
-    mesh: Any
+    mesh: dict[str, int]  # the sizes of its axes, as training uses them
     lowered: Any
     arguments: dict[str, Any]  # by kind: pytrees of ShapeDtypeStructs with shardings
     assumptions: tuple[str, ...]
@@ -72,6 +72,18 @@ def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]
     return model, (f"{section.path} is not on this machine: the shape is that of {section.architecture}",)
 
 
+def sharding_of(config: PlanConfig, devices: list[Any]) -> Sharding:
+    """The mesh of a run with `config` on `devices`."""
+    mesh, decoding_tensor = config.mesh, config.rollout.tensor if isinstance(config, GrpoConfig) else None
+    return training_sharding(mesh.data, mesh.fsdp, mesh.tensor, decoding_tensor, devices)
+
+
+def decoding_mesh(config: GrpoConfig, mesh: Mapping[str, int]) -> Mapping[str, int]:
+    """The sizes of the mesh's axes while decoding, given those while training."""
+    tensor = config.rollout.tensor or mesh["tensor"]
+    return {**mesh, "fsdp": mesh["fsdp"] * mesh["tensor"] // tensor, "tensor": tensor}
+
+
 def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
     """Lower the program that `psyche sft` or `psyche grpo` would run with `config` on `devices`.
 
@@ -79,8 +91,8 @@ def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
       UserError: the model is missing, or the mesh does not divide it or the batch.
     """
     model, assumptions = find_architecture(config)
-    sharding = Sharding(make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices), TRAIN_RULES)
-    check_mesh_fits(sharding.mesh, model)
+    sharding = sharding_of(config, devices)
+    check_mesh_fits(sharding, model)
     section = config.model
     execution = Execution(sharding, jnp.dtype(section.compute_dtype), section.remat, section.attention)
     if isinstance(config, SftConfig):
@@ -88,7 +100,7 @@ def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
     else:
         lowered, arguments, more = _lower_grpo(config, model, execution)
     program = "sft" if isinstance(config, SftConfig) else "grpo"
-    return Lowered(program, model, sharding.mesh, lowered, arguments, (*assumptions, *more))
+    return Lowered(program, model, sharding.sizes, lowered, arguments, (*assumptions, *more))
 
 
 def compile_lowered(lowered: Lowered) -> Compiled:
@@ -150,11 +162,7 @@ def _lower_grpo(
     config: GrpoConfig, model: ModelConfig, execution: Execution
 ) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
     sharding = execution.sharding
-    # What a run would refuse before its first step is refused here too.
-    rows = config.prompts_per_micro_batch * config.generations_per_prompt
-    check_rows(config.prompts_per_step, "prompts_per_step", sharding)
-    check_rows(config.slots, "rollout.slots", sharding)
-    check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
+    check_grpo_rows(config, sharding)  # what a run would refuse before its first step
     # The very program of a run, with shapes in place of arrays.
     schedule = make_schedule(config.optimizer, _STEPS, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
@@ -212,7 +220,7 @@ def memory_by_kind(lowered: Lowered, config: PlanConfig, peak: int | None) -> di
     held = sum(value for value in kinds.values() if value is not None)
     kinds["temporaries"] = None if peak is None else max(0.0, peak / GIB - held)
     kinds["peak"] = None if peak is None else peak / GIB
-    parts = estimated_parts(config, lowered.model, lowered.mesh.shape)
+    parts = estimated_parts(config, lowered.model, lowered.mesh)
     return {**kinds, **{name: size / GIB for name, size in parts.items()}}
 
 
@@ -225,6 +233,8 @@ def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, i
     tokens = micro_batch(config, mesh).tokens / batch_places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
+        mesh = decoding_mesh(config, mesh)
+        batch_places = mesh["data"] * mesh["fsdp"]
         tokens = config.prompts_per_step * config.data.max_prompt_length + config.slots * config.max_new_tokens
         heads = model.num_key_value_heads / mesh["tensor"]
         parts["kv_cache"] = 2 * model.num_hidden_layers * tokens / batch_places * heads * model.head_dim * compute

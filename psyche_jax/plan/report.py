@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from psyche_jax.plan.compile import (
     WITHIN_TEMPORARIES,
     PlanConfig,
     compile_lowered,
+    decoding_mesh,
     lower,
     memory_by_kind,
 )
@@ -160,7 +162,7 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     """
     lengths = response_lengths(config, wishes)
     lowered = lower(config, slice_.devices())
-    mesh = dict(lowered.mesh.shape)
+    mesh = lowered.mesh
     decoding = decoding_of(config, mesh, lengths) if isinstance(config, GrpoConfig) else None
     phases = count_phases(config, lowered.model, mesh, decoding)
 
@@ -170,7 +172,7 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     copies, expected = 0, None
     if compiled.executable is not None:
         module = Module.parse(compiled.executable.as_text())
-        smallest = smallest_weight_bytes(config, lowered.model, mesh["tensor"])
+        smallest = smallest_weight_bytes(config, lowered.model, mesh)
         collectives = tuple(find_collectives(module, smallest))
         loops = decoding.loops if decoding else ()
         expected = forecast(module, slice_, phases, count_attention(config, lowered.model, mesh, decoding), loops)
@@ -243,9 +245,10 @@ def _lines(path: Path) -> int:
 
 
 def decoding_sizes(
-    config: GrpoConfig, model: ModelConfig, mesh: dict[str, int], loops: tuple[Loop, ...]
+    config: GrpoConfig, model: ModelConfig, mesh: Mapping[str, int], loops: tuple[Loop, ...]
 ) -> frozenset[int]:
     """How many elements the cache and the weights have on a chip, of one layer and of all: what no step may copy."""
+    mesh = decoding_mesh(config, mesh)
     tensor, layers, prompts = mesh["tensor"], model.num_hidden_layers, config.prompts_per_step
     prompts = max(1, prompts // (mesh["data"] * mesh["fsdp"]))
     width, inner = model.hidden_size, model.intermediate_size // tensor
@@ -261,14 +264,15 @@ def decoding_sizes(
     return frozenset(of_a_layer | {layers * size for size in of_a_layer} | {model.vocab_size * width // tensor})
 
 
-def smallest_weight_bytes(config: PlanConfig, model: ModelConfig, tensor: int) -> int:
+def smallest_weight_bytes(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> int:
     """Of a layer's matrices the smallest (that of keys or values), whole but for the tensor axis, as computed with."""
+    tensor = (decoding_mesh(config, mesh) if isinstance(config, GrpoConfig) else mesh)["tensor"]
     rows = model.num_key_value_heads * model.head_dim // tensor
     return rows * model.hidden_size * jnp.dtype(config.model.compute_dtype).itemsize
 
 
 def advise(
-    config: PlanConfig, model: ModelConfig, mesh: dict[str, int], memory_gib: dict[str, float | None], limit: int
+    config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int], memory_gib: dict[str, float | None], limit: int
 ) -> tuple[str, ...]:
     """What to change so that the program takes less memory: keys of the config, the most effective first."""
     places = mesh["data"] * mesh["fsdp"]
@@ -289,15 +293,14 @@ def advise(
         if smaller := _smaller(rows, whole * config.generations_per_prompt, places, config.generations_per_prompt):
             advice.append(f"micro_batch_prompts={smaller // config.generations_per_prompt} instead of {prompts}")
         responses = config.prompts_per_step * config.generations_per_prompt
-        if smaller := _smaller(config.slots, responses, places):
+        decoding = decoding_mesh(config, mesh)
+        if smaller := _smaller(config.slots, responses, decoding["data"] * decoding["fsdp"]):
             advice.append(f"rollout.slots={smaller} instead of {config.slots}: less KV cache")
         if config.objective.kl_coefficient and config.reference_dtype == "float32":
             advice.append("reference_dtype=bfloat16: halves the reference policy")
-        if mesh["tensor"] < 4 and model.num_key_value_heads % (2 * mesh["tensor"]) == 0 and mesh["fsdp"] % 2 == 0:
-            advice.append(
-                f"mesh.tensor={2 * mesh['tensor']} and mesh.fsdp={mesh['fsdp'] // 2}: decoding splits weights over "
-                "tensor only"
-            )
+        twice = 2 * decoding["tensor"]
+        if mesh["tensor"] == 1 and twice <= 4 and model.num_key_value_heads % twice == 0 and mesh["fsdp"] % twice == 0:
+            advice.append(f"rollout.tensor={twice}: decoding splits weights over so many chips, and no more")
     held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference"))
     if mesh["data"] > 1:
         advice.append(f"mesh.data=1 and mesh.fsdp={places}: spread parameters and optimizer over all chips")

@@ -1,14 +1,14 @@
 """FLOPs and bytes of each phase, counted by arithmetic with loops multiplied out, and the time they take at least."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
-from psyche_jax.plan.compile import MicroBatch, PlanConfig, micro_batch
+from psyche_jax.plan.compile import MicroBatch, PlanConfig, decoding_mesh, micro_batch
 from psyche_jax.plan.rollout import Decoding, simulate
 from psyche_jax.plan.slices import SOURCE, Slice
 
@@ -74,6 +74,7 @@ def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[i
     """The steps of decoding; without `lengths` of the responses all are as long as can be."""
     responses = config.prompts_per_step * config.generations_per_prompt
     lengths = [config.max_new_tokens] * responses if lengths is None else lengths
+    mesh = decoding_mesh(config, mesh)
     return simulate(lengths, config.slots, mesh["data"] * mesh["fsdp"], config.max_new_tokens)
 
 
@@ -96,9 +97,9 @@ class _Counter:
         updates, passes = config.updates_per_step, config.passes_per_step
         scoring = self._forward(part, config.max_new_tokens)
         phases = {
-            "gather_for_decoding": self._decoding_layout(),
-            "prefill": self._prefill(config),
-            "decode": self._decode(config),
+            "gather_for_decoding": self._decoding_layout(config),
+            "prefill": self._while_decoding(config)._prefill(config),
+            "decode": self._while_decoding(config)._decode(config),
         }
         if config.objective.kl_coefficient:
             phases["reference"] = parts * scoring
@@ -161,10 +162,14 @@ class _Counter:
         # Reads weights, two moments and the gradient (twice: also for its norm), writes the first three.
         return Phase(15.0 * self.model.num_parameters, 8 * numbers * self._stored, 0.0)
 
-    def _decoding_layout(self) -> Phase:
-        size, fsdp = self.model.num_parameters / self.mesh["tensor"] * self._compute, self.mesh["fsdp"]
-        own = self.model.num_parameters * self._stored / fsdp / self.mesh["tensor"]
-        return Phase(0.0, own + size, size * (fsdp - 1) / fsdp)
+    def _while_decoding(self, config: GrpoConfig) -> "_Counter":
+        return replace(self, mesh=decoding_mesh(config, self.mesh), given=self._decoding(config))
+
+    def _decoding_layout(self, config: GrpoConfig) -> Phase:
+        chips = self.mesh["fsdp"] * self.mesh["tensor"]
+        own = self.model.num_parameters / chips
+        size = self.model.num_parameters / decoding_mesh(config, self.mesh)["tensor"] * self._compute
+        return Phase(0.0, own * self._stored + size, size - own * self._compute)
 
     def _prefill(self, config: GrpoConfig) -> Phase:
         model, length = self.model, config.data.max_prompt_length
@@ -217,7 +222,7 @@ class _Counter:
         scored += config.passes_per_step * (config.objective.top_entropy < 1)
         return {
             "prefill": self._attention(config.prompts_per_step, config.data.max_prompt_length),
-            "decoding": Phase(0.0, self._cache_bytes(config)),
+            "decoding": Phase(0.0, self._while_decoding(config)._cache_bytes(config)),
             "log_probs": scored * parts * once,
             "updates": config.passes_per_step * parts * update,
         }

@@ -6,11 +6,11 @@ import itertools
 import sys
 from collections.abc import Iterator
 
-from psyche_jax.config import GrpoConfig, RolloutSection, SftConfig
+from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.sharding import check_mesh_fits, make_mesh
-from psyche_jax.plan.compile import GIB, PlanConfig, find_architecture, least_peak
+from psyche_jax.model.sharding import check_mesh_fits
+from psyche_jax.plan.compile import GIB, PlanConfig, decoding_mesh, find_architecture, least_peak, sharding_of
 from psyche_jax.plan.report import Plan, Wishes, describe, divisors, make_plan, response_lengths
 from psyche_jax.plan.roofline import count_phases, decoding_of
 from psyche_jax.plan.slices import Slice
@@ -30,12 +30,13 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     """
     lengths = response_lengths(config, wishes)
     devices = slice_.devices()
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices)
+    sharding = sharding_of(config, devices)
     model, _ = find_architecture(config)
-    check_mesh_fits(mesh, model)
-    shape = dict(mesh.shape)
+    check_mesh_fits(sharding, model)
+    shape = sharding.sizes
     seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_, lengths=lengths)
-    candidates = list(_candidates(config, shape["data"] * shape["fsdp"]))
+    decoding = decoding_mesh(config, shape) if isinstance(config, GrpoConfig) else shape
+    candidates = list(_candidates(config, shape["data"] * shape["fsdp"], decoding["data"] * decoding["fsdp"]))
     # Of equally fast ones the largest first: what it does not compute again costs nothing where there is room.
     candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
     limit = slice_.chip.hbm_gib * GIB
@@ -77,7 +78,8 @@ def _size(config: PlanConfig) -> tuple[int, ...]:
     return remat, prompts, config.slots
 
 
-def _candidates(config: PlanConfig, places: int) -> Iterator[PlanConfig]:
+def _candidates(config: PlanConfig, places: int, decoding_places: int) -> Iterator[PlanConfig]:
+    """`places`: over how many rows are spread, while training and while decoding."""
     for remat in ("none", "dots", "full"):
         section = dataclasses.replace(config.model, remat=remat)
         if isinstance(config, SftConfig):
@@ -86,9 +88,9 @@ def _candidates(config: PlanConfig, places: int) -> Iterator[PlanConfig]:
                     yield dataclasses.replace(config, model=section, micro_batch_size=rows)
         else:
             for prompts in divisors(config.prompts_per_update):
-                for slots in _slots(config.prompts_per_step * config.generations_per_prompt, places):
+                for slots in _slots(config.prompts_per_step * config.generations_per_prompt, decoding_places):
                     if prompts * config.generations_per_prompt % places == 0:
-                        rollout = RolloutSection(slots)
+                        rollout = dataclasses.replace(config.rollout, slots=slots)
                         yield dataclasses.replace(config, model=section, micro_batch_prompts=prompts, rollout=rollout)
 
 

@@ -147,7 +147,7 @@ def load_engine(stored: StoredModel, compute_dtype: Dtype, mesh: MeshSection) ->
       UserError: the mesh does not fit the model, or its weights cannot be read.
     """
     sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), DECODE_RULES)
-    check_mesh_fits(sharding.mesh, stored.config)
+    check_mesh_fits(sharding, stored.config)
     dtype = jnp.dtype(compute_dtype)
     return Engine(stored.config, stored.read_parameters(sharding, dtype), Execution(sharding, dtype))
 

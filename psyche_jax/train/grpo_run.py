@@ -37,7 +37,7 @@ from psyche_jax.train.runs import open_run
 from psyche_jax.train.setup import (
     Setup,
     abstract_state,
-    check_rows,
+    check_grpo_rows,
     keep_tokenizer,
     prepare,
     report_skipped,
@@ -80,18 +80,13 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         config.data.max_prompt_length + config.max_new_tokens,
         "data.max_prompt_length + max_new_tokens",
         as_path(config.run.dir),
+        config.rollout.tensor,
     )
     execution = setup.execution
     model = setup.model.config
 
     # What cannot work is said before the work begins: shapes that the mesh does not divide, rules, functions, data.
-    check_rows(config.prompts_per_step, "prompts_per_step", execution.sharding)
-    check_rows(config.slots, "rollout.slots", execution.sharding)
-    check_rows(
-        config.prompts_per_micro_batch * config.generations_per_prompt,
-        "micro_batch_prompts × generations_per_prompt",
-        execution.sharding,
-    )
+    check_grpo_rows(config, execution.sharding)
     token_bytes = token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size)
     rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened_text(setup.tokenizer))
     functions = load_functions(config.functions)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from psyche_jax.config import MeshSection, ModelSection, PromptSection
+from psyche_jax.config import GrpoConfig, MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
 from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.train.checkpoints import (
     StoredModel,
@@ -46,7 +46,14 @@ class Setup:
         return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
 
 
-def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: str, run: Path | None = None) -> Setup:
+def prepare(
+    model: ModelSection,
+    mesh: MeshSection,
+    longest: int,
+    longest_name: str,
+    run: Path | None = None,
+    decoding_tensor: int | None = None,
+) -> Setup:
     """Build the mesh and open the model, whose weights are read later.
 
     Args:
@@ -54,17 +61,18 @@ def prepare(model: ModelSection, mesh: MeshSection, longest: int, longest_name: 
       longest: how many tokens the longest sequence may have.
       longest_name: the config keys to name in the error.
       run: the run's folder; one that resumes keeps the stop tokens it began with.
+      decoding_tensor: over how many devices decoding splits weights, if not over `mesh.tensor`.
 
     Raises:
       UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
     """
-    sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
+    sharding = training_sharding(mesh.data, mesh.fsdp, mesh.tensor, decoding_tensor)
     stored = _open_base(model.path)
     if run is not None:
         stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
     stored.check_shapes()
-    check_mesh_fits(sharding.mesh, stored.config)
+    check_mesh_fits(sharding, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     if longest > (limit := stored.config.max_position_embeddings):
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
@@ -104,6 +112,17 @@ def check_rows(rows: int, name: str, sharding: Sharding) -> None:
     places = sharding.parts("batch")
     if rows % places:
         raise UsageError(f"{name}: {rows} rows cannot be spread over data × fsdp = {places} devices; use a multiple")
+
+
+def check_grpo_rows(config: GrpoConfig, sharding: Sharding) -> None:
+    """Raise UsageError unless prompts, slots and micro-batches can be spread over the mesh."""
+    check_rows(config.prompts_per_step, "prompts_per_step", sharding)
+    rows = config.prompts_per_micro_batch * config.generations_per_prompt
+    check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
+    groups = sharding.for_decoding().parts("batch")
+    if config.slots % groups:
+        over = "data × fsdp" if config.rollout.tensor is None else "data × fsdp / rollout.tensor"
+        raise UsageError(f"rollout.slots: {config.slots} rows cannot be spread over {over} = {groups}; use a multiple")
 
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:

@@ -15,7 +15,7 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, bind, initialize
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh, training_sharding
 
 SHAPE = Shape(False, 8, 4, 6, 64, 88, 2, 136)
 ROWS, LENGTH = 8, 20
@@ -261,6 +261,15 @@ def test_mesh_sizes():
     assert make_mesh(devices=jax.devices()[:1]).devices.size == 1
 
 
+def test_sizes_while_training_and_while_decoding():
+    sharding = training_sharding(2, -1, 1, decoding_tensor=2)
+    assert sharding.sizes == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert sharding.for_decoding().sizes == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert training_sharding(2, -1, 2).sizes == training_sharding(2, -1, 2, decoding_tensor=2).sizes
+    with pytest.raises(UsageError, match=r"rollout\.tensor: 3 does not divide mesh\.fsdp 8"):
+        training_sharding(1, 8, 1, decoding_tensor=3)
+
+
 @pytest.mark.parametrize(
     ("sizes", "field", "value"),
     [
@@ -280,9 +289,9 @@ def test_model_that_the_mesh_does_not_divide(sizes, field, value):
         "num_key_value_heads": 4,
         "head_dim": 6,
     }
-    check_mesh_fits(make_mesh(*sizes), ModelConfig(**fields))
+    check_mesh_fits(Sharding(make_mesh(*sizes), TRAIN_RULES), ModelConfig(**fields))
     fields[field] = value
     if field == "num_attention_heads":
         fields["num_key_value_heads"] = 2
     with pytest.raises(UsageError, match=rf"{field} {value}"):
-        check_mesh_fits(make_mesh(*sizes), ModelConfig(**fields))
+        check_mesh_fits(Sharding(make_mesh(*sizes), TRAIN_RULES), ModelConfig(**fields))

@@ -74,7 +74,9 @@ def test_phases_of_sft():
 
 def test_phases_of_grpo():
     config = load_config(GrpoConfig, CONFIGS / "grpo_7b_v5e16.yaml")
-    mesh = {"data": 1, "fsdp": 4, "tensor": 4}
+    assert config.rollout == RolloutSection(None, 4)
+    mesh = {"data": 1, "fsdp": 16, "tensor": 1}
+    config = dataclasses.replace(config, rollout=RolloutSection(512, 4))
     phases = count_phases(config, SEVEN, mesh)
     assert list(phases) == [
         "gather_for_decoding",
@@ -90,8 +92,7 @@ def test_phases_of_grpo():
     assert phases["decode"].bound(slice_) == "memory"
     plain = dataclasses.replace(config, objective=ObjectiveSection(kl_coefficient=0.0), minibatch_prompts=None)
     assert not {"reference", "old_log_probs"} & set(count_phases(plain, SEVEN, mesh))
-    config = dataclasses.replace(config, rollout=RolloutSection(512))
-    fewer_slots = dataclasses.replace(config, rollout=RolloutSection(256))
+    fewer_slots = dataclasses.replace(config, rollout=RolloutSection(256, 4))
     assert count_phases(fewer_slots, SEVEN, mesh)["decode"].hbm_bytes > phases["decode"].hbm_bytes
     alone = count_phases(dataclasses.replace(config, share_prompt=False), SEVEN, mesh)
     # Eight responses of 1024 tokens after a prompt of 512: read once, it saves 7 of 8 times 512 of 1536 tokens.
@@ -103,3 +104,16 @@ def test_phases_of_grpo():
     assert parts["kv_cache"] == pytest.approx((512 * 1024 + 128 * 512) * 56 * 1024 / 16)
     assert fewer["kv_cache"] == pytest.approx((256 * 1024 + 128 * 512) * 56 * 1024 / 16)
     assert least_peak(config, SEVEN, mesh) > least_peak(fewer_slots, SEVEN, mesh)
+
+
+def test_a_mesh_for_decoding_changes_learning_and_not_decoding():
+    """Beside a mesh whose groups of four share weights all the time."""
+    config = load_config(GrpoConfig, CONFIGS / "grpo_7b_v5e16.yaml")
+    spread = count_phases(config, SEVEN, {"data": 1, "fsdp": 16, "tensor": 1})
+    same = dataclasses.replace(config, rollout=RolloutSection())
+    shared = count_phases(same, SEVEN, {"data": 1, "fsdp": 4, "tensor": 4})
+    for name in ("gather_for_decoding", "prefill", "decode", "optimizer"):
+        assert spread[name] == shared[name], name
+    for name in ("reference", "forward", "backward"):
+        assert spread[name].flops == pytest.approx(shared[name].flops)
+        assert spread[name].ici_bytes < shared[name].ici_bytes

@@ -55,7 +55,7 @@ class Bench:
     def __init__(self, root: Path, mesh: tuple[int, int, int] = ONE, optimizer: Any = None, **changes: Any) -> None:
         self.config = grpo_config(root, **changes)
         self.model = read_hf_config(root / "model")
-        self.execution = execution(math.prod(mesh), *mesh)
+        self.execution = execution(math.prod(mesh), *mesh, decoding_tensor=self.config.rollout.tensor)
         self.tokenizer = load_tokenizer(root / "model")
         self.bytes = token_bytes_from_tokenizer(self.tokenizer, self.model.vocab_size)
         self.rules = compile_rules(self.config.rules, self.bytes, self.model.stop_token_ids)

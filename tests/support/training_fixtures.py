@@ -30,7 +30,7 @@ from psyche_jax.demo import train_tokenizer
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import load_tokenizer, write_weights
 from psyche_jax.model.qwen2 import Execution, initialize
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.model.sharding import training_sharding
 from psyche_jax.rewards import LengthRule, PatternRule, RepetitionRule
 from psyche_jax.train.checkpoints import Checkpoints
 from psyche_jax.train.runs import PreemptedError, read_lines
@@ -56,10 +56,17 @@ RULES = (
 )
 
 
-def execution(devices: int = 8, data: int = 1, fsdp: int = -1, tensor: int = 1, remat: str = "none") -> Execution:
+def execution(
+    devices: int = 8,
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    remat: str = "none",
+    decoding_tensor: int | None = None,
+) -> Execution:
     """How to compute on the first so many devices."""
-    mesh = make_mesh(data, fsdp, tensor, jax.devices()[:devices])
-    return Execution(Sharding(mesh, TRAIN_RULES), jnp.dtype("float32"), remat)  # type: ignore[arg-type]
+    sharding = training_sharding(data, fsdp, tensor, decoding_tensor, jax.devices()[:devices])
+    return Execution(sharding, jnp.dtype("float32"), remat)  # type: ignore[arg-type]
 
 
 def make_model(folder: Path, vocabulary: int = VOCABULARY) -> ModelConfig:

@@ -88,6 +88,17 @@ def test_eight_devices_equal_one(mesh, tiny_root, figure):
     compare(outcome(tiny_root, mesh), outcome(tiny_root), figure, "8 devices")
 
 
+def test_decoding_splits_weights_where_training_spreads_rows(tiny_root, figure):
+    """Eight devices, of which pairs share the heads while decoding."""
+    this = Bench(tiny_root, FSDP, rollout=RolloutSection(slots=16, tensor=2))
+    ours, expected = this.run(2), outcome(tiny_root)
+    for left, right in zip(ours.metrics, expected.metrics, strict=True):
+        left["decoding_steps"] = right["decoding_steps"]
+    compare(ours, expected, figure, "8 devices, pairs while decoding")
+    kernel = this.read()["layers"]["up_proj"]["kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 48, 32 // 8)
+
+
 def test_eight_devices_equal_one_with_minibatches(tiny_root, figure):
     """Parts of a step keep all devices busy and in the same order: 4 micro-batches of 8 responses."""
     compare(outcome(tiny_root, FSDP, True), outcome(tiny_root, several=True), figure, "8 devices, minibatches")
