@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from psyche_jax.model.sharding import set_tpu_flags
+
 # A process that was started as this one, and says with which arguments it runs and how many page faults a step takes.
 STEPS = """
 import resource, sys
@@ -63,3 +65,13 @@ def test_a_failed_command_does_not_wait_for_the_threads_of_libraries():
         "sys.exit(command.run())\n"
     )
     assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("given", [None, "", "--xla_a=1"])
+def test_the_tpu_compiler_gets_our_flags_or_those_that_are_set(given, monkeypatch):
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    if given is not None:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", given)
+    set_tpu_flags()
+    flags = os.environ["LIBTPU_INIT_ARGS"]
+    assert flags == given if given is not None else "--xla_enable_async_all_gather=true" in flags

@@ -16,26 +16,6 @@ begin "$@"
 RESTART=
 case ${REST[*]-} in '') ;; --restart) RESTART=yes ;; *) wrong_use "unknown argument '${REST[*]}'; see --help" ;; esac
 
-# Compiler flags by chip generation, all of them flags that MaxText sets (benchmarks/xla_flags_library.py) and that
-# libtpu 0.0.42.1 accepts (it refuses an unknown one). Seen by compiling a small FSDP program for each chip, ahead of
-# time; no speed was measured:
-# - v5e: none. These are its defaults already (the same compiled text came out), and its 16 GiB are full at 7B:
-#   left alone, what `psyche plan` says stays true.
-# - v6e, v5p, v4: their defaults do not fuse all-gathers with the matmuls beside them; the flags do, which hides
-#   FSDP's gathering of weights, for some more memory. v6e also gets MaxText's VMEM limit for dense models.
-ASYNC_GATHER='--xla_enable_async_all_gather=true --xla_tpu_overlap_compute_collective_tc=true
- --xla_tpu_enable_async_collective_fusion=true --xla_tpu_enable_async_collective_fusion_fuse_all_gather=true
- --xla_tpu_enable_async_collective_fusion_multiple_steps=true'
-if [ "$LIBTPU_FLAGS" = none ]; then LIBTPU_FLAGS=
-elif [ -z "$LIBTPU_FLAGS" ]; then
-  case $ACCELERATOR in
-    v5litepod-*) ;;
-    v6e-*) LIBTPU_FLAGS="$ASYNC_GATHER --xla_tpu_scoped_vmem_limit_kib=98304" ;;
-    v5p-* | v4-*) LIBTPU_FLAGS=$ASYNC_GATHER ;;
-  esac
-fi
-LIBTPU_FLAGS=${LIBTPU_FLAGS//$'\n'/}
-
 require_active
 wait_for_workers
 PSYCHE=("$VERB" --config "$CONFIG" --set "run.dir=$RUN_DIR")

@@ -94,7 +94,9 @@ supervise() {
   # shellcheck disable=SC1091  # it is on the worker only
   [ ! -f "$BASE/env" ] || . "$BASE/env"
   set +a
-  export LIBTPU_INIT_ARGS=$libtpu PYTHONUNBUFFERED=1
+  export PYTHONUNBUFFERED=1
+  # psyche has flags of its own for the TPU compiler where this is not set; set to nothing, there are none.
+  case $libtpu in '') ;; none) export LIBTPU_INIT_ARGS= ;; *) export LIBTPU_INIT_ARGS=$libtpu ;; esac
   # Named, a TPU that cannot be used is an error; unnamed, JAX would train on the CPU.
   export JAX_PLATFORMS=tpu,cpu
   printf '=== %s psyche %s\n' "$(date -u +%FT%TZ)" "$*"

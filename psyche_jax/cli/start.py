@@ -33,7 +33,10 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
         os.environ.setdefault("NPROC", "64")
     import jax
 
+    from psyche_jax.model.sharding import set_tpu_flags
     from psyche_jax.train import hosts
+
+    set_tpu_flags()
 
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(_CACHE))

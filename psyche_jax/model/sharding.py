@@ -1,6 +1,7 @@
 """One mesh and tables of rules: where each logical axis goes while training and while decoding."""
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -47,6 +48,18 @@ SPREAD_RULES: Rules = MappingProxyType(
 DECODE_RULES: Rules = MappingProxyType(
     {**TRAIN_RULES, "embed": None, "embed_for_vocab": "tensor", "loss_vocab": "tensor"}
 )
+
+
+# How the TPU compiler brings the weights of FSDP: each whole, and while others are computed with. By itself it cuts the
+# products in pieces, each of which waits for a piece of the weights. What that gains: docs/measurements/benchmarks.md.
+# (libtpu refuses a flag that it does not know; that gathers are fused with products is its default on v5e, and elsewhere
+# newer versions refuse it: "might lead to incorrect results".)
+_TPU_FLAGS = ("--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000", "--xla_enable_async_all_gather=true")
+
+
+def set_tpu_flags() -> None:
+    """Give libtpu our flags when it starts, unless the environment has `LIBTPU_INIT_ARGS` (which may be empty)."""
+    os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(_TPU_FLAGS))
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ class Slice:
         os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
         from jax.experimental import topologies
 
+        from psyche_jax.model.sharding import set_tpu_flags
+
+        set_tpu_flags()  # as in a run
+
         options = dict(self.chip.options)
         if self.chips == 1:  # else the compiler thinks of a host with four
             options["chips_per_host_bounds"] = (1, 1, 1)
