@@ -90,8 +90,7 @@ def add_verbs(add: AddVerb) -> None:
         _bench,
         "Time the real programs on a random model, by default at a size for two CPU cores: SFT, GRPO, or its rollout "
         "alone. Each has --help.",
-        "psyche bench grpo --prompt-length 512 --beta 0.04 --json\n"
-        "  psyche bench rollout --config grpo_7b_v5e16 --lengths mean=373,p99=1024",
+        "psyche bench grpo --prompt-length 512 --beta 0.04 --json",
     )
     _add_bench(verb)
 
@@ -114,7 +113,8 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
             name,
             help=text,
             description=f"Time {text}, with random weights and tokens.",
-            epilog="An option sets the key of a config that is named beside it, with --config that of the file.",
+            epilog="An option sets the key of a config that is named beside it, with --config that of the file. "
+            "docs/measurements/benchmarks.md says what is measured and printed.",
         )
         add_config(
             parser,
