@@ -5,7 +5,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,25 +13,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape, SftShape, What
-from psyche_jax.config import (
-    GrpoConfig,
-    GrpoDataSection,
-    ModelSection,
-    ObjectiveSection,
-    OptimizerSection,
-    RunSection,
-)
+from psyche_jax.bench.case import Case
+from psyche_jax.bench.options import What
+from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import Sampling, generate_counted
+from psyche_jax.model.flops import memory_bandwidth, peak_of_all_devices
 from psyche_jax.model.qwen2 import Execution, Parameters, initialize
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.rewards import AnswerSetRule, RepetitionRule, ThinkFormatRule
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.plan.roofline import count_phases, decoding_of
 from psyche_jax.rewards.score import CompiledRules, compile_rules
+from psyche_jax.train import grpo_run, hosts, sft
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import count_compilations
 from psyche_jax.train.setup import abstract_train_state, check_rows
-from psyche_jax.train.sft import make_sft_step
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
 
@@ -40,7 +35,7 @@ class Workload:
     """A jitted program and how to call it again and again.
 
     `arguments(carry, step)` gives the program's arguments in step `step`; `split(result)` the next carry and what the
-    step reports (scalars by name).
+    step reports (arrays by name).
     """
 
     program: Any
@@ -49,69 +44,72 @@ class Workload:
     split: Callable[[Any], tuple[Any, dict[str, jax.Array]]]
 
 
-def sft_workload(shape: SftShape, seed: int, steps: int) -> Workload:
-    """The step of `psyche sft`; random tokens, another batch each step."""
-    model, execution = _model(shape.model)
-    check_rows(shape.batch, "--batch", execution.sharding)
-    section = OptimizerSection()
-    schedule = make_schedule(section, steps)
-    optimizer = make_optimizer(section, schedule)
-    shardings = abstract_train_state(model, jnp.dtype("float32"), execution.sharding, optimizer)[1]
-    step = make_sft_step(model, execution, optimizer, schedule, shardings, micro_batches=1)
-    size = (shape.batch, shape.length)
+def sft_workload(case: Case, seed: int, steps: int) -> Workload:
+    """The step of `psyche sft`; full sequences of random tokens, another batch each step."""
+    config, model, execution = case.config, case.model, _execution(case)
+    assert isinstance(config, SftConfig)
+    rows = config.rows_per_micro_batch
+    check_rows(rows, "batch_size" if config.micro_batch_size is None else "micro_batch_size", execution.sharding)
+    schedule = make_schedule(config.optimizer, steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), execution.sharding, optimizer)[1]
+    step = sft.make_sft_step(model, execution, optimizer, schedule, shardings, config.batch_size // rows)
+    size = (config.batch_size, config.data.max_length)
     place = execution.sharding.named("batch", "sequence")
-    fixed = jax.device_put(
+    fixed = hosts.place(
         {
             "segments": np.ones(size, np.int32),
-            "positions": np.tile(np.arange(shape.length, dtype=np.int32), (shape.batch, 1)),
+            "positions": np.tile(np.arange(size[1], dtype=np.int32), (size[0], 1)),
             "loss_mask": np.ones(size, bool),
         },
         place,
     )
-    tokens = [jax.device_put(drawn, place) for drawn in _random_tokens(seed, steps, shape.model.vocab, size)]
-    state = initial_state(optimizer, _parameters(model, seed, execution), shardings)
+    tokens = [hosts.place(drawn, place) for drawn in _random_tokens(seed, steps, model, size)]
+    state = initial_state(optimizer, _parameters(case, seed, execution), shardings)
     return Workload(
         step, state, lambda state, index: (state, {**fixed, "tokens": tokens[index]}), lambda result: result
     )
 
 
-def rollout_workload(shape: RolloutShape, seed: int, steps: int) -> Workload:
-    """Decoding as `psyche grpo` and `psyche eval` do it, at temperature 1."""
-    model, execution = _model(shape.model)
-    check_rows(shape.prompts, "--prompts", execution.sharding)
-    sampling = Sampling(shape.completion_length, 1.0, shape.generations)
-    program = jax.jit(partial(generate, model, sampling=sampling, execution=execution))
-    prompts, keys = _prompts(shape, seed, steps, execution), _keys(seed, steps)
+def rollout_workload(case: Case, seed: int, steps: int) -> Workload:
+    """Decoding as `psyche grpo` and `psyche eval` do it."""
+    config, execution = case.config, _execution(case)
+    assert isinstance(config, GrpoConfig)
+    _check_decoding(config, execution.sharding)
+    sampling = Sampling(config.max_new_tokens, config.temperature, config.generations_per_prompt, config.slots)
+    generate = partial(generate_counted, case.model, sampling=sampling, execution=execution)
+    program = jax.jit(generate, out_shardings=execution.sharding.named())
+    prompts, keys = _prompts(case, seed, steps, execution), _keys(case, seed, steps, execution)
+    parameters = _parameters(case, seed, execution)
 
     def arguments(parameters: Parameters, index: int) -> tuple[Any, ...]:
         return parameters, prompts[index]["tokens"], prompts[index]["mask"], keys[index]
 
-    parameters = _parameters(model, seed, execution)
-    return Workload(program, parameters, arguments, lambda _: (parameters, {}))
+    def split(result: Any) -> tuple[Parameters, dict[str, jax.Array]]:
+        rollout, steps = result
+        return parameters, {"mask": rollout.mask, "decoding_steps": steps}
+
+    return Workload(program, parameters, arguments, split)
 
 
-def grpo_workload(shape: GrpoShape, seed: int, steps: int) -> Workload:
-    """The iteration of `psyche grpo`, with one update; the rewards are its own and one that differs by response."""
-    model, execution = _model(shape.model)
-    check_rows(shape.prompts, "--prompts", execution.sharding)
-    config = GrpoConfig(
-        run=RunSection("bench"),
-        model=ModelSection("bench", compute_dtype=shape.model.dtype),
-        data=GrpoDataSection("bench", shape.prompt_length),
-        prompts_per_step=shape.prompts,
-        generations_per_prompt=shape.generations,
-        max_new_tokens=shape.completion_length,
-        objective=ObjectiveSection(kl_coefficient=shape.beta),
-        rewards=(ThinkFormatRule(weight=0.5), AnswerSetRule(), RepetitionRule(ngram=1)),
-    )
-    schedule = make_schedule(config.optimizer, steps)
+def grpo_workload(case: Case, seed: int, steps: int) -> Workload:
+    """The iteration of `psyche grpo`."""
+    config, model, execution = case.config, case.model, _execution(case)
+    assert isinstance(config, GrpoConfig)
+    _check_decoding(config, execution.sharding)
+    rows = config.prompts_per_micro_batch * config.generations_per_prompt
+    check_rows(rows, "micro_batch_prompts × generations_per_prompt", execution.sharding)
+    schedule = make_schedule(config.optimizer, steps, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
-    shardings = abstract_train_state(model, jnp.dtype("float32"), execution.sharding, optimizer)[1]
+    shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), execution.sharding, optimizer)[1]
     program = Iteration(config, model, execution, optimizer, schedule, shardings).program()
     rules = _rules(config, model, seed)
-    prompts, keys = _prompts(shape, seed, steps, execution), _keys(seed, steps)
-    parameters = _parameters(model, seed, execution)
-    reference = jax.tree.map(jnp.copy, parameters) if shape.beta else None
+    prompts, keys = _prompts(case, seed, steps, execution), _keys(case, seed, steps, execution)
+    parameters = _parameters(case, seed, execution)
+    reference = None
+    if config.objective.kl_coefficient:
+        dtype = jnp.dtype(config.reference_dtype)
+        reference = jax.tree.map(lambda weights: jnp.array(weights, dtype, copy=True), parameters)
     state = initial_state(optimizer, parameters, shardings)
 
     def arguments(state: TrainState, index: int) -> tuple[Any, ...]:
@@ -120,48 +118,59 @@ def grpo_workload(shape: GrpoShape, seed: int, steps: int) -> Workload:
     return Workload(program, state, arguments, lambda result: (result[0], result[1]["metrics"]))
 
 
-_WORKLOADS: dict[type, tuple[What, Callable[[Any, int, int], Workload]]] = {
-    SftShape: ("sft", sft_workload),
-    GrpoShape: ("grpo", grpo_workload),
-    RolloutShape: ("rollout", rollout_workload),
+_WORKLOADS: dict[What, Callable[[Case, int, int], Workload]] = {
+    "sft": sft_workload,
+    "grpo": grpo_workload,
+    "rollout": rollout_workload,
 }
 
 
-def _model(shape: ModelShape) -> tuple[ModelConfig, Execution]:
-    """The architecture and how it computes. Its only stop token is beyond the vocabulary, so that it is never drawn."""
-    config = ModelConfig(
-        vocab_size=shape.vocab,
-        hidden_size=shape.width,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.width // shape.heads,
-        tie_word_embeddings=shape.tied,
-        stop_token_ids=(shape.vocab,),
-    )
-    return config, Execution(Sharding(make_mesh(), TRAIN_RULES), jnp.dtype(shape.dtype))
+def _execution(case: Case) -> Execution:
+    section, mesh = case.config.model, case.config.mesh
+    sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
+    check_mesh_fits(sharding.mesh, case.model)
+    return Execution(sharding, jnp.dtype(section.compute_dtype), section.remat, section.attention)
 
 
-def _parameters(model: ModelConfig, seed: int, execution: Execution) -> Parameters:
-    return initialize(model, jax.random.key(seed), execution.sharding, jnp.dtype("float32"))
+def _check_decoding(config: GrpoConfig, sharding: Sharding) -> None:
+    check_rows(config.prompts_per_step, "prompts_per_step", sharding)
+    check_rows(config.slots, "rollout.slots", sharding)
 
 
-def _random_tokens(seed: int, steps: int, vocab: int, size: tuple[int, int]) -> list[np.ndarray]:
+def _parameters(case: Case, seed: int, execution: Execution) -> Parameters:
+    return initialize(case.model, jax.random.key(seed), execution.sharding, jnp.dtype(case.config.model.dtype))
+
+
+def _random_tokens(seed: int, steps: int, model: ModelConfig, size: tuple[int, int]) -> list[np.ndarray]:
     generator = np.random.default_rng(seed)
-    return [generator.integers(0, vocab, size, np.int32) for _ in range(steps)]
+    return [generator.integers(0, model.vocab_size, size, np.int32) for _ in range(steps)]
 
 
-def _prompts(shape: RolloutShape, seed: int, steps: int, execution: Execution) -> list[dict[str, jax.Array]]:
+def _prompts(case: Case, seed: int, steps: int, execution: Execution) -> list[dict[str, jax.Array]]:
     """Prompts of full length, other ones each step."""
-    size = (shape.prompts, shape.prompt_length)
-    fixed = {"mask": np.ones(size, bool), "answers": np.ones(shape.prompts, np.int32)}
-    drawn = _random_tokens(seed, steps, shape.model.vocab, size)
-    return [jax.device_put({**fixed, "tokens": tokens}, execution.sharding.named("batch")) for tokens in drawn]
+    config = case.config
+    assert isinstance(config, GrpoConfig)
+    size = (config.prompts_per_step, config.data.max_prompt_length)
+    fixed = {"mask": np.ones(size, bool), "answers": np.ones(size[0], np.int32)}
+    drawn = _random_tokens(seed, steps, case.model, size)
+    return [hosts.place({**fixed, "tokens": tokens}, execution.sharding.named("batch")) for tokens in drawn]
 
 
-def _keys(seed: int, steps: int) -> list[jax.Array]:
-    return [jax.random.fold_in(jax.random.key(seed), step) for step in range(steps)]
+def _keys(case: Case, seed: int, steps: int, execution: Execution) -> list[jax.Array]:
+    """A random key for each step; where responses end at given places, the numbers that are drawn by instead.
+
+    A token is drawn by where two numbers lie in the cumulative sum of its probabilities: the stop token, which is token
+    0, where both are 0. All other numbers are 1/8 or more, beyond the share of any one token.
+    """
+    if case.lengths is None:
+        return [jax.random.fold_in(jax.random.key(seed), step) for step in range(steps)]
+    config = case.config
+    assert isinstance(config, GrpoConfig)
+    responses = len(case.lengths)
+    random = np.random.default_rng(seed).random((2, responses, config.max_new_tokens), np.float32)
+    numbers = np.float32(1 / 8) + np.float32(7 / 8) * random
+    numbers[:, np.arange(responses), np.asarray(case.lengths) - 1] = 0
+    return [hosts.place(numbers, execution.sharding.named())] * steps
 
 
 def _rules(config: GrpoConfig, model: ModelConfig, seed: int) -> CompiledRules:
@@ -180,7 +189,7 @@ _TRANSFER = re.compile(r" (?:infeed|outfeed|send|recv)\(")
 _CALLBACK = re.compile(r'custom_call_target="[^"]*(?:callback|[Hh]ost)[^"]*"')
 
 
-def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup: int, seed: int) -> dict[str, Any]:
+def run_benchmark(case: Case, steps: int, warmup: int, seed: int) -> dict[str, Any]:
     """Time `steps` steps after `warmup` ones that do not count; the first of all compiles.
 
     Returns:
@@ -188,10 +197,10 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
       `cpu_seconds_all`: what this process's threads computed meanwhile, over all cores; `tokens_per_second`: trained
       (SFT) or generated (GRPO, rollout) tokens of a step by the median; `compilations`: from the first step to the
       last, `compilations_timed`: within the timed steps, where there should be none; `peak_rss_mib`: of the process.
+      Further keys: see `_of_responses`, `shares_of_peaks`.
     """
     total = warmup + steps
-    what, make = _WORKLOADS[type(shape)]
-    workload = make(shape, seed, total)
+    workload = _WORKLOADS[case.what](case, seed, total)
     # Each step is waited for, so that its time is its own; what a step is given was put on the device before.
     carry = jax.block_until_ready(workload.carry)
     seconds, cpu_seconds, reports = [], [], []
@@ -212,23 +221,27 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
     timed = seconds[warmup:]
     median = statistics.median(timed)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    metrics = jax.device_get(reports)
+    of_responses = {} if case.what == "sft" else _of_responses(case, metrics[warmup:])
+    tokens = metrics[-1]["num_tokens"] if case.what == "sft" else of_responses["mean_length"] * _responses(case)
     outcome: dict[str, Any] = {
-        "what": what,
-        "shape": _flat(shape),
+        "what": case.what,
+        "shape": case.shape,
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "seconds_median": round(median, 5),
         "seconds_all": [round(value, 5) for value in timed],
         "cpu_seconds_all": [round(value, 5) for value in cpu_seconds[warmup:]],
         "first_step_seconds": round(seconds[0], 3),
-        "tokens_per_second": round(shape.tokens / median, 1),
+        "tokens_per_second": round(float(tokens) / median, 1),
         "compilations": compilations,
         "compilations_timed": compilations_timed,
         "peak_rss_mib": round(peak, 1),
+        **of_responses,
+        **shares_of_peaks(case, metrics[-1], median),
     }
     # GRPO says two things more: whether sampler and trainer agree, and that the device never waits for the host.
-    if what == "grpo":
-        metrics = jax.device_get(reports)
+    if case.what == "grpo":
         outcome["logp_difference"] = {
             "mean": statistics.fmean(float(report["sampling/logp_difference/mean"]) for report in metrics),
             "max": max(float(report["sampling/logp_difference/max"]) for report in metrics),
@@ -238,17 +251,74 @@ def run_benchmark(shape: SftShape | RolloutShape | GrpoShape, steps: int, warmup
     return outcome
 
 
+def _responses(case: Case) -> int:
+    assert isinstance(case.config, GrpoConfig)
+    return case.config.prompts_per_step * case.config.generations_per_prompt
+
+
+def _of_responses(case: Case, metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """`mean_length`, `max_length`: of a step's responses, in tokens; `decoding_steps`: how many it took. All of them
+    by what the program returned in the timed steps, on average."""
+    if case.what == "grpo":
+        means = [float(report["completions/mean_length"]) for report in metrics]
+        longest = [int(report["completions/max_length"]) for report in metrics]
+    else:
+        lengths = [report["mask"].sum(axis=1) for report in metrics]
+        means, longest = [float(of_step.mean()) for of_step in lengths], [int(of_step.max()) for of_step in lengths]
+    return {
+        "mean_length": round(statistics.fmean(means), 3),
+        "max_length": max(longest),
+        "decoding_steps": round(statistics.fmean(int(report["decoding_steps"]) for report in metrics), 1),
+    }
+
+
+def shares_of_peaks(case: Case, metrics: dict[str, Any], seconds: float) -> dict[str, float]:
+    """What share of the device's published peaks a step reaches, where these are known.
+
+    `mfu`: of its bfloat16 FLOP/s, if that is what products are computed in. FLOPs are those of the model, as a run's
+    metric `mfu` counts them: without padding and what remat computes again. `bandwidth_share`, of a rollout: the time
+    in which memory could be read as decoding must read it, step by step all weights and what is filled of the cache
+    (`plan/roofline.py`), over the time of the whole rollout.
+    """
+    config, model = case.config, case.model
+    shares: dict[str, float] = {}
+    decode = None
+    if isinstance(config, SftConfig):
+        flops = sft.step_flops(model, config.batch_size, metrics)
+    elif case.what == "grpo":
+        flops = grpo_run.step_flops(model, config, metrics)
+    else:
+        mesh = _execution(case).sharding.mesh.shape
+        phases = count_phases(config, model, mesh, decoding_of(config, mesh, case.lengths))
+        decode = phases["decode"]
+        flops = phases["prefill"].flops + decode.flops
+    peak, bandwidth = peak_of_all_devices(), memory_bandwidth(jax.devices()[0].device_kind)
+    if peak is not None and config.model.compute_dtype == "bfloat16":
+        shares["mfu"] = float(flops) / peak / seconds
+    if bandwidth is not None and decode is not None:
+        shares["bandwidth_share"] = decode.hbm_bytes / bandwidth / seconds
+    return {name: round(share, 4) for name, share in shares.items()}
+
+
 def as_text(outcome: dict[str, Any]) -> str:
     """An outcome as readable text."""
     lines = [
         f"{outcome['what']} on {outcome['devices']} × {outcome['device']}: "
-        + ", ".join(f"{name} {value}" for name, value in outcome["shape"].items()),
+        + ", ".join(f"{name} {value}" for name, value in outcome["shape"].items() if value is not None),
         f"{outcome['seconds_median']:.4g} s a step (median of {len(outcome['seconds_all'])}, "
         f"{min(outcome['seconds_all']):.4g} to {max(outcome['seconds_all']):.4g}), "
         f"{outcome['tokens_per_second']:.4g} tokens/s",
         f"{outcome['compilations']} compilations, {outcome['compilations_timed']} of them in timed steps; "
         f"{outcome['peak_rss_mib']:.0f} MiB",
     ]
+    if "mean_length" in outcome:
+        lines.append(
+            f"responses of {outcome['mean_length']:.4g} tokens on average, the longest of {outcome['max_length']}, in "
+            f"{outcome['decoding_steps']:.5g} steps of decoding"
+        )
+    shares = {"mfu": "MFU {:.1%} (of the published bfloat16 peak)", "bandwidth_share": "{:.1%} of the bandwidth bound"}
+    if known := [text.format(outcome[name]) for name, text in shares.items() if name in outcome]:
+        lines.append("; ".join(known))
     if "logp_difference" in outcome:
         difference = outcome["logp_difference"]
         lines.append(
@@ -261,8 +331,3 @@ def as_text(outcome: dict[str, Any]) -> str:
 def host_visits(hlo: str) -> dict[str, int]:
     """How often a compiled program's text says that it sends to or receives from the host, or calls back into it."""
     return {"host_transfers": len(_TRANSFER.findall(hlo)), "host_callbacks": len(_CALLBACK.findall(hlo))}
-
-
-def _flat(shape: Any) -> dict[str, Any]:
-    values = asdict(shape)
-    return {**values.pop("model"), **values}

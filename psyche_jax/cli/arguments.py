@@ -40,7 +40,7 @@ def add_set(verb: argparse.ArgumentParser) -> None:
     )
 
 
-def check_at_least(name: str, value: int | None, least: int) -> None:
+def check_at_least(name: str, value: float | None, least: int) -> None:
     """Refuse a number below `least`; None is one that was not given."""
     if value is not None and value < least:
         raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")

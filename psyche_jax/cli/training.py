@@ -1,7 +1,6 @@
 """Models and their training: import, sft, grpo, export, plan, bench, demo."""
 
 import argparse
-import dataclasses
 import json
 import os
 from pathlib import Path
@@ -89,7 +88,8 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "bench",
         _bench,
-        "Time the real programs on a random model, by default at a size for two CPU cores.",
+        "Time the real programs on a random model, by default at a size for two CPU cores: SFT, GRPO, or its rollout "
+        "alone. Each has --help.",
         "psyche bench grpo --prompt-length 512 --beta 0.04 --json",
     )
     _add_bench(verb)
@@ -105,26 +105,40 @@ def add_verbs(add: AddVerb) -> None:
 
 
 def _add_bench(verb: argparse.ArgumentParser) -> None:
-    from psyche_jax.bench.shape import GrpoShape, ModelShape, RolloutShape, SftShape
+    from psyche_jax.bench.options import MODEL, OPTIONS, WHATS
 
     what = verb.add_subparsers(dest="what", required=True, metavar="WHAT")
-    for name, kind, text in (
-        ("sft", SftShape, "a step of SFT"),
-        ("grpo", GrpoShape, "an iteration of GRPO: rollout, rewards, update; no response ends early"),
-        ("rollout", RolloutShape, "the rollout alone; no response ends early"),
-    ):
-        parser = what.add_parser(name, help=text, description=f"Time {text}.")
-        parser.set_defaults(shape=kind)
-        for entry in (*dataclasses.fields(ModelShape), *dataclasses.fields(kind)):
-            flag = f"--{entry.name.replace('_', '-')}"
-            default = entry.default
-            if entry.name == "dtype":
-                choices = ("float32", "bfloat16")
-                parser.add_argument(flag, choices=choices, default=default, help="that products are computed in")
-            elif isinstance(default, bool):
-                parser.add_argument(flag, action="store_true", help="the head is the embedding")
-            elif isinstance(default, int | float):
-                parser.add_argument(flag, type=type(default), default=default, metavar="N", help=f"default {default}")
+    for name, text in WHATS.items():
+        parser = what.add_parser(
+            name,
+            help=text,
+            description=f"Time {text}, with random weights and tokens.",
+            epilog="An option sets the key of a config that is named beside it, with --config that of the file. "
+            "docs/measurements/benchmarks.md says what is measured and printed.",
+        )
+        add_config(
+            parser,
+            f"of {'SFT' if name == 'sft' else 'GRPO'}, such as {'sft' if name == 'sft' else 'grpo'}_7b_v5e16",
+            False,
+        )
+        for option_name, option in {**OPTIONS[name], **MODEL}.items():
+            flag = f"--{option_name.replace('_', '-')}"
+            default = f"; default {'all' if option.default is None else option.default}"
+            text = f"{option.meaning} ({option.key}{default})"
+            if isinstance(option.default, bool):
+                parser.add_argument(flag, action="store_true", default=None, help=text)
+            elif option.choices:
+                parser.add_argument(flag, choices=option.choices, help=text)
+            else:
+                kind = float if isinstance(option.default, float) else int
+                parser.add_argument(flag, type=kind, metavar="N", help=text)
+        if name != "sft":
+            parser.add_argument(
+                "--lengths",
+                metavar="LENGTHS",
+                help="of responses, which end by a stop token: mean=400,p99=2048 (log-normal), or the folder of a run "
+                "(default: none ends early)",
+            )
         parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default 10)")
         parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before those (default 3)")
         parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
@@ -209,19 +223,26 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from psyche_jax.bench.shape import ModelShape
+    from psyche_jax.bench.case import make_case
+    from psyche_jax.bench.options import MODEL, OPTIONS
 
     for name in ("steps", "warmup"):
         check_at_least(name, getattr(arguments, name), 1)
     check_seed(arguments.seed)
-    model = ModelShape(**{entry.name: getattr(arguments, entry.name) for entry in dataclasses.fields(ModelShape)})
-    names = {entry.name for entry in dataclasses.fields(arguments.shape)} - {"model"}
-    shape = arguments.shape(model, **{name: getattr(arguments, name) for name in names})
-    start.start_jax()
+    options = {**OPTIONS[arguments.what], **MODEL}
+    given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}
+    for name, value in given.items():
+        if (least := options[name].least) is not None:
+            check_at_least(name, value, least)
+    lengths = getattr(arguments, "lengths", None)
+    case = make_case(arguments.what, given, arguments.config, arguments.overrides, lengths)
+    start.start_jax(case.config.distributed)
     from psyche_jax.bench.measure import as_text, run_benchmark
+    from psyche_jax.train.hosts import is_first
 
-    outcome = run_benchmark(shape, arguments.steps, arguments.warmup, arguments.seed)
-    print(json.dumps(outcome) if arguments.json else as_text(outcome))
+    outcome = run_benchmark(case, arguments.steps, arguments.warmup, arguments.seed)
+    if is_first():
+        print(json.dumps(outcome) if arguments.json else as_text(outcome))
 
 
 def _demo(arguments: argparse.Namespace) -> None:

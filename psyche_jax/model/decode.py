@@ -47,9 +47,12 @@ def uniform(key: jax.Array, response: jax.Array, position: jax.Array) -> jax.Arr
     The cipher behind `jax.random` (Threefry) is applied to the pair of both, for all rows at once.
 
     Args:
-      key: random key.
+      key: random key; or the numbers themselves, float32 [2, responses, positions], by which responses can be made to
+        end at given places (`bench`).
       response, position: int32 [rows], the number of a response among all, and which of its tokens is drawn.
     """
+    if key.dtype == jnp.float32:
+        return key[:, response, position]
     words = jax.random.key_data(key).ravel()
     bits = threefry2x32_p.bind(words[0], words[1], response.astype(jnp.uint32), position.astype(jnp.uint32))
     return jnp.stack([(part >> 8).astype(jnp.float32) * jnp.float32(2**-24) for part in bits])

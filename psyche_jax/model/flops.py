@@ -1,4 +1,4 @@
-"""FLOPs of the model by arithmetic, and the peaks of known accelerators."""
+"""FLOPs of the model by arithmetic, and the peaks of known accelerators: of computing and of their memory."""
 
 import jax
 
@@ -11,9 +11,22 @@ BF16_PEAKS = {
     "v5p": 459e12,
     "v6e": 918e12,
     "tpu7x": 2307e12 / 2,  # a chip is two devices
-    "A100": 312e12,
+    "A100-40GB": 312e12,
+    "A100-80GB": 312e12,
     "H100": 989e12,
     "H200": 989e12,
+}
+# Bytes/s from and to the memory of one device: the same pages and sheets.
+HBM_BANDWIDTHS = {
+    "v4": 1.228e12,
+    "v5e": 0.819e12,
+    "v5p": 2.765e12,
+    "v6e": 1.640e12,
+    "tpu7x": 7.380e12 / 2,
+    "A100-40GB": 1.555e12,
+    "A100-80GB": 2.039e12,
+    "H100": 3.35e12,
+    "H200": 4.8e12,
 }
 _BY_DEVICE_KIND = {  # how JAX names devices, or how these names begin
     "TPU v4": "v4",
@@ -24,16 +37,27 @@ _BY_DEVICE_KIND = {  # how JAX names devices, or how these names begin
     "TPU v6 lite": "v6e",
     "TPU v6e": "v6e",
     "TPU7x": "tpu7x",
-    "NVIDIA A100-SXM": "A100",
+    "NVIDIA A100-SXM4-40GB": "A100-40GB",
+    "NVIDIA A100-SXM4-80GB": "A100-80GB",
     "NVIDIA H100 80GB HBM3": "H100",
     "NVIDIA H200": "H200",
 }
 
 
+def _known(device_kind: str) -> str | None:
+    return next((name for kind, name in _BY_DEVICE_KIND.items() if device_kind.startswith(kind)), None)
+
+
 def peak_flops(device_kind: str) -> float | None:
     """bfloat16 FLOP/s of a device as JAX names it; None if it is not known."""
-    name = next((name for kind, name in _BY_DEVICE_KIND.items() if device_kind.startswith(kind)), None)
+    name = _known(device_kind)
     return None if name is None else BF16_PEAKS[name]
+
+
+def memory_bandwidth(device_kind: str) -> float | None:
+    """Bytes/s from and to the memory of a device as JAX names it; None if it is not known."""
+    name = _known(device_kind)
+    return None if name is None else HBM_BANDWIDTHS[name]
 
 
 def peak_of_all_devices() -> float | None:

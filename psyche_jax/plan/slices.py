@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.flops import BF16_PEAKS
+from psyche_jax.model.flops import BF16_PEAKS, HBM_BANDWIDTHS
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,25 @@ _MEGACORE = (("chip_config_name", "megacore"),)  # a chip's two TensorCores as o
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v4", BF16_PEAKS["v4"], 30.75, 1.228e12, 300e9, "v4", 2, 3, 4096, 8 * 128**2, options=_MEGACORE),
         Chip(
-            "v5e", BF16_PEAKS["v5e"], 15.75, 0.819e12, 200e9, "v5litepod", 1, 2, 256, 4 * 128**2,
+            "v4", BF16_PEAKS["v4"], 30.75, HBM_BANDWIDTHS["v4"], 300e9, "v4", 2, 3, 4096, 8 * 128**2,
+            options=_MEGACORE,
+        ),
+        Chip(
+            "v5e", BF16_PEAKS["v5e"], 15.75, HBM_BANDWIDTHS["v5e"], 200e9, "v5litepod", 1, 2, 256, 4 * 128**2,
             spellings=("v5lite",),
         ),
-        Chip("v5p", BF16_PEAKS["v5p"], 95.74, 2.765e12, 600e9, "v5p", 2, 3, 6144, 8 * 128**2, options=_MEGACORE),
         Chip(
-            "v6e", BF16_PEAKS["v6e"], 31.25, 1.640e12, 400e9, "v6e", 1, 2, 256, 4 * 256**2,
+            "v5p", BF16_PEAKS["v5p"], 95.74, HBM_BANDWIDTHS["v5p"], 600e9, "v5p", 2, 3, 6144, 8 * 128**2,
+            options=_MEGACORE,
+        ),
+        Chip(
+            "v6e", BF16_PEAKS["v6e"], 31.25, HBM_BANDWIDTHS["v6e"], 400e9, "v6e", 1, 2, 256, 4 * 256**2,
             spellings=("trillium", "v6lite"), options=(("chips_per_host_bounds", (2, 2, 1)),),
         ),
         # Ironwood: a chip has 192 GiB, 7,380 GB/s of HBM and 600 GB/s to its neighbours, for two devices.
         Chip(
-            "tpu7x", BF16_PEAKS["tpu7x"], 94.74, 3.690e12, 300e9, "tpu7x", 2, 3, 9216, 4 * 256**2,
+            "tpu7x", BF16_PEAKS["tpu7x"], 94.74, HBM_BANDWIDTHS["tpu7x"], 300e9, "tpu7x", 2, 3, 9216, 4 * 256**2,
             devices=2, spellings=("v7x", "ironwood"),
         ),
     )
