@@ -20,13 +20,14 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import Sampling, generate_counted
 from psyche_jax.model.flops import memory_bandwidth, peak_of_all_devices
 from psyche_jax.model.qwen2 import Execution, Parameters, initialize
-from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
+from psyche_jax.model.sharding import check_mesh_fits
+from psyche_jax.plan.compile import sharding_of
 from psyche_jax.plan.roofline import count_phases, decoding_of
 from psyche_jax.rewards.score import CompiledRules, compile_rules
 from psyche_jax.train import grpo_run, hosts, sft
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.loop import count_compilations
-from psyche_jax.train.setup import abstract_train_state, check_rows
+from psyche_jax.train.setup import abstract_train_state, check_grpo_rows, check_rows
 from psyche_jax.train.state import TrainState, initial_state, make_optimizer, make_schedule
 
 
@@ -75,7 +76,7 @@ def rollout_workload(case: Case, seed: int, steps: int) -> Workload:
     """Decoding as `psyche grpo` and `psyche eval` do it."""
     config, execution = case.config, _execution(case)
     assert isinstance(config, GrpoConfig)
-    _check_decoding(config, execution.sharding)
+    check_grpo_rows(config, execution.sharding)
     sampling = Sampling(config.max_new_tokens, config.temperature, config.generations_per_prompt, config.slots)
     generate = partial(generate_counted, case.model, sampling=sampling, execution=execution)
     program = jax.jit(generate, out_shardings=execution.sharding.named())
@@ -96,9 +97,7 @@ def grpo_workload(case: Case, seed: int, steps: int) -> Workload:
     """The iteration of `psyche grpo`."""
     config, model, execution = case.config, case.model, _execution(case)
     assert isinstance(config, GrpoConfig)
-    _check_decoding(config, execution.sharding)
-    rows = config.prompts_per_micro_batch * config.generations_per_prompt
-    check_rows(rows, "micro_batch_prompts × generations_per_prompt", execution.sharding)
+    check_grpo_rows(config, execution.sharding)
     schedule = make_schedule(config.optimizer, steps, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), execution.sharding, optimizer)[1]
@@ -126,15 +125,9 @@ _WORKLOADS: dict[What, Callable[[Case, int, int], Workload]] = {
 
 
 def _execution(case: Case) -> Execution:
-    section, mesh = case.config.model, case.config.mesh
-    sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
-    check_mesh_fits(sharding.mesh, case.model)
+    section, sharding = case.config.model, sharding_of(case.config)
+    check_mesh_fits(sharding, case.model)
     return Execution(sharding, jnp.dtype(section.compute_dtype), section.remat, section.attention)
-
-
-def _check_decoding(config: GrpoConfig, sharding: Sharding) -> None:
-    check_rows(config.prompts_per_step, "prompts_per_step", sharding)
-    check_rows(config.slots, "rollout.slots", sharding)
 
 
 def _parameters(case: Case, seed: int, execution: Execution) -> Parameters:

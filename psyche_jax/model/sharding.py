@@ -50,10 +50,10 @@ DECODE_RULES: Rules = MappingProxyType(
 )
 
 
-# How the TPU compiler brings the weights of FSDP: each whole, and while others are computed with. By itself it cuts the
-# products in pieces, each of which waits for a piece of the weights. What that gains: docs/measurements/benchmarks.md.
-# (libtpu refuses a flag that it does not know; that gathers are fused with products is its default on v5e, and elsewhere
-# newer versions refuse it: "might lead to incorrect results".)
+# How the TPU compiler brings the weights of FSDP: each whole, while others are computed with. By itself it cuts its
+# products in pieces, each of which waits for some of the weights. What is gained: docs/measurements/benchmarks.md.
+# (libtpu refuses a flag that it does not know. To fuse gathers with products is its default on v5e; elsewhere newer
+# versions refuse it: it "might lead to incorrect results".)
 _TPU_FLAGS = ("--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000", "--xla_enable_async_all_gather=true")
 
 

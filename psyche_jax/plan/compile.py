@@ -72,8 +72,8 @@ def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]
     return model, (f"{section.path} is not on this machine: the shape is that of {section.architecture}",)
 
 
-def sharding_of(config: PlanConfig, devices: list[Any]) -> Sharding:
-    """The mesh of a run with `config` on `devices`."""
+def sharding_of(config: PlanConfig, devices: list[Any] | None = None) -> Sharding:
+    """The mesh of a run with `config` on `devices`; None: on all there are."""
     mesh, decoding_tensor = config.mesh, config.rollout.tensor if isinstance(config, GrpoConfig) else None
     return training_sharding(mesh.data, mesh.fsdp, mesh.tensor, decoding_tensor, devices)
 
