@@ -121,8 +121,10 @@ def check_grpo_rows(config: GrpoConfig, sharding: Sharding) -> None:
     check_rows(rows, "micro_batch_prompts × generations_per_prompt", sharding)
     groups = sharding.for_decoding().parts("batch")
     if config.slots % groups:
-        over = "data × fsdp" if config.rollout.tensor is None else "data × fsdp / rollout.tensor"
-        raise UsageError(f"rollout.slots: {config.slots} rows cannot be spread over {over} = {groups}; use a multiple")
+        over = f"data × fsdp = {groups} devices"
+        if config.rollout.tensor is not None:
+            over = f"data × fsdp / rollout.tensor = {groups} groups of devices"
+        raise UsageError(f"rollout.slots: {config.slots} rows cannot be spread over {over}; use a multiple")
 
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:

@@ -183,14 +183,17 @@ def test_what_does_not_divide(overrides, code, said, capsys):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("rollout.slots=6", "rollout.slots: 6 rows cannot be spread over data × fsdp = 4 devices; use a multiple"),
+        ("rollout.slots=6", "rollout.slots: 6 rows cannot be spread over data × fsdp / rollout.tensor = 4 groups of devices"),
         ("rollout.slots=0", "rollout.slots must be at least 1, not 0"),
-        ("rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are there"),
+        ("rollout={slots: 64}, rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are there"),
+        ("rollout.tensor=3", "rollout.tensor: 3 does not divide mesh.fsdp 16"),
+        ("rollout.tensor=8", "mesh: tensor 8 does not divide the model's num_attention_heads 28"),
     ],
 )
 def test_slots_that_cannot_be(override, said, capsys):
     config = str(ROOT / "configs" / "grpo_7b_v5e16.yaml")
-    code, line = fails(capsys, "--config", config, "--topology", "v5e:4x4", "--set", override)
+    overrides = [part for pair in override.split(", ") for part in ("--set", pair)]
+    code, line = fails(capsys, "--config", config, "--topology", "v5e:4x4", *overrides)
     assert (code, said in line) == (2, True), line
 
 
