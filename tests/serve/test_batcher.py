@@ -7,24 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from psyche_jax.serve.engine import Batcher, BusyError, Chunk, ClosingError, Job, RowSettings
+from psyche_jax.serve.batcher import Batcher, BusyError, ClosingError, Job
+from psyche_jax.serve.engine import Chunk, RowSettings
 
 STOP = 0
-
-
-class CountingBatch:
-    """What the batcher asks of a batch."""
-
-    def __init__(self, prompts, settings):
-        self.prompts, self.rows, self.said = prompts, len(prompts), 0
-        self.left = np.array([row.max_new_tokens for row in settings])
-
-    def give_up(self, row):
-        self.left[row] = 0
-
-    @property
-    def done(self):
-        return not self.left.any()
+LONG = 9999  # the last number of prompts that join no others
 
 
 class CountingEngine:
@@ -34,29 +21,43 @@ class CountingEngine:
 
     def __init__(self):
         self.begun = []
+        self.slots = {}  # of each batch, the prompts in its slots and how many tokens each has said
         self.may_advance = threading.Semaphore(0)
 
-    def begin(self, prompts, settings, alternatives):
+    def takes(self, batch, prompts, settings):
+        return len({prompt[-1] == LONG for prompt in [*(prompt for prompt, _ in self._slots(batch)), *prompts]}) < 2
+
+    def join(self, batch, prompts, settings):
         if any(prompt[0] == 666 for prompt in prompts):
             raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
         self.begun.append([tuple(prompt) for prompt in prompts])
-        return CountingBatch(prompts, settings)
+        free = [*np.flatnonzero(batch.left == 0).tolist(), *range(len(batch.left), len(batch.left) + len(prompts))]
+        batch.left = np.pad(batch.left, (0, len(prompts)))
+        slots = self._slots(batch)
+        slots += [None] * len(prompts)
+        for slot, prompt, row in zip(free, prompts, settings, strict=False):
+            slots[slot] = (prompt, 0)
+            batch.left[slot] = row.max_new_tokens
+        return free[: len(prompts)]
 
-    def advance(self, batch):
+    def advance(self, batch, alternatives):
         assert self.may_advance.acquire(timeout=20)
-        steps = 2
-        numbers = np.arange(batch.said, batch.said + steps)
-        stops = np.array([prompt[0] for prompt in batch.prompts])
-        tokens = np.array(
-            [[prompt[-1] + 1 + n if n < prompt[0] else STOP for n in numbers] for prompt in batch.prompts]
-        )
-        live = (batch.left > 0)[:, None]
-        mask = live & (numbers <= stops[:, None]) & (np.arange(steps) < batch.left[:, None])
-        batch.left -= mask.sum(axis=1)
-        batch.left[(mask & (tokens == STOP)).any(axis=1)] = 0
-        batch.said += steps
+        slots, steps = self._slots(batch), 2
+        tokens, mask = np.zeros((len(slots), steps), int), np.zeros((len(slots), steps), bool)
+        for slot, (prompt, said) in ((slot, own) for slot, own in enumerate(slots) if own):
+            for step in range(min(steps, batch.left[slot])):
+                tokens[slot, step] = prompt[-1] + 1 + said + step if said + step < prompt[0] else STOP
+                mask[slot, step] = True
+                batch.left[slot] -= 1
+                if tokens[slot, step] == STOP:
+                    batch.left[slot] = 0
+                    break
+            slots[slot] = (prompt, said + steps)
         empty = np.zeros((*tokens.shape, 3))
         return Chunk(tokens, mask, tokens * -1.0, empty.astype(int), empty)
+
+    def _slots(self, batch):
+        return self.slots.setdefault(batch, [])
 
 
 @pytest.fixture
@@ -117,8 +118,9 @@ def test_what_waits_is_begun_together_as_far_as_there_is_room(engine, batcher):
     assert max(map(len, engine.begun)) <= 4
 
 
-def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher):
-    long, long_pieces = job(500, most=1000)
+@pytest.mark.parametrize("last", [100, LONG])
+def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher, last):
+    long, long_pieces = job(500, last, most=1000)
     batcher.submit(long)
     while not engine.begun:
         pass

@@ -12,7 +12,7 @@ from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.decode import Sampling, generate, keep_nucleus
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.serve.engine import MOST_ALTERNATIVES, Engine, RowSettings
+from psyche_jax.serve.engine import MOST_ALTERNATIVES, Batch, Chunk, Engine, RowSettings
 from psyche_jax.train.checkpoints import open_model
 
 PROMPTS = [[5, 6, 7], [9], [30, 40, 50, 60, 70, 80, 90], [11, 12], [200, 3]]
@@ -39,10 +39,11 @@ def engine(stored):
 
 def responses(engine, prompts, settings, alternatives=False):
     """Tokens of each row, and the log-probs of each."""
-    batch = engine.begin(prompts, settings, alternatives)
+    batch = Batch()
+    slots = engine.join(batch, prompts, settings)
     chunks = []
     while not batch.done:
-        chunks.append(engine.advance(batch))
+        chunks.append(Chunk(*(part[slots] for part in engine.advance(batch, alternatives))))
     tokens, mask, log_probs = (np.concatenate([chunk[i] for chunk in chunks], axis=1) for i in range(3))
     rows = [(t[m].tolist(), p[m]) for t, m, p in zip(tokens, mask, log_probs, strict=True)]
     return rows, chunks
@@ -92,7 +93,8 @@ def test_seeds_differ_and_repeat(engine):
 
 
 def test_a_row_that_is_given_up_says_no_more(engine):
-    batch = engine.begin(PROMPTS, [replace(GREEDY, max_new_tokens=64)] * 5)
+    batch = Batch()
+    engine.join(batch, PROMPTS, [replace(GREEDY, max_new_tokens=64)] * 5)
     engine.advance(batch)
     batch.give_up(0)
     while not batch.done:
