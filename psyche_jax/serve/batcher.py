@@ -67,10 +67,11 @@ class _Running:
         return {*(job for job, _ in self.rows.values()), *self.joining}
 
     def let_go(self) -> None:
-        """Free the slots of rows that nobody waits for."""
-        for slot in [slot for slot, (job, row) in self.rows.items() if row in job.given_up]:
-            self.batch.give_up(slot)
-            del self.rows[slot]
+        """Free the slots of rows that have ended, or that nobody waits for."""
+        for slot, (job, row) in self.rows.items():
+            if row in job.given_up:
+                self.batch.give_up(slot)
+        self.rows = {slot: own for slot, own in self.rows.items() if self.batch.left[slot] > 0}
 
 
 class Batcher:
@@ -122,19 +123,19 @@ class Batcher:
     def _run(self) -> None:
         while not self._abandoned.is_set():
             with self._changed:
+                for running in self._running:
+                    running.let_go()
+                self._running = [running for running in self._running if running.rows]
                 while not (self._waiting or self._running or self._closing):
                     self._changed.wait()
                 if self._closing and not self._running:
                     return
-                for running in self._running:
-                    running.let_go()
                 self._take()
             for running in list(self._running):
                 if self._abandoned.is_set():
                     break
                 self._join(running)
                 self._advance(running)
-            self._running = [running for running in self._running if running.rows]
         for running in self._running:
             for job in running.jobs:
                 job.deliver(None)
@@ -165,16 +166,14 @@ class Batcher:
             if not running.rows and len(jobs) == 1:
                 self._fail(jobs)
                 return
-            # There may be memory for each by itself; and one that cannot be begun fails alone.
-            for job in jobs:
+            for job in jobs:  # there may be memory for each by itself; and one that cannot be begun fails alone
                 own = _Running()
                 own.joining = [job]
                 self._running.append(own)
                 self._join(own)
         else:
-            running.rows |= dict(
-                zip(slots, [(job, row) for job in jobs for row in range(len(job.settings))], strict=True)
-            )
+            owners = [(job, row) for job in jobs for row in range(len(job.settings))]
+            running.rows |= dict(zip(slots, owners, strict=True))
 
     def _advance(self, running: _Running) -> None:
         """A chunk for this batch; what goes wrong fails its jobs only."""
@@ -185,7 +184,6 @@ class Batcher:
             chunk = self._engine.advance(batch, any(job.alternatives for job in running.jobs))
             for slot, (job, row) in running.rows.items():
                 job.deliver(self._piece(chunk, slot, row, job.alternatives, batch.left[slot] == 0))
-            running.rows = {slot: own for slot, own in running.rows.items() if batch.left[slot] > 0}
         except Exception:
             self._fail(running.jobs)
             running.rows = {}

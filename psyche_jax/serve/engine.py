@@ -157,7 +157,7 @@ class Engine:
             source = np.full(shape.rows, -1, np.int32)
             for slot, prompt in zip(slots, own, strict=True):
                 source[slot] = group.index(prompt) if prompt in group else -1
-            batch.state = self._enter(read, padded["mask"], source, state=batch.state)
+            batch.state = self._enter(read, padded["mask"], self._by_part(source), state=batch.state)
         for slot, prompt, row in zip(slots, own, settings, strict=True):
             for array, value in zip(batch.rows, (len(prompt), 0, row.temperature, row.top_p, row.seed), strict=True):
                 array[slot] = value
@@ -166,13 +166,21 @@ class Engine:
 
     def advance(self, batch: Batch, alternatives: bool = False) -> Chunk:
         """Decode the next few tokens of every row that has any left. `alternatives`: the likeliest ones are wanted."""
-        batch.state, said = self._advance(self._parameters, batch.rows, batch.left, alternatives, state=batch.state)
-        chunk = Chunk(*jax.device_get(said))
+        rows, left = self._by_part((batch.rows, batch.left))
+        batch.state, said = self._advance(self._parameters, rows, left, alternatives, state=batch.state)
+        chunk = jax.tree.map(
+            lambda array: array.reshape(self._parts, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape),
+            jax.device_get(said),
+        )
         count = chunk.mask.sum(axis=1, dtype=np.int32)
         batch.rows = batch.rows._replace(said=batch.rows.said + count)
         stopped = np.isin(chunk.tokens, self.config.stop_token_ids) & chunk.mask
         batch.left = np.where(stopped.any(axis=1), 0, batch.left - count)
         return chunk
+
+    def _by_part(self, tree: Any) -> Any:
+        """Arrays of slots as rows lie on the mesh: slots are dealt out to its parts, so that growing moves none."""
+        return jax.tree.map(lambda array: array.reshape(-1, self._parts).T.ravel(), tree)
 
     def _shape_with(self, batch: Batch, prompts: Sequence[Sequence[int]], settings: Sequence[RowSettings]) -> _Shape:
         """What the batch's cache must be to hold these too: never less than it is."""
@@ -222,13 +230,13 @@ def _enter(
     joins = source >= 0
     hidden, (key, value) = read
 
-    def enter(old: jax.Array, new: jax.Array) -> jax.Array:  # prompts end where their part of the cache does
+    def enter(old: jax.Array, new: jax.Array) -> jax.Array:
         new = execution.sharding.constrain(take_rows(new, source, axis=1), None, "batch", "kv_heads", None, None)
-        kept = old[..., -length:, :]
-        return old.at[..., -length:, :].set(jnp.where(joins[:, None, None, None], new, kept))
+        kept = old[..., :length, :]
+        return old.at[..., :length, :].set(jnp.where(joins[:, None, None, None], new, kept))
 
-    padding = cache.prompt_allowed.shape[1] - length
-    allowed = jnp.pad(take_rows(mask, source), ((0, 0), (padding, 0)))
+    unused = cache.prompt_allowed.shape[1] - length
+    allowed = jnp.pad(take_rows(mask, source), ((0, 0), (0, unused)))
     cache = cache._replace(
         prompt_key=enter(cache.prompt_key, key),
         prompt_value=enter(cache.prompt_value, value),
@@ -249,23 +257,18 @@ def _grown(config: ModelConfig, execution: Execution, state: _State | None, shap
     hidden = jnp.zeros((shape.rows, config.hidden_size), execution.compute_dtype)
     if state is None:
         return _State(cache, hidden, jnp.int32(0))
-    old, (rows, length) = state.cache, state.cache.prompt_allowed.shape
-    places = old.key.shape[3]
+    old = state.cache
+    ring = [jnp.roll(array, -state.place, axis=3) for array in (old.key, old.value)]  # as if it had begun at place 0
 
-    def grown(new: jax.Array, old: jax.Array) -> jax.Array:
-        return new.at[:, :rows, :, -length:].set(old)
+    def fill(new: Any, old: Any) -> Any:  # from the first of its rows and places on
+        return jax.tree.map(lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), new, old)
 
-    def unrolled(new: jax.Array, old: jax.Array) -> jax.Array:  # from its oldest place on, as if it had begun there
-        return new.at[:, :rows, :, :places].set(jnp.roll(old, -state.place, axis=3))
-
-    cache = KVCache(
-        grown(prompt, old.prompt_key),
-        grown(prompt, old.prompt_value),
-        cache.prompt_allowed.at[:rows, -length:].set(old.prompt_allowed),
-        unrolled(own, old.key),
-        unrolled(own, old.value),
-    )
-    return _State(cache, hidden.at[:rows].set(state.hidden), jnp.int32(places % shape.response))
+    by_part = execution.sharding.by_part
+    arrays = by_part(fill, [prompt, prompt, own, own], [old.prompt_key, old.prompt_value, *ring], axes=(1, 1), out=1)
+    allowed, hidden = by_part(fill, (cache.prompt_allowed, hidden), (old.prompt_allowed, state.hidden))
+    prompt_key, prompt_value, key, value = arrays
+    place = old.key.shape[3] % shape.response
+    return _State(KVCache(prompt_key, prompt_value, allowed, key, value), hidden, jnp.int32(place))
 
 
 def _advance(

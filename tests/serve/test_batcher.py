@@ -2,6 +2,7 @@
 
 import queue
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from psyche_jax.serve.engine import Chunk, RowSettings
 
 STOP = 0
 LONG = 9999  # the last number of prompts that join no others
+LARGE = 5555  # and of those for which there is no memory beside others
 
 
 class CountingEngine:
@@ -28,17 +30,18 @@ class CountingEngine:
         return len({prompt[-1] == LONG for prompt in [*(prompt for prompt, _ in self._slots(batch)), *prompts]}) < 2
 
     def join(self, batch, prompts, settings):
-        if any(prompt[0] == 666 for prompt in prompts):
+        if any(prompt[0] == 666 or (prompt[-1] == LARGE and batch.left.any()) for prompt in prompts):
             raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
         self.begun.append([tuple(prompt) for prompt in prompts])
-        free = [*np.flatnonzero(batch.left == 0).tolist(), *range(len(batch.left), len(batch.left) + len(prompts))]
-        batch.left = np.pad(batch.left, (0, len(prompts)))
         slots = self._slots(batch)
-        slots += [None] * len(prompts)
-        for slot, prompt, row in zip(free, prompts, settings, strict=False):
+        missing = max(len(prompts) - np.count_nonzero(batch.left == 0), 0)
+        slots += [None] * missing
+        batch.left = np.pad(batch.left, (0, missing))
+        free = np.flatnonzero(batch.left == 0)[: len(prompts)].tolist()
+        for slot, prompt, row in zip(free, prompts, settings, strict=True):
             slots[slot] = (prompt, 0)
             batch.left[slot] = row.max_new_tokens
-        return free[: len(prompts)]
+        return free
 
     def advance(self, batch, alternatives):
         assert self.may_advance.acquire(timeout=20)
@@ -132,6 +135,42 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher, last):
     long.give_up()
 
 
+def test_who_comes_has_a_slot_in_the_next_chunk(engine, batcher):
+    long, _ = job(500, most=1000)
+    batcher.submit(long)
+    while not engine.begun:
+        pass
+    short, pieces = job(1)
+    batcher.submit(short)
+    engine.may_advance.release(2)  # the chunk that runs already, and one more
+    assert everything(pieces) == ([101], "stop")
+    long.give_up()
+
+
+def test_slots_are_used_again_and_no_more_than_there_may_be(engine, batcher):
+    engine.may_advance.release(10_000)
+    jobs = []
+    for number in range(30):
+        jobs.append(job(number % 7, last=10 * number, rows=1 + number % 2))
+        while True:
+            try:
+                batcher.submit(jobs[-1][0])
+                break
+            except BusyError:
+                time.sleep(0.001)
+    for wanted, pieces in jobs:
+        rows = {row: [] for row in range(len(wanted.settings))}
+        ended = set()
+        while len(ended) < len(rows):
+            piece = pieces.get(timeout=20)
+            rows[piece.row] += piece.tokens
+            ended |= {piece.row} if piece.finish else set()
+        stop_after, last = wanted.prompt
+        assert all(tokens == list(range(last + 1, last + 1 + stop_after)) for tokens in rows.values())
+    assert len(engine.begun) > len(engine.slots), "nobody joined another"
+    assert max(map(len, engine.slots.values())) <= 4
+
+
 def test_too_many_are_refused_and_none_is_lost(engine, batcher):
     accepted = []
     with pytest.raises(BusyError):
@@ -144,14 +183,71 @@ def test_too_many_are_refused_and_none_is_lost(engine, batcher):
     assert [pieces.get(timeout=20) is not None for pieces in accepted] == [True] * len(accepted)
 
 
-def test_a_failure_fails_its_own_batch_only(engine, batcher):
-    engine.may_advance.release(1000)
+def test_what_cannot_be_begun_fails_alone(engine, batcher):
+    running, running_pieces = job(3, last=1)
+    batcher.submit(running)
+    while not engine.begun:
+        pass
     bad, bad_pieces = job(666)
-    batcher.submit(bad)
+    good, good_pieces = job(4)
+    for wanted in (bad, good):
+        batcher.submit(wanted)
+    engine.may_advance.release(1000)
     assert everything(bad_pieces) == ([], "failed")
-    good, good_pieces = job(3)
-    batcher.submit(good)
-    assert everything(good_pieces)[1] == "stop"
+    assert everything(good_pieces) == ([101, 102, 103, 104], "stop")
+    assert everything(running_pieces) == ([2, 3, 4], "stop")
+
+
+def test_without_memory_beside_others_there_may_be_some_apart(engine, batcher):
+    running, running_pieces = job(9, last=1)
+    batcher.submit(running)
+    while not engine.begun:
+        pass
+    large, pieces = job(2, last=LARGE)
+    batcher.submit(large)
+    engine.may_advance.release(1000)
+    assert everything(pieces) == ([LARGE + 1, LARGE + 2], "stop")
+    assert everything(running_pieces)[1] == "stop"
+
+
+def test_a_chunk_that_fails_fails_its_own_batch_only(engine, batcher):
+    advance = engine.advance
+    broken = []
+
+    def breaks(batch, alternatives):
+        if batch in broken:
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
+        return advance(batch, alternatives)
+
+    engine.advance = breaks
+    first, first_pieces = job(500, most=1000)
+    other, other_pieces = job(6, last=LONG)
+    for wanted in (first, other):
+        batcher.submit(wanted)
+    while len(engine.begun) < 2:
+        engine.may_advance.release(1)
+    broken.append(next(iter(engine.slots)))
+    engine.may_advance.release(1000)
+    assert everything(first_pieces)[1] == "failed"
+    assert everything(other_pieces)[1] == "stop"
+    following, pieces = job(3)
+    batcher.submit(following)
+    assert everything(pieces)[1] == "stop"
+
+
+def test_a_row_that_is_given_up_makes_room_before_the_others_end(engine, batcher):
+    long, long_pieces = job(500, most=1000, rows=4)
+    batcher.submit(long)
+    while not engine.begun:
+        pass
+    long.give_up(2)
+    short, pieces = job(1)
+    batcher.submit(short)
+    engine.may_advance.release(2)
+    assert everything(pieces) == ([101], "stop")
+    said = [long_pieces.get(timeout=20) for _ in range(7)]
+    assert [piece.row for piece in said].count(2) == 1, "it went on"
+    long.give_up()
 
 
 def test_what_is_given_up_makes_room(engine, batcher):
