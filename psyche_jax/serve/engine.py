@@ -1,16 +1,14 @@
-"""Decoding for the server: the model in chunks of tokens, and requests batched together.
+"""Decoding for the server: requests share a cache, which each joins when it comes and leaves when it has ended.
 
-Rows that begin together are a batch with one key-value cache; between two chunks of a batch others may run, rows may be
-given up, and what was said is handed out.
+waiting ─► a free slot of a batch, which grows if there is none ─► its prompt is read ─► a chunk of tokens for all ─► …
+
+Between two chunks what was said is handed out, rows are given up, and others join.
 """
 
-import logging
-import threading
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +18,14 @@ from psyche_jax.config import Dtype, MeshSection
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import keep_nucleus
-from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind
+from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, take_rows
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import StoredModel
 
-_LOG = logging.getLogger("psyche_jax.serve")
 MOST_ALTERNATIVES = 20  # the most likely tokens of a step whose log-probs can be asked for
-_SHORTEST = 64  # responses are given room for this many tokens, or a power of two times as many
+_SHORTEST = 64  # a cache has places for prompts and for responses of so many tokens, or a power of two times as many
+_WASTE = 4  # a shared cache is so many times as large, at most, as those that each request would have by itself …
+_CHEAP = 4  # … unless it is but a quarter as large as the weights
 
 
 @dataclass(frozen=True)
@@ -40,12 +39,13 @@ class RowSettings:
 
 
 class Chunk(NamedTuple):
-    """What a batch said in one step of `Engine.advance`, rows as they were given to `Engine.begin`.
+    """What a batch said in one step of `Engine.advance`, a row for each slot.
 
-    `tokens`: int32 [rows, steps]; `mask`: bool, True on tokens up to and including the first stop token;
+    `tokens`: int32 [rows, steps]; `mask`: bool, True on tokens up to and including the first stop token, or the last
+    one allowed;
     `log_probs`: float32 [rows, steps], of each token under the model at temperature 1, whatever it was drawn with;
     `best`, `best_log_probs`: [rows, steps, MOST_ALTERNATIVES], the likeliest tokens; zeros if not asked for.
-    On the device they are JAX's, with the rows of padding.
+    On the device they are JAX's.
     """
 
     tokens: Any
@@ -56,37 +56,48 @@ class Chunk(NamedTuple):
 
 
 class _State(NamedTuple):
-    """`logits` float32 [rows, vocab] of the next token; `finished` bool [rows]; `step` int32, tokens drawn so far."""
+    """`hidden` [rows, width] predicts the token that is due; `place`: int32, where in the ring the next one goes."""
 
     cache: KVCache
-    logits: jax.Array
-    positions: jax.Array
-    finished: jax.Array
-    step: jax.Array
+    hidden: jax.Array
+    place: jax.Array
 
 
-class _Draw(NamedTuple):
-    """How each row is drawn: [rows]."""
+class _Shape(NamedTuple):
+    """Of a cache: its slots, and the places that each has for a prompt and for a response."""
 
-    temperature: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
+    rows: int
+    prompt: int
+    response: int
+
+    @property
+    def places(self) -> int:
+        """Keys and values of so many tokens."""
+        return self.rows * (self.prompt + self.response)
+
+
+class _Rows(NamedTuple):
+    """What is in each slot, [rows]: the lengths of its prompt and of its response as yet, how that is drawn."""
+
+    prompt: Any
+    said: Any
+    temperature: Any
+    top_p: Any
+    seed: Any
 
 
 class Batch:
-    """Rows that are decoded together. `capacity` rows stay in memory until the last of them is done."""
+    """Responses that are decoded together, each in a slot of one cache. `left` [rows]: how long each may still get."""
 
-    def __init__(self, state: _State, draw: _Draw, settings: Sequence[RowSettings], alternatives: bool) -> None:
-        self.capacity = len(draw.seed)
-        self.state = state
-        self.draw = draw
-        self.alternatives = alternatives
-        self.left = np.array([row.max_new_tokens for row in settings] + [0] * (self.capacity - len(settings)))
-        self.rows = len(settings)
+    def __init__(self) -> None:
+        self.shape = _Shape(0, 0, 0)
+        self.state: _State | None = None
+        self.rows = _Rows(*(np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.float32, np.float32, np.uint32)))
+        self.left = np.zeros(0, np.int32)
 
-    def give_up(self, row: int) -> None:
+    def give_up(self, slot: int) -> None:
         """Nobody waits for the rest of this row."""
-        self.left[row] = 0
+        self.left[slot] = 0
 
     @property
     def done(self) -> bool:
@@ -100,44 +111,85 @@ class Engine:
     def __init__(self, config: ModelConfig, parameters: Parameters, execution: Execution, chunk: int = 8) -> None:
         self.config = config
         self._parameters = parameters
-        self._places = execution.sharding.parts("batch")
-        self._begin = jax.jit(partial(_begin, config, execution), static_argnames="room")
-        self._advance = jax.jit(partial(_advance, config, execution, chunk), donate_argnames="state")
-
-    def begin(
-        self, prompts: Sequence[Sequence[int]], settings: Sequence[RowSettings], alternatives: bool = False
-    ) -> Batch:
-        """Read the prompts, one a row. `alternatives`: the likeliest tokens of each step will be wanted."""
-        rows = self._places
-        while rows < len(prompts):
-            rows *= 2
-        padding = rows - len(prompts)
-        padded = pad_prompts([*prompts, *[prompts[0]] * padding], self.config.max_position_embeddings)
-        room = _SHORTEST
-        while room < max(row.max_new_tokens for row in settings):
-            room *= 2
-        whole = [*settings, *[replace(settings[0], temperature=0.0)] * padding]
-        draw = _Draw(
-            jnp.asarray([row.temperature for row in whole], jnp.float32),
-            jnp.asarray([row.top_p for row in whole], jnp.float32),
-            jnp.asarray([row.seed for row in whole], jnp.uint32),
+        sharding = execution.sharding
+        self._parts = sharding.parts("batch")
+        kv_width = config.num_key_value_heads * config.head_dim
+        self._cheap = config.num_parameters // _CHEAP // (2 * config.num_hidden_layers * kv_width)
+        # Said here once for all programs, so that what one hands to another never compiles that again.
+        spread = sharding.named(None, "batch", "kv_heads", None, None)
+        cache = KVCache(spread, spread, sharding.named("batch", None), spread, spread)  # type: ignore[arg-type]
+        state = _State(cache, sharding.named("batch", None), sharding.named())  # type: ignore[arg-type]
+        whole = sharding.named(None, None, "kv_heads", None, None)
+        self._read = jax.jit(partial(_read, config, execution), out_shardings=(sharding.named(), (whole, whole)))
+        self._enter = jax.jit(partial(_enter, execution), donate_argnames="state", out_shardings=state)
+        self._grow = jax.jit(partial(_grown, config, execution), static_argnames="shape", out_shardings=state)
+        self._advance = jax.jit(
+            partial(_advance, config, execution, chunk), donate_argnames="state", out_shardings=(state, None)
         )
-        state = self._begin(self._parameters, padded["tokens"], padded["mask"], room=room)
-        return Batch(state, draw, settings, alternatives)
 
-    def advance(self, batch: Batch) -> Chunk:
-        """Decode the next few tokens of every row that has any left."""
-        batch.state, said = self._advance(
-            self._parameters, batch.draw, batch.left <= 0, batch.alternatives, state=batch.state
+    def takes(self, batch: Batch, prompts: Sequence[Sequence[int]], settings: Sequence[RowSettings]) -> bool:
+        """Whether these may join a batch: there is room for them, or it can be made without wasting much."""
+        shape = self._shape_with(batch, prompts, settings)
+        if shape == batch.shape:
+            return True
+        live = batch.left > 0
+        lengths = [*batch.rows.prompt[live], *map(len, prompts)]
+        longest = [*(batch.rows.said + batch.left)[live], *(row.max_new_tokens for row in settings)]
+        alone = self._parts * sum(map(_places, [*lengths, *longest]))
+        return shape.places <= max(_WASTE * alone, self._cheap)
+
+    def join(self, batch: Batch, prompts: Sequence[Sequence[int]], settings: Sequence[RowSettings]) -> list[int]:
+        """Read the prompts, one a row, each but once where several are the same. Returns the slots that they get."""
+        shape = self._shape_with(batch, prompts, settings)
+        if shape != batch.shape:
+            batch.state = jax.block_until_ready(self._grow(batch.state, shape=shape))
+            added = shape.rows - batch.shape.rows
+            batch.rows = _Rows(*(np.pad(array, (0, added)) for array in batch.rows))
+            batch.left = np.pad(batch.left, (0, added))
+            batch.shape = shape
+        slots = np.flatnonzero(batch.left == 0)[: len(prompts)]
+        own = list(map(tuple, prompts))
+        distinct = sorted(set(own), key=lambda prompt: (len(prompt), prompt))
+        for start in range(0, len(distinct), self._parts):  # a prompt for each device, or group of them
+            group = distinct[start : start + self._parts]
+            padded = pad_prompts([*group, *group[:1] * (self._parts - len(group))], self.config.max_position_embeddings)
+            read = jax.block_until_ready(self._read(self._parameters, padded["tokens"], padded["mask"]))
+            source = np.full(shape.rows, -1, np.int32)
+            for slot, prompt in zip(slots, own, strict=True):
+                source[slot] = group.index(prompt) if prompt in group else -1
+            batch.state = self._enter(read, padded["mask"], self._by_part(source), state=batch.state)
+        for slot, prompt, row in zip(slots, own, settings, strict=True):
+            for array, value in zip(batch.rows, (len(prompt), 0, row.temperature, row.top_p, row.seed), strict=True):
+                array[slot] = value
+            batch.left[slot] = row.max_new_tokens
+        return slots.tolist()
+
+    def advance(self, batch: Batch, alternatives: bool = False) -> Chunk:
+        """Decode the next few tokens of every row that has any left. `alternatives`: the likeliest ones are wanted."""
+        rows, left = self._by_part((batch.rows, batch.left))
+        batch.state, said = self._advance(self._parameters, rows, left, alternatives, state=batch.state)
+        chunk = jax.tree.map(
+            lambda array: array.reshape(self._parts, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape),
+            jax.device_get(said),
         )
-        chunk = Chunk(*(part[: batch.rows] for part in jax.device_get(said)))
-        # Never more than a row was allowed, though the chunk may have gone further.
-        steps = np.arange(chunk.mask.shape[1])
-        chunk = chunk._replace(mask=chunk.mask & (steps < batch.left[: batch.rows, None]))
-        batch.left[: batch.rows] -= chunk.mask.sum(axis=1)
+        count = chunk.mask.sum(axis=1, dtype=np.int32)
+        batch.rows = batch.rows._replace(said=batch.rows.said + count)
         stopped = np.isin(chunk.tokens, self.config.stop_token_ids) & chunk.mask
-        batch.left[: batch.rows][stopped.any(axis=1)] = 0
+        batch.left = np.where(stopped.any(axis=1), 0, batch.left - count)
         return chunk
+
+    def _by_part(self, tree: Any) -> Any:
+        """Arrays of slots as rows lie on the mesh: slots are dealt out to its parts, so that growing moves none."""
+        return jax.tree.map(lambda array: array.reshape(-1, self._parts).T.ravel(), tree)
+
+    def _shape_with(self, batch: Batch, prompts: Sequence[Sequence[int]], settings: Sequence[RowSettings]) -> _Shape:
+        """What the batch's cache must be to hold these too: never less than it is."""
+        rows = max(batch.shape.rows, self._parts)
+        while rows < np.count_nonzero(batch.left) + len(prompts):
+            rows *= 2
+        prompt = _places(max(map(len, prompts)))
+        response = _places(max(row.max_new_tokens for row in settings))
+        return _Shape(rows, max(batch.shape.prompt, prompt), max(batch.shape.response, response))
 
 
 def load_engine(stored: StoredModel, compute_dtype: Dtype, mesh: MeshSection) -> Engine:
@@ -152,19 +204,71 @@ def load_engine(stored: StoredModel, compute_dtype: Dtype, mesh: MeshSection) ->
     return Engine(stored.config, stored.read_parameters(sharding, dtype), Execution(sharding, dtype))
 
 
-def _begin(
-    config: ModelConfig, execution: Execution, parameters: Parameters, tokens: jax.Array, mask: jax.Array, room: int
-) -> _State:
-    """Prefill left-padded prompts [rows, length], with room for so many tokens after each."""
-    model = bind(config, parameters)
+def _places(tokens: int) -> int:
+    """In how many places so many tokens are kept: 64, 128, 256, …"""
+    return max(_SHORTEST, 1 << (int(tokens) - 1).bit_length())
+
+
+def _read(
+    config: ModelConfig, execution: Execution, parameters: Parameters, tokens: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Prefill left-padded prompts [prompts, length]: their last hidden states, and what `Qwen2.prefill` keeps."""
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, (prompt_key, prompt_value) = model.prefill(tokens, mask.astype(jnp.int32), positions, execution)
-    layers, rows, kv_heads, _, head_dim = prompt_key.shape
-    own = jnp.zeros((layers, rows, kv_heads, room, head_dim), prompt_key.dtype)
-    own = execution.sharding.constrain(own, None, "batch", "kv_heads", None, None)
-    cache = KVCache(prompt_key, prompt_value, mask, own, own)
-    logits = model.logits(hidden[:, -1])
-    return _State(cache, logits, mask.sum(axis=1), jnp.zeros(rows, bool), jnp.int32(0))
+    hidden, read = bind(config, parameters).prefill(tokens, mask.astype(jnp.int32), positions, execution)
+    return hidden[:, -1], read
+
+
+def _enter(
+    execution: Execution,
+    read: tuple[jax.Array, tuple[jax.Array, jax.Array]],
+    mask: jax.Array,
+    source: jax.Array,
+    state: _State,
+) -> _State:
+    """`state` with prompts that were read in some of its slots. `source` [rows]: which one, or -1: as it was."""
+    cache, length = state.cache, mask.shape[1]
+    joins = source >= 0
+    hidden, (key, value) = read
+
+    def enter(old: jax.Array, new: jax.Array) -> jax.Array:
+        new = execution.sharding.constrain(take_rows(new, source, axis=1), None, "batch", "kv_heads", None, None)
+        kept = old[..., :length, :]
+        return old.at[..., :length, :].set(jnp.where(joins[:, None, None, None], new, kept))
+
+    unused = cache.prompt_allowed.shape[1] - length
+    allowed = jnp.pad(take_rows(mask, source), ((0, 0), (0, unused)))
+    cache = cache._replace(
+        prompt_key=enter(cache.prompt_key, key),
+        prompt_value=enter(cache.prompt_value, value),
+        prompt_allowed=jnp.where(joins[:, None], allowed, cache.prompt_allowed),
+    )
+    return state._replace(cache=cache, hidden=jnp.where(joins[:, None], take_rows(hidden, source), state.hidden))
+
+
+def _grown(config: ModelConfig, execution: Execution, state: _State | None, shape: _Shape) -> _State:
+    """The same with more slots, or more places in them; None: an empty one."""
+
+    def empty(places: int) -> jax.Array:
+        size = (config.num_hidden_layers, shape.rows, config.num_key_value_heads, places, config.head_dim)
+        return jnp.zeros(size, execution.compute_dtype)
+
+    prompt, own = empty(shape.prompt), empty(shape.response)
+    cache = KVCache(prompt, prompt, jnp.zeros((shape.rows, shape.prompt), bool), own, own)
+    hidden = jnp.zeros((shape.rows, config.hidden_size), execution.compute_dtype)
+    if state is None:
+        return _State(cache, hidden, jnp.int32(0))
+    old = state.cache
+    ring = [jnp.roll(array, -state.place, axis=3) for array in (old.key, old.value)]  # as if it had begun at place 0
+
+    def fill(new: Any, old: Any) -> Any:  # from the first of its rows and places on
+        return jax.tree.map(lambda new, old: new.at[tuple(map(slice, old.shape))].set(old), new, old)
+
+    by_part = execution.sharding.by_part
+    arrays = by_part(fill, [prompt, prompt, own, own], [old.prompt_key, old.prompt_value, *ring], axes=(1, 1), out=1)
+    allowed, hidden = by_part(fill, (cache.prompt_allowed, hidden), (old.prompt_allowed, state.hidden))
+    prompt_key, prompt_value, key, value = arrays
+    place = old.key.shape[3] % shape.response
+    return _State(KVCache(prompt_key, prompt_value, allowed, key, value), hidden, jnp.int32(place))
 
 
 def _advance(
@@ -172,25 +276,26 @@ def _advance(
     execution: Execution,
     steps: int,
     parameters: Parameters,
-    draw: _Draw,
-    given_up: jax.Array,
+    slots: _Rows,
+    left: jax.Array,
     alternatives: jax.Array,
     state: _State,
 ) -> tuple[_State, Chunk]:
-    """Draw and decode `steps` tokens, fewer if every row is finished before."""
+    """Draw and decode `steps` tokens, fewer if every row is finished before. `left` [rows]: how many each may have."""
     model = bind(config, parameters)
     stop = jnp.asarray(config.stop_token_ids, jnp.int32)
-    rows = state.logits.shape[0]
+    rows, places = len(left), state.cache.key.shape[3]
 
-    def unfinished(carry: tuple[jax.Array, _State, Chunk]) -> jax.Array:
-        step, state, _ = carry
-        return (step < steps) & ~jnp.all(state.finished)
+    def unfinished(carry: tuple[jax.Array, jax.Array, _State, Chunk]) -> jax.Array:
+        step, left, _, _ = carry
+        return (step < steps) & jnp.any(left > 0)
 
-    def advance(carry: tuple[jax.Array, _State, Chunk]) -> tuple[jax.Array, _State, Chunk]:
-        step, state, chunk = carry
-        # `state.logits` are of the token that is due: those of the prompt at first, of the last token drawn later.
-        token = _draw(state.logits, draw, state.step)
-        log_probs = jax.nn.log_softmax(state.logits, axis=-1)
+    def advance(carry: tuple[jax.Array, jax.Array, _State, Chunk]) -> tuple[jax.Array, jax.Array, _State, Chunk]:
+        step, left, state, chunk = carry
+        said = slots.said + step
+        logits = model.logits(state.hidden)
+        token = _draw(logits, slots, said)
+        log_probs = jax.nn.log_softmax(logits, axis=-1)
         # The likeliest tokens want a sort of the vocabulary, so only batches that asked for them pay for it.
         best_log_probs, best = jax.lax.cond(
             alternatives,
@@ -199,19 +304,18 @@ def _advance(
         )
         chunk = Chunk(
             chunk.tokens.at[:, step].set(token),
-            chunk.mask.at[:, step].set(~state.finished),
+            chunk.mask.at[:, step].set(left > 0),
             chunk.log_probs.at[:, step].set(jnp.take_along_axis(log_probs, token[:, None], axis=-1)[:, 0]),
             chunk.best.at[:, step].set(best),
             chunk.best_log_probs.at[:, step].set(best_log_probs),
         )
-        # Finished rows decode with the others, into places that nobody reads: the mask says what was said.
-        positions = state.positions + state.step
-        hidden, cache = model.decode(token, positions, state.step, state.cache, execution)
-        finished = state.finished | jnp.isin(token, stop)
-        state = _State(cache, model.logits(hidden), state.positions, finished, state.step + 1)
-        return step + 1, state, chunk
+        # Idle rows decode with the others, and nobody reads what: the mask says what was said, and whoever gets the
+        # slot sees nothing from before.
+        lengths = jnp.where(left > 0, said + 1, 0)
+        hidden, cache = model.decode(token, slots.prompt + said, state.place, state.cache, execution, lengths)
+        left = jnp.where(jnp.isin(token, stop), 0, jnp.maximum(left - 1, 0))
+        return step + 1, left, _State(cache, hidden, (state.place + 1) % places), chunk
 
-    # What is given up counts as finished, so that a batch of such rows ends at once.
     empty = Chunk(
         jnp.zeros((rows, steps), jnp.int32),
         jnp.zeros((rows, steps), bool),
@@ -219,20 +323,19 @@ def _advance(
         jnp.zeros((rows, steps, MOST_ALTERNATIVES), jnp.int32),
         jnp.zeros((rows, steps, MOST_ALTERNATIVES)),
     )
-    state = state._replace(finished=state.finished | given_up)
-    _, state, chunk = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), state, empty))
+    _, _, state, chunk = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), left, state, empty))
     return state, chunk
 
 
-def _draw(logits: jax.Array, draw: _Draw, step: jax.Array) -> jax.Array:
-    """A token for each row [rows], each by its own temperature, top-p and seed."""
-    tempered = logits / jnp.where(draw.temperature > 0, draw.temperature, 1.0)[:, None]
+def _draw(logits: jax.Array, slots: _Rows, said: jax.Array) -> jax.Array:
+    """A token for each row [rows], each by its own temperature, top-p, seed, and how many it has said."""
+    tempered = logits / jnp.where(slots.temperature > 0, slots.temperature, 1.0)[:, None]
     tempered = jax.lax.cond(
-        (draw.top_p < 1).any(), lambda: keep_nucleus(tempered, draw.top_p[:, None]), lambda: tempered
+        (slots.top_p < 1).any(), lambda: keep_nucleus(tempered, slots.top_p[:, None]), lambda: tempered
     )
-    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), step))(draw.seed)
+    keys = jax.vmap(lambda seed, said: jax.random.fold_in(jax.random.key(seed), said))(slots.seed, said)
     sampled = jax.vmap(jax.random.categorical)(keys, tempered)
-    return jnp.where(draw.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
+    return jnp.where(slots.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
 def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -240,171 +343,3 @@ def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
     best_log_probs, best = jax.lax.top_k(log_probs, count)
     missing = ((0, 0), (0, MOST_ALTERNATIVES - count))
     return jnp.pad(best_log_probs, missing, constant_values=-jnp.inf), jnp.pad(best, missing)
-
-
-class BusyError(Exception):
-    """As many requests wait as may."""
-
-
-class ClosingError(Exception):
-    """The server is shutting down."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What one row of a job said in one chunk: `best[i]` are (token, log-prob) pairs, empty if not asked for.
-
-    `finish`: "stop" after a stop token, which is not among the tokens; "length" after the last token allowed; else
-    None.
-    """
-
-    row: int
-    tokens: list[int]
-    log_probs: list[float]
-    best: list[list[tuple[int, float]]]
-    finish: Literal["stop", "length"] | None
-
-
-@dataclass(eq=False)
-class Job:
-    """A prompt and what is wanted of it. The batcher's thread calls `deliver` with Pieces, or with None: it failed."""
-
-    prompt: Sequence[int]
-    settings: Sequence[RowSettings]
-    alternatives: int
-    deliver: Callable[[Piece | None], None]
-    given_up: set[int] = field(default_factory=set)
-
-    def give_up(self, row: int | None = None) -> None:
-        """Nobody waits for the rest of a row, or of all rows."""
-        self.given_up.update(range(len(self.settings)) if row is None else [row])
-
-
-class _Running:
-    """A batch and whose rows it has."""
-
-    def __init__(self, batch: Batch, jobs: Sequence[Job]) -> None:
-        self.batch = batch
-        self.jobs = jobs
-        self.rows = [(job, row) for job in jobs for row in range(len(job.settings))]
-
-
-class Batcher:
-    """Feeds an engine. `rows`: how many may be in memory; `waiting`: how many jobs may wait."""
-
-    def __init__(self, engine: Engine, rows: int, waiting: int) -> None:
-        self._engine = engine
-        self._rows = rows
-        self._most_waiting = waiting
-        self._waiting: deque[Job] = deque()
-        self._running: list[_Running] = []
-        self._closing = False
-        self._abandoned = threading.Event()
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
-        self._thread.start()
-
-    def submit(self, job: Job) -> None:
-        """Queue a job.
-
-        Raises:
-          BusyError, ClosingError: it is refused.
-        """
-        with self._changed:
-            if self._closing:
-                raise ClosingError
-            if len(self._waiting) >= self._most_waiting:
-                raise BusyError
-            self._waiting.append(job)
-            self._changed.notify()
-
-    def close(self, seconds: float) -> None:
-        """Refuse new jobs, fail those that wait, let running ones finish for so long, then break them off."""
-        with self._changed:
-            self._closing = True
-            refused = list(self._waiting)
-            self._waiting.clear()
-            self._changed.notify()
-        for job in refused:
-            job.deliver(None)
-        self._thread.join(seconds)
-        self._abandoned.set()
-        self._thread.join()  # a step that has begun cannot be broken off, and must not outlive the interpreter
-
-    def _run(self) -> None:
-        while not self._abandoned.is_set():
-            with self._changed:
-                while not (self._waiting or self._running or self._closing):
-                    self._changed.wait()
-                if self._closing and not self._running:
-                    return
-                jobs = self._take()
-            if jobs:
-                self._guarded(jobs, partial(self._begin, jobs))
-            for running in list(self._running):
-                if self._abandoned.is_set():
-                    break
-                if not self._guarded(running.jobs, partial(self._advance, running)):
-                    self._running.remove(running)
-        for running in self._running:
-            for job in running.jobs:
-                job.deliver(None)
-
-    def _take(self) -> list[Job]:
-        """Jobs from the front of the queue for which there is room beside what is running."""
-        room = self._rows - sum(running.batch.rows for running in self._running)
-        jobs: list[Job] = []
-        while self._waiting and (len(self._waiting[0].settings) <= room):
-            job = self._waiting.popleft()
-            if len(job.given_up) < len(job.settings):
-                room -= len(job.settings)
-                jobs.append(job)
-        return jobs
-
-    def _guarded(self, jobs: Sequence[Job], work: Callable[[], bool]) -> bool:
-        """Whether `work` leaves something to do; what goes wrong fails these jobs only."""
-        try:
-            return work()
-        except Exception:
-            _LOG.exception("a batch failed")
-            for job in jobs:
-                job.deliver(None)
-            return False
-
-    def _begin(self, jobs: Sequence[Job]) -> bool:
-        prompts = [job.prompt for job in jobs for _ in job.settings]
-        settings = [row for job in jobs for row in job.settings]
-        alternatives = any(job.alternatives for job in jobs)
-        self._running.append(_Running(self._engine.begin(prompts, settings, alternatives), jobs))
-        return True
-
-    def _advance(self, running: _Running) -> bool:
-        live = []
-        for index, (job, row) in enumerate(running.rows):
-            if row in job.given_up:
-                running.batch.give_up(index)
-            elif running.batch.left[index] > 0:
-                live.append(index)
-        if not running.batch.done:
-            chunk = self._engine.advance(running.batch)
-            for index in live:
-                job, row = running.rows[index]
-                job.deliver(self._piece(chunk, index, row, job.alternatives, running.batch.left[index] <= 0))
-        return not running.batch.done
-
-    def _piece(self, chunk: Chunk, index: int, row: int, alternatives: int, finished: bool) -> Piece:
-        said = chunk.mask[index]
-        tokens: list[int] = chunk.tokens[index][said].tolist()
-        stopped = bool(tokens) and tokens[-1] in self._engine.config.stop_token_ids
-        count = len(tokens) - stopped
-        best = [
-            list(zip(tokens_.tolist(), log_probs.tolist(), strict=True))[:alternatives]
-            for tokens_, log_probs in zip(chunk.best[index][said], chunk.best_log_probs[index][said], strict=True)
-        ]
-        return Piece(
-            row,
-            tokens[:count],
-            chunk.log_probs[index][said].tolist()[:count],
-            best[:count],
-            "stop" if stopped else "length" if finished else None,
-        )

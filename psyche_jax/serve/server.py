@@ -23,8 +23,8 @@ import psyche_jax
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.serve import protocol
+from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
-from psyche_jax.serve.engine import BusyError, ClosingError
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body, impatient, listen
 from psyche_jax.serve.service import Answer, FailedError, Said, Service, TokenLogProb, TooLongError, Wanted
 

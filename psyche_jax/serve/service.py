@@ -14,9 +14,10 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
+from psyche_jax.serve.batcher import Batcher, BusyError, Job, Piece
 from psyche_jax.serve.config import CrisisSection, ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, GateReply, OutputFilter, language_of
-from psyche_jax.serve.engine import Batcher, BusyError, Job, Piece, RowSettings, load_engine
+from psyche_jax.serve.engine import RowSettings, load_engine
 from psyche_jax.train.checkpoints import open_model
 
 Finish = Literal["stop", "length", "content_filter"]

@@ -2,29 +2,18 @@
 
 import queue
 import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from psyche_jax.serve.engine import Batcher, BusyError, Chunk, ClosingError, Job, RowSettings
+from psyche_jax.serve.batcher import Batcher, BusyError, ClosingError, Job
+from psyche_jax.serve.engine import Chunk, RowSettings
 
 STOP = 0
-
-
-class CountingBatch:
-    """What the batcher asks of a batch."""
-
-    def __init__(self, prompts, settings):
-        self.prompts, self.rows, self.said = prompts, len(prompts), 0
-        self.left = np.array([row.max_new_tokens for row in settings])
-
-    def give_up(self, row):
-        self.left[row] = 0
-
-    @property
-    def done(self):
-        return not self.left.any()
+LONG = 9999  # the last number of prompts that join no others
+LARGE = 5555  # and of those for which there is no memory beside others
 
 
 class CountingEngine:
@@ -34,29 +23,44 @@ class CountingEngine:
 
     def __init__(self):
         self.begun = []
+        self.slots = {}  # of each batch, the prompts in its slots and how many tokens each has said
         self.may_advance = threading.Semaphore(0)
 
-    def begin(self, prompts, settings, alternatives):
-        if any(prompt[0] == 666 for prompt in prompts):
+    def takes(self, batch, prompts, settings):
+        return len({prompt[-1] == LONG for prompt in [*(prompt for prompt, _ in self._slots(batch)), *prompts]}) < 2
+
+    def join(self, batch, prompts, settings):
+        if any(prompt[0] == 666 or (prompt[-1] == LARGE and batch.left.any()) for prompt in prompts):
             raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
         self.begun.append([tuple(prompt) for prompt in prompts])
-        return CountingBatch(prompts, settings)
+        slots = self._slots(batch)
+        missing = max(len(prompts) - np.count_nonzero(batch.left == 0), 0)
+        slots += [None] * missing
+        batch.left = np.pad(batch.left, (0, missing))
+        free = np.flatnonzero(batch.left == 0)[: len(prompts)].tolist()
+        for slot, prompt, row in zip(free, prompts, settings, strict=True):
+            slots[slot] = (prompt, 0)
+            batch.left[slot] = row.max_new_tokens
+        return free
 
-    def advance(self, batch):
+    def advance(self, batch, alternatives):
         assert self.may_advance.acquire(timeout=20)
-        steps = 2
-        numbers = np.arange(batch.said, batch.said + steps)
-        stops = np.array([prompt[0] for prompt in batch.prompts])
-        tokens = np.array(
-            [[prompt[-1] + 1 + n if n < prompt[0] else STOP for n in numbers] for prompt in batch.prompts]
-        )
-        live = (batch.left > 0)[:, None]
-        mask = live & (numbers <= stops[:, None]) & (np.arange(steps) < batch.left[:, None])
-        batch.left -= mask.sum(axis=1)
-        batch.left[(mask & (tokens == STOP)).any(axis=1)] = 0
-        batch.said += steps
+        slots, steps = self._slots(batch), 2
+        tokens, mask = np.zeros((len(slots), steps), int), np.zeros((len(slots), steps), bool)
+        for slot, (prompt, said) in ((slot, own) for slot, own in enumerate(slots) if own):
+            for step in range(min(steps, batch.left[slot])):
+                tokens[slot, step] = prompt[-1] + 1 + said + step if said + step < prompt[0] else STOP
+                mask[slot, step] = True
+                batch.left[slot] -= 1
+                if tokens[slot, step] == STOP:
+                    batch.left[slot] = 0
+                    break
+            slots[slot] = (prompt, said + steps)
         empty = np.zeros((*tokens.shape, 3))
         return Chunk(tokens, mask, tokens * -1.0, empty.astype(int), empty)
+
+    def _slots(self, batch):
+        return self.slots.setdefault(batch, [])
 
 
 @pytest.fixture
@@ -117,8 +121,9 @@ def test_what_waits_is_begun_together_as_far_as_there_is_room(engine, batcher):
     assert max(map(len, engine.begun)) <= 4
 
 
-def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher):
-    long, long_pieces = job(500, most=1000)
+@pytest.mark.parametrize("last", [100, LONG])
+def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher, last):
+    long, long_pieces = job(500, last, most=1000)
     batcher.submit(long)
     while not engine.begun:
         pass
@@ -128,6 +133,42 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher):
     assert everything(short_pieces)[1] == "stop"
     assert long_pieces.qsize() < 12
     long.give_up()
+
+
+def test_who_comes_has_a_slot_in_the_next_chunk(engine, batcher):
+    long, _ = job(500, most=1000)
+    batcher.submit(long)
+    while not engine.begun:
+        pass
+    short, pieces = job(1)
+    batcher.submit(short)
+    engine.may_advance.release(2)  # the chunk that runs already, and one more
+    assert everything(pieces) == ([101], "stop")
+    long.give_up()
+
+
+def test_slots_are_used_again_and_no_more_than_there_may_be(engine, batcher):
+    engine.may_advance.release(10_000)
+    jobs = []
+    for number in range(30):
+        jobs.append(job(number % 7, last=10 * number, rows=1 + number % 2))
+        while True:
+            try:
+                batcher.submit(jobs[-1][0])
+                break
+            except BusyError:
+                time.sleep(0.001)
+    for wanted, pieces in jobs:
+        rows = {row: [] for row in range(len(wanted.settings))}
+        ended = set()
+        while len(ended) < len(rows):
+            piece = pieces.get(timeout=20)
+            rows[piece.row] += piece.tokens
+            ended |= {piece.row} if piece.finish else set()
+        stop_after, last = wanted.prompt
+        assert all(tokens == list(range(last + 1, last + 1 + stop_after)) for tokens in rows.values())
+    assert len(engine.begun) > len(engine.slots), "nobody joined another"
+    assert max(map(len, engine.slots.values())) <= 4
 
 
 def test_too_many_are_refused_and_none_is_lost(engine, batcher):
@@ -142,14 +183,71 @@ def test_too_many_are_refused_and_none_is_lost(engine, batcher):
     assert [pieces.get(timeout=20) is not None for pieces in accepted] == [True] * len(accepted)
 
 
-def test_a_failure_fails_its_own_batch_only(engine, batcher):
-    engine.may_advance.release(1000)
+def test_what_cannot_be_begun_fails_alone(engine, batcher):
+    running, running_pieces = job(3, last=1)
+    batcher.submit(running)
+    while not engine.begun:
+        pass
     bad, bad_pieces = job(666)
-    batcher.submit(bad)
+    good, good_pieces = job(4)
+    for wanted in (bad, good):
+        batcher.submit(wanted)
+    engine.may_advance.release(1000)
     assert everything(bad_pieces) == ([], "failed")
-    good, good_pieces = job(3)
-    batcher.submit(good)
-    assert everything(good_pieces)[1] == "stop"
+    assert everything(good_pieces) == ([101, 102, 103, 104], "stop")
+    assert everything(running_pieces) == ([2, 3, 4], "stop")
+
+
+def test_without_memory_beside_others_there_may_be_some_apart(engine, batcher):
+    running, running_pieces = job(9, last=1)
+    batcher.submit(running)
+    while not engine.begun:
+        pass
+    large, pieces = job(2, last=LARGE)
+    batcher.submit(large)
+    engine.may_advance.release(1000)
+    assert everything(pieces) == ([LARGE + 1, LARGE + 2], "stop")
+    assert everything(running_pieces)[1] == "stop"
+
+
+def test_a_chunk_that_fails_fails_its_own_batch_only(engine, batcher):
+    advance = engine.advance
+    broken = []
+
+    def breaks(batch, alternatives):
+        if batch in broken:
+            raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
+        return advance(batch, alternatives)
+
+    engine.advance = breaks
+    first, first_pieces = job(500, most=1000)
+    other, other_pieces = job(6, last=LONG)
+    for wanted in (first, other):
+        batcher.submit(wanted)
+    while len(engine.begun) < 2:
+        engine.may_advance.release(1)
+    broken.append(next(iter(engine.slots)))
+    engine.may_advance.release(1000)
+    assert everything(first_pieces)[1] == "failed"
+    assert everything(other_pieces)[1] == "stop"
+    following, pieces = job(3)
+    batcher.submit(following)
+    assert everything(pieces)[1] == "stop"
+
+
+def test_a_row_that_is_given_up_makes_room_before_the_others_end(engine, batcher):
+    long, long_pieces = job(500, most=1000, rows=4)
+    batcher.submit(long)
+    while not engine.begun:
+        pass
+    long.give_up(2)
+    short, pieces = job(1)
+    batcher.submit(short)
+    engine.may_advance.release(2)
+    assert everything(pieces) == ([101], "stop")
+    said = [long_pieces.get(timeout=20) for _ in range(7)]
+    assert [piece.row for piece in said].count(2) == 1, "it went on"
+    long.give_up()
 
 
 def test_what_is_given_up_makes_room(engine, batcher):

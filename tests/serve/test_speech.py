@@ -11,8 +11,8 @@ from tokenizers import AddedToken
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.rewards.reference import decode
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
+from psyche_jax.serve.batcher import Piece
 from psyche_jax.serve.crisis.gate import Gate, OutputFilter
-from psyche_jax.serve.engine import Piece
 from psyche_jax.serve.service import Speech
 
 
