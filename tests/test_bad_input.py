@@ -141,7 +141,7 @@ def test_broken_model_folders(place, psyche):
         file.write_bytes(file.read_bytes()[:5000])
 
     broken(lambda folder: (folder / "config.json").write_text("{"), "config.json")
-    broken(lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama'", "qwen2")
+    broken(lambda folder: (folder / "config.json").write_text('{"model_type": "qwen3_moe"}'), "'qwen3_moe'", "qwen2")
     broken(truncate, "model.safetensors")
     broken(lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors")
     broken(lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json")
