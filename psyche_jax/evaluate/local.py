@@ -70,7 +70,7 @@ def complete(
         if all(index in skip for index in indices):
             continue
         padded = indices + indices[:1] * (-len(indices) % rows)
-        batch = jax.device_put(pad_prompts([prompts[i] for i in padded], config.max_position_embeddings), place)
+        batch = jax.device_put(pad_prompts([prompts[i] for i in padded], config.max_positions), place)
         rollout = jax.device_get(program(parameters, batch["tokens"], batch["mask"], key))
         for row, index in enumerate(indices):
             if index in skip:
@@ -164,7 +164,7 @@ class LocalModel:
           UserError: the weights cannot be read, or the chat template is missing or broken.
         """
         opened = opened_text(self._tokenizer)
-        room = self._stored.config.max_position_embeddings - self._sampling.max_new_tokens
+        room = self._stored.config.max_positions - self._sampling.max_new_tokens
         prompts: dict[Key, list[int]] = {}
         failed: dict[Key, str] = {}
         for key, task in tasks.items():
@@ -178,7 +178,7 @@ class LocalModel:
             else:
                 failed[key] = (
                     f"a question of {len(tokens)} tokens and an answer of {self._sampling.max_new_tokens} do not fit "
-                    f"the {self._stored.config.max_position_embeddings} positions of {self.name}"
+                    f"the {self._stored.config.max_positions} positions of {self.name}"
                 )
         keys = list(prompts)
         if all(key in known for key in keys):

@@ -112,7 +112,7 @@ class Engine:
         while rows < len(prompts):
             rows *= 2
         padding = rows - len(prompts)
-        padded = pad_prompts([*prompts, *[prompts[0]] * padding], self.config.max_position_embeddings)
+        padded = pad_prompts([*prompts, *[prompts[0]] * padding], self.config.max_positions)
         room = _SHORTEST
         while room < max(row.max_new_tokens for row in settings):
             room *= 2

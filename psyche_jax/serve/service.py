@@ -193,7 +193,7 @@ class Service:
         self.tokenizer = load_tokenizer(stored.tokenizer_folder)
         self._limits = config.limits
         self._prompt = config.prompt or stored.prompt or PromptSection()
-        self._places = stored.config.max_position_embeddings
+        self._places = stored.config.max_positions
         self._bytes = token_bytes_from_tokenizer(self.tokenizer, stored.config.vocab_size)
         self._opened = opened_text(self.tokenizer)  # a broken template is an error now
         self._most_bytes = self._places * max(len(token or b"") for token in self._bytes)  # of a message that may fit
