@@ -164,6 +164,24 @@ def test_broken_tokenizers_and_templates(place, psyche):
         shutil.rmtree("broken")
 
 
+def test_thinking_that_nothing_switches(psyche):
+    said = "prompt.thinking is False, and the chat template has no enable_thinking; leave the setting out"
+    for arguments in (
+        [*EVAL, "--thinking", "off"],
+        ["serve", "model", "--thinking", "off", "--port", "0"],
+        with_set("sft", "prompt.thinking=false"),
+        with_set("grpo", "prompt.thinking=false"),
+    ):
+        code, line = psyche(*arguments)
+        assert (code, line) == (1, f"psyche {arguments[0]}: {said}")
+    for arguments in (
+        ["eval", "http://127.0.0.1:9/v1#m", *EVAL[2:], "--thinking", "on"],
+        ["chat", "http://127.0.0.1:9/v1#m", "--thinking", "on"],
+    ):
+        code, line = psyche(*arguments)
+        assert (code, "thinking: is for the endpoint's server to set" in line) == (2, True), line
+
+
 def test_broken_checkpoints(place, psyche):
     assert cli.main(["import", "model", "checkpoint"]) == 0
     code, line = psyche("import", "checkpoint", "new")

@@ -173,6 +173,7 @@ def test_the_folder_stands_alone(exported, runs):
     assert json.loads((exported / "psyche_prompt.json").read_text()) == {
         "system": PROMPT.system,
         "instruction": PROMPT.instruction,
+        "thinking": None,
     }
     generation = json.loads((exported / "generation_config.json").read_text())
     assert tuple(generation["eos_token_id"]) == STOPS

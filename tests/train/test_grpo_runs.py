@@ -161,7 +161,7 @@ def test_rewards_know_what_the_template_has_opened(root, monkeypatch):
     setup = SimpleNamespace(tokenizer=tokenizer, model=open_model(str(root / "model")))
     prompts, _ = grpo_run.tokenized_prompts(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
     rows = np.asarray([tokens])
-    grpo_run.judged([function], setup, prompts, [0], rows, rows >= 0)
+    grpo_run.judged([function], setup, "", prompts, [0], rows, rows >= 0)
     assert heard[0].endswith("<think>\n")
     assert heard[1] == "<think>\n想</think>B"
 
