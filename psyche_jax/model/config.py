@@ -39,7 +39,7 @@ _SUPPORTED = f"supported are dense text models: {', '.join(map(repr, FAMILIES))}
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE was stretched beyond the length that a model was first trained at; see `rotary.frequencies`.
+    """How RoPE was stretched beyond the length that a model was first trained at; see `psyche_jax.model.rotary`.
 
     Field names are those of Hugging Face's `rope_scaling`; None is what a file does not say, and stays unsaid.
     """

@@ -346,6 +346,24 @@ def test_thoughts_where_there_are_to_be_none(qwen3):
             tokenize_example(trims, (Message("user", "一"), Message("assistant", said)), ON)
 
 
+def test_llama_3s_headers(tiny):
+    """Two control tokens begin a turn and another ends it; the template trims what is said."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+        "{{ (m.content | trim) + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    names = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    llama = with_template(tiny, template, **dict.fromkeys(names, True))
+    llama.bos_token = "<|begin_of_text|>"
+    assert end_of_turn_id(llama) == llama.convert_tokens_to_ids("<|eot_id|>")
+    assert opened_text(llama) == ""
+    turns = (Message("user", "一<|eot_id|>"), Message("assistant", "<think>想</think>甲"))
+    example = tokenize_example(llama, turns, UNSET)
+    assert [decoded_text(llama, ids) for ids in learned(example)] == ["<think>想</think>甲<|eot_id|>"]
+    assert controls(llama, example.tokens).count(end_of_turn_id(llama)) == 3, "the system's, the user's, the answer's"
+
+
 def test_a_template_without_the_switch(tiny, tmp_path):
     """One line for all records, wherever a prompt is made."""
     line = "prompt.thinking is False, and the chat template has no enable_thinking; leave the setting out"
