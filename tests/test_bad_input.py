@@ -141,7 +141,7 @@ def test_broken_model_folders(place, psyche):
         file.write_bytes(file.read_bytes()[:5000])
 
     broken(lambda folder: (folder / "config.json").write_text("{"), "config.json")
-    broken(lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "'llama'", "qwen2")
+    broken(lambda folder: (folder / "config.json").write_text('{"model_type": "qwen3_moe"}'), "'qwen3_moe'", "qwen2")
     broken(truncate, "model.safetensors")
     broken(lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors")
     broken(lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json")
@@ -162,6 +162,24 @@ def test_broken_tokenizers_and_templates(place, psyche):
             code, line = psyche(*arguments)
             assert (code, expected in line) == (1, True), line
         shutil.rmtree("broken")
+
+
+def test_thinking_that_nothing_switches(psyche):
+    said = "prompt.thinking is False, and the chat template has no enable_thinking; leave the setting out"
+    for arguments in (
+        [*EVAL, "--thinking", "off"],
+        ["serve", "model", "--thinking", "off", "--port", "0"],
+        with_set("sft", "prompt.thinking=false"),
+        with_set("grpo", "prompt.thinking=false"),
+    ):
+        code, line = psyche(*arguments)
+        assert (code, line) == (1, f"psyche {arguments[0]}: {said}")
+    for arguments in (
+        ["eval", "http://127.0.0.1:9/v1#m", *EVAL[2:], "--thinking", "on"],
+        ["chat", "http://127.0.0.1:9/v1#m", "--thinking", "on"],
+    ):
+        code, line = psyche(*arguments)
+        assert (code, "thinking: is for the endpoint's server to set" in line) == (2, True), line
 
 
 def test_broken_checkpoints(place, psyche):

@@ -24,6 +24,7 @@ from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, Question, question_text, read_records
 from psyche_jax.demo import chat_template
 from psyche_jax.evaluate.local import complete
+from psyche_jax.model.config import RopeScaling
 from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
@@ -71,6 +72,38 @@ def test_there_and_back_is_bit_for_bit(dtype, tied, tmp_path, capsys):
     number = open_model("source").config.num_parameters
     for line, name in zip(capsys.readouterr().out.splitlines(), ("checkpoint", "target"), strict=True):
         assert re.fullmatch(rf"{name}: {number:,} parameters as {dtype}, [\d.]+kB in [\d.]+ s, [\d.]+[kM]?B/s", line)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        (
+            "Qwen3ForCausalLM",
+            {
+                "model_type": "qwen3",
+                "head_dim": 16,
+                "rope_scaling": RopeScaling("yarn", 4.0, 256, attention_factor=1.1),
+            },
+        ),
+        (
+            "LlamaForCausalLM",
+            {
+                "model_type": "llama",
+                "attention_bias": True,
+                "rope_scaling": RopeScaling("llama3", 8.0, 128, low_freq_factor=1.0, high_freq_factor=4.0),
+            },
+        ),
+    ],
+)
+def test_other_families_there_and_back(architecture, changes, tmp_path):
+    """Through a checkpoint, whose metadata hold the traits."""
+    source = save_model(tmp_path / "source", **changes)
+    psyche("import", "source", "checkpoint")
+    psyche("export", "checkpoint", "target")
+    assert open_model("source").config == open_model("checkpoint").config == open_model("target").config
+    assert tensors(tmp_path / "target") == tensors(source)
+    assert json.loads(Path("target/config.json").read_text()) == json.loads((source / "config.json").read_text())
+    assert f"A `{architecture}` of " in Path("target/README.md").read_text()
 
 
 def test_dtypes_are_converted(tmp_path):
@@ -140,6 +173,7 @@ def test_the_folder_stands_alone(exported, runs):
     assert json.loads((exported / "psyche_prompt.json").read_text()) == {
         "system": PROMPT.system,
         "instruction": PROMPT.instruction,
+        "thinking": None,
     }
     generation = json.loads((exported / "generation_config.json").read_text())
     assert tuple(generation["eos_token_id"]) == STOPS

@@ -40,7 +40,7 @@ def _failed(verb: str, message: str, exit_code: int = 1, details: Sequence[str] 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="psyche",
-        description="Turn a Qwen2.5 base model into a domain reasoning model: SFT, GRPO, evaluation, export.",
+        description="Turn a Qwen or Llama base model into a domain reasoning model: SFT, GRPO, evaluation, export.",
         epilog="Start here: psyche demo --out runs/demo",
     )
     parser.add_argument("--version", action="version", version=f"psyche {psyche_jax.__version__}")

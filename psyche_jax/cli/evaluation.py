@@ -60,6 +60,11 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
     )
+    verb.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        help="set enable_thinking of the chat template, if it has that (default: as the model was trained)",
+    )
     # Who judges, and what endpoints need.
     verb.add_argument(
         "--judge",
@@ -250,6 +255,8 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
 
     prompt = PromptSection(system="", instruction="") if arguments.bare else None
     if arguments.model.startswith(SCHEMES):
+        if arguments.thinking is not None:
+            raise UsageError("--thinking: is for the endpoint's server to set; leave it out")
         return Endpoint(
             arguments.model,
             max_new_tokens=arguments.max_new_tokens,
@@ -272,6 +279,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
         batch_size=arguments.batch_size or 64,
         seed=arguments.seed,
         prompt=prompt,
+        thinking=None if arguments.thinking is None else arguments.thinking == "on",
     )
 
 

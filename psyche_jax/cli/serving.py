@@ -43,6 +43,11 @@ def add_verbs(add: AddVerb) -> None:
 def _add_conversation(verb: argparse.ArgumentParser) -> None:
     """Options of whatever talks with people."""
     verb.add_argument("--plain", action="store_true", help="add no system prompt and no instruction to the messages")
+    verb.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        help="set enable_thinking of the chat template, if it has that (default: as the model was trained)",
+    )
     verb.add_argument("--region", metavar="CODE", help="whose hotline people in a crisis are given (default CN)")
     verb.add_argument("--crisis-log", metavar="FILE", help="where crisis events are noted, without any text")
     verb.add_argument("--no-crisis-gate", action="store_true", help="answer people in a crisis by the model alone")
@@ -73,6 +78,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _conversation(arguments: argparse.Namespace) -> list[str]:
     """The options of `_add_conversation` as changes of a config."""
     changes = ["prompt.system=''", "prompt.instruction=''"] if arguments.plain else []
+    changes += [f"thinking={json.dumps(arguments.thinking == 'on')}"] if arguments.thinking else []
     changes += ["crisis.gate=false"] if arguments.no_crisis_gate else []
     for key, value in (("crisis.region", arguments.region), ("crisis.log", arguments.crisis_log)):
         changes += [f"{key}={json.dumps(value)}"] if value else []

@@ -16,7 +16,7 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "import",
         _import,
-        "Write a Hugging Face folder of a Qwen2 model as a checkpoint.",
+        "Write a Hugging Face folder of a Qwen or Llama model as a checkpoint.",
         "psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
     )
     verb.add_argument(

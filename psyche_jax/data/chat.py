@@ -7,7 +7,7 @@ tokenized here are those that the template wrote. Training, packing, evaluation,
 import re
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +21,20 @@ from psyche_jax.rewards.reference import CLOSE, OPEN
 # Qwen2.5 calls `<|fim_prefix|>` no special token, R1-Distill not even `<｜User｜>`, which its template writes.
 _BARRED = re.compile(r"<[|｜].*[|｜]>")
 _TAG = re.compile(r"[<\[].+[>\]]")  # nor `<tool_call>`, which its template writes around a call
+_SWITCH = "enable_thinking"  # what Qwen3's template calls it
 _ENCODING = threading.Lock()  # whether special tokens are split is a state of the tokenizer, which threads share
+
+
+def chosen_prompt(
+    given: PromptSection | None, trained: PromptSection | None, thinking: bool | None = None
+) -> PromptSection:
+    """How a model is asked: as `given`, else as it was `trained`, else by the defaults.
+
+    Its template's switch is `thinking`, else what `given` says of it, else what `trained` does.
+    """
+    prompt = given or trained or PromptSection()
+    switches = (thinking, prompt.thinking, None if trained is None else trained.thinking)
+    return replace(prompt, thinking=next((switch for switch in switches if switch is not None), None))
 
 
 def render_prompt(turns: Sequence[Message], prompt: PromptSection) -> list[dict[str, str]]:
@@ -45,18 +58,21 @@ def prompt_tokens(tokenizer: Any, turns: Sequence[Message], prompt: PromptSectio
       UserError: the chat template is missing or broken, or refuses these turns.
     """
     messages, mark = _marked(tokenizer, render_prompt(turns, prompt))
-    return _encode(tokenizer, _template(tokenizer, messages, opening=True), mark)
+    return _encode(tokenizer, _template(tokenizer, messages, True, prompt.thinking), mark)
 
 
-def opened_text(tokenizer: Any) -> str:
+def opened_text(tokenizer: Any, thinking: bool | None = None) -> str:
     """What the template's generation prompt has already written of the response: '' or an opened thought.
 
     QwQ's and R1-Distill's templates end in `<think>` and a newline, Qwen3's without thinking also close it. What reads
     a response (rewards, evaluation, chat, serving) reads this text before it. Tags that are written before the last
-    control token are of another turn.
+    control token are of another turn. `thinking` is that of the `PromptSection`.
+
+    Raises:
+      UserError: the chat template is missing or broken, or has no switch for `thinking`.
     """
     turns = [{"role": "user", "content": "-"}]
-    prompt = _template(tokenizer, turns, opening=True).removeprefix(_template(tokenizer, turns, opening=False))
+    prompt = _template(tokenizer, turns, True, thinking).removeprefix(_template(tokenizer, turns, False, thinking))
     _, tag, rest = _spellings(tokenizer).control.split(prompt)[-1].partition(OPEN)
     return tag + rest
 
@@ -94,21 +110,22 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
     trained is what generation meets: the prompt's tokens never merge with the response's. A thought that the prompt has
     opened belongs to it, and the learned part continues from there. Where the template rewrites earlier turns (QwQ's,
     R1-Distill's and Qwen3's drop their thoughts), these are only history: what follows the last rewriting is learned.
+    An empty thought that the template writes before what is said (Qwen3's) is learned by nobody.
 
     Raises:
       UserError: the template would write something else than what the assistant says (it trims, say); the last turn
         does not continue the thought that is opened; the mask comes out all ones or all zeros.
     """
     messages, mark = _marked(tokenizer, render_prompt(turns, prompt))
-    opened, end = _frame(tokenizer, str(tokenizer.chat_template))
+    opened, end = _frame(tokenizer, str(tokenizer.chat_template), prompt.thinking)
     spoken = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     tokens: list[int] = []
     mask: list[bool] = []
     done = ""
     for index in spoken:
         content = messages[index]["content"]
-        before = _template(tokenizer, messages[:index], opening=True)
-        closed = _template(tokenizer, messages[: index + 1], opening=False)
+        before = _template(tokenizer, messages[:index], True, prompt.thinking)
+        closed = _template(tokenizer, messages[: index + 1], False, prompt.thinking)
         _check_written(content, closed, before.removesuffix(opened), end)
         said = _continued(content, opened)
         if said is None:
@@ -128,14 +145,15 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
 
 
 def _check_written(content: str, closed: str, head: str, end: str) -> None:
-    """Raise UserError unless the template writes `content`, `end` after `head`; a thought may be dropped or spaced."""
+    """Raise UserError unless the template writes `content`, `end` after `head`; a thought may be dropped or spaced, and
+    an empty one added."""
     written, ended, _ = closed.removeprefix(head).partition(end)
     if closed.startswith(head) and ended:
         if written == content:
             return
-        (thought, thinks, answer), (kept, _, shown) = content.rpartition(CLOSE), written.rpartition(CLOSE)
+        (thought, thinks, answer), (kept, shows, shown) = content.rpartition(CLOSE), written.rpartition(CLOSE)
         same_thought = kept.removeprefix(OPEN).strip() in ("", thought.removeprefix(OPEN).strip())
-        if thinks and not content[0].isspace() and same_thought and shown.lstrip() == answer.lstrip():
+        if (thinks or shows) and not content[:1].isspace() and same_thought and shown.lstrip() == answer.lstrip():
             return
     raise UserError("the chat template changes what was said (white space at its ends, say)")
 
@@ -150,15 +168,15 @@ def _continued(content: str, opened: str) -> str | None:
 
 
 @lru_cache(maxsize=4)
-def _frame(tokenizer: Any, template: str) -> tuple[str, str]:
+def _frame(tokenizer: Any, template: str, thinking: bool | None) -> tuple[str, str]:
     """`opened_text` and the end-of-turn token of a tokenizer with that chat template."""
-    return opened_text(tokenizer), _end_of_turn(tokenizer)
+    return opened_text(tokenizer, thinking), _end_of_turn(tokenizer)
 
 
 def _end_of_turn(tokenizer: Any) -> str:
     said = "psyche"
     turns = [{"role": "user", "content": "-"}, {"role": "assistant", "content": said}]
-    after = _template(tokenizer, turns, opening=False).rpartition(said)[2]
+    after = _template(tokenizer, turns, False, None).rpartition(said)[2]
     found = _spellings(tokenizer).control.match(after)
     if found is None:
         raise UserError("the chat template writes no special token right after what the assistant says; use Qwen2.5's")
@@ -220,11 +238,14 @@ def _marked(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[list[di
     return [{**m, "content": start.sub(rf"\g<0>{mark}", m["content"])} for m in messages], mark
 
 
-def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool) -> str:
+def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool, thinking: bool | None) -> str:
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; put Qwen2.5's chat_template.jinja into its folder")
+    if thinking is not None and _SWITCH not in tokenizer.chat_template:
+        raise UserError(f"prompt.thinking is {thinking}, and the chat template has no {_SWITCH}; leave the setting out")
+    switch = {} if thinking is None else {_SWITCH: thinking}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **switch)
     except Exception as error:  # whatever a program can raise
         raise UserError(f"the tokenizer's chat template is broken: {first_reason(error)}; use Qwen2.5's") from None
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from psyche_jax.config import PromptSection, Section
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, tokenize_example
+from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, opened_text, tokenize_example
 from psyche_jax.data.dataset import Manifest, Packing, load_records, write_contents
 from psyche_jax.data.records import SftExample
 from psyche_jax.data.streams import Batch
@@ -61,6 +61,7 @@ def pack(config: PackConfig) -> tuple[Manifest, list[str]]:
     examples: list[TokenizedExample] = []
     cut, unfit = 0, ""
     end_of_turn_id(tokenizer)  # a template that is broken for all is one error
+    opened_text(tokenizer, config.prompt.thinking)
 
     # What is too long is skipped or cut, as the config says; a cut that leaves nothing to learn is skipped as well.
     for record in tqdm(records.good, desc="pack", unit="example", disable=None):
@@ -206,8 +207,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 
 def template_hash(tokenizer: Any, prompt: PromptSection) -> str:
-    """SHA-256 of all that turns turns into text: the chat template, the system prompt, the instruction."""
-    parts = (tokenizer.chat_template or "", prompt.system, prompt.instruction)
+    """SHA-256 of all that turns turns into text: the chat template and its switch, system prompt, instruction."""
+    parts = [tokenizer.chat_template or "", prompt.system, prompt.instruction]
+    if prompt.thinking is not None:  # else the hash is that of versions that had no such setting
+        parts.append(f"thinking {prompt.thinking}")
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from psyche_jax.config import Dtype, MeshSection, PromptSection
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import decoded_text, opened_text, prompt_tokens
+from psyche_jax.data.chat import chosen_prompt, decoded_text, opened_text, prompt_tokens
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Completion, Key
@@ -70,7 +70,7 @@ def complete(
         if all(index in skip for index in indices):
             continue
         padded = indices + indices[:1] * (-len(indices) % rows)
-        batch = jax.device_put(pad_prompts([prompts[i] for i in padded], config.max_position_embeddings), place)
+        batch = jax.device_put(pad_prompts([prompts[i] for i in padded], config.max_positions), place)
         rollout = jax.device_get(program(parameters, batch["tokens"], batch["mask"], key))
         for row, index in enumerate(indices):
             if index in skip:
@@ -96,6 +96,7 @@ class LocalModel:
         batch_size: int = 64,
         seed: int = 0,
         prompt: PromptSection | None = None,
+        thinking: bool | None = None,
     ) -> None:
         """Find the model.
 
@@ -107,6 +108,7 @@ class LocalModel:
           batch_size: questions at once.
           seed: of sampling.
           prompt: system prompt and instruction; None: those that the model was trained with, else the defaults.
+          thinking: what the chat template's switch is set to; None: as `prompt` says, or as the model was trained.
 
         Raises:
           UserError: there is no usable model.
@@ -118,7 +120,7 @@ class LocalModel:
         self._sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
         check_mesh_fits(self._sharding, self._stored.config)
         self._tokenizer = load_tokenizer(self._stored.tokenizer_folder)
-        self._prompt = prompt or self._stored.prompt or PromptSection()
+        self._prompt = chosen_prompt(prompt, self._stored.prompt, thinking)
         self._sampling, self._dtype, self._batch_size, self._seed = sampling, compute_dtype, batch_size, seed
         self.parameters: int | None = self._stored.config.num_parameters
 
@@ -163,8 +165,8 @@ class LocalModel:
         Raises:
           UserError: the weights cannot be read, or the chat template is missing or broken.
         """
-        opened = opened_text(self._tokenizer)
-        room = self._stored.config.max_position_embeddings - self._sampling.max_new_tokens
+        opened = opened_text(self._tokenizer, self._prompt.thinking)
+        room = self._stored.config.max_positions - self._sampling.max_new_tokens
         prompts: dict[Key, list[int]] = {}
         failed: dict[Key, str] = {}
         for key, task in tasks.items():
@@ -178,7 +180,7 @@ class LocalModel:
             else:
                 failed[key] = (
                     f"a question of {len(tokens)} tokens and an answer of {self._sampling.max_new_tokens} do not fit "
-                    f"the {self._stored.config.max_position_embeddings} positions of {self.name}"
+                    f"the {self._stored.config.max_positions} positions of {self.name}"
                 )
         keys = list(prompts)
         if all(key in known for key in keys):

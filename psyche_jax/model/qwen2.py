@@ -1,7 +1,8 @@
-"""Qwen2.5 as a Flax NNX module: one decoder layer, whose parameters carry a leading axis of layers.
+"""The decoder as a Flax NNX module: one decoder layer, whose parameters carry a leading axis of layers.
 
+It is Qwen2's, Qwen3's or Llama's: what differs are the traits that `ModelConfig` derives from the model's type.
 Weights keep Hugging Face's orientation, [out, in], so that conversion copies and never transposes. Source of the
-architecture: the Qwen2.5 technical report (arXiv 2412.15115) and transformers' `modeling_qwen2.py`.
+architecture: the Qwen2.5 and Qwen3 technical reports (arXiv 2412.15115, 2505.09388) and transformers' `modeling_*.py`.
 """
 
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined,
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
 from psyche_jax.model.products import product, weighted
+from psyche_jax.model.rotary import rotary_tables, rotate
 from psyche_jax.model.sharding import Sharding
 
 Parameters: TypeAlias = dict[str, Any]
@@ -103,10 +105,13 @@ class DecoderLayer(nnx.Module):
         )
         keys = jax.random.split(key, 7)
         self.input_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
-        self.q_proj = Linear(keys[0], (layers, heads, width), ("heads", "embed"), True, dtype)
-        self.k_proj = Linear(keys[1], (layers, kv_heads, width), ("kv_heads", "embed"), True, dtype)
-        self.v_proj = Linear(keys[2], (layers, kv_heads, width), ("kv_heads", "embed"), True, dtype)
-        self.o_proj = Linear(keys[3], (layers, width, heads), ("embed", "heads"), False, dtype)
+        self.q_proj = Linear(keys[0], (layers, heads, width), ("heads", "embed"), config.qkv_bias, dtype)
+        self.k_proj = Linear(keys[1], (layers, kv_heads, width), ("kv_heads", "embed"), config.qkv_bias, dtype)
+        self.v_proj = Linear(keys[2], (layers, kv_heads, width), ("kv_heads", "embed"), config.qkv_bias, dtype)
+        self.o_proj = Linear(keys[3], (layers, width, heads), ("embed", "heads"), config.o_bias, dtype)
+        self.q_norm, self.k_norm = (
+            RMSNorm((layers, config.head_dim), config.rms_norm_eps, dtype) if config.qk_norm else None for _ in "qk"
+        )
         self.post_attention_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
         self.gate_proj = Linear(keys[4], (layers, inner, width), ("mlp", "embed"), False, dtype)
         self.up_proj = Linear(keys[5], (layers, inner, width), ("mlp", "embed"), False, dtype)
@@ -126,9 +131,12 @@ class DecoderLayer(nnx.Module):
         """
         batch, length, _ = x.shape
         normal = self.input_norm(x, x.dtype)
-        query = rotate(self.q_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
-        key = rotate(self.k_proj(normal).reshape(batch, length, -1, self.head_dim), rotary)
+        query = self.q_proj(normal).reshape(batch, length, -1, self.head_dim)
+        key = self.k_proj(normal).reshape(batch, length, -1, self.head_dim)
         value = self.v_proj(normal).reshape(batch, length, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query, x.dtype), self.k_norm(key, x.dtype)
+        query, key = rotate(query, rotary), rotate(key, rotary)
         query = sharding.constrain(query, "batch", "sequence", "heads", None)
         key = sharding.constrain(key, "batch", "sequence", "kv_heads", None)
         value = sharding.constrain(value, "batch", "sequence", "kv_heads", None)
@@ -395,20 +403,6 @@ def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if weights.dtype == jnp.float32 and dtype == jnp.bfloat16:
         weights = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=7)
     return weights.astype(dtype)
-
-
-def rotary_tables(positions: jax.Array, config: ModelConfig, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine [batch, sequence, 1, head_dim / 2] for `positions` [batch, sequence] (RoPE, arXiv 2104.09864)."""
-    frequencies = config.rope_theta ** (-jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim)
-    angles = positions[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles).astype(dtype), jnp.sin(angles).astype(dtype)
-
-
-def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotary embedding of `x` [batch, sequence, heads, head_dim], halves paired as in Hugging Face's Qwen2."""
-    cosine, sine = rotary
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
 def rematerialize(body: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:

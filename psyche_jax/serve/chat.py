@@ -14,7 +14,7 @@ from typing import TextIO
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import render_prompt
 from psyche_jax.data.records import Message
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.llm.server import SCHEMES, Names, Server
@@ -76,6 +76,8 @@ class RemoteModel:
         self._config = config
         self._url = endpoint.url
         self._prompt = config.prompt or PromptSection("", "")  # its own server may add one
+        if config.thinking is not None or self._prompt.thinking is not None:
+            raise UsageError("thinking: is for the endpoint's server to set; leave it out")
         self._names: Names = {}  # of parameters, as the endpoint turns out to want them
 
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:

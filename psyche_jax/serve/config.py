@@ -52,6 +52,7 @@ class ServeConfig(Section):
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7  # where a request says nothing; the published recipe's
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
     prompt: PromptSection | None = None  # None: what the model was trained with
+    thinking: bool | None = None  # `enable_thinking` of the chat template; None: as `prompt` says, or as it was trained
     compute_dtype: Dtype = "float32"
     mesh: MeshSection = field(default_factory=MeshSection)
     limits: LimitsSection = field(default_factory=LimitsSection)

@@ -152,7 +152,7 @@ class Engine:
         distinct = sorted(set(own), key=lambda prompt: (len(prompt), prompt))
         for start in range(0, len(distinct), self._parts):  # a prompt for each device, or group of them
             group = distinct[start : start + self._parts]
-            padded = pad_prompts([*group, *group[:1] * (self._parts - len(group))], self.config.max_position_embeddings)
+            padded = pad_prompts([*group, *group[:1] * (self._parts - len(group))], self.config.max_positions)
             read = jax.block_until_ready(self._read(self._parameters, padded["tokens"], padded["mask"]))
             source = np.full(shape.rows, -1, np.int32)
             for slot, prompt in zip(slots, own, strict=True):

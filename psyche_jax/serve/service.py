@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from psyche_jax.config import PromptSection
-from psyche_jax.data.chat import decoded_text, opened_text, prompt_tokens
+from psyche_jax.data.chat import chosen_prompt, decoded_text, opened_text, prompt_tokens
 from psyche_jax.data.records import Message
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
@@ -193,10 +192,10 @@ class Service:
         self.name = config.name or Path(config.model).absolute().name
         self.tokenizer = load_tokenizer(stored.tokenizer_folder)
         self._limits = config.limits
-        self._prompt = config.prompt or stored.prompt or PromptSection()
-        self._places = stored.config.max_position_embeddings
+        self._prompt = chosen_prompt(config.prompt, stored.prompt, config.thinking)
+        self._places = stored.config.max_positions
         self._bytes = token_bytes_from_tokenizer(self.tokenizer, stored.config.vocab_size)
-        self._opened = opened_text(self.tokenizer)  # a broken template is an error now
+        self._opened = opened_text(self.tokenizer, self._prompt.thinking)  # a broken template is an error now
         self._most_bytes = self._places * max(len(token or b"") for token in self._bytes)  # of a message that may fit
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._reading = 0

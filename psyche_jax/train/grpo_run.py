@@ -88,7 +88,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     # What cannot work is said before the work begins: shapes that the mesh does not divide, rules, functions, data.
     check_grpo_rows(config, execution.sharding)
     token_bytes = token_bytes_from_tokenizer(setup.tokenizer, model.vocab_size)
-    rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened_text(setup.tokenizer))
+    opened = opened_text(setup.tokenizer, config.prompt.thinking)
+    rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened)
     functions = load_functions(config.functions)
     prompts, faults = tokenized_prompts(setup.tokenizer, config, config.data.train)
     held_out: list[Prompt] = []
@@ -114,13 +115,13 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
 
     # Functions of the host need to see the responses between sampling and learning, so they cut the program in two.
     if functions:
-        judge = partial(judged, functions, setup, prompts)
+        judge = partial(judged, functions, setup, opened, prompts)
         step, lower = _two_programs(iteration, reference, rules, key, judge)
     else:
         step, lower = _one_program(iteration, reference, rules, key)
     evaluation = None
     if held_out:
-        judge = partial(judged, functions, setup, held_out)
+        judge = partial(judged, functions, setup, opened, held_out)
         program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
         measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
@@ -177,7 +178,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
                 metrics = this.measured(outputs["metrics"], outputs.get("absent"))
                 warn.look_at(index, metrics)
                 if index in (1, total_steps) or index % config.logging.samples_every_steps == 0:
-                    for sample in decoded_samples(setup.tokenizer, outputs["samples"], config.generations_per_prompt):
+                    group = config.generations_per_prompt
+                    for sample in decoded_samples(setup.tokenizer, opened, outputs["samples"], group):
                         run.log_sample(index, {"policy_step": index - 1, **sample})
                 this.end_step(state, metrics)
 
@@ -229,12 +231,19 @@ def _two_programs(
 
 
 def judged(
-    functions: Sequence[LoadedFunction], setup: Setup, prompts: Sequence[Prompt], numbers: Any, tokens: Any, mask: Any
+    functions: Sequence[LoadedFunction],
+    setup: Setup,
+    opened: str,
+    prompts: Sequence[Prompt],
+    numbers: Any,
+    tokens: Any,
+    mask: Any,
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """What the functions say of responses. The first process asks them, and tells the others.
 
     Args:
       functions, setup: the functions; the tokenizer and the model's stop tokens.
+      opened: what the chat template has written of each response.
       prompts: where `numbers` point.
       numbers: int [prompts], which prompts these are.
       tokens, mask: [responses, length], the responses to one prompt consecutive.
@@ -254,7 +263,6 @@ def judged(
     if hosts.is_first():
         asked = [prompts[number] for number in np.repeat(numbers, generations)]
         texts = [decoded_text(setup.tokenizer, prompt.tokens) for prompt in asked]
-        opened = opened_text(setup.tokenizer)
         completions = [opened + _without_stop(setup, row[row_mask]) for row, row_mask in zip(tokens, mask, strict=True)]
         try:
             found = call_functions(functions, texts, completions, [dataclasses.asdict(p.record) for p in asked])
@@ -360,13 +368,12 @@ class _Warnings:
 
 
 def decoded_samples(
-    tokenizer: Any, samples: dict[str, Any], generations: int, prompts: int = 2
+    tokenizer: Any, opened: str, samples: dict[str, Any], generations: int, prompts: int = 2
 ) -> Iterator[dict[str, Any]]:
     """Text, rewards and advantages of all responses to the first few prompts of a step.
 
-    A completion begins with what the chat template has opened of it, and ends with its stop token if it has one.
+    A completion begins with what the chat template has `opened` of it, and ends with its stop token if it has one.
     """
-    opened = opened_text(tokenizer)
     rows = jax.device_get(samples)
 
     def number(value: np.floating) -> float | None:
@@ -391,7 +398,7 @@ def tokenized_prompts(tokenizer: Any, config: GrpoConfig, path: str) -> tuple[li
     prompts: list[Prompt] = []
     faults = list(records.set_aside)
     unfit = ""
-    opened_text(tokenizer)  # a template that is broken for all is one error
+    opened_text(tokenizer, config.prompt.thinking)  # a template that is broken for all is one error
     for record in records.good:
         try:
             tokens = prompt_tokens(tokenizer, record.messages, config.prompt)

@@ -74,7 +74,7 @@ def prepare(
     stored.check_shapes()
     check_mesh_fits(sharding, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
-    if longest > (limit := stored.config.max_position_embeddings):
+    if longest > (limit := stored.config.max_positions):
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
     tokenizer = load_tokenizer(stored.tokenizer_folder)
     return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)

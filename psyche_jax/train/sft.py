@@ -14,7 +14,7 @@ import optax
 
 from psyche_jax.config import PromptSection, SftConfig
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, tokenize_example
+from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, opened_text, tokenize_example
 from psyche_jax.data.dataset import Dataset, is_dataset, load_records, open_dataset
 from psyche_jax.data.packing import PACKED, check_packing, unpacked_rows
 from psyche_jax.data.records import SftExample
@@ -111,6 +111,7 @@ def tokenized(
     records = load_records(SftExample, where)
     examples, faults, unfit = [], list(records.set_aside), ""
     end_of_turn_id(tokenizer)  # a template that is broken for all is one error
+    opened_text(tokenizer, prompt.thinking)
     for record in records.good:
         try:
             example = tokenize_example(tokenizer, record.messages, prompt)

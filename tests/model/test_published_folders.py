@@ -4,7 +4,7 @@ import json
 
 import pytest
 import transformers
-from support.published_folders import BILLIONS, FOLDERS, IM_END, R1_IDS, R1_TOKENS
+from support.published_folders import BILLIONS, FOLDERS, IM_END, OTHER_FAMILIES, R1_IDS, R1_TOKENS
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from psyche_jax.data.chat import end_of_turn_id, opened_text
@@ -58,6 +58,31 @@ def test_config(name):
     assert set(named if isinstance(named, list) else [named]) <= set(config.stop_token_ids)
     again = model_config_from_hf(hf_config(config, "bfloat16"))
     assert (again.rope_theta, set(again.stop_token_ids)) == (config.rope_theta, set(config.stop_token_ids))
+
+
+@pytest.mark.parametrize("name", OTHER_FAMILIES)
+def test_config_of_another_family(name):
+    """Read as transformers reads it, and written so that transformers reads the same again."""
+    published, billions = OTHER_FAMILIES[name]
+    config = model_config_from_hf(published)
+    written = json.loads(json.dumps(hf_config(config, "bfloat16")))
+    assert written["architectures"] == published["architectures"]
+    assert model_config_from_hf(written) == config
+    assert config.num_parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    kind = transformers.AutoConfig.for_model(published["model_type"]).__class__
+    theirs, again = kind.from_dict(json.loads(json.dumps(published))), kind.from_dict(written)
+    kept = (
+        "hidden_size",
+        "head_dim",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "max_position_embeddings",
+        "attention_bias",
+    )
+    for field in kept:
+        assert getattr(config, field) == getattr(theirs, field) == getattr(again, field)
+    assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert again.rope_parameters == {k: v for k, v in theirs.rope_parameters.items() if k != "attn_factor"}
 
 
 @pytest.mark.parametrize(

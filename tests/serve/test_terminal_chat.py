@@ -143,6 +143,20 @@ def test_a_template_that_opens_the_thought(tmp_path):
     assert chat.turns[1].content.startswith("<think>\n") and chat.turns[1].content != "<think>\n"
 
 
+def test_thinking_switched_off(tmp_path):
+    """As for a model that is served; what the prompt has closed is folded with nothing in it."""
+    folder = save_model(tmp_path / "model")
+    template = (folder / "chat_template.jinja").read_text()
+    switch = "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{{ '' }}"
+    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", switch))
+    model = LocalModel(ServeConfig(str(folder), thinking=False, limits=LimitsSection(new_tokens=8)))
+    try:
+        _, chat = talk(model, "你好")
+    finally:
+        model.close()
+    assert chat.turns[1].content.startswith("<think>\n\n</think>\n\n")
+
+
 def test_with_a_local_model_from_a_pipe(tiny_model, tmp_path):
     log = tmp_path / "events.jsonl"
     done = piped(tiny_model, ["你好", "我想自杀", "/history"], "--set", "limits.new_tokens=8", "--crisis-log", str(log))

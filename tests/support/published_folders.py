@@ -1,4 +1,4 @@
-"""What the published Qwen2, Qwen2.5, QwQ and R1-Distill-Qwen folders say, as far as they differ in it.
+"""What the published Qwen2, Qwen2.5, QwQ and R1-Distill-Qwen folders say, as far as they differ in it; and others.
 
 Sources: `config.json`, `generation_config.json`, `tokenizer_config.json` and `special_tokens_map.json` of
 huggingface.co/Qwen/*, huggingface.co/deepseek-ai/DeepSeek-R1-Distill-Qwen-* and of copies of them there, where these
@@ -173,4 +173,99 @@ FOLDERS = {
     "DeepSeek-R1-Distill-Qwen-7B": _r1("7B", 10000, 1e-6),
     "DeepSeek-R1-Distill-Qwen-14B": _r1("14B", 1_000_000.0, 1e-5),
     "DeepSeek-R1-Distill-Qwen-32B": _r1("32B", 1_000_000.0, 1e-5),
+}
+
+
+def _other(architecture: str, sizes: tuple[int, ...], tied: bool, **more: Any) -> dict[str, Any]:
+    width, inner, layers, heads, kv_heads, vocabulary, places = sizes
+    return {
+        "architectures": [architecture],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "initializer_range": 0.02,
+        "intermediate_size": inner,
+        "max_position_embeddings": places,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": vocabulary,
+        **more,
+    }
+
+
+_QWEN3 = {
+    **{"bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "model_type": "qwen3", "rms_norm_eps": 1e-6},
+    **{"rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "use_sliding_window": False},
+}
+_LLAMA = {
+    **{"bos_token_id": 128000, "eos_token_id": [128001, 128008, 128009], "mlp_bias": False, "model_type": "llama"},
+    **{"pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_theta": 500000.0},
+}
+
+
+_LLAMA_8B = (4096, 14336, 32, 32, 8, 128256)
+
+
+def _llama3(factor: float) -> dict[str, Any]:
+    limits = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"factor": factor, **limits, "rope_type": "llama3"}
+
+
+# Of `config.json`s of other families, and the billions of parameters that their cards name.
+OTHER_FAMILIES: dict[str, tuple[dict[str, Any], float]] = {
+    "Qwen3-0.6B": (_other("Qwen3ForCausalLM", (1024, 3072, 28, 16, 8, 151936, 40960), True, **_QWEN3), 0.60),
+    "Qwen3-4B-Instruct-2507": (
+        _other("Qwen3ForCausalLM", (2560, 9728, 36, 32, 8, 151936, 262144), True, **{**_QWEN3, "rope_theta": 5000000}),
+        4.02,
+    ),
+    "DeepSeek-R1-0528-Qwen3-8B": (
+        _other(
+            "Qwen3ForCausalLM",
+            (4096, 12288, 36, 32, 8, 151936, 131072),
+            False,
+            **{
+                **_QWEN3,
+                "rope_scaling": {
+                    **{"attn_factor": 0.8782488562869419, "factor": 4.0},
+                    **{"original_max_position_embeddings": 32768, "rope_type": "yarn"},
+                },
+            },
+        ),
+        8.19,
+    ),
+    "Meta-Llama-3-8B-Instruct": (
+        _other("LlamaForCausalLM", (*_LLAMA_8B, 8192), False, **_LLAMA, rope_scaling=None),
+        8.03,
+    ),
+    "Llama-3.1-8B-Instruct": (
+        _other("LlamaForCausalLM", (*_LLAMA_8B, 131072), False, **_LLAMA, rope_scaling=_llama3(8.0)),
+        8.03,
+    ),
+    "Llama-3.2-1B": (
+        _other(
+            "LlamaForCausalLM",
+            (2048, 8192, 16, 32, 8, 128256, 131072),
+            True,
+            **_LLAMA,
+            head_dim=64,
+            rope_scaling=_llama3(32.0),
+        ),
+        1.24,
+    ),
+    "SmolLM2-135M-Instruct": (
+        _other(
+            "LlamaForCausalLM",
+            (576, 1536, 30, 9, 3, 49152, 8192),
+            True,
+            **{**_LLAMA, "bos_token_id": 1, "eos_token_id": 2, "rope_theta": 100000},
+            rope_interleaved=False,
+            rope_scaling=None,
+        ),
+        0.135,
+    ),
 }

@@ -1,4 +1,4 @@
-"""Random Qwen2 models of transformers, and the port run on the same folders and tokens."""
+"""Random models of transformers, Qwen2 and other families, and the port run on the same folders and tokens."""
 
 import functools
 from pathlib import Path
@@ -32,11 +32,31 @@ class Shape(NamedTuple):
     inner: int
     layers: int
     vocabulary: int
+    family: str = "qwen2"
+    rope: str = "default"  # a name in ROPES
+    bias: bool = False  # attention_bias
 
     def __str__(self) -> str:
         head = "tied" if self.tied else "untied"
-        attention = f"{self.heads}:{self.kv_heads}of{self.head_dim}"
-        return f"{self.layers}x{self.width}-{attention}-{self.inner}-{self.vocabulary}{head}"
+        attention = f"{self.heads}:{self.kv_heads}of{self.head_dim}{'-bias' if self.bias else ''}"
+        family = "" if self.family == "qwen2" else f"{self.family}-"
+        rope = "" if self.rope == "default" else f"-{self.rope}"
+        return f"{family}{self.layers}x{self.width}-{attention}-{self.inner}-{self.vocabulary}{head}{rope}"
+
+
+PLACES = 16  # the length at which models with scaled RoPE would have been trained first
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": PLACES},
+    "yarn-told": {
+        **{"factor": 4.0, "original_max_position_embeddings": PLACES, "attention_factor": 0.8},
+        **{"beta_fast": 3.0, "beta_slow": 0.3, "truncate": False},
+    },
+    "llama3": {
+        **{"factor": 4.0, "original_max_position_embeddings": PLACES},
+        **{"low_freq_factor": 0.5, "high_freq_factor": 2.0},
+    },
+}
 
 
 # 1 to 8 key-value heads, 1 to 8 query heads for each, odd sizes wherever the architecture allows them.
@@ -57,10 +77,11 @@ SMALL = Shape(False, 6, 3, 8, 40, 56, 3, 101)
 
 def reference(
     shape: Shape, folder: Path, seed: int = 0, dtype: str = "float32", **saving: Any
-) -> transformers.Qwen2ForCausalLM:
+) -> transformers.PreTrainedModel:
     """A random model of transformers, saved to `folder`; biases and norms are random as well."""
     torch.manual_seed(seed)
-    config = transformers.Qwen2Config(
+    config = transformers.AutoConfig.for_model(
+        shape.family,
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         intermediate_size=shape.inner,
@@ -71,13 +92,14 @@ def reference(
         tie_word_embeddings=shape.tied,
         initializer_range=0.2,
         # Far from the defaults of both sides, so that one which is not read shows.
-        rope_parameters={"rope_type": "default", "rope_theta": 20_000.0},
+        rope_parameters={"rope_type": shape.rope.split("-")[0], "rope_theta": 20_000.0, **ROPES[shape.rope]},
+        **({"attention_bias": True} if shape.bias else {}),
         rms_norm_eps=1e-3,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = transformers.Qwen2ForCausalLM(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
@@ -86,7 +108,7 @@ def reference(
     return model
 
 
-def reference_logits(model: transformers.Qwen2ForCausalLM, tokens: np.ndarray) -> np.ndarray:
+def reference_logits(model: transformers.PreTrainedModel, tokens: np.ndarray) -> np.ndarray:
     """Float32 logits of unpadded `tokens` by transformers."""
     with torch.no_grad():
         return model(torch.tensor(np.asarray(tokens, np.int64))).logits.float().numpy()

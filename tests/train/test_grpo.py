@@ -18,7 +18,7 @@ from support.training_fixtures import RULES, execution, grpo_config, largest_dif
 from test_objectives import plain_advantages
 
 from psyche_jax.config import DynamicSamplingSection, ObjectiveSection, PromptSection
-from psyche_jax.data.chat import prompt_tokens
+from psyche_jax.data.chat import opened_text, prompt_tokens
 from psyche_jax.data.records import Message, RlPrompt
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import bind
@@ -337,7 +337,7 @@ def test_padding_after_the_stop_token_cannot_overflow(tiny_root, tiny_config):
 
 def test_samples_as_text(tiny_root):
     this, ours = bench(tiny_root), outcome(tiny_root)
-    texts = list(decoded_samples(this.tokenizer, ours.samples[0], 4))
+    texts = list(decoded_samples(this.tokenizer, "", ours.samples[0], 4))
     assert len(texts) == 8
     rows = ours.samples[0]
     for row, sample in enumerate(texts):
@@ -432,10 +432,12 @@ def test_who_reads_a_response_sees_what_the_template_has_opened(tiny_root):
     ids = tokenizer.encode("想</think>答", add_special_tokens=False)
     tokens = np.asarray([[*ids, this.model.stop_token_ids[0]]], np.int32)
     function = LoadedFunction(FunctionReward(function="a:judge"), judge)
-    grpo_run.judged([function], setup, [prompt], np.asarray([0]), tokens, np.ones_like(tokens, bool))
+    grpo_run.judged(
+        [function], setup, opened_text(tokenizer), [prompt], np.asarray([0]), tokens, np.ones_like(tokens, bool)
+    )
     asked = "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert seen == [(asked, "<think>\n想</think>答")]
     rows = {key: value[:1] for key, value in outcome(tiny_root).samples[0].items() if key != "rewards_by_rule"}
     rows |= {"tokens": tokens, "mask": np.ones_like(tokens, bool), "rewards_by_rule": {}}
-    (sample,) = decoded_samples(tokenizer, rows, 1)
+    (sample,) = decoded_samples(tokenizer, opened_text(tokenizer), rows, 1)
     assert sample["completion"] == "<think>\n想</think>答" + tokenizer.decode(tokens[0, -1:])

@@ -12,6 +12,7 @@ import pytest
 from support.training_fixtures import execution, grpo_config, largest_difference, make_model, state_of, write_prompts
 
 from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
+from psyche_jax.data.chat import opened_text
 from psyche_jax.data.records import Message, RlPrompt, read_records, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
@@ -161,7 +162,7 @@ def test_rewards_know_what_the_template_has_opened(root, monkeypatch):
     setup = SimpleNamespace(tokenizer=tokenizer, model=open_model(str(root / "model")))
     prompts, _ = grpo_run.tokenized_prompts(tokenizer, grpo_config(root), str(root / "rl.jsonl"))
     rows = np.asarray([tokens])
-    grpo_run.judged([function], setup, prompts, [0], rows, rows >= 0)
+    grpo_run.judged([function], setup, opened_text(tokenizer), prompts, [0], rows, rows >= 0)
     assert heard[0].endswith("<think>\n")
     assert heard[1] == "<think>\n想</think>B"
 
