@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psyche_jax.config import AdapterSection
 from psyche_jax.errors import UsageError, UserError
 
 _LARGEST_SIZE = 2**31 - 1
@@ -33,6 +34,7 @@ class ModelConfig:
     bos_token_id: int | None = None
     pad_token_id: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    adapter: AdapterSection | None = None  # what is trained on top of the parameters, which then stay as they are
 
     def __post_init__(self) -> None:
         sizes = (
@@ -58,7 +60,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters, the tied head counted once."""
+        """Number of parameters, the tied head counted once; adapters are not counted."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * heads + 2 * kv_heads) + heads + 2 * kv_heads
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
@@ -236,7 +238,10 @@ def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := set(values) - names:
         raise UserError(f"model config: unknown keys {sorted(unknown)}; it was written by another version")
-    return ModelConfig(**{**values, "stop_token_ids": tuple(values["stop_token_ids"])})
+    adapter = values.get("adapter")
+    if adapter is not None:
+        adapter = AdapterSection(**{**adapter, "targets": tuple(adapter["targets"])})
+    return ModelConfig(**{**values, "stop_token_ids": tuple(values["stop_token_ids"]), "adapter": adapter})
 
 
 def _read_json(path: Path) -> dict[str, Any]:
