@@ -298,7 +298,7 @@ def advise(
                 f"mesh.tensor={2 * mesh['tensor']} and mesh.fsdp={mesh['fsdp'] // 2}: decoding splits weights over "
                 "tensor only"
             )
-    held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference"))
+    held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference", "base"))
     if mesh["data"] > 1:
         advice.append(f"mesh.data=1 and mesh.fsdp={places}: spread parameters and optimizer over all chips")
     larger = f"a larger slice: parameters, optimizer and reference alone take {held:.1f} GiB on each"
@@ -333,6 +333,7 @@ _LABELS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
     "reference": "reference policy",
+    "base": "base of the adapters",
     "batch": "batch and reward tables",
     "gradients": "gradients",
     "saved_activations": "activations kept for backward",
