@@ -28,6 +28,7 @@ from psyche_jax.model.huggingface import (
     MODEL_FILES,
     WeightFiles,
     copy_tokenizer,
+    is_tokenizer,
     make_portable,
     stream_weights,
     tensor_names,
@@ -41,6 +42,7 @@ from psyche_jax.train.checkpoints import (
     PROMPT_FILE,
     Base,
     StoredModel,
+    exported_prompt,
     identity,
     open_model,
     save_imported,
@@ -81,7 +83,7 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype, base:
     on_hub = isinstance(source, str) and source.startswith(hub.PREFIX)
     folder = hub.download(str(source), MODEL_FILES) if on_hub else as_path(source)
     target = as_path(checkpoint)
-    if (folder / PEFT_CONFIG).is_file():
+    if (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file():
         return _import_adapters(folder, target, np.dtype(jnp.dtype(dtype)), base)
     if base is not None:
         raise UsageError(f"--base is for a folder of adapters; {source} has no {PEFT_CONFIG}")
@@ -267,7 +269,9 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
             return StreamedArray(stacked.shape, kind, stacked.shape, lambda index: progress.add(stacked[index]))
 
         parameters = traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
-        stored = replace(model, config=config, weights=folder, base=Base(model, identity(model)))
+        tokenizer = folder if is_tokenizer(folder) else model.tokenizer_folder
+        prompt = exported_prompt(folder) or model.prompt
+        stored = StoredModel(config, tokenizer, prompt, folder, Base(model, identity(model)))
         save_imported(target, stored, parameters)
     return progress.result(stored)
 

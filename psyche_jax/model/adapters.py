@@ -6,7 +6,7 @@ own; the *base* is that tree without them.
 """
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -84,7 +84,10 @@ def merged(config: ModelConfig, base: Parameters, adapters: Parameters, sharding
     return jax.jit(add, donate_argnums=0, out_shardings=places)(base, adapters)
 
 
+@cache
 def num_trained(config: ModelConfig) -> int:
     """How many numbers training changes: those of the adapters, or all parameters."""
-    leaves: list[Any] = jax.tree.leaves(trained(nnx.to_pure_dict(build(config)[1])))
+    if config.adapter is None:
+        return config.num_parameters
+    leaves: list[Any] = jax.tree.leaves(adapters_of(nnx.to_pure_dict(build(config)[1])))
     return sum(leaf.size for leaf in leaves)

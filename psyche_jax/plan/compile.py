@@ -227,10 +227,9 @@ def memory_by_kind(lowered: Lowered, config: PlanConfig, peak: int | None) -> di
 def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     """Bytes a chip of what is large among the temporaries, by arithmetic: a lower bound, which prunes a search."""
     chips_of_parameters = mesh["fsdp"] * mesh["tensor"]
-    compute, stored = jnp.dtype(config.model.compute_dtype).itemsize, jnp.dtype(config.model.dtype).itemsize
+    compute = jnp.dtype(config.model.compute_dtype).itemsize
     batch_places = mesh["data"] * mesh["fsdp"]
-    trained = num_trained(model) * 4 if config.adapter else model.num_parameters * stored  # adapters are float32
-    parts = {"gradients": trained / chips_of_parameters}
+    parts = {"gradients": num_trained(model) * 4 / chips_of_parameters}  # what is trained is float32
     tokens = micro_batch(config, mesh).tokens / batch_places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):

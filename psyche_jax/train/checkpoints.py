@@ -452,10 +452,7 @@ def _open_model(folder: Path) -> StoredModel:
     if (folder / "config.json").is_file():
         if in_bucket(folder):
             raise UserError(f"{folder}: a Hugging Face folder in a bucket; copy it to a disk (gcloud storage cp -r)")
-        prompt = None
-        if (folder / PROMPT_FILE).is_file():
-            prompt = parse_config(PromptSection, read_json(folder / PROMPT_FILE), str(folder / PROMPT_FILE))
-        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, prompt, folder)
+        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, exported_prompt(folder), folder)
     if (folder / PEFT_CONFIG).is_file():
         raise UserError(f"{folder}: a folder of adapters; import it first: psyche import {folder} CHECKPOINT")
     step_folder = find_checkpoint(folder)
@@ -475,6 +472,12 @@ def _open_model(folder: Path) -> StoredModel:
     except UserError as error:
         raise UserError(f"{step_folder}: the base of its adapters cannot be opened: {error}") from None
     return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder, base)
+
+
+def exported_prompt(folder: Path) -> PromptSection | None:
+    """The prompt that an exported model was trained with, None where the folder does not say."""
+    path = folder / PROMPT_FILE
+    return parse_config(PromptSection, read_json(path), str(path)) if path.is_file() else None
 
 
 def with_stop_tokens_of(model: StoredModel, checkpoints: Path) -> StoredModel:

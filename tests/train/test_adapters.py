@@ -20,6 +20,7 @@ from support.training_fixtures import (
     execution,
     grpo_config,
     largest_difference,
+    metrics_of,
     sft_config,
     state_of,
 )
@@ -42,7 +43,9 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import adapters_of, initial_adapters, joined
 from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer, tensor_names
-from psyche_jax.model.qwen2 import bind
+from psyche_jax.model.qwen2 import Execution, bind
+from psyche_jax.model.sharding import DECODE_RULES
+from psyche_jax.serve.engine import Engine, RowSettings
 from psyche_jax.storage.files import read_json
 from psyche_jax.train.checkpoints import array_differences, find_checkpoint, open_model
 from psyche_jax.train.grpo_run import train_grpo
@@ -112,6 +115,29 @@ def test_merged_into_the_base_it_is_the_same_model(kind, runs, tmp_path, figure)
     assert np.abs(logits_of(*parameters_at(runs / "model"), TOKENS) - expected).max() > 0.01, "they matter"
     in_memory = open_model(str(runs / kind)).read_merged(execution(8, 2, 2, 2).sharding, FLOAT32)
     figure("adapters merged in memory and on disk", largest_difference(in_memory, whole), 1e-6)
+
+
+def test_the_sampler_is_the_trainer_and_the_reference_the_base(runs, figure):
+    """Log-probs of decoding are those of training while adapters grow; the KL begins at 0."""
+    lines = metrics_of(runs / "grpo")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    figure("KL of a policy that is the base", lines[0]["kl"], 1e-8)
+    assert lines[-1]["kl"] > 0.01
+    for line in lines:
+        figure("adapters, sampler and trainer", line["sampling/logp_difference/max"], 1e-4)
+
+
+def test_what_serves_takes_the_run_as_it_is(runs, tmp_path):
+    """The same tokens as the merged model's."""
+    export_model(str(runs / "sft"), tmp_path / "merged", "float32")
+    here = Execution(dataclasses.replace(execution(1).sharding, rules=DECODE_RULES), FLOAT32)
+    said = []
+    for path in (runs / "sft", tmp_path / "merged"):
+        stored = open_model(str(path))
+        engine = Engine(stored.config, stored.read_parameters(here.sharding, FLOAT32), here, 8)
+        batch = engine.begin([[5, 6, 7], [9, 8]], [RowSettings(8, 0.0, 1.0, 1)] * 2)
+        said.append(engine.advance(batch).tokens.tolist())
+    assert said[0] == said[1]
 
 
 def test_without_training_the_policy_is_the_base(tiny_root, figure):
