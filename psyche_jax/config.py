@@ -1,5 +1,6 @@
 """Typed configs: frozen dataclasses that check themselves. `config_files.py` reads them."""
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -39,11 +40,37 @@ class ModelSection(Section):
     """Which model, and how it computes."""
 
     path: str  # a Hugging Face folder, an imported checkpoint or a run
-    dtype: Dtype = "float32"  # of parameters and optimizer state; training takes float32 alone
+    dtype: Dtype = "float32"  # of parameters; bfloat16 is for a base that adapters are trained on (they are float32)
     compute_dtype: Dtype = "float32"  # of activations and matrix products: those of float32 are float32 everywhere
     remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
     attention: Literal["auto", "xla", "blocked", "splash", "cudnn"] = "auto"  # the kernel; auto: by device and shape
     architecture: str | None = None  # for example Qwen2.5-7B: what `path` must be; `psyche plan` needs no more
+
+
+LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class AdapterSection(Section):
+    """Low-rank adapters (LoRA, arXiv 2106.09685): what is trained in place of the weights, which stay as they are."""
+
+    rank: Count = 16
+    alpha: PositiveFloat = 32.0  # an adapter's product counts alpha / rank times
+    targets: tuple[str, ...] = LINEAR_MAPS  # the linear maps of each layer that have one
+
+    def __post_init__(self) -> None:
+        _require(bool(self.targets), "targets", list(self.targets), "must name at least one linear map")
+        _require(len(set(self.targets)) == len(self.targets), "targets", list(self.targets), "must name each map once")
+        for target in self.targets:
+            if target not in LINEAR_MAPS:
+                nearest = difflib.get_close_matches(target, LINEAR_MAPS, 1)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(LINEAR_MAPS)}"
+                raise ValueError(f"targets: no layer has a linear map {target!r}; {hint}")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's product is multiplied by."""
+        return self.alpha / self.rank
 
 
 @dataclass(frozen=True)
@@ -161,6 +188,7 @@ class SftConfig(Section):
     run: RunSection
     model: ModelSection
     data: SftDataSection
+    adapter: AdapterSection | None = None  # train low-rank adapters; None: all weights
     epochs: PositiveFloat = 2.0
     batch_size: Count = 256  # examples a step; of a packed data set: rows
     micro_batch_size: Count | None = None  # as many at once; None: the whole batch
@@ -173,7 +201,7 @@ class SftConfig(Section):
     logging: LoggingSection = field(default_factory=LoggingSection)
 
     def __post_init__(self) -> None:
-        _keeps_small_updates(self.model)
+        _keeps_small_updates(self.model, self.adapter)
         _divides("micro_batch_size", self.micro_batch_size, "batch_size", self.batch_size)
 
     @property
@@ -245,6 +273,7 @@ class GrpoConfig(Section):
     run: RunSection
     model: ModelSection  # also the reference policy: the point where GRPO starts
     data: GrpoDataSection
+    adapter: AdapterSection | None = None  # train low-rank adapters; None: all weights
     epochs: PositiveFloat = 2.0
     prompts_per_step: Count = 128
     generations_per_prompt: Annotated[int, Field(ge=2)] = 8  # the advantage compares the responses to one prompt
@@ -256,7 +285,8 @@ class GrpoConfig(Section):
     rollout: RolloutSection = field(default_factory=RolloutSection)
     temperature: PositiveFloat = 1.0  # of the rollout; policy, old, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
-    reference_dtype: Dtype = "float32"  # of the reference policy's weights; bfloat16 halves them
+    # Of the reference policy's weights; bfloat16 halves them. With an adapter they are the base, in model.dtype.
+    reference_dtype: Dtype = "float32"
     rewards: tuple[RewardConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
     dynamic_sampling: DynamicSamplingSection = field(default_factory=DynamicSamplingSection)
     evaluate_every_steps: Count = 100  # the reward on data.evaluation
@@ -270,7 +300,7 @@ class GrpoConfig(Section):
     logging: LoggingSection = field(default_factory=LoggingSection)
 
     def __post_init__(self) -> None:
-        _keeps_small_updates(self.model)
+        _keeps_small_updates(self.model, self.adapter)
         _require(bool(self.rewards), "rewards", self.rewards, "must name at least one rule")
         check_rules(self.rewards)
         _require(
@@ -386,13 +416,13 @@ def _require(condition: bool, name: str, value: Any, message: str) -> None:
         raise ValueError(f"{name} {message}, not {value!r}")
 
 
-def _keeps_small_updates(model: ModelSection) -> None:
+def _keeps_small_updates(model: ModelSection, adapter: AdapterSection | None) -> None:
     _require(
-        model.dtype == "float32",
+        model.dtype == "float32" or adapter is not None,
         "model.dtype",
         model.dtype,
-        "must be float32 to train: a bfloat16 parameter loses an update below 1/512 of it, and AdamW's second moment "
-        "cannot decay (0.999 rounds to 1); for speed and memory set model.compute_dtype",
+        "must be float32 to train all weights: a bfloat16 parameter loses an update below 1/512 of it, and AdamW's "
+        "second moment cannot decay (0.999 rounds to 1); for speed and memory set model.compute_dtype, or an adapter",
     )
 
 

@@ -194,7 +194,7 @@ def _section_at(kind: Any, location: Sequence[str | int]) -> Any:
         if isinstance(part, int):
             kind = get_args(kind)[0]
         elif dataclasses.is_dataclass(kind):
-            kind = get_type_hints(kind)[part]
+            kind = _present(get_type_hints(kind)[part])
         else:
             kind = next(rule for rule in get_args(kind) if get_args(get_type_hints(rule)["rule"]) == (part,))
     return kind
@@ -205,9 +205,15 @@ def _keys(kind: Any, prefix: str = "") -> list[str]:
     hints = get_type_hints(kind)
     for name in _field_names(kind):
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(hints[name]):
-            keys += _keys(hints[name], f"{prefix}{name}.")
+        if dataclasses.is_dataclass(section := _present(hints[name])):
+            keys += _keys(section, f"{prefix}{name}.")
     return keys
+
+
+def _present(kind: Any) -> Any:
+    """The type of a section that may be absent (`Section | None`) where it is there; any other type as it is."""
+    kinds = [one for one in get_args(kind) if one is not type(None)]
+    return kinds[0] if type(None) in get_args(kind) and len(kinds) == 1 else kind
 
 
 def _field_names(kind: Any) -> list[str]:

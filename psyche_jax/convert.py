@@ -4,55 +4,78 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
 import numpy as np
+from flax import nnx, traverse_util
 from jax import numpy as jnp
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import psyche_jax
-from psyche_jax.config import Dtype, PromptSection
-from psyche_jax.config_files import config_to_dict, dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import UserError
-from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.huggingface import MODEL_FILES, WeightFiles, copy_tokenizer, make_portable, stream_weights
+from psyche_jax.config import LINEAR_MAPS, AdapterSection, Dtype, PromptSection
+from psyche_jax.config_files import config_to_dict, dump_yaml, parse_config, parse_yaml_mapping
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.model.adapters import adapters_of, num_trained, without_adapter
+from psyche_jax.model.huggingface import (
+    MODEL_FILES,
+    WeightFiles,
+    copy_tokenizer,
+    is_tokenizer,
+    make_portable,
+    stream_weights,
+    tensor_names,
+)
+from psyche_jax.model.qwen2 import build
 from psyche_jax.storage import hub
 from psyche_jax.storage.arrays import Index, all_finite
 from psyche_jax.storage.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
-from psyche_jax.train.checkpoints import PROMPT_FILE, StoredModel, open_model, save_imported
+from psyche_jax.train.checkpoints import (
+    PEFT_CONFIG,
+    PROMPT_FILE,
+    Base,
+    StoredModel,
+    exported_prompt,
+    identity,
+    open_model,
+    save_imported,
+)
 from psyche_jax.train.runs import read_state
-from psyche_jax.train.streaming import StoredArrays, streamed_parameters
+from psyche_jax.train.streaming import StoredArrays, StreamedArray, streamed_parameters
 
 _SECONDS_A_LINE = 10.0
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A model that was written anew: what it is, the dtype and bytes of its weights, how long that took."""
+    """A model that was written anew: what it is, its numbers with their dtype and bytes, how long that took."""
 
     model: StoredModel
+    num_parameters: int
     dtype: str
     num_bytes: int
     seconds: float
 
     def __str__(self) -> str:
         size, rate = (tqdm.format_sizeof(x, "B") for x in (self.num_bytes, self.num_bytes / self.seconds))
-        number = self.model.config.num_parameters
-        return f"{number:,} parameters as {self.dtype}, {size} in {self.seconds:.1f} s, {rate}/s"
+        return f"{self.num_parameters:,} parameters as {self.dtype}, {size} in {self.seconds:.1f} s, {rate}/s"
 
 
-def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Conversion:
-    """Write a Hugging Face model as a new checkpoint folder, piece by piece.
+def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype, base: str | None = None) -> Conversion:
+    """Write a Hugging Face model, or the adapters of a `peft` folder, as a new checkpoint folder, piece by piece.
 
     Args:
-      source: a Hugging Face folder, or `hub:NAME` or `hub:NAME@REVISION`, which is downloaded first.
+      source: a folder of either kind, or `hub:NAME` or `hub:NAME@REVISION`, which is downloaded first.
       checkpoint: the new folder, local or in a bucket.
       dtype: of the weights written.
+      base: the model that adapters are for; None: the one that their folder names.
 
     Raises:
       UserError: the source is broken or cannot be had, the checkpoint exists or cannot be written.
@@ -60,13 +83,17 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Co
     on_hub = isinstance(source, str) and source.startswith(hub.PREFIX)
     folder = hub.download(str(source), MODEL_FILES) if on_hub else as_path(source)
     target = as_path(checkpoint)
+    if (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _import_adapters(folder, target, np.dtype(jnp.dtype(dtype)), base)
+    if base is not None:
+        raise UsageError(f"--base is for a folder of adapters; {source} has no {PEFT_CONFIG}")
     stored = open_model(str(folder))
     if stored.weights != folder:
         raise UserError(f"{source}: is a checkpoint already; `psyche import` takes a Hugging Face folder")
     weights = WeightFiles(folder)
     weights.check(stored.config)
     kind = np.dtype(jnp.dtype(dtype))
-    with _Progress("import", target, stored.config, kind) as progress:
+    with _Progress("import", target, stored.config.num_parameters, kind) as progress:
 
         def read(path: str, index: Index) -> np.ndarray:
             return progress.add(weights.read(path, index, kind))
@@ -78,62 +105,192 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype) -> Co
     return progress.result(stored)
 
 
-def export_model(source: str, folder: Path, dtype: Dtype, push: str | None = None) -> Conversion:
+def export_model(
+    source: str, folder: Path, dtype: Dtype, push: str | None = None, adapters_only: bool = False
+) -> Conversion:
     """Write a checkpoint, or a run's latest one, as a new Hugging Face folder that plain transformers loads.
 
     Besides weights and configs it holds the tokenizer, its chat template, the prompt that the model was trained
-    with and a model card. Weights are read and written piece by piece.
+    with and a model card. Weights are read and written piece by piece. Adapters are merged into those of their base,
+    in float32, and the sum is rounded once.
 
     Args:
       source: a checkpoint or a run, local or in a bucket, or a Hugging Face folder.
       folder: the new folder.
       dtype: of the weights written.
       push: a repository of the Hugging Face hub that gets the folder too; made, as a private one, if there is none.
+      adapters_only: write a folder that `peft` loads over the base instead.
 
     Raises:
       UserError: the source is broken, the folder exists or cannot be written, or the hub refuses.
     """
     stored = open_model(source)
     kind = np.dtype(jnp.dtype(dtype))
-    with _Progress("export", folder, stored.config, kind) as progress, new_folder(folder) as partial:
+    if adapters_only and stored.base is None:
+        raise UsageError(f"--adapters: {source} has none, all of its weights were trained; leave the flag out")
+    number = num_trained(stored.config) if adapters_only else stored.config.num_parameters
+    with _Progress("export", folder, number, kind) as progress, new_folder(folder) as partial:
         if push is not None:
             hub.create(push)  # a missing permission shows before the work, not after it
         copy_tokenizer(stored.tokenizer_folder, partial)
         make_portable(partial)
         if stored.prompt is not None:
             write_json(partial / PROMPT_FILE, config_to_dict(stored.prompt))
-        write_text(partial / "README.md", model_card(stored, folder.name))
-        _export_weights(stored, partial, kind, progress)
+        write_text(partial / "README.md", model_card(stored, folder.name, adapters_only))
+        if adapters_only:
+            _export_adapters(stored, partial, kind, progress)
+        else:
+            read, chunk = _weights_of(stored, kind)
+            config = without_adapter(stored.config)
+            stream_weights(partial, config, kind, lambda path, part: progress.add(read(path, part)), chunk)
     if push is not None:
         hub.upload(folder, push)
     return progress.result(stored)
 
 
-def _export_weights(stored: StoredModel, folder: Path, kind: np.dtype, progress: "_Progress") -> None:
+ReadPart: TypeAlias = Callable[[str, Index], np.ndarray]
+
+
+def _weights_of(stored: StoredModel, kind: np.dtype) -> tuple[ReadPart, Callable[[str], tuple[int, ...]] | None]:
+    """What reads a part of a model's parameter at a path, adapters merged into it; and in which blocks it is stored."""
     if (stored.weights / "config.json").is_file():
         weights = WeightFiles(stored.weights)
         weights.check(stored.config)
-        stream_weights(folder, stored.config, kind, lambda path, part: progress.add(weights.read(path, part, kind)))
-        return
+        return lambda path, part: weights.read(path, part, kind), None
     stored.check()
-    arrays = StoredArrays(stored.weights, stored.config)
+    read: ReadPart
+    chunk: Callable[[str], tuple[int, ...]] | None
+    if stored.base is None:
+        arrays = StoredArrays(stored.weights, stored.config)
+        read, chunk = arrays.read, arrays.chunk
+    else:
+        of_base, chunk = _weights_of(stored.base.model, np.dtype(np.float32))
+        read = _with_adapters(stored, of_base)
 
-    def read(path: str, index: Index) -> np.ndarray:
-        values = arrays.read(path, index).astype(kind, copy=False)
+    def finite(path: str, index: Index) -> np.ndarray:
+        values = read(path, index).astype(kind, copy=False)
         if not all_finite(values):
             raise UserError(f"{stored.weights}: {path} holds values that are not finite in {kind}; take another one")
-        return progress.add(values)
+        return values
 
-    stream_weights(folder, stored.config, kind, read, arrays.chunk)
+    return finite, chunk
+
+
+def _with_adapters(stored: StoredModel, read: ReadPart) -> ReadPart:
+    """What reads parts of the base with the adapters' products added, float32."""
+    assert stored.config.adapter is not None
+    factors = traverse_util.flatten_dict(stored.read_adapters(), sep="/")
+    scale = np.float32(stored.config.adapter.scale)
+
+    def merged(path: str, index: Index) -> np.ndarray:
+        values, module = read(path, index), path.removesuffix("/kernel")
+        if f"{module}/lora_a" not in factors:
+            return values
+        layers, rows, columns = index
+        return values + scale * (
+            factors[f"{module}/lora_b"][layers, rows] @ factors[f"{module}/lora_a"][layers, :, columns]
+        )
+
+    return merged
+
+
+_PEFT_WEIGHTS = "adapter_model.safetensors"
+# Of what `peft` can do, what would change the numbers: all of it must be off.
+_PEFT_EXTRAS = (
+    "alpha_pattern",
+    "fan_in_fan_out",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "rank_pattern",
+    "trainable_token_indices",
+    "use_dora",
+    "use_rslora",
+)
+
+
+def _export_adapters(stored: StoredModel, folder: Path, kind: np.dtype, progress: "_Progress") -> None:
+    """Write what `peft.PeftModel.from_pretrained(base, folder)` loads."""
+    adapter = stored.config.adapter
+    assert adapter is not None and stored.base is not None
+    tensors: dict[str, np.ndarray] = {}
+    for path, stacked in traverse_util.flatten_dict(stored.read_adapters(), sep="/").items():
+        names = tensor_names(path, stored.config.num_hidden_layers)
+        tensors |= zip(names, progress.add(stacked.astype(kind)), strict=True)
+    save_file(tensors, folder / _PEFT_WEIGHTS, {"format": "pt"})
+    values = {
+        "base_model_name_or_path": str(stored.base.model.weights),
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "target_modules": list(adapter.targets),
+        "task_type": "CAUSAL_LM",
+    }
+    write_json(folder / PEFT_CONFIG, values)
+
+
+def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | None) -> Conversion:
+    values = read_json(folder / PEFT_CONFIG)
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise UserError(f"{folder / PEFT_CONFIG}: is not of low-rank adapters (peft_type LORA)")
+    if extras := [name for name in _PEFT_EXTRAS if values.get(name)]:
+        raise UserError(f"{folder / PEFT_CONFIG}: {', '.join(extras)} is set, which is not supported; train without it")
+    if values.get("bias", "none") != "none":
+        raise UserError(f"{folder / PEFT_CONFIG}: bias is {values['bias']!r}; only 'none' is supported")
+    place = base or str(values.get("base_model_name_or_path"))
+    try:
+        model = open_model(place)
+    except UserError as error:
+        raise UserError(f"{folder}: its base cannot be opened: {error}; name it with --base") from None
+    tensors = _peft_tensors(folder / _PEFT_WEIGHTS)
+    layers = model.config.num_hidden_layers
+    targets = [name for name in LINEAR_MAPS if any(f".{name}." in tensor for tensor in tensors)]
+    section = {"rank": values.get("r"), "alpha": values.get("lora_alpha"), "targets": targets}
+    config = replace(model.config, adapter=parse_config(AdapterSection, section, str(folder / PEFT_CONFIG)))
+    shapes = traverse_util.flatten_dict(adapters_of(nnx.to_pure_dict(build(config)[1])), sep="/")
+    expected = {name: leaf.shape[1:] for path, leaf in shapes.items() for name in tensor_names(path, layers)}
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(expected | found):
+        if expected.get(name) != found.get(name):
+            raise UserError(
+                f"{folder}: the adapters do not fit the base {model.weights}: {name} is "
+                f"{found.get(name, 'missing')}, and {expected.get(name, 'no such tensor')} is expected; "
+                "name their own base with --base"
+            )
+    with _Progress("import", target, num_trained(config), kind) as progress:
+
+        def leaf(path: str) -> StreamedArray:
+            stacked = np.stack([tensors[name] for name in tensor_names(path, layers)]).astype(kind)
+            if not all_finite(stacked):
+                raise UserError(f"{folder}: {path} holds values that are not finite in {kind}; get sound adapters")
+            return StreamedArray(stacked.shape, kind, stacked.shape, lambda index: progress.add(stacked[index]))
+
+        parameters = traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
+        tokenizer = folder if is_tokenizer(folder) else model.tokenizer_folder
+        prompt = exported_prompt(folder) or model.prompt
+        stored = StoredModel(config, tokenizer, prompt, folder, Base(model, identity(model)))
+        save_imported(target, stored, parameters)
+    return progress.result(stored)
+
+
+def _peft_tensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is missing, broken or cut short ({error}); copy it again") from None
 
 
 class _Progress:
     """Bytes done of the weights to write: a bar on a terminal, now and then a line elsewhere."""
 
-    def __init__(self, verb: str, target: Path, config: ModelConfig, kind: np.dtype) -> None:
+    def __init__(self, verb: str, target: Path, number: int, kind: np.dtype) -> None:
         self._verb = verb
-        self._dtype = str(kind)
-        self._total = config.num_parameters * kind.itemsize
+        self._dtype, self._number = str(kind), number
+        self._total = number * kind.itemsize
         self._done = 0
         self._started = self._said = time.perf_counter()
         if not in_bucket(target):
@@ -153,7 +310,7 @@ class _Progress:
 
     def result(self, model: StoredModel) -> Conversion:
         """What was done, once all of it is."""
-        return Conversion(model, self._dtype, self._total, time.perf_counter() - self._started)
+        return Conversion(model, self._number, self._dtype, self._total, time.perf_counter() - self._started)
 
     def __enter__(self) -> "_Progress":
         return self
@@ -172,8 +329,10 @@ def _check_space(target: Path, size: int) -> None:
         raise UserError(f"{target}: needs {needed}, and only {left} are left on its disk")
 
 
-def model_card(stored: StoredModel, name: str) -> str:
+def model_card(stored: StoredModel, name: str, adapters_only: bool = False) -> str:
     """The card of a model: its base, data, config and scores, as far as the run that it comes from tells them.
+
+    `adapters_only`: of its adapters, which are nothing without their base.
 
     Raises:
       UserError: the run's config, state or evaluations are not as psyche writes them.
@@ -184,6 +343,7 @@ def model_card(stored: StoredModel, name: str) -> str:
         return environment.from_string(template).render(
             name=name,
             model=stored.config,
+            base=stored.base.model.weights if adapters_only and stored.base is not None else None,
             prompt=stored.prompt or PromptSection(),
             stages=_stages(stored.weights),
             version=psyche_jax.__version__,

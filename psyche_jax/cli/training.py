@@ -16,13 +16,14 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "import",
         _import,
-        "Write a Hugging Face folder of a Qwen or Llama model as a checkpoint.",
+        "Write a Hugging Face folder of a Qwen or Llama model, or a peft folder of adapters, as a checkpoint.",
         "psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
     )
     verb.add_argument(
         "source", metavar="HF_DIR", help="the Hugging Face folder, or hub:NAME[@REVISION] to download from the hub"
     )
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
+    verb.add_argument("--base", metavar="MODEL", help="what adapters are for (default: what their folder names)")
     _add_dtype(verb)
 
     # SFT and GRPO take the same options.
@@ -60,6 +61,11 @@ def add_verbs(add: AddVerb) -> None:
         metavar="NAME",
         help="also put it into this repository of the Hugging Face hub, made as a private one if it is new; "
         "HF_TOKEN must be set",
+    )
+    verb.add_argument(
+        "--adapters",
+        action="store_true",
+        help="write the adapters alone, as a folder that peft loads over their base; without it they are merged",
     )
     _add_dtype(verb)
 
@@ -169,7 +175,7 @@ def _import(arguments: argparse.Namespace) -> None:
     start.quiet_orbax()
     from psyche_jax.convert import import_model
 
-    conversion = import_model(arguments.source, arguments.checkpoint, arguments.dtype)
+    conversion = import_model(arguments.source, arguments.checkpoint, arguments.dtype, arguments.base)
     print(f"{arguments.checkpoint}: {conversion}")
 
 
@@ -202,7 +208,8 @@ def _export(arguments: argparse.Namespace) -> None:
     start.quiet_orbax()
     from psyche_jax.convert import export_model
 
-    conversion = export_model(arguments.source, arguments.folder, arguments.dtype, arguments.push)
+    options = (arguments.dtype, arguments.push, arguments.adapters)
+    conversion = export_model(arguments.source, arguments.folder, *options)
     print(f"{arguments.folder}: {conversion}")
 
 

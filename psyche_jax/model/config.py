@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from psyche_jax.config import AdapterSection
 from psyche_jax.errors import UsageError, UserError
 
 _LARGEST_SIZE = 2**31 - 1
@@ -99,6 +100,7 @@ class ModelConfig:
     model_type: str = "qwen2"
     attention_bias: bool = False  # biases of all four projections of attention; Qwen2 has no such setting
     rope_scaling: RopeScaling | None = None
+    adapter: AdapterSection | None = None  # what is trained on top of the parameters, which then stay as they are
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
@@ -156,7 +158,7 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """Number of parameters, the tied head counted once."""
+        """Number of parameters, the tied head counted once; adapters are not counted."""
         heads, kv_heads = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (2 * heads + 2 * kv_heads)
         attention += self.qkv_bias * (heads + 2 * kv_heads) + self.o_bias * self.hidden_size
@@ -384,12 +386,13 @@ def model_config_from_dict(values: Mapping[str, Any]) -> ModelConfig:
     names = {field.name for field in dataclasses.fields(ModelConfig)}
     if unknown := set(values) - names:
         raise UserError(f"model config: unknown keys {sorted(unknown)}; it was written by another version")
-    scaling = values.get("rope_scaling")
+    scaling, adapter = values.get("rope_scaling"), values.get("adapter")
     return ModelConfig(
         **{
             **values,
             "stop_token_ids": tuple(values["stop_token_ids"]),
             "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+            "adapter": None if adapter is None else AdapterSection(**{**adapter, "targets": tuple(adapter["targets"])}),
         }
     )
 

@@ -40,6 +40,7 @@ _ADAPTER = "adapter_model.safetensors"
 MODEL_FILES = (
     "*.safetensors",
     _INDEX,
+    "adapter_config.json",
     "config.json",
     "generation_config.json",
     *TOKENIZER_FILES,
@@ -61,6 +62,7 @@ _LAYER_NAMES = {
     "up_proj/kernel": "mlp.up_proj.weight",
     "down_proj/kernel": "mlp.down_proj.weight",
 }
+_ADAPTER_NAMES = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 _TOP_NAMES = {
     "embedding": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",
@@ -76,9 +78,16 @@ _OF_A_SESSION = ("backend", "is_local", "local_files_only")  # transformers 5 sa
 
 
 def tensor_names(path: str, layers: int) -> list[str]:
-    """Names in Hugging Face's files of the parameter at `path` ("layers/q_proj/kernel"): one for each layer."""
+    """Names in Hugging Face's files of the parameter at `path` ("layers/q_proj/kernel"): one for each layer.
+
+    Those of an adapter's factors are `peft`'s.
+    """
     if path in _TOP_NAMES:
         return [_TOP_NAMES[path]]
+    module, _, factor = path.rpartition("/")
+    if factor in _ADAPTER_NAMES:
+        of_map = tensor_names(f"{module}/kernel", layers)
+        return [f"base_model.model.{name.removesuffix('weight')}{_ADAPTER_NAMES[factor]}" for name in of_map]
     name = _LAYER_NAMES[path.removeprefix("layers/")]
     return [f"model.layers.{layer}.{name}" for layer in range(layers)]
 
@@ -89,9 +98,7 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         index, whole = folder / _INDEX, folder / "model.safetensors"
         if (folder / _ADAPTER).is_file():
-            raise UserError(
-                f"{folder}: {_ADAPTER} would be left out; merge the adapter first (merge_and_unload of peft)"
-            )
+            raise UserError(f"{folder}: {_ADAPTER} would be left out; `psyche import` it from a folder of its own")
         if index.is_file():
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None

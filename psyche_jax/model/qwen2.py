@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from psyche_jax.config import LINEAR_MAPS, AdapterSection
 from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
@@ -62,20 +63,39 @@ class KVCache(NamedTuple):
 
 
 class Linear(nnx.Module):
-    """Affine maps of all layers; `kernel` [layers, out, in], `bias` [layers, out] or absent."""
+    """Affine maps of all layers; `kernel` [layers, out, in], `bias` [layers, out] or absent.
+
+    With an adapter: also `lora_a` [layers, rank, in] and `lora_b` [layers, out, rank], float32.
+    """
 
     def __init__(
         self, key: jax.Array, shape: tuple[int, int, int], axes: tuple[str, str], bias: bool, dtype: jnp.dtype
     ) -> None:
         layers, features, _ = shape
+        self.shape, self.axes = shape, axes
+        self.adapter_scale: float | None = None
         self.kernel = nnx.Param(0.02 * jax.random.normal(key, shape, dtype), logical_axes=("layers", *axes))
         self.bias = nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0])) if bias else None
+
+    def add_adapter(self, key: jax.Array, adapter: AdapterSection) -> None:
+        """Have it add alpha / rank · B(A x), which is 0 as long as B is. A begins as in `peft`: uniform, ± 1/√in."""
+        layers, features, inputs = self.shape
+        shape, limit = (layers, adapter.rank, inputs), inputs**-0.5
+        start = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
+        zeros = jnp.zeros((layers, features, adapter.rank), jnp.float32)
+        self.lora_a = nnx.Param(start, logical_axes=("layers", None, self.axes[1]))
+        self.lora_b = nnx.Param(zeros, logical_axes=("layers", self.axes[0], None))
+        self.adapter_scale = adapter.scale
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in] to [..., out], within a scan that has taken the leading axis away."""
         # Over flat rows: with several axes of them the CPU compiler transposes activations for the weights' gradient.
         rows = x.reshape(-1, x.shape[-1])
-        y = weighted(rows, cast_weights(self.kernel[...], x.dtype)).reshape(*x.shape[:-1], -1)
+        y = weighted(rows, cast_weights(self.kernel[...], x.dtype))
+        if self.adapter_scale is not None:
+            a, b = (cast_weights(factor[...], x.dtype) for factor in (self.lora_a, self.lora_b))
+            y = y + weighted(weighted(rows, a), b) * self.adapter_scale
+        y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
@@ -117,6 +137,9 @@ class DecoderLayer(nnx.Module):
         self.up_proj = Linear(keys[5], (layers, inner, width), ("mlp", "embed"), False, dtype)
         self.down_proj = Linear(keys[6], (layers, width, inner), ("embed", "mlp"), False, dtype)
         self.head_dim = config.head_dim
+        for number, name in enumerate(LINEAR_MAPS):
+            if config.adapter is not None and name in config.adapter.targets:
+                getattr(self, name).add_adapter(jax.random.fold_in(key, number), config.adapter)
 
     def __call__(
         self,

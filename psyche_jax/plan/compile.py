@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.errors import UserError
+from psyche_jax.model.adapters import num_trained, without_adapter
 from psyche_jax.model.config import ModelConfig, check_architecture, published_architecture
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
@@ -53,7 +54,7 @@ class Compiled:
 
 
 def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]:
-    """The model's shape: of the model at `model.path`, else of the name in `model.architecture`.
+    """The model's shape: of the model at `model.path`, else of the name in `model.architecture`; with the adapter.
 
     Raises:
       UserError: there is neither, or they differ.
@@ -62,13 +63,13 @@ def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]
     if Path(section.path).exists():
         model = open_model(section.path).config
         check_architecture(section.architecture, model, section.path)
-        return model, ()
+        return replace(model, adapter=config.adapter), ()
     if section.architecture is None:
         raise UserError(
             f"{section.path}: no such model, and the config names no architecture to plan without it; "
             "add for example --set model.architecture=Qwen2.5-7B"
         )
-    model = published_architecture(section.architecture)
+    model = replace(published_architecture(section.architecture), adapter=config.adapter)
     return model, (f"{section.path} is not on this machine: the shape is that of {section.architecture}",)
 
 
@@ -155,7 +156,14 @@ def _lower_sft(
     kinds = {"tokens": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in kinds.items()}
     arguments = {"parameters": state.parameters, "optimizer": state.optimizer_state, "batch": batch}
-    return step.lower(state, batch), arguments, ()
+    if config.adapter is None:
+        return step.lower(state, batch), arguments, ()
+    base = _abstract_base(config, model, execution.sharding)
+    return step.lower(state, batch, base), {**arguments, "base": base}, ()
+
+
+def _abstract_base(config: PlanConfig, model: ModelConfig, sharding: Sharding) -> Any:
+    return abstract_parameters(without_adapter(model), sharding, jnp.dtype(config.model.dtype))
 
 
 def _lower_grpo(
@@ -168,11 +176,11 @@ def _lower_grpo(
     optimizer = make_optimizer(config.optimizer, schedule)
     state, shardings = abstract_train_state(model, jnp.dtype(config.model.dtype), sharding, optimizer)
     program = Iteration(config, model, execution, optimizer, schedule, shardings).program()
-    reference = (
-        abstract_parameters(model, sharding, jnp.dtype(config.reference_dtype))
-        if config.objective.kl_coefficient
-        else None
-    )
+    reference = None
+    if config.adapter is not None:
+        reference = _abstract_base(config, model, sharding)
+    elif config.objective.kl_coefficient:
+        reference = abstract_parameters(model, sharding, jnp.dtype(config.reference_dtype))
     # Any byte vocabulary gives tables of nearly the same size; which token is which changes nothing in the program.
     vocabulary: list[bytes | None] = [bytes([byte]) for byte in range(min(256, model.vocab_size))]
     vocabulary += [None] * (model.vocab_size - len(vocabulary))
@@ -194,7 +202,7 @@ def _lower_grpo(
     arguments = {
         "parameters": state.parameters,
         "optimizer": state.optimizer_state,
-        "reference": reference,
+        "reference" if config.adapter is None else "base": reference,
         "batch": (batch, rules),
     }
     assumptions = (
@@ -207,7 +215,7 @@ def _lower_grpo(
     return program.lower(state, reference, rules, batch, key), arguments, assumptions
 
 
-ARGUMENTS = ("parameters", "optimizer", "reference", "batch")
+ARGUMENTS = ("parameters", "optimizer", "reference", "base", "batch")
 WITHIN_TEMPORARIES = ("gradients", "saved_activations", "kv_cache", "decoding_weights")
 
 
@@ -227,9 +235,9 @@ def memory_by_kind(lowered: Lowered, config: PlanConfig, peak: int | None) -> di
 def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> dict[str, float]:
     """Bytes a chip of what is large among the temporaries, by arithmetic: a lower bound, which prunes a search."""
     chips_of_parameters = mesh["fsdp"] * mesh["tensor"]
-    compute, stored = jnp.dtype(config.model.compute_dtype).itemsize, jnp.dtype(config.model.dtype).itemsize
+    compute = jnp.dtype(config.model.compute_dtype).itemsize
     batch_places = mesh["data"] * mesh["fsdp"]
-    parts = {"gradients": model.num_parameters * stored / chips_of_parameters}
+    parts = {"gradients": num_trained(model) * 4 / chips_of_parameters}  # what is trained is float32
     tokens = micro_batch(config, mesh).tokens / batch_places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
@@ -282,9 +290,11 @@ def least_peak(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) 
     """Bytes a chip below which the program cannot be."""
     chips = mesh["fsdp"] * mesh["tensor"]
     stored = jnp.dtype(config.model.dtype).itemsize
-    held = 3 * model.num_parameters * stored / chips
     parts = estimated_parts(config, model, mesh)
-    if isinstance(config, GrpoConfig) and config.objective.kl_coefficient:
+    held = 3 * parts["gradients"]
+    if config.adapter is not None:
+        held += model.num_parameters * stored / chips
+    elif isinstance(config, GrpoConfig) and config.objective.kl_coefficient:
         held += model.num_parameters * jnp.dtype(config.reference_dtype).itemsize / chips
     update = parts["gradients"] + parts["saved_activations"]
     return held + max(update, parts.get("kv_cache", 0.0) + parts.get("decoding_weights", 0.0))

@@ -301,7 +301,7 @@ def advise(
         twice = 2 * decoding["tensor"]
         if mesh["tensor"] == 1 and twice <= 4 and model.num_key_value_heads % twice == 0 and mesh["fsdp"] % twice == 0:
             advice.append(f"rollout.tensor={twice}: decoding splits weights over so many chips, and no more")
-    held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference"))
+    held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference", "base"))
     if mesh["data"] > 1:
         advice.append(f"mesh.data=1 and mesh.fsdp={places}: spread parameters and optimizer over all chips")
     larger = f"a larger slice: parameters, optimizer and reference alone take {held:.1f} GiB on each"
@@ -336,6 +336,7 @@ _LABELS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
     "reference": "reference policy",
+    "base": "base of the adapters",
     "batch": "batch and reward tables",
     "gradients": "gradients",
     "saved_activations": "activations kept for backward",

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.model.adapters import num_trained
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
 from psyche_jax.plan.compile import MicroBatch, PlanConfig, decoding_mesh, micro_batch
 from psyche_jax.plan.rollout import Decoding, simulate
 from psyche_jax.plan.slices import SOURCE, Slice
 
+_FLOAT32_BYTES = 4  # of each number that is trained
 ASSUMPTIONS = (
     f"published peaks ({SOURCE}); compute, memory and interconnect overlap wholly, and no latency counts",
     "causal attention computes half of all pairs, decoding reads of the cache what each response has filled",
@@ -148,19 +150,22 @@ class _Counter:
         attention = layers - layers_flops(model, part.tokens, 1, 0)
         again = {"full": layers, "dots": attention, "none": 0.0}[self.config.model.remat]
         turns = 3 if self.config.model.remat == "full" else 2
-        gradients = model.num_parameters / mesh["tensor"] * self._compute * (mesh["fsdp"] - 1) / mesh["fsdp"]
-        gradients += _all_reduced(model.num_parameters * self._stored / mesh["fsdp"] / mesh["tensor"], mesh["data"])
-        accumulated = 2 * model.num_parameters * self._stored / mesh["fsdp"] / mesh["tensor"]
+        trained = num_trained(model)
+        gradients = trained / mesh["tensor"] * self._compute * (mesh["fsdp"] - 1) / mesh["fsdp"]
+        gradients += _all_reduced(trained * _FLOAT32_BYTES / mesh["fsdp"] / mesh["tensor"], mesh["data"])
+        accumulated = 2 * trained * _FLOAT32_BYTES / mesh["fsdp"] / mesh["tensor"]
+        # The base of adapters is frozen: there are no products for the gradient by its weights.
+        frozen = 0.0 if model.adapter is None else layers - attention + head
         return Phase(
-            2 * forward.flops + again + head,
+            2 * forward.flops - frozen + again + head,
             turns * forward.hbm_bytes + accumulated,
             forward.ici_bytes + gradients + (turns - 2) * self._reduced_activations(part.tokens),
         )
 
     def _optimizer(self) -> Phase:
-        numbers = self.model.num_parameters / self.mesh["fsdp"] / self.mesh["tensor"]
+        trained = num_trained(self.model)
         # Reads weights, two moments and the gradient (twice: also for its norm), writes the first three.
-        return Phase(15.0 * self.model.num_parameters, 8 * numbers * self._stored, 0.0)
+        return Phase(15.0 * trained, 8 * trained * _FLOAT32_BYTES / self.mesh["fsdp"] / self.mesh["tensor"], 0.0)
 
     def _while_decoding(self, config: GrpoConfig) -> "_Counter":
         return replace(self, mesh=decoding_mesh(config, self.mesh), given=self._decoding(config))

@@ -25,6 +25,7 @@ from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict, parse_config
 from psyche_jax.data.chat import end_of_turn_id
 from psyche_jax.errors import UserError, first_reason
+from psyche_jax.model.adapters import joined, merged, trained
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
 from psyche_jax.model.huggingface import (
     WeightFiles,
@@ -35,7 +36,7 @@ from psyche_jax.model.huggingface import (
     unsound_tensors,
 )
 from psyche_jax.model.qwen2 import Parameters, build
-from psyche_jax.model.sharding import Sharding
+from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.storage import buckets
 from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.train.run_changes import changes, differences, refused
@@ -125,6 +126,7 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
+PEFT_CONFIG = "adapter_config.json"  # of `peft`, whose folders hold adapters alone
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
@@ -136,6 +138,7 @@ class StoredModel:
     tokenizer_folder: Path
     prompt: PromptSection | None
     weights: Path  # a Hugging Face folder, or the folder of one step of a checkpoint
+    base: "Base | None" = None  # where `weights` are adapters: what they are added to
 
     def read_parameters(self, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
         """Read the weights straight to where they belong on the mesh.
@@ -146,7 +149,26 @@ class StoredModel:
         if (self.weights / "config.json").is_file():
             return read_parameters(self.weights, self.config, sharding, dtype)
         self.check()
-        abstract = abstract_parameters(self.config, sharding, dtype)
+        base = None if self.base is None else self.base.model.read_merged(sharding, dtype)
+        return joined(base, self._read_stored(sharding, dtype))
+
+    def read_merged(self, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
+        """The same without adapters: these are merged into their base, whose weights are of `dtype`."""
+        if self.base is None:
+            return self.read_parameters(sharding, dtype)
+        self.check()
+        base = self.base.model.read_merged(sharding, dtype)
+        return merged(self.config, base, self._read_stored(sharding, dtype), sharding)
+
+    def read_adapters(self) -> Parameters:
+        """The adapters alone, on the host, as they are stored."""
+        assert self.base is not None
+        one = Sharding(make_mesh(1, 1, 1, jax.local_devices()[:1]), TRAIN_RULES)
+        return jax.device_get(self._read_stored(one, jnp.dtype("float32")))
+
+    def _read_stored(self, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
+        """What the checkpoint holds: all parameters, or the adapters."""
+        abstract = trained(abstract_parameters(self.config, sharding, dtype))
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 parameters = checkpointer.restore(absolute(self.weights / "parameters"), abstract)
@@ -160,13 +182,35 @@ class StoredModel:
 
     def check_shapes(self) -> None:
         """Raise UserError unless a Hugging Face folder holds the tensors that its config names."""
+        if self.base is not None:
+            self.base.model.check_shapes()
         if (self.weights / "config.json").is_file():
             WeightFiles(self.weights).check(self.config)
 
     def check(self) -> None:
-        """Raise UserError unless a checkpoint's weights are as they were written; other folders hold no checksums."""
+        """Raise UserError unless a checkpoint's weights are as they were written; other folders hold no checksums.
+
+        Of adapters also the base is looked at: it must be the one that they were trained on.
+        """
         if not (self.weights / "config.json").is_file():
             read_step_metadata(self.weights, ("parameters",))
+        if self.base is not None and identity(self.base.model) != self.base.identity:
+            raise UserError(
+                f"{self.weights}: its adapters were trained on another base than the model that is now at "
+                f"{self.base.model.weights}; put that one there"
+            )
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that adapters are added to, and what `identity` said of it when they were trained."""
+
+    model: StoredModel
+    identity: str
+
+    def as_metadata(self) -> dict[str, str]:
+        """For a checkpoint of adapters: where the base is, and what."""
+        return {"path": str(absolute(self.model.weights)), "identity": self.identity}
 
 
 def identity(model: StoredModel) -> str:
@@ -178,6 +222,8 @@ def identity(model: StoredModel) -> str:
     root = model.weights if of_hugging_face else model.weights / "parameters"
     files = checksums_of(root, ".safetensors" if of_hugging_face else "")
     parts = sorted((name, entry["bytes"], entry["crc32c"]) for name, entry in files.items())
+    if model.base is not None:
+        return hashlib.sha256(repr([*parts, model.base.identity]).encode()).hexdigest()[:16]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
@@ -360,7 +406,8 @@ def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> N
     with new_folder(folder) as partial:
         (partial / "tokenizer").mkdir(parents=True)
         write_tokenizer(model.tokenizer_folder, partial / "tokenizer")
-        metadata = {**checkpoint_metadata(model.config, model.prompt), "format": FORMAT, "step": 0}
+        more = {} if model.base is None else {"base": model.base.as_metadata()}
+        metadata = {**checkpoint_metadata(model.config, model.prompt, **more), "format": FORMAT, "step": 0}
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
         handlers = {"parameters": stream_handler(), "metadata": ocp.JsonCheckpointHandler()}
         with ocp.CheckpointManager(absolute(partial), options=options, item_handlers=handlers) as manager:
@@ -405,22 +452,32 @@ def _open_model(folder: Path) -> StoredModel:
     if (folder / "config.json").is_file():
         if in_bucket(folder):
             raise UserError(f"{folder}: a Hugging Face folder in a bucket; copy it to a disk (gcloud storage cp -r)")
-        prompt = None
-        if (folder / PROMPT_FILE).is_file():
-            prompt = parse_config(PromptSection, read_json(folder / PROMPT_FILE), str(folder / PROMPT_FILE))
-        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, prompt, folder)
+        return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, exported_prompt(folder), folder)
+    if (folder / PEFT_CONFIG).is_file():
+        raise UserError(f"{folder}: a folder of adapters; import it first: psyche import {folder} CHECKPOINT")
     step_folder = find_checkpoint(folder)
     metadata = read_checkpoint_metadata(step_folder)
     try:
         values = metadata["prompt"]
         config = model_config_from_dict(metadata["model"])
+        of_base = None if config.adapter is None else (metadata["base"]["path"], metadata["base"]["identity"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{step_folder}: the checkpoint's metadata are broken: {first_reason(error)}") from None
     prompt = None if values is None else parse_config(PromptSection, values, str(step_folder))
     tokenizer = step_folder.parent / "tokenizer"
     if holds_tokenizer(tokenizer):
         check_files(tokenizer)
-    return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder)
+    try:
+        base = None if of_base is None else Base(open_model(of_base[0]), of_base[1])
+    except UserError as error:
+        raise UserError(f"{step_folder}: the base of its adapters cannot be opened: {error}") from None
+    return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder, base)
+
+
+def exported_prompt(folder: Path) -> PromptSection | None:
+    """The prompt that an exported model was trained with, None where the folder does not say."""
+    path = folder / PROMPT_FILE
+    return parse_config(PromptSection, read_json(path), str(path)) if path.is_file() else None
 
 
 def with_stop_tokens_of(model: StoredModel, checkpoints: Path) -> StoredModel:

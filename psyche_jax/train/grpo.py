@@ -19,6 +19,7 @@ to one prompt are consecutive rows), T = max_new_tokens. An array named `rewards
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from psyche_jax.config import GrpoConfig
+from psyche_jax.model.adapters import joined, without_adapter
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import Rollout, Sampling, generate, generate_counted
 from psyche_jax.model.log_probs import TokenScores, response_hidden, token_scores
@@ -147,18 +149,24 @@ class Iteration:
 
         Args:
           state: policy, optimizer, step.
-          reference: parameters of the reference policy, None if the KL coefficient is 0.
+          reference: parameters of the reference policy, None if the KL coefficient is 0. Where adapters are trained it
+            is their base, which is never None: the policy is the reference with the adapters of `state`.
           rules: compiled rewards.
           candidates: `tokens` int32, `mask` bool [candidates_per_step, length], `answers` int32 (bit masks); any
             other entries by prompt are passed through to `Sampled.prompts`.
           key: random key of this step.
         """
-        return self.learn(state, reference, self.sample(state.parameters, rules, candidates, key), {})
+        policy = self.policy(reference, state.parameters)
+        return self.learn(state, reference, self.sample(policy, rules, candidates, key), {})
+
+    def policy(self, reference: Parameters | None, trained: Parameters) -> Parameters:
+        """All parameters of the policy of which `trained` are those that the state holds."""
+        return trained if self.model.adapter is None else joined(reference, trained)
 
     def sample(
         self, parameters: Parameters, rules: CompiledRules, candidates: dict[str, jax.Array], key: jax.Array
     ) -> Sampled:
-        """Responses to `prompts_per_step` of the candidates, with the values of the rules.
+        """Responses to `prompts_per_step` of the candidates, with the values of the rules; `parameters`: the policy's.
 
         With dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) the candidates are answered in parts, in order,
         until enough prompts have responses that are not all equally right, or the candidates are used up.
@@ -243,13 +251,16 @@ class Iteration:
 
         # Log-probs that stay as they are while the policy is updated: the reference's for the KL term, and the old
         # policy's for the ratio. With one update a step the old policy is the current one, and costs no pass.
-        experience = experience._replace(
-            reference_log_probs=None if reference is None else self._fixed_log_probs(reference, experience),
-            old_log_probs=self._fixed_log_probs(state.parameters, experience) if config.updates_per_step > 1 else None,
-        )
+        # Of adapters the reference is the base alone: the same arrays, without the adapters' products.
+        policy = self.policy(reference, state.parameters)
+        if reference is not None and config.objective.kl_coefficient:
+            of_reference = self._fixed_log_probs(without_adapter(self.model), reference, experience)
+            experience = experience._replace(reference_log_probs=of_reference)
+        if config.updates_per_step > 1:
+            experience = experience._replace(old_log_probs=self._fixed_log_probs(self.model, policy, experience))
 
         # The updates, `passes_per_step` times through the minibatches of this step.
-        state, history = self._updates(state, experience)
+        state, history = self._updates(reference, state, experience)
         state = TrainState(state.step + 1, state.parameters, state.optimizer_state)
 
         # What is reported. `absent` says by name which metrics are undefined in this step; they are logged as null.
@@ -315,15 +326,15 @@ class Iteration:
         return picked._replace(statistics=statistics)
 
     @jax.named_scope("log_probs")
-    def _fixed_log_probs(self, parameters: Parameters, experience: Experience) -> jax.Array:
+    def _fixed_log_probs(self, model: ModelConfig, parameters: Parameters, experience: Experience) -> jax.Array:
         """Log-probs of the responses under some policy, by micro-batches, without gradient."""
         micro_batches = self.config.prompts_per_step // self.config.prompts_per_micro_batch
         parts = split_rows(experience, micro_batches, self.execution.sharding)
-        return join_rows(jax.lax.map(lambda part: self._scores(parameters, part).log_probs, parts))
+        return join_rows(jax.lax.map(lambda part: self._scores(model, parameters, part).log_probs, parts))
 
-    def _scores(self, parameters: Parameters, experience: Experience) -> TokenScores:
+    def _scores(self, config: ModelConfig, parameters: Parameters, experience: Experience) -> TokenScores:
         """Log-probs (0 off the mask) and entropies of the responses' tokens, [responses, max_new_tokens]."""
-        model = bind(self.model, parameters)
+        model = bind(config, parameters)
         # Only if each device's share of a micro-batch is whole prompts.
         share_prompt = self.config.share_prompt and self.execution.sharding.divides(
             len(experience.prompt_tokens), "batch"
@@ -341,22 +352,26 @@ class Iteration:
         # What comes after a stop token has no weight, but its ratio could overflow, and inf · 0 is NaN.
         return scores._replace(log_probs=jnp.where(experience.mask, scores.log_probs, 0.0))
 
-    def _updates(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
+    def _updates(
+        self, reference: Parameters | None, state: TrainState, experience: Experience
+    ) -> tuple[TrainState, Update]:
         """All updates of a step: `passes_per_step` times through its minibatches. Returns the `Update`s stacked."""
-        config = self.config
+        config, one_update = self.config, partial(self._update, reference)
         if config.updates_per_step == 1:
-            state, update = self._update(state, experience)
+            state, update = one_update(state, experience)
             return state, jax.tree.map(lambda leaf: leaf[None], update)
         minibatches = config.updates_per_step // config.passes_per_step
         parts = split_rows(experience, minibatches, self.execution.sharding)
 
         def one_pass(state: TrainState, _: None) -> tuple[TrainState, Update]:
-            return jax.lax.scan(self._update, state, parts)
+            return jax.lax.scan(one_update, state, parts)
 
         state, history = jax.lax.scan(one_pass, state, length=config.passes_per_step)
         return state, join_rows(history)
 
-    def _update(self, state: TrainState, experience: Experience) -> tuple[TrainState, Update]:
+    def _update(
+        self, reference: Parameters | None, state: TrainState, experience: Experience
+    ) -> tuple[TrainState, Update]:
         """One optimizer update on a minibatch, its gradient summed over micro-batches."""
         config, objective = self.config, self.config.objective
         micro_batches = config.prompts_per_update // config.prompts_per_micro_batch
@@ -368,15 +383,16 @@ class Iteration:
         high_entropy_RT = None
         if objective.top_entropy < 1:
             parts = split_rows(experience, micro_batches, self.execution.sharding)
+            policy = self.policy(reference, state.parameters)
             with jax.named_scope("log_probs"):
-                entropy_RT = join_rows(jax.lax.map(lambda part: self._scores(state.parameters, part).entropy, parts))
+                entropy_RT = join_rows(jax.lax.map(lambda part: self._scores(self.model, policy, part).entropy, parts))
             high_entropy_RT = high_entropy_tokens(entropy_RT, experience.mask, objective.top_entropy)
 
         def loss(
             parameters: Parameters, part: tuple[Experience, jax.Array, jax.Array | None]
         ) -> tuple[jax.Array, tuple[TokenScores, TokenLoss, jax.Array | None]]:
             experience, weights_RT, high_entropy_RT = part
-            scores = self._scores(parameters, experience)
+            scores = self._scores(self.model, self.policy(reference, parameters), experience)
             # On policy the old policy is this one, without its gradient: ratio 1, and the gradient is A·∇log π.
             current_RT = jax.lax.stop_gradient(scores.log_probs)
             old_RT = current_RT if experience.old_log_probs is None else experience.old_log_probs

@@ -36,6 +36,7 @@ from psyche_jax.train.preemption import listening
 from psyche_jax.train.runs import open_run
 from psyche_jax.train.setup import (
     Setup,
+    about_base,
     abstract_state,
     check_grpo_rows,
     keep_tokenizer,
@@ -81,9 +82,10 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         "data.max_prompt_length + max_new_tokens",
         as_path(config.run.dir),
         config.rollout.tensor,
+        config.adapter,
     )
     execution = setup.execution
-    model = setup.model.config
+    model = setup.config
 
     # What cannot work is said before the work begins: shapes that the mesh does not divide, rules, functions, data.
     check_grpo_rows(config, execution.sharding)
@@ -98,13 +100,16 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         held_out, seen = without_trained(held_out, prompts, config.data.evaluation)
         faults += [*more, *seen]
 
-    # The iteration, and what it starts from. The reference is the model as it is now, read once more.
+    # The iteration, and what it starts from. The reference is the model as it is now, read once more; under adapters
+    # it is read only once, since their base never changes.
     total_steps = math.ceil(config.epochs * len(prompts) / config.candidates_per_step)
     schedule = make_schedule(config.optimizer, total_steps, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)
     iteration = Iteration(config, model, execution, optimizer, schedule, shardings)
-    reference = setup.read_parameters(config.reference_dtype) if config.objective.kl_coefficient else None
+    reference = setup.read_base()
+    if reference is None and config.objective.kl_coefficient:
+        reference = setup.read_parameters(config.reference_dtype)
     key = jax.random.key(config.run.seed)
     collate = partial(_collate, largest=config.data.max_prompt_length)
     place = execution.sharding.named("batch")
@@ -123,7 +128,11 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     if held_out:
         judge = partial(judged, functions, setup, opened, held_out)
         program = jax.jit(iteration.evaluate, out_shardings=execution.sharding.named())
-        measure = partial(held_out_reward, program, config, execution.sharding, rules, held_out, judge)
+
+        def answer(trained: Any, *rest: Any) -> Any:
+            return program(iteration.policy(reference, trained), *rest)
+
+        measure = partial(held_out_reward, answer, config, execution.sharding, rules, held_out, judge)
         evaluation = Evaluation(config.evaluate_every_steps, measure, "evaluation_reward", True)
     warn = _Warnings()
 
@@ -131,7 +140,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
         yield from lower(state, hosts.place(collate([_longest(prompts)] * config.candidates_per_step), place))
         if held_out:
             batch = hosts.place(collate([_longest(held_out)] * config.prompts_per_step), place)
-            yield program.lower(state.parameters, rules, batch)
+            yield program.lower(iteration.policy(reference, state.parameters), rules, batch)
 
     # The loop. Keys are folded in by step, so that a run that is resumed draws what it would have drawn.
     values = config_to_dict(config)
@@ -152,6 +161,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             seed=config.run.seed,
             reference=config.model.path,
             contents=contents,
+            **about_base(setup, contents),
         )
         with Training(
             "grpo",
@@ -171,7 +181,9 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             if this.finished():
                 return
             state = this.begin(
-                lambda: initial_state(optimizer, setup.read_parameters(), shardings), abstract, lower_largest
+                lambda: initial_state(optimizer, setup.read_trained(config.run.seed), shardings),
+                abstract,
+                lower_largest,
             )
             for index, batch in this.steps(device_batches(this.first)):
                 state, outputs = step(state, batch, index - 1)
@@ -208,7 +220,8 @@ def _two_programs(
     everywhere = iteration.execution.sharding.named()
 
     def step(state: TrainState, batch: dict[str, jax.Array], index: int) -> tuple[TrainState, dict[str, Any]]:
-        sampled = sample(state.parameters, rules, batch, jax.random.fold_in(key, index))
+        policy = iteration.policy(reference, state.parameters)
+        sampled = sample(policy, rules, batch, jax.random.fold_in(key, index))
         numbers, tokens, mask = jax.device_get(
             (sampled.prompts["number"], sampled.rollout.tokens, sampled.rollout.mask)
         )
@@ -217,7 +230,8 @@ def _two_programs(
         return state, {**outputs, "metrics": {**outputs["metrics"], **failures}}
 
     def lower(state: TrainState, batch: dict[str, jax.Array]) -> Iterator[Any]:
-        arguments = (state.parameters, rules, batch, jax.random.fold_in(key, 0))
+        policy = iteration.policy(reference, state.parameters)
+        arguments = (policy, rules, batch, jax.random.fold_in(key, 0))
         yield sample.lower(*arguments)
         sampled = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
@@ -336,7 +350,8 @@ def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, Any]) 
     prompt = metrics["num_tokens"] / responses - response
     forward = causal_flops(model, config.prompts_per_step, prompt)
     forward += causal_flops(model, responses, response, prompt) + head_flops(model, responses * response)
-    trained = 3 + (config.objective.top_entropy < 1)
+    # A base that is frozen has no gradient by its weights.
+    trained = (3 if model.adapter is None else 2) + (config.objective.top_entropy < 1)
     fixed = (config.objective.kl_coefficient > 0) + (config.updates_per_step > 1)
     return forward * (1 + fixed + trained * config.passes_per_step)
 

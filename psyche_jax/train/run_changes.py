@@ -80,7 +80,7 @@ def _lasting(config: Mapping[str, Any], known: bool) -> dict[str, Any]:
     objective = config.get("objective")
     if isinstance(objective, dict) and objective.get("name") == "bnpo":
         left_out.remove("micro_batch_prompts")
-    kept = _without(config, left_out)
+    kept = _without({"adapter": None, **config}, left_out)  # older runs have no such key
     for section, key in (("model", "path"), ("data", "train"), ("data", "evaluation")):
         if isinstance(values := kept.get(section), dict) and key in values:
             kept[section] = {**values, key: _one_spelling(values[key])}

@@ -1,7 +1,8 @@
 """What SFT and GRPO both prepare: devices, the model that is trained, its state."""
 
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from psyche_jax.config import GrpoConfig, MeshSection, ModelSection, PromptSection
+from psyche_jax.config import AdapterSection, GrpoConfig, MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.model.adapters import initial_adapters, trained
 from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
 from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.train.checkpoints import (
+    Base,
     StoredModel,
     abstract_like,
     holds_tokenizer,
@@ -34,16 +37,33 @@ from psyche_jax.train.state import TrainState, state_shardings
 
 @dataclass(frozen=True)
 class Setup:
-    """A model on its mesh, with its tokenizer and how programs compute."""
+    """A model on its mesh, with its tokenizer and how programs compute.
+
+    `model`: what training starts from; `config`: of what is trained, with the adapter that this run adds, if any.
+    """
 
     model: StoredModel
+    config: ModelConfig
     dtype: jnp.dtype
     tokenizer: Any
     execution: Execution
 
     def read_parameters(self, dtype: str | None = None) -> Parameters:
-        """The model's weights, placed for training, in the training dtype unless `dtype` is given."""
-        return self.model.read_parameters(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
+        """The model's weights, placed for training, in `model.dtype` unless `dtype` is given.
+
+        Adapters that it has already are merged into them.
+        """
+        return self.model.read_merged(self.execution.sharding, self.dtype if dtype is None else jnp.dtype(dtype))
+
+    def read_base(self) -> Parameters | None:
+        """What this run's adapters are added to, which never changes; None where all weights are trained."""
+        return None if self.config.adapter is None else self.read_parameters()
+
+    def read_trained(self, seed: int) -> Parameters:
+        """What training begins with: the weights, or adapters that change nothing yet."""
+        if self.config.adapter is None:
+            return self.read_parameters()
+        return initial_adapters(self.config, jax.random.key(seed), self.execution.sharding)
 
 
 def prepare(
@@ -53,11 +73,12 @@ def prepare(
     longest_name: str,
     run: Path | None = None,
     decoding_tensor: int | None = None,
+    adapter: AdapterSection | None = None,
 ) -> Setup:
     """Build the mesh and open the model, whose weights are read later.
 
     Args:
-      model, mesh: sections of the config.
+      model, mesh, adapter: sections of the config.
       longest: how many tokens the longest sequence may have.
       longest_name: the config keys to name in the error.
       run: the run's folder; one that resumes keeps the stop tokens it began with.
@@ -77,7 +98,8 @@ def prepare(
     if longest > (limit := stored.config.max_positions):
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
     tokenizer = load_tokenizer(stored.tokenizer_folder)
-    return Setup(stored, jnp.dtype(model.dtype), tokenizer, execution)
+    config = dataclasses.replace(stored.config, adapter=adapter)
+    return Setup(stored, config, jnp.dtype(model.dtype), tokenizer, execution)
 
 
 def _open_base(path: str) -> StoredModel:
@@ -107,6 +129,14 @@ def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str |
     return contents if evaluation is None else {**contents, "evaluation": evaluation}
 
 
+def about_base(setup: Setup, contents: Mapping[str, str]) -> dict[str, Any]:
+    """For the metadata of checkpoints: of adapters, the base without which they are nothing.
+
+    `contents` is what `trained_on` gave.
+    """
+    return {} if setup.config.adapter is None else {"base": Base(setup.model, contents["base"]).as_metadata()}
+
+
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:
     """Raise UsageError unless `rows` can be spread over the batch axes of the mesh."""
     places = sharding.parts("batch")
@@ -129,7 +159,7 @@ def check_grpo_rows(config: GrpoConfig, sharding: Sharding) -> None:
 
 def abstract_state(setup: Setup, optimizer: optax.GradientTransformation) -> tuple[TrainState, TrainState]:
     """The state's shapes with their shardings, and the shardings alone."""
-    return abstract_train_state(setup.model.config, setup.dtype, setup.execution.sharding, optimizer)
+    return abstract_train_state(setup.config, setup.dtype, setup.execution.sharding, optimizer)
 
 
 def abstract_train_state(
@@ -138,7 +168,8 @@ def abstract_train_state(
     """As `abstract_state`, of a model that need not be on disk."""
     abstract_parameters = build(config, dtype)[1]
     shardings = state_shardings(optimizer, abstract_parameters, sharding)
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
+    plain = trained(nnx.to_pure_dict(abstract_parameters))
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plain)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), plain, jax.eval_shape(optimizer.init, plain))
     return abstract_like(shapes, shardings), shardings
 

@@ -20,6 +20,7 @@ from psyche_jax.data.packing import PACKED, check_packing, unpacked_rows
 from psyche_jax.data.records import SftExample
 from psyche_jax.data.streams import Batch, Part, ReadsSeveral, batches, pad_examples
 from psyche_jax.errors import UserError
+from psyche_jax.model.adapters import joined
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops
 from psyche_jax.model.log_probs import token_scores
@@ -30,7 +31,15 @@ from psyche_jax.train.checkpoints import checkpoint_metadata
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import listening
 from psyche_jax.train.runs import open_run
-from psyche_jax.train.setup import abstract_state, check_rows, keep_tokenizer, prepare, report_skipped, trained_on
+from psyche_jax.train.setup import (
+    about_base,
+    abstract_state,
+    check_rows,
+    keep_tokenizer,
+    prepare,
+    report_skipped,
+    trained_on,
+)
 from psyche_jax.train.state import (
     TrainState,
     accumulate_gradients,
@@ -204,11 +213,18 @@ def make_sft_step(
     shardings: TrainState,
     micro_batches: int,
 ) -> Any:
-    """The jitted `(state, batch) -> (state, metrics)`; the old state's memory is given to the new one."""
-    loss = partial(next_token_loss, config, execution)
+    """The jitted `(state, batch, base) -> (state, metrics)`; the old state's memory is given to the new one.
+
+    `base`: the parameters that those of the state, then adapters, are added to; None: the state has all.
+    """
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, execution.sharding.named()))
-    def step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: dict[str, jax.Array], base: Parameters | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        def loss(parameters: Parameters, batch: dict[str, jax.Array]) -> tuple[jax.Array, None]:
+            return next_token_loss(config, execution, joined(base, parameters), batch)
+
         value, _, gradients = accumulate_gradients(
             loss, state.parameters, _weighted(batch), micro_batches, execution.sharding, shardings.parameters
         )
@@ -230,7 +246,8 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
     Attention is counted at the rows' mean length, so a packed row counts as one example: a little too much.
     """
     tokens = metrics["num_tokens"]
-    return 3 * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
+    passes = 3 if model.adapter is None else 2  # a base that is frozen has no gradient by its weights
+    return passes * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
 
 
 def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:
@@ -244,7 +261,8 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
     Raises:
       UserError: the model, the data or the run folder cannot be used.
     """
-    setup = prepare(config.model, config.mesh, config.data.max_length, "data.max_length", as_path(config.run.dir))
+    longest = (config.data.max_length, "data.max_length")
+    setup = prepare(config.model, config.mesh, *longest, as_path(config.run.dir), adapter=config.adapter)
     execution = setup.execution
 
     # What cannot work is said before the work begins.
@@ -267,8 +285,9 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
     schedule = make_schedule(config.optimizer, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)
+    base = setup.read_base()
     step = make_sft_step(
-        setup.model.config,
+        setup.config,
         execution,
         optimizer,
         schedule,
@@ -276,7 +295,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         config.batch_size // micro_batch,
     )
     place = execution.sharding.named("batch", "sequence")
-    evaluate = jax.jit(lambda parameters, batch: next_token_loss(setup.model.config, execution, parameters, batch)[0])
+    evaluate = jax.jit(lambda parameters, batch: next_token_loss(setup.config, execution, parameters, batch)[0])
 
     def device_batches(first: int) -> Iterator[dict[str, jax.Array]]:
         # Packed rows all have one length, so a host needs no others than its own to know a batch's shape.
@@ -298,17 +317,17 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         for batch in _evaluation_batches(evaluation, micro_batch, config.data.max_length):
             check_stop()
             batch = _counted(batch)
-            total += float(evaluate(state.parameters, hosts.place(batch, place)))
+            total += float(evaluate(joined(base, state.parameters), hosts.place(batch, place)))
             tokens += float(batch["weights"][:, 1:].sum())
         return {"evaluation_loss": total / tokens}
 
     def lower_largest(state: TrainState) -> Iterator[Any]:
         longest = train.collate([train.longest] * config.batch_size)
-        yield step.lower(state, hosts.place(longest, place))
+        yield step.lower(state, hosts.place(longest, place), base)
         if evaluation:
             longest_there = max(evaluation, key=lambda example: len(example.tokens))
             batch = next(_evaluation_batches([longest_there], micro_batch, config.data.max_length))
-            yield evaluate.lower(state.parameters, hosts.place(_counted(batch), place))
+            yield evaluate.lower(joined(base, state.parameters), hosts.place(_counted(batch), place))
 
     # The loop.
     values = config_to_dict(config)
@@ -321,12 +340,13 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         keep_tokenizer(run, setup)
         report_skipped(run, schedule_warning(config.optimizer, total_steps), faults)
         metadata = checkpoint_metadata(
-            setup.model.config,
+            setup.config,
             config.prompt,
             config=values,
             seed=config.run.seed,
             started_from=config.model.path,
             contents=contents,
+            **about_base(setup, contents),
         )
         with Training(
             "sft",
@@ -340,7 +360,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             if evaluation
             else None,
             headline=("loss", "evaluation_loss", "grad_norm"),
-            flops=partial(step_flops, setup.model.config, config.batch_size),
+            flops=partial(step_flops, setup.config, config.batch_size),
             memory_settings="set model.remat=full, a smaller micro_batch_size or more devices (all of which a run that "
             "goes on may change), or a smaller data.max_length",
             profile_steps=profile_steps,
@@ -348,10 +368,12 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             if this.finished():
                 return
             state = this.begin(
-                lambda: initial_state(optimizer, setup.read_parameters(), shardings), abstract, lower_largest
+                lambda: initial_state(optimizer, setup.read_trained(config.run.seed), shardings),
+                abstract,
+                lower_largest,
             )
             for _, batch in this.steps(device_batches(this.first)):
-                state, metrics = step(state, batch)
+                state, metrics = step(state, batch, base)
                 this.end_step(state, this.measured(metrics))
 
 

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 
 from psyche_jax.config import OptimizerSection
+from psyche_jax.model.adapters import trained
 from psyche_jax.model.qwen2 import Parameters
 from psyche_jax.model.sharding import Sharding, join_rows, split_rows
 
@@ -75,10 +76,14 @@ def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax
 def state_shardings(
     optimizer: optax.GradientTransformation, abstract_parameters: Any, sharding: Sharding
 ) -> TrainState:
-    """Where each part of the state is placed: the optimizer's moments beside their parameters, the rest everywhere."""
-    parameters = sharding.of_parameters(abstract_parameters)
+    """Where each part of the state is placed: the optimizer's moments beside their parameters, the rest everywhere.
+
+    The state holds what is trained of `abstract_parameters` alone: the adapters, if there are any.
+    """
+    parameters = trained(sharding.of_parameters(abstract_parameters))
     everywhere = sharding.named()
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), nnx.to_pure_dict(abstract_parameters))
+    plain = trained(nnx.to_pure_dict(abstract_parameters))
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plain)
     optimizer_state = optax.tree.map_params(
         optimizer,
         lambda _, place: place,

@@ -183,7 +183,10 @@ def test_what_does_not_divide(overrides, code, said, capsys):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("rollout.slots=6", "rollout.slots: 6 rows cannot be spread over data × fsdp / rollout.tensor = 4 groups of devices"),
+        (
+            "rollout.slots=6",
+            "rollout.slots: 6 rows cannot be spread over data × fsdp / rollout.tensor = 4 groups of devices",
+        ),
         ("rollout.slots=0", "rollout.slots must be at least 1, not 0"),
         ("rollout={slots: 64}, rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are there"),
         ("rollout.tensor=3", "rollout.tensor: 3 does not divide mesh.fsdp 16"),

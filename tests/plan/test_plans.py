@@ -51,7 +51,7 @@ def check(result, program):
     assert set(result["collectives"]) >= {"decoding_loop", "layer_loop", "once"}
     assert all(set(place) >= LOOP for place in result["collectives"].values())
     memory = result["memory_gib"]
-    parts = [memory.get(name, 0) for name in ("parameters", "optimizer", "reference", "batch", "temporaries")]
+    parts = [memory.get(name, 0) for name in ("parameters", "optimizer", "reference", "base", "batch", "temporaries")]
     assert sum(parts) == pytest.approx(memory["peak"], abs=1e-3)
     seconds = dict(result["roofline_seconds"])
     assert seconds.pop("total") == pytest.approx(sum(seconds.values()))
@@ -84,6 +84,19 @@ def test_sft(tmp_path, capsys):
     # Seven matrices a layer, gathered in both directions, in 2 micro-batches of 3 layers.
     assert collectives["layer_loop"]["weight_sized"] >= 14
     assert collectives["layer_loop"]["count"] >= 14 * 2 * 3
+
+
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_adapters_over_a_bfloat16_base(program, tmp_path, capsys):
+    """The base is held once, also where it is the reference; what is trained is small."""
+    config = write_config(tmp_path, program, adapter={"rank": 4})
+    code, result, _ = plan(capsys, config, "--set", "model.dtype=bfloat16")
+    assert code == 0
+    check(result, program)
+    memory = result["memory_gib"]
+    assert "reference" not in memory
+    assert memory["base"] > 10 * memory["parameters"] > 0
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
 
 
 def test_grpo(tmp_path, capsys):

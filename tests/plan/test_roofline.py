@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 
 import psyche_jax
-from psyche_jax.config import GrpoConfig, ObjectiveSection, RolloutSection, SftConfig
+from psyche_jax.config import AdapterSection, GrpoConfig, ObjectiveSection, RolloutSection, SftConfig
 from psyche_jax.config_files import load_config
+from psyche_jax.model.adapters import num_trained
 from psyche_jax.model.config import ARCHITECTURES, ModelConfig, published_architecture
 from psyche_jax.model.flops import head_flops, layers_flops
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
@@ -51,6 +52,20 @@ def test_published_sizes(name):
     assert sum(leaf.size for leaf in leaves) == model.num_parameters
     published = {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7}[name.removeprefix("Qwen2.5-")]
     assert model.num_parameters / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_adapters_take_away_the_gradient_by_the_weights():
+    """Of twice the forward pass one part is left, and attention; the optimizer has little to do."""
+    config = load_config(SftConfig, CONFIGS / "sft_7b_v5e16.yaml")
+    adapted = dataclasses.replace(config, adapter=AdapterSection(rank=16))
+    full, frozen = (count_phases(c, dataclasses.replace(SEVEN, adapter=c.adapter), MESH) for c in (config, adapted))
+    assert frozen["forward"] == full["forward"]
+    assert 0.6 < frozen["backward"].flops / full["backward"].flops < 0.75, "with remat 3 in place of 4 to start from"
+    assert frozen["optimizer"].hbm_bytes < 0.01 * full["optimizer"].hbm_bytes
+    seven = dataclasses.replace(SEVEN, adapter=AdapterSection(rank=16))
+    sizes = [SEVEN.hidden_size, SEVEN.intermediate_size, 512]  # of the maps: width, inner, keys and values
+    pairs = 2 * (sizes[0] + sizes[0]) + 2 * (sizes[0] + sizes[2]) + 3 * (sizes[0] + sizes[1])
+    assert num_trained(seven) == 16 * SEVEN.num_hidden_layers * pairs
 
 
 def test_phases_of_sft():
