@@ -67,6 +67,7 @@ def make_case(
     sizes = {name: given[name] for name in MODEL if name in given}
     if file is None and config.model.architecture is None:
         model = _model({name: option.default for name, option in MODEL.items()} | sizes)
+        model = dataclasses.replace(model, adapter=config.adapter)
     elif sizes:
         flag = f"--{next(iter(sizes)).replace('_', '-')}"
         raise UsageError(f"{flag}: the config says which shape the model has; leave out the one or the other")

@@ -16,6 +16,7 @@ import numpy as np
 from psyche_jax.bench.case import Case
 from psyche_jax.bench.options import What
 from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.model.adapters import initial_adapters, joined, without_adapter
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import Sampling, generate_counted
 from psyche_jax.model.flops import memory_bandwidth, peak_of_all_devices
@@ -66,10 +67,13 @@ def sft_workload(case: Case, seed: int, steps: int) -> Workload:
         place,
     )
     tokens = [hosts.place(drawn, place) for drawn in _random_tokens(seed, steps, model, size)]
-    state = initial_state(optimizer, _parameters(case, seed, execution), shardings)
-    return Workload(
-        step, state, lambda state, index: (state, {**fixed, "tokens": tokens[index]}), lambda result: result
-    )
+    base, trained = _parameters(case, seed, execution)
+    state = initial_state(optimizer, trained, shardings)
+
+    def arguments(state: TrainState, index: int) -> tuple[Any, ...]:
+        return state, {**fixed, "tokens": tokens[index]}, base
+
+    return Workload(step, state, arguments, lambda result: result)
 
 
 def rollout_workload(case: Case, seed: int, steps: int) -> Workload:
@@ -81,7 +85,7 @@ def rollout_workload(case: Case, seed: int, steps: int) -> Workload:
     generate = partial(generate_counted, case.model, sampling=sampling, execution=execution)
     program = jax.jit(generate, out_shardings=execution.sharding.named())
     prompts, keys = _prompts(case, seed, steps, execution), _keys(case, seed, steps, execution)
-    parameters = _parameters(case, seed, execution)
+    parameters = joined(*_parameters(case, seed, execution))
 
     def arguments(parameters: Parameters, index: int) -> tuple[Any, ...]:
         return parameters, prompts[index]["tokens"], prompts[index]["mask"], keys[index]
@@ -104,12 +108,11 @@ def grpo_workload(case: Case, seed: int, steps: int) -> Workload:
     program = Iteration(config, model, execution, optimizer, schedule, shardings).program()
     rules = _rules(config, model, seed)
     prompts, keys = _prompts(case, seed, steps, execution), _keys(case, seed, steps, execution)
-    parameters = _parameters(case, seed, execution)
-    reference = None
-    if config.objective.kl_coefficient:
+    reference, trained = _parameters(case, seed, execution)
+    if reference is None and config.objective.kl_coefficient:
         dtype = jnp.dtype(config.reference_dtype)
-        reference = jax.tree.map(lambda weights: jnp.array(weights, dtype, copy=True), parameters)
-    state = initial_state(optimizer, parameters, shardings)
+        reference = jax.tree.map(lambda weights: jnp.array(weights, dtype, copy=True), trained)
+    state = initial_state(optimizer, trained, shardings)
 
     def arguments(state: TrainState, index: int) -> tuple[Any, ...]:
         return state, reference, rules, prompts[index], keys[index]
@@ -130,8 +133,11 @@ def _execution(case: Case) -> Execution:
     return Execution(sharding, jnp.dtype(section.compute_dtype), section.remat, section.attention)
 
 
-def _parameters(case: Case, seed: int, execution: Execution) -> Parameters:
-    return initialize(case.model, jax.random.key(seed), execution.sharding, jnp.dtype(case.config.model.dtype))
+def _parameters(case: Case, seed: int, execution: Execution) -> tuple[Parameters | None, Parameters]:
+    """The base of adapters, if these are trained, and what is trained."""
+    key, sharding = jax.random.key(seed), execution.sharding
+    weights = initialize(without_adapter(case.model), key, sharding, jnp.dtype(case.config.model.dtype))
+    return (None, weights) if case.model.adapter is None else (weights, initial_adapters(case.model, key, sharding))
 
 
 def _random_tokens(seed: int, steps: int, model: ModelConfig, size: tuple[int, int]) -> list[np.ndarray]:

@@ -278,7 +278,7 @@ def test_visits_to_the_host_are_seen():
         ("grpo --config grpo_7b", "runs/sft_7b: no such model, and the config names no architecture"),
         (
             "grpo --config grpo_7b_v5e16",
-            "mesh: data 1, fsdp 16, tensor 1 takes 16 devices and there are 8",
+            "mesh: data 1, fsdp 16, tensor 1 does not divide the 8 devices there are",
         ),
         (
             "sft --set mesh.data=2 --set mesh.fsdp=2",
