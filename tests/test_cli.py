@@ -220,7 +220,11 @@ def test_from_a_model_folder_to_a_report(model, capsys):
     turns = [(Message("user", f"问{n}"), Message("assistant", "<think>想</think>\n答案：A")) for n in range(8)]
     write_records(Path("sft.jsonl"), [SftExample(turn) for turn in turns])
     write_records(Path("rl.jsonl"), [RlPrompt(turn[:1], "A", "single") for turn in turns])
-    common = {"epochs": 2, "prompt": {"system": "你", "instruction": "想\n"}, "mesh": {"data": 1, "fsdp": 8}}
+    common = {
+        "epochs": 2,
+        "prompt": {"system": "你", "instruction": "想\n", "thinking": None},
+        "mesh": {"data": 1, "fsdp": 8},
+    }
     sft = {
         **common,
         "run": {"dir": "sft"},

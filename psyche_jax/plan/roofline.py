@@ -100,8 +100,8 @@ class _Counter:
         scoring = self._forward(part, config.max_new_tokens)
         phases = {
             "gather_for_decoding": self._decoding_layout(config),
-            "prefill": self._while_decoding(config)._prefill(config),
-            "decode": self._while_decoding(config)._decode(config),
+            "prefill": self._while_decoding(config).prefill(config),
+            "decode": self._while_decoding(config).decode(config),
         }
         if config.objective.kl_coefficient:
             phases["reference"] = parts * scoring
@@ -176,7 +176,7 @@ class _Counter:
         size = self.model.num_parameters / decoding_mesh(config, self.mesh)["tensor"] * self._compute
         return Phase(0.0, own * self._stored + size, size - own * self._compute)
 
-    def _prefill(self, config: GrpoConfig) -> Phase:
+    def prefill(self, config: GrpoConfig) -> Phase:
         model, length = self.model, config.data.max_prompt_length
         prompts = config.prompts_per_step
         weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._compute
@@ -184,7 +184,7 @@ class _Counter:
         tokens = prompts / self._places * length
         return Phase(flops, weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length))
 
-    def _decode(self, config: GrpoConfig) -> Phase:
+    def decode(self, config: GrpoConfig) -> Phase:
         model, tensor, decoding = self.model, self.mesh["tensor"], self._decoding(config)
         tokens = decoding.tokens - decoding.responses  # the first ones follow from the prompts
         pairs = config.data.max_prompt_length + decoding.attended / max(tokens, 1)
@@ -195,13 +195,13 @@ class _Counter:
         embedding = model.vocab_size * model.hidden_size
         weights = (model.num_hidden_layers * layer_weights(model) + embedding) / tensor * self._compute
         logits = model.vocab_size / tensor * 4 * 3
-        hbm = turns * weights + self._cache_bytes(config) + rows * logits
+        hbm = turns * weights + self.cache_bytes(config) + rows * logits
         return Phase(flops, hbm, self._reduced_activations(rows * self._places))
 
     def _decoding(self, config: GrpoConfig) -> Decoding:
         return decoding_of(config, self.mesh) if self.given is None else self.given
 
-    def _cache_bytes(self, config: GrpoConfig) -> float:
+    def cache_bytes(self, config: GrpoConfig) -> float:
         """What decoding reads of the cache: in every step all prompts, or one for each row, and what rows have said."""
         model, decoding = self.model, self._decoding(config)
         numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / self.mesh["tensor"]
@@ -227,7 +227,7 @@ class _Counter:
         scored += config.passes_per_step * (config.objective.top_entropy < 1)
         return {
             "prefill": self._attention(config.prompts_per_step, config.data.max_prompt_length),
-            "decoding": Phase(0.0, self._while_decoding(config)._cache_bytes(config)),
+            "decoding": Phase(0.0, self._while_decoding(config).cache_bytes(config)),
             "log_probs": scored * parts * once,
             "updates": config.passes_per_step * parts * update,
         }

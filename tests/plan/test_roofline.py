@@ -50,7 +50,11 @@ def test_published_sizes(name):
     model = ARCHITECTURES[name]
     leaves = jax.tree.leaves(build(model)[1])
     assert sum(leaf.size for leaf in leaves) == model.num_parameters
-    published = {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7}[name.removeprefix("Qwen2.5-")]
+    qwen2 = {"0.5B": 0.49, "1.5B": 1.54, "3B": 3.09, "7B": 7.61, "14B": 14.7}
+    qwen3 = {"0.6B": 0.6, "1.7B": 1.72, "4B": 4.02, "8B": 8.19, "14B": 14.8, "32B": 32.8}
+    llama = {"3.2-1B": 1.24, "3.2-3B": 3.21, "3.1-8B": 8.03}
+    family, _, size = name.partition("-")
+    published = {"Qwen2.5": qwen2, "Qwen3": qwen3, "Llama": llama}[family][size]
     assert model.num_parameters / 1e9 == pytest.approx(published, rel=0.01)
 
 

@@ -45,7 +45,7 @@ from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer, tensor_names
 from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sharding import DECODE_RULES
-from psyche_jax.serve.engine import Engine, RowSettings
+from psyche_jax.serve.engine import Batch, Engine, RowSettings
 from psyche_jax.storage.files import read_json
 from psyche_jax.train.checkpoints import array_differences, find_checkpoint, open_model
 from psyche_jax.train.grpo_run import train_grpo
@@ -135,7 +135,8 @@ def test_what_serves_takes_the_run_as_it_is(runs, tmp_path):
     for path in (runs / "sft", tmp_path / "merged"):
         stored = open_model(str(path))
         engine = Engine(stored.config, stored.read_parameters(here.sharding, FLOAT32), here, 8)
-        batch = engine.begin([[5, 6, 7], [9, 8]], [RowSettings(8, 0.0, 1.0, 1)] * 2)
+        batch = Batch()
+        engine.join(batch, [[5, 6, 7], [9, 8]], [RowSettings(8, 0.0, 1.0, 1)] * 2)
         said.append(engine.advance(batch).tokens.tolist())
     assert said[0] == said[1]
 
