@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Psyche-R1 from source texts to a 7B model in Hugging Face format, in eight steps.
 #
-# On a v5litepod-16 the training commands need, by `psyche plan` of the same configs, 8.5 GiB (SFT) and 12.6 GiB (GRPO)
+# On a v5litepod-16 the training commands need, by `psyche plan` of the same configs, 8.6 GiB (SFT) and 13.8 GiB (GRPO)
 # of the 15.75 GiB of a chip; docs/tpu.md starts them on all hosts of a slice. How many hours that takes nobody has
 # measured yet: nothing here has run on a TPU. `psyche plan` prints a lower bound. The paper reports, for its
 # model on PCEB, 74.4 % strict and 77.6 % elastic as the average (Qwen2.5-7B-Instruct: 57.9 and 64.6).

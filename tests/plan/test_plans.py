@@ -245,8 +245,8 @@ def test_sft_of_7b_on_v5e_16(capsys):
     ("config", "topology", "overrides", "limit"),
     [
         ("sft_7b_v6e8", "v6e:2x4", [], 19.0),
-        ("grpo_7b_v5e16", "v5e:4x4", [], 13.5),
-        ("grpo_7b_v5e16", "v5e:4x4", ["--set", "max_new_tokens=2048"], 15.5),
+        ("grpo_7b_v5e16", "v5e:4x4", [], 14.0),
+        ("grpo_7b_v5e16", "v5e:4x4", ["--set", "max_new_tokens=2048", "--set", "rollout.slots=512"], 15.5),
         ("sft_7b_v5p8", "v5p:2x2x1", [], 95.0),
         ("grpo_7b_v6e8", "v6e:2x4", [], 31.0),
         ("grpo_7b_v5p8", "v5p:2x2x1", [], 95.0),
