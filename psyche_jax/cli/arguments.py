@@ -40,6 +40,15 @@ def add_set(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def add_thinking(verb: argparse.ArgumentParser) -> None:
+    """`--thinking`, as every verb that asks a model has it: "on", "off", or None if not given."""
+    verb.add_argument(
+        "--thinking",
+        choices=("on", "off"),
+        help="set enable_thinking of the chat template, if it has that (default: as the model was trained)",
+    )
+
+
 def check_at_least(name: str, value: float | None, least: int) -> None:
     """Refuse a number below `least`; None is one that was not given."""
     if value is not None and value < least:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psyche_jax.cli import start
-from psyche_jax.cli.arguments import AddVerb, check_at_least, check_seed, warn_of_gates
+from psyche_jax.cli.arguments import AddVerb, add_thinking, check_at_least, check_seed, warn_of_gates
 from psyche_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -60,11 +60,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
     )
-    verb.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        help="set enable_thinking of the chat template, if it has that (default: as the model was trained)",
-    )
+    add_thinking(verb)
     # Who judges, and what endpoints need.
     verb.add_argument(
         "--judge",

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from psyche_jax.cli import start
-from psyche_jax.cli.arguments import AddVerb, add_set
+from psyche_jax.cli.arguments import AddVerb, add_set, add_thinking
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -43,11 +43,7 @@ def add_verbs(add: AddVerb) -> None:
 def _add_conversation(verb: argparse.ArgumentParser) -> None:
     """Options of whatever talks with people."""
     verb.add_argument("--plain", action="store_true", help="add no system prompt and no instruction to the messages")
-    verb.add_argument(
-        "--thinking",
-        choices=("on", "off"),
-        help="set enable_thinking of the chat template, if it has that (default: as the model was trained)",
-    )
+    add_thinking(verb)
     verb.add_argument("--region", metavar="CODE", help="whose hotline people in a crisis are given (default CN)")
     verb.add_argument("--crisis-log", metavar="FILE", help="where crisis events are noted, without any text")
     verb.add_argument("--no-crisis-gate", action="store_true", help="answer people in a crisis by the model alone")

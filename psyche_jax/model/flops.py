@@ -87,3 +87,8 @@ def head_flops(model: ModelConfig, positions: float) -> float:
 def causal_flops(model: ModelConfig, rows: float, length: float, before: float = 0.0) -> float:
     """Of all layers, forward, on sequences that attend to themselves causally and to `before` tokens before them."""
     return layers_flops(model, rows, length, length * before + length * length / 2)
+
+
+def update_passes(model: ModelConfig) -> int:
+    """What forward and backward of an update take, in forward passes; a base that is frozen has no gradient."""
+    return 3 if model.adapter is None else 2

@@ -85,6 +85,11 @@ def decoding_mesh(config: GrpoConfig, mesh: Mapping[str, int]) -> Mapping[str, i
     return {**mesh, "fsdp": mesh["fsdp"] * mesh["tensor"] // tensor, "tensor": tensor}
 
 
+def batch_places(mesh: Mapping[str, int]) -> int:
+    """Over how many devices, or groups of them, a mesh of these sizes spreads rows."""
+    return mesh["data"] * mesh["fsdp"]
+
+
 def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
     """Lower the program that `psyche sft` or `psyche grpo` would run with `config` on `devices`.
 
@@ -236,16 +241,16 @@ def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, i
     """Bytes a chip of what is large among the temporaries, by arithmetic: a lower bound, which prunes a search."""
     chips_of_parameters = mesh["fsdp"] * mesh["tensor"]
     compute = jnp.dtype(config.model.compute_dtype).itemsize
-    batch_places = mesh["data"] * mesh["fsdp"]
+    places = batch_places(mesh)
     parts = {"gradients": num_trained(model) * 4 / chips_of_parameters}  # what is trained is float32
-    tokens = micro_batch(config, mesh).tokens / batch_places
+    tokens = micro_batch(config, mesh).tokens / places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
         mesh = decoding_mesh(config, mesh)
-        batch_places = mesh["data"] * mesh["fsdp"]
+        places = batch_places(mesh)
         tokens = config.prompts_per_step * config.data.max_prompt_length + config.slots * config.max_new_tokens
         heads = model.num_key_value_heads / mesh["tensor"]
-        parts["kv_cache"] = 2 * model.num_hidden_layers * tokens / batch_places * heads * model.head_dim * compute
+        parts["kv_cache"] = 2 * model.num_hidden_layers * tokens / places * heads * model.head_dim * compute
         parts["decoding_weights"] = model.num_parameters * compute / mesh["tensor"]
     return parts
 
@@ -281,7 +286,7 @@ def micro_batch(config: PlanConfig, mesh: Mapping[str, int]) -> MicroBatch:
         return MicroBatch(config.rows_per_micro_batch, config.data.max_length)
     prompts = config.prompts_per_micro_batch
     responses, prompt = prompts * config.generations_per_prompt, config.data.max_prompt_length
-    if config.share_prompt and prompts % (mesh["data"] * mesh["fsdp"]) == 0:
+    if config.share_prompt and prompts % batch_places(mesh) == 0:
         return MicroBatch(responses, config.max_new_tokens, prompts, prompt)
     return MicroBatch(responses, prompt + config.max_new_tokens)
 

@@ -22,6 +22,7 @@ from psyche_jax.plan.compile import (
     GIB,
     WITHIN_TEMPORARIES,
     PlanConfig,
+    batch_places,
     compile_lowered,
     decoding_mesh,
     lower,
@@ -250,7 +251,7 @@ def decoding_sizes(
     """How many elements the cache and the weights have on a chip, of one layer and of all: what no step may copy."""
     mesh = decoding_mesh(config, mesh)
     tensor, layers, prompts = mesh["tensor"], model.num_hidden_layers, config.prompts_per_step
-    prompts = max(1, prompts // (mesh["data"] * mesh["fsdp"]))
+    prompts = max(1, prompts // batch_places(mesh))
     width, inner = model.hidden_size, model.intermediate_size // tensor
     heads = model.num_attention_heads * model.head_dim // tensor
     kv_heads = model.num_key_value_heads * model.head_dim // tensor
@@ -275,7 +276,7 @@ def advise(
     config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int], memory_gib: dict[str, float | None], limit: int
 ) -> tuple[str, ...]:
     """What to change so that the program takes less memory: keys of the config, the most effective first."""
-    places = mesh["data"] * mesh["fsdp"]
+    places = batch_places(mesh)
     advice = []
     if config.model.remat != "full":
         advice.append("model.remat=full: backward computes each layer again instead of keeping its products")
@@ -294,7 +295,7 @@ def advise(
             advice.append(f"micro_batch_prompts={smaller // config.generations_per_prompt} instead of {prompts}")
         responses = config.prompts_per_step * config.generations_per_prompt
         decoding = decoding_mesh(config, mesh)
-        if smaller := _smaller(config.slots, responses, decoding["data"] * decoding["fsdp"]):
+        if smaller := _smaller(config.slots, responses, batch_places(decoding)):
             advice.append(f"rollout.slots={smaller} instead of {config.slots}: less KV cache")
         if config.objective.kl_coefficient and config.reference_dtype == "float32":
             advice.append("reference_dtype=bfloat16: halves the reference policy")

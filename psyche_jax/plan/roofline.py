@@ -9,7 +9,7 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.adapters import num_trained
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
-from psyche_jax.plan.compile import MicroBatch, PlanConfig, decoding_mesh, micro_batch
+from psyche_jax.plan.compile import MicroBatch, PlanConfig, batch_places, decoding_mesh, micro_batch
 from psyche_jax.plan.rollout import Decoding, simulate
 from psyche_jax.plan.slices import SOURCE, Slice
 
@@ -77,7 +77,7 @@ def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[i
     responses = config.prompts_per_step * config.generations_per_prompt
     lengths = [config.max_new_tokens] * responses if lengths is None else lengths
     mesh = decoding_mesh(config, mesh)
-    return simulate(lengths, config.slots, mesh["data"] * mesh["fsdp"], config.max_new_tokens)
+    return simulate(lengths, config.slots, batch_places(mesh), config.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class _Counter:
 
     @property
     def _places(self) -> int:
-        return self.mesh["data"] * self.mesh["fsdp"]
+        return batch_places(self.mesh)
 
     def _forward(self, part: MicroBatch, positions: int) -> Phase:
         """One micro-batch: layers, and the loss on the last `positions` of each row."""

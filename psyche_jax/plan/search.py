@@ -10,7 +10,15 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.sharding import check_mesh_fits
-from psyche_jax.plan.compile import GIB, PlanConfig, decoding_mesh, find_architecture, least_peak, sharding_of
+from psyche_jax.plan.compile import (
+    GIB,
+    PlanConfig,
+    batch_places,
+    decoding_mesh,
+    find_architecture,
+    least_peak,
+    sharding_of,
+)
 from psyche_jax.plan.report import Plan, Wishes, describe, divisors, make_plan, response_lengths
 from psyche_jax.plan.roofline import count_phases, decoding_of
 from psyche_jax.plan.slices import Slice
@@ -36,7 +44,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     shape = sharding.sizes
     seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_, lengths=lengths)
     decoding = decoding_mesh(config, shape) if isinstance(config, GrpoConfig) else shape
-    candidates = list(_candidates(config, shape["data"] * shape["fsdp"], decoding["data"] * decoding["fsdp"]))
+    candidates = list(_candidates(config, batch_places(shape), batch_places(decoding)))
     # Of equally fast ones the largest first: what it does not compute again costs nothing where there is room.
     candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
     limit = slice_.chip.hbm_gib * GIB

@@ -21,7 +21,7 @@ from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import Batch, batches, pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.flops import causal_flops, head_flops
+from psyche_jax.model.flops import causal_flops, head_flops, update_passes
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.rewards.functions import LoadedFunction, call_functions, load_functions, sources_hash
 from psyche_jax.rewards.score import CompiledRules, compile_rules
@@ -350,8 +350,7 @@ def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, Any]) 
     prompt = metrics["num_tokens"] / responses - response
     forward = causal_flops(model, config.prompts_per_step, prompt)
     forward += causal_flops(model, responses, response, prompt) + head_flops(model, responses * response)
-    # A base that is frozen has no gradient by its weights.
-    trained = (3 if model.adapter is None else 2) + (config.objective.top_entropy < 1)
+    trained = update_passes(model) + (config.objective.top_entropy < 1)
     fixed = (config.objective.kl_coefficient > 0) + (config.updates_per_step > 1)
     return forward * (1 + fixed + trained * config.passes_per_step)
 

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from psyche_jax.config import AdapterSection, GrpoConfig, MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.adapters import initial_adapters, trained
+from psyche_jax.model.adapters import initial_adapters
 from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
@@ -32,7 +31,7 @@ from psyche_jax.train.checkpoints import (
     write_tokenizer,
 )
 from psyche_jax.train.runs import Run
-from psyche_jax.train.state import TrainState, state_shardings
+from psyche_jax.train.state import TrainState, state_shardings, trained_shapes
 
 
 @dataclass(frozen=True)
@@ -168,8 +167,7 @@ def abstract_train_state(
     """As `abstract_state`, of a model that need not be on disk."""
     abstract_parameters = build(config, dtype)[1]
     shardings = state_shardings(optimizer, abstract_parameters, sharding)
-    plain = trained(nnx.to_pure_dict(abstract_parameters))
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plain)
+    plain = trained_shapes(abstract_parameters)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), plain, jax.eval_shape(optimizer.init, plain))
     return abstract_like(shapes, shardings), shardings
 

@@ -22,7 +22,7 @@ from psyche_jax.data.streams import Batch, Part, ReadsSeveral, batches, pad_exam
 from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import joined
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.flops import causal_flops, head_flops
+from psyche_jax.model.flops import causal_flops, head_flops, update_passes
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.storage.files import as_path
@@ -246,8 +246,7 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
     Attention is counted at the rows' mean length, so a packed row counts as one example: a little too much.
     """
     tokens = metrics["num_tokens"]
-    passes = 3 if model.adapter is None else 2  # a base that is frozen has no gradient by its weights
-    return passes * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
+    return update_passes(model) * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
 
 
 def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:

@@ -73,17 +73,19 @@ def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax
     )
 
 
+def trained_shapes(abstract_parameters: Any) -> Any:
+    """Shape and dtype of what is trained of a model's abstract parameters: the adapters, if there are any, else all."""
+    plain = trained(nnx.to_pure_dict(abstract_parameters))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plain)
+
+
 def state_shardings(
     optimizer: optax.GradientTransformation, abstract_parameters: Any, sharding: Sharding
 ) -> TrainState:
-    """Where each part of the state is placed: the optimizer's moments beside their parameters, the rest everywhere.
-
-    The state holds what is trained of `abstract_parameters` alone: the adapters, if there are any.
-    """
+    """Where each part of the state is placed: the optimizer's moments beside their parameters, the rest everywhere."""
     parameters = trained(sharding.of_parameters(abstract_parameters))
     everywhere = sharding.named()
-    plain = trained(nnx.to_pure_dict(abstract_parameters))
-    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), plain)
+    plain = trained_shapes(abstract_parameters)
     optimizer_state = optax.tree.map_params(
         optimizer,
         lambda _, place: place,

@@ -19,17 +19,20 @@ from support.qwen2_reference import (
     apart,
     jit,
     logits,
+    loss_and_gradient,
+    packed,
     padded,
     read,
     reference,
     reference_logits,
+    sample,
     scores,
     torch,
     worst,
 )
 
 from psyche_jax.model.config import ModelConfig, RopeScaling, read_hf_config
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import Sampling
 from psyche_jax.model.flops import layer_weights
 from psyche_jax.model.huggingface import expected_shapes, tensor_names, write_weights
 from psyche_jax.model.log_probs import token_scores
@@ -101,23 +104,12 @@ def test_padded_and_packed_equal_unpadded(side, models, figure):
     rows = rows_of(shape)
     alone = [scores(port, apart(row[None]))[0] for row in rows]
     batch = padded(rows, 25, side, np.random.default_rng(2).integers(0, shape.vocabulary, (len(rows), 25)))
-    packed = Batch(*(np.zeros((1, sum(LENGTHS) + 3), np.int32) for _ in range(3)))
-    start = 0
-    for segment, row in enumerate(rows, start=1):
-        window = slice(start, start + len(row))
-        packed.tokens[0, window], packed.segments[0, window] = row, segment
-        packed.positions[0, window] = np.arange(len(row))
-        start += len(row)
-    together, in_one = scores(port, batch), scores(port, packed)[0]
+    sequence = packed(rows, sum(LENGTHS) + 3)
+    together, in_one = scores(port, batch), scores(port, sequence)[0]
     for row, own in enumerate(alone):
         if len(own) > 1:
             figure("padded log-probs", worst(together[row][batch.segments[row] > 0][:-1], own[:-1]), 1e-5)
-            figure("packed log-probs", worst(in_one[packed.segments[0] == row + 1][:-1], own[:-1]), 1e-5)
-
-
-@functools.partial(jit, static_argnums=(0, 3, 4))
-def sample(config, parameters, batch, execution, sampling):
-    return generate(config, parameters, batch.tokens, batch.segments > 0, jax.random.key(0), sampling, execution)
+            figure("packed log-probs", worst(in_one[sequence.segments[0] == row + 1][:-1], own[:-1]), 1e-5)
 
 
 def test_greedy_text_and_sampled_log_probs(models, figure):
@@ -175,17 +167,6 @@ def test_numbers_of_parameters(models):
     assert layer_weights(port.config) == sum(p.numel() for p in matrices)
 
 
-@functools.partial(jit, static_argnums=(0, 3))
-def score(config, parameters, batch, execution):
-    def loss(parameters):
-        model = bind(config, parameters)
-        hidden = model(batch.tokens, batch.segments, batch.positions, execution)
-        scores = token_scores(model, hidden, jnp.roll(batch.tokens, -1, axis=1), execution, chunk_tokens=40)
-        return -jnp.where(batch.segments[:, :-1] > 0, scores.log_probs[:, :-1], 0).mean()
-
-    return jax.value_and_grad(loss)(parameters)
-
-
 def test_two_parts_of_the_heads(tmp_path, figure):
     """Scores, gradients and greedy text of a Qwen3 on a mesh with a tensor axis of two are those of one device."""
     shape = SHAPES[1]
@@ -198,9 +179,9 @@ def test_two_parts_of_the_heads(tmp_path, figure):
         port = read(tmp_path, Execution(sharding, jnp.dtype("float32")))
         for norm in ("q_norm", "k_norm"):
             assert port.parameters["layers"][norm]["scale"].sharding.is_fully_replicated
-        results.append(jax.tree.map(np.asarray, score(*port[:2], batch, port.execution)))
+        results.append(jax.tree.map(np.asarray, loss_and_gradient(*port[:2], batch, port.execution)))
         texts.append(np.asarray(sample(*port[:2], batch, port.execution, Sampling(12, temperature=0.0)).tokens))
-    (one_loss, one_gradients), (loss, gradients) = results
+    ((one_loss, _), one_gradients), ((loss, _), gradients) = results
     figure("4 devices to 1: loss", worst(loss, one_loss), 1e-5)
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(one_gradients), strict=True)
     figure("4 devices to 1: gradients", max(worst(one, other) for one, other in pairs), 1e-5)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from support.qwen2_reference import SMALL, Batch, apart, logits, padded, read, reference, scores, worst
+from support.qwen2_reference import SMALL, apart, logits, packed, padded, read, reference, scores, worst
 
 LENGTHS = (5, 1, 17, 12, 5)
 
@@ -43,18 +43,6 @@ def test_padding(side, fill, port, rows, alone, figure):
         if len(own_scores) > 1:
             difference = worst(all_scores[row, real][:-1], own_scores[:-1])
             figure("padded log-probs to unpadded", difference, 1e-5)
-
-
-def packed(rows, length):
-    """Rows one after another in a single sequence, with padding after them."""
-    batch = Batch(*(np.zeros((1, length), np.int32) for _ in range(3)))
-    start = 0
-    for segment, row in enumerate(rows, start=1):
-        window = slice(start, start + len(row))
-        batch.tokens[0, window], batch.segments[0, window] = row, segment
-        batch.positions[0, window] = np.arange(len(row))
-        start += len(row)
-    return batch
 
 
 @pytest.mark.parametrize("spare", [0, 9])

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
-from support.qwen2_reference import Shape, jit, one_device, padded, read, reference, worst
+from support.qwen2_reference import Shape, loss_and_gradient, one_device, padded, read, reference, sample, worst
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling, generate
-from psyche_jax.model.log_probs import token_scores
-from psyche_jax.model.qwen2 import Execution, bind, initialize
+from psyche_jax.model.decode import Sampling
+from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh, training_sharding
 
 SHAPE = Shape(False, 8, 4, 6, 64, 88, 2, 136)
@@ -47,26 +46,6 @@ def batch():
     random = np.random.default_rng(0)
     rows = [random.integers(0, 132, length) for length in (20, 3, 11, 20, 7, 1, 15, 16)]
     return padded(rows, LENGTH, "left", np.zeros((ROWS, LENGTH)))
-
-
-@functools.partial(jit, static_argnums=(0, 3))
-def score(config, parameters, batch, execution):
-    """Loss, gradient, log-probabilities and logits; the trainer's program in small."""
-
-    def loss(parameters):
-        model = bind(config, parameters)
-        hidden = model(batch.tokens, batch.segments, batch.positions, execution)
-        # Chunks of 5 positions: 40 tokens over 8 rows.
-        scores = token_scores(model, hidden, jnp.roll(batch.tokens, -1, axis=1), execution, chunk_tokens=40)
-        real = batch.segments[:, :-1] > 0
-        return -jnp.where(real, scores.log_probs[:, :-1], 0).sum() / real.sum(), (scores, model.logits(hidden[:, -1]))
-
-    return jax.value_and_grad(loss, has_aux=True)(parameters)
-
-
-@functools.partial(jit, static_argnums=(0, 3, 4))
-def sample(config, parameters, batch, execution, sampling):
-    return generate(config, parameters, batch.tokens, batch.segments > 0, jax.random.key(3), sampling, execution)
 
 
 SAMPLING = Sampling(12, temperature=1.0, generations_per_prompt=2)
@@ -111,7 +90,7 @@ def test_there_are_eight_devices():
 @functools.cache
 def scores_alone(folder):
     config, parameters, execution = read(folder, one_device())
-    return jax.tree.map(np.asarray, score(config, parameters, batch(), execution))
+    return jax.tree.map(np.asarray, loss_and_gradient(config, parameters, batch(), execution))
 
 
 @functools.cache
@@ -136,7 +115,7 @@ def responses_alone(folder, sampling):
 def test_scores_and_gradients(sizes, remat, model, request, figure):
     folder = request.getfixturevalue(model)
     config, parameters, execution = read(folder, on(sizes, remat))
-    (loss, (scores, logits)), gradients = score(config, parameters, batch(), execution)
+    (loss, (scores, logits)), gradients = loss_and_gradient(config, parameters, batch(), execution)
     (one_loss, (one_scores, one_logits)), one_gradients = scores_alone(folder)
     figure("8 devices to 1: loss", worst(loss, one_loss), 1e-5)
     figure("8 devices to 1: logits, relative", worst(logits, one_logits) / np.abs(one_logits).max(), 1e-5)
@@ -201,7 +180,7 @@ def operations(program, kind):
 def test_training_splits_batch_heads_and_vocabulary(sizes, folder):
     data, fsdp, tensor = sizes
     config, parameters, execution = read(folder, on(sizes))
-    program = score.lower(config, parameters, batch(), execution).compile()
+    program = loss_and_gradient.lower(config, parameters, batch(), execution).compile()
     text = program.as_text()
     rows = ROWS // (data * fsdp)
     arrays = {tuple(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", text)}

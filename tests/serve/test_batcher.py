@@ -82,6 +82,13 @@ def job(stop_after, last=100, most=20, rows=1):
     return wanted, pieces
 
 
+def begin(wanted, engine, batcher):
+    """Submit the first job, and wait until it has its slots."""
+    batcher.submit(wanted)
+    while not engine.begun:
+        pass
+
+
 def everything(pieces):
     """Tokens of a job of one row, and how it ended."""
     tokens = []
@@ -124,9 +131,7 @@ def test_what_waits_is_begun_together_as_far_as_there_is_room(engine, batcher):
 @pytest.mark.parametrize("last", [100, LONG])
 def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher, last):
     long, long_pieces = job(500, last, most=1000)
-    batcher.submit(long)
-    while not engine.begun:
-        pass
+    begin(long, engine, batcher)
     short, short_pieces = job(1)
     batcher.submit(short)
     engine.may_advance.release(10)
@@ -137,9 +142,7 @@ def test_a_short_answer_does_not_wait_for_a_long_one(engine, batcher, last):
 
 def test_who_comes_has_a_slot_in_the_next_chunk(engine, batcher):
     long, _ = job(500, most=1000)
-    batcher.submit(long)
-    while not engine.begun:
-        pass
+    begin(long, engine, batcher)
     short, pieces = job(1)
     batcher.submit(short)
     engine.may_advance.release(2)  # the chunk that runs already, and one more
@@ -185,9 +188,7 @@ def test_too_many_are_refused_and_none_is_lost(engine, batcher):
 
 def test_what_cannot_be_begun_fails_alone(engine, batcher):
     running, running_pieces = job(3, last=1)
-    batcher.submit(running)
-    while not engine.begun:
-        pass
+    begin(running, engine, batcher)
     bad, bad_pieces = job(666)
     good, good_pieces = job(4)
     for wanted in (bad, good):
@@ -200,9 +201,7 @@ def test_what_cannot_be_begun_fails_alone(engine, batcher):
 
 def test_without_memory_beside_others_there_may_be_some_apart(engine, batcher):
     running, running_pieces = job(9, last=1)
-    batcher.submit(running)
-    while not engine.begun:
-        pass
+    begin(running, engine, batcher)
     large, pieces = job(2, last=LARGE)
     batcher.submit(large)
     engine.may_advance.release(1000)
@@ -237,9 +236,7 @@ def test_a_chunk_that_fails_fails_its_own_batch_only(engine, batcher):
 
 def test_a_row_that_is_given_up_makes_room_before_the_others_end(engine, batcher):
     long, long_pieces = job(500, most=1000, rows=4)
-    batcher.submit(long)
-    while not engine.begun:
-        pass
+    begin(long, engine, batcher)
     long.give_up(2)
     short, pieces = job(1)
     batcher.submit(short)
@@ -252,9 +249,7 @@ def test_a_row_that_is_given_up_makes_room_before_the_others_end(engine, batcher
 
 def test_what_is_given_up_makes_room(engine, batcher):
     long, _ = job(500, most=1000, rows=4)
-    batcher.submit(long)
-    while not engine.begun:
-        pass
+    begin(long, engine, batcher)
     long.give_up()
     engine.may_advance.release(3)
     short, pieces = job(1)
@@ -265,9 +260,7 @@ def test_what_is_given_up_makes_room(engine, batcher):
 def test_closing_finishes_what_runs_and_refuses_the_rest(engine):
     batcher = Batcher(engine, rows=1, waiting=5)
     running, running_pieces = job(4)
-    batcher.submit(running)
-    while not engine.begun:
-        pass
+    begin(running, engine, batcher)
     waiting, waiting_pieces = job(4)
     batcher.submit(waiting)
     engine.may_advance.release(1000)

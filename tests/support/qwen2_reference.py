@@ -11,6 +11,7 @@ import transformers
 from support.optional_torch import torch
 
 from psyche_jax.model.config import ModelConfig, read_hf_config
+from psyche_jax.model.decode import Rollout, Sampling, generate
 from psyche_jax.model.huggingface import read_parameters
 from psyche_jax.model.log_probs import TokenScores, token_scores
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
@@ -162,6 +163,18 @@ def padded(rows: list[np.ndarray], length: int, side: str, fill: np.ndarray) -> 
     return Batch(tokens, segments, positions)
 
 
+def packed(rows: list[np.ndarray], length: int) -> Batch:
+    """Rows one after another in a single sequence, with padding after them."""
+    batch = Batch(*(np.zeros((1, length), np.int32) for _ in range(3)))
+    start = 0
+    for segment, row in enumerate(rows, start=1):
+        window = slice(start, start + len(row))
+        batch.tokens[0, window], batch.segments[0, window] = row, segment
+        batch.positions[0, window] = np.arange(len(row))
+        start += len(row)
+    return batch
+
+
 @functools.partial(jit, static_argnums=(0, 3, 4))
 def _run(
     config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution, temperature: float
@@ -170,6 +183,31 @@ def _run(
     hidden = model(batch.tokens, batch.segments, batch.positions, execution)
     targets = jnp.roll(batch.tokens, -1, axis=1)
     return model.logits(hidden), token_scores(model, hidden, targets, execution, temperature, chunk_tokens=64)
+
+
+@functools.partial(jit, static_argnums=(0, 3))
+def loss_and_gradient(
+    config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution
+) -> tuple[tuple[jax.Array, tuple[TokenScores, jax.Array]], Parameters]:
+    """Loss, with log-probabilities and the last logits, and its gradient; the trainer's program in small."""
+
+    def loss(parameters: Parameters) -> tuple[jax.Array, tuple[TokenScores, jax.Array]]:
+        model = bind(config, parameters)
+        hidden = model(batch.tokens, batch.segments, batch.positions, execution)
+        # Chunks of 5 positions: 40 tokens over 8 rows.
+        scores = token_scores(model, hidden, jnp.roll(batch.tokens, -1, axis=1), execution, chunk_tokens=40)
+        real = batch.segments[:, :-1] > 0
+        return -jnp.where(real, scores.log_probs[:, :-1], 0).sum() / real.sum(), (scores, model.logits(hidden[:, -1]))
+
+    return jax.value_and_grad(loss, has_aux=True)(parameters)
+
+
+@functools.partial(jit, static_argnums=(0, 3, 4))
+def sample(
+    config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution, sampling: Sampling
+) -> Rollout:
+    """Responses to the rows of `batch`, by one key."""
+    return generate(config, parameters, batch.tokens, batch.segments > 0, jax.random.key(3), sampling, execution)
 
 
 def logits(port: Port, batch: Batch) -> np.ndarray:

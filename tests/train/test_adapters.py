@@ -15,6 +15,7 @@ import transformers
 import yaml
 from flax import traverse_util
 from support.optional_torch import torch
+from support.qwen2_reference import jit
 from support.training_fixtures import (
     PROMPT,
     execution,
@@ -72,6 +73,7 @@ def runs(tiny_root, tmp_path_factory):
     return folder
 
 
+@functools.partial(jit, static_argnums=0)
 def logits_of(config, parameters, tokens):
     """Of whole sequences, [rows, length, vocabulary]."""
     model = bind(config, parameters)
@@ -111,7 +113,8 @@ def test_merged_into_the_base_it_is_the_same_model(kind, runs, tmp_path, figure)
     config, whole = parameters_at(tmp_path / "merged")
     assert config.adapter is None
     expected = logits_of(*parameters_at(runs / kind), TOKENS)
-    figure("logits, adapters merged", np.abs(logits_of(config, whole, TOKENS) - expected).max(), 3e-5)
+    limit = 1e-5 if jax.__version_info__ < (0, 11) else 2e-5  # newer ones sum up products in another order
+    figure("logits, adapters merged", np.abs(logits_of(config, whole, TOKENS) - expected).max(), limit)
     assert np.abs(logits_of(*parameters_at(runs / "model"), TOKENS) - expected).max() > 0.01, "they matter"
     in_memory = open_model(str(runs / kind)).read_merged(execution(8, 2, 2, 2).sharding, FLOAT32)
     figure("adapters merged in memory and on disk", largest_difference(in_memory, whole), 1e-6)
@@ -146,8 +149,7 @@ def test_without_training_the_policy_is_the_base(tiny_root, figure):
     config, base = parameters_at(tiny_root / "model")
     adapted = dataclasses.replace(config, adapter=ADAPTER)
     whole = joined(base, initial_adapters(adapted, jax.random.key(0), execution(1).sharding))
-    difference = np.abs(logits_of(adapted, whole, TOKENS) - logits_of(config, base, TOKENS)).max()
-    figure("logits, adapters that are 0", difference, 1e-5)  # to the bit in JAX 0.10, newer ones fuse otherwise
+    assert (logits_of(adapted, whole, TOKENS) == logits_of(config, base, TOKENS)).all()
 
     @functools.partial(jax.jit, static_argnums=0)
     def say(config, parameters):
@@ -204,6 +206,7 @@ def with_peft(model):
 
 @pytest.mark.parametrize("adapt", [with_plain_adapters, with_peft])
 def test_gradients_of_adapters_are_those_of_torch(adapt, known, tiny_root, figure):
+    pytest.importorskip("torch", reason="torch is absent, and with it the reference: pip install torch")
     batch, config, base, adapters = known
     model = transformers.Qwen2ForCausalLM.from_pretrained(tiny_root / "model", dtype=torch.float32)
     named, callable_ = adapt(model)
@@ -237,7 +240,6 @@ def test_gradients_of_adapters_are_those_of_torch(adapt, known, tiny_root, figur
 
 def test_a_peft_folder_there_and_back(runs, tmp_path):
     """Written, and read again as a checkpoint: the same bits, of the same base."""
-    pytest.importorskip("torch")
     export_model(str(runs / "grpo"), tmp_path / "adapters", "float32", adapters_only=True)
     values = read_json(tmp_path / "adapters" / "adapter_config.json")
     assert values["base_model_name_or_path"] == str(runs / "model")
