@@ -167,7 +167,10 @@ class DecoderLayer(nnx.Module):
         attended = self.o_proj(mixed.reshape(batch, length, -1))
         attended = sharding.constrain(attended, "batch", "sequence", "activation_embed").astype(jnp.float32)
         normal = self.post_attention_norm(x + attended, x.dtype)
-        inner = jax.nn.silu(self.gate_proj(normal)) * self.up_proj(normal)
+        # Rounded once: where every step of SiLU is bfloat16, compilers round at places of their own, and sampler and
+        # trainer drift apart.
+        gate, up = (linear(normal).astype(jnp.float32) for linear in (self.gate_proj, self.up_proj))
+        inner = (jax.nn.silu(gate) * up).astype(x.dtype)
         transformed = self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp"))
         return attended + sharding.constrain(transformed, "batch", "sequence", "activation_embed"), extra
 
