@@ -231,7 +231,7 @@ class Checkpoints:
     """The checkpoints of one run, written in the background.
 
     Kept are the latest ones, the one of step `best` if that is set, and one of every so many hours; see
-    `CheckpointSection`.
+    `CheckpointSection`. `saved` is the last step that is known to be on disk whole: not the one being written.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, keep_every_hours: float | None = None) -> None:
@@ -252,6 +252,7 @@ class Checkpoints:
             raise
         except Exception as error:
             raise UserError(f"{folder}: the checkpoints there cannot be read: {first_reason(error)}") from None
+        self.saved = self.latest or 0
 
     @property
     def latest(self) -> int | None:
@@ -274,8 +275,7 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(state.optimizer_state, save_args(state.optimizer_state)),
             "metadata": ocp.args.JsonSave({**metadata, "format": FORMAT, "step": step}),
         }
-        with self._write_errors():
-            self._manager.wait_until_finished()
+        self._wait()
         self._saving = step
         with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -331,9 +331,14 @@ class Checkpoints:
         Raises:
           UserError: it cannot be.
         """
+        self._wait()
+        self._manager.close()
+
+    def _wait(self) -> None:
         with self._write_errors():
             self._manager.wait_until_finished()
-        self._manager.close()
+        if self._saving is not None:
+            self.saved = self._saving
 
     def _seal(self) -> None:
         """Write the checksums of what was just written, on the first process, before it counts as whole."""

@@ -219,9 +219,12 @@ class Training(contextlib.AbstractContextManager["Training"]):
         return self
 
     def __exit__(self, kind: Any, error: Any, traceback: Any) -> None:
-        self._open.__exit__(kind, error, traceback)
+        try:
+            self._open.__exit__(kind, error, traceback)  # waits for what is being saved
+        finally:
+            self.run.saved = self._checkpoints.saved
         if kind is None:
-            self.run.write_state("done", self.step, **self._evaluations.best_so_far())
+            self.run.write_state("done", **self._evaluations.best_so_far())
 
     def finished(self) -> bool:
         """Whether there is nothing left to do, which is said.
@@ -255,7 +258,8 @@ class Training(contextlib.AbstractContextManager["Training"]):
             state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
             hosts.say(f"{self.name}: resuming after step {self.first}")
         if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
-            self.run.write_state("running", self.first, **self._evaluations.best_so_far())
+            self.run.saved = self.first
+            self.run.write_state("running", **self._evaluations.best_so_far())
         for lowered in lower_largest(state):
             check_memory(lowered.compile(), self._memory_settings)
         if self._evaluations.missed:
@@ -264,7 +268,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
             except StoppedError:
                 raise _preempted(self._stop, self.first) from None
             self._checkpoints.best = self._evaluations.best_step
-            self.run.write_state("running", self.first, **self._evaluations.best_so_far())
+            self.run.write_state("running", **self._evaluations.best_so_far())
         return state
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -328,7 +332,9 @@ class Training(contextlib.AbstractContextManager["Training"]):
             self._checkpoints.best = self._evaluations.best_step
             self._checkpoints.save(state, step, self._metadata)
             self._pace.saved()
-            self.run.write_state("running", step, **self._evaluations.best_so_far())
+            # Not yet this one: if the process is killed while it is written, the run resumes from the one before.
+            self.run.saved = self._checkpoints.saved
+            self.run.write_state("running", **self._evaluations.best_so_far())
         if broken:
             raise UserError(
                 f"{self.name}: the loss or gradient of step {step} is not finite, as in the {self._skipped - 1} steps "

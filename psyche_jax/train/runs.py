@@ -135,7 +135,7 @@ class Run:
     Objects in a bucket cannot be appended to: there metrics and samples are kept in memory and written whole, twice a
     minute, before each checkpoint and at the end.
 
-    `saved`: the steps that it had saved when it was opened, None if its state cannot tell; `best`: the best of them by
+    `saved`: the steps that are saved whole, None if its state could not tell when it was opened; `best`: the best of them by
     then, with its value, if there was one; `accepted`: what may have changed, see `open_run`;
     `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
@@ -205,21 +205,20 @@ class Run:
             self.writes = False
             raise error or LostLockError(f"{self.folder}: another process has taken this run over; this one ends")
 
-    def write_state(self, status: Status, step: int, reason: str = "", **extra: Any) -> None:
-        """Replace `state.json`; what an earlier call stored in `extra` stays."""
+    def write_state(self, status: Status, reason: str = "", **extra: Any) -> None:
+        """Replace `state.json`, whose `step` is what is saved; what an earlier call stored in `extra` stays."""
         if not self.writes:
             return
-        new = {"status": status, "step": step, "reason": reason, "kind": self._kind, "time": time.time()}
+        new = {"status": status, "step": self.saved or 0, "reason": reason, "kind": self._kind, "time": time.time()}
         old = _known_state(self.folder)
         write_json(self.folder / STATE, {**old, **self._identity, **new, **extra})
 
     def write_last_words(self) -> None:
         """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
-        step = _known_state(self.folder).get("step", 0)
-        reason = f"quit by Ctrl-C; what was done after step {step} is not saved"
+        reason = f"quit by Ctrl-C; what was done after step {self.saved or 0} is not saved"
         print(f"{self.folder}: {reason}; start the same command again to resume", file=sys.stderr, flush=True)
         with suppress(UserError, OSError):
-            self.write_state("preempted", step, reason)
+            self.write_state("preempted", reason)
 
     def flush(self) -> None:
         """Put what was logged where a crash cannot reach it."""
@@ -325,7 +324,7 @@ def open_run(
         # A checkpoint from before what was accepted earlier may be the last one still.
         run.accepted |= {kind for entry in entries if entry["step"] >= (run.saved or 0) for kind in entry["kinds"]}
         # Whatever ends the run is its state; an error in saying so does not hide the first.
-        run.write_state("running", run.saved or 0, **extra)
+        run.write_state("running", **extra)
         try:
             yield run
         except BaseException as error:
@@ -333,7 +332,7 @@ def open_run(
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             with suppress(UserError, OSError):  # where nothing can be written any more, that is not what went wrong
                 if run.writes:
-                    run.write_state(status, _known_state(folder).get("step", 0), reason)
+                    run.write_state(status, reason)
             with suppress(UserError, OSError):
                 run.close()
             raise

@@ -183,7 +183,8 @@ from psyche_jax.train.runs import open_run
 from psyche_jax.train.preemption import listening
 
 with open_run(Path(sys.argv[1]), "toy", {"a": 1}, LoggingSection()) as run, listening(run.write_last_words) as stop:
-    run.write_state("running", 3)
+    run.saved = 3
+    run.write_state("running")
     print("busy", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[2]))
     print("told" if stop.requested() else "not told", flush=True)

@@ -1,18 +1,20 @@
 """A run goes on from its last whole checkpoint or says that it has none; what only looks like one is passed over."""
 
+import dataclasses
 import json
 import shutil
+import threading
 from unittest import mock
 
 import pytest
 from support.training_fixtures import metrics_of, sft_config, state_of
 
 from psyche_jax import cli
-from psyche_jax.config import CheckpointSection, OptimizerSection, SftDataSection
+from psyche_jax.config import CheckpointSection, OptimizerSection, RunSection, SftDataSection
 from psyche_jax.errors import UserError
-from psyche_jax.train.checkpoints import find_checkpoint, open_model
+from psyche_jax.train.checkpoints import Checkpoints, find_checkpoint, open_model
 from psyche_jax.train.preemption import Stop
-from psyche_jax.train.runs import PreemptedError
+from psyche_jax.train.runs import PreemptedError, Run
 from psyche_jax.train.sft import train_sft
 
 
@@ -81,6 +83,29 @@ def test_a_run_without_a_usable_checkpoint_is_refused(damage, said, root):
     assert "to start anew on purpose remove the run's folder, or choose another run.dir" in str(error.value)
     assert metrics_of(root / "run") == before
     assert state_of(root / "run")["step"] == 4
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_killed_while_a_checkpoint_is_written(step, root, monkeypatch):
+    """By what is on the disk then: in the first one, the run begins anew; later, it resumes from the one before."""
+    alone, killed = (
+        dataclasses.replace(config(root), run=RunSection(str(root / name))) for name in ("alone", "killed")
+    )
+    write_state, seal, written = Run.write_state, Checkpoints._seal, threading.Event()
+
+    def write_and_copy(self, status, *arguments, **extra):
+        write_state(self, status, *arguments, **extra)
+        if (self.checkpoints / f"{step}.orbax-checkpoint-tmp").is_dir():
+            shutil.copytree(self.folder, killed.run.dir)
+            written.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_state", write_and_copy)
+        patch.setattr(Checkpoints, "_seal", lambda self: (self._saving == step and written.wait(60), seal(self)))
+        train_sft(alone)
+    assert state_of(root / "killed")["step"] == step - 2
+    train_sft(killed)
+    assert metrics_of(root / "killed") == metrics_of(root / "alone")
 
 
 def empty(checkpoints):

@@ -55,7 +55,8 @@ def server(monkeypatch):
 def log(folder, step, logging=LOGGING, **metrics):
     with open_run(folder, "sft", {"a": 1}, logging) as run:
         run.log_metrics(step, metrics)
-        run.write_state("running", step)
+        run.saved = step
+        run.write_state("running")
 
 
 def test_an_id_is_that_of_one_run(server, tmp_path):
@@ -97,7 +98,7 @@ def test_a_fault_is_one_line_and_the_run_goes_on(fails_in, server, tmp_path, cap
     with open_run(tmp_path / "run", "sft", {"a": 1}, LOGGING) as run:
         for step in (1, 2, 3):
             run.log_metrics(step, {"loss": 1.0})
-        run.write_state("done", 3)
+        run.write_state("done")
     said = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
     assert said == ["W&B: the server is away; the run continues without it (all is in metrics.jsonl)"]
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
