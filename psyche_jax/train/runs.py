@@ -135,8 +135,8 @@ class Run:
     Objects in a bucket cannot be appended to: there metrics and samples are kept in memory and written whole, twice a
     minute, before each checkpoint and at the end.
 
-    `saved`: the steps that are saved whole, None if its state could not tell when it was opened; `best`: the best of them by
-    then, with its value, if there was one; `accepted`: what may have changed, see `open_run`;
+    `saved`: the steps that are saved whole, None if its state could not tell when it was opened; `best`: the best of
+    them by then, with its value, if there was one; `accepted`: what may have changed, see `open_run`;
     `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
 

@@ -25,10 +25,10 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
         assert outcome.nonzero[rule.name] < 9500, rule.name
 
 
-SLOW = [pytest.param(name, 20_000, seed, marks=pytest.mark.slow) for name, seed in (("tiny", 6), ("qwen", 5))]
+SLOW = [pytest.param(name, 6_000, seed, marks=pytest.mark.slow) for name, seed in (("tiny", 6), ("qwen", 5))]
 
 
-@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 4000, 9), *SLOW])
+@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 2000, 9), *SLOW])
 def test_graph_agrees_with_reference_on_forms(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
     """The natural reading, each form alone, lower-case letters, markers of one's own."""
     outcome = compare(request.getfixturevalue(name), count, seed, rules=FORM_RULES)
