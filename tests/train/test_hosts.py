@@ -31,7 +31,8 @@ def start(root: Path, verb: str, processes: int, run: str, **changes: Any) -> li
     file = write_config(config, root / f"{run}.yaml")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // processes}"  # the last counts
+    # Of a flag that is there twice the last counts.
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={DEVICES // processes}"
     environment = {**os.environ, "XLA_FLAGS": flags}
     started = []
     for process in range(processes):
