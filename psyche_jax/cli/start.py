@@ -28,9 +28,14 @@ def quiet_orbax() -> None:
 def start_jax(distributed: "DistributedSection | None" = None) -> None:
     """Do what must come before the first computation: open the compilation cache, wait for the other hosts."""
     quiet_orbax()
-    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    flags = os.environ.get("XLA_FLAGS", "")
+    virtual = "xla_force_host_platform_device_count" in flags
+    if virtual:
         # XLA's threads, else one a virtual device: collectives that wait for each other could hold all of them.
         os.environ.setdefault("NPROC", "64")
+    if _computes_on_cpu() and (virtual or (distributed is not None and distributed.num_processes is not None)):
+        # Else each device begins independent collectives in an order of its own, and meets the wrong ones of others.
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_enable_concurrency_optimized_scheduler=false {flags}"
     import jax
 
     from psyche_jax.model.sharding import set_tpu_flags
