@@ -13,12 +13,18 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from psyche_jax.config import AdapterSection, StoredDtype
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.products import product
 from psyche_jax.model.qwen2 import Parameters, Qwen2, build
 from psyche_jax.model.sharding import Sharding
 
 FACTORS = ("lora_a", "lora_b")
+
+
+def as_trained(config: ModelConfig, dtype: StoredDtype, adapter: AdapterSection | None) -> ModelConfig:
+    """The config of what is trained of a stored model: over its weights in `dtype`, adapters or (None) all of them."""
+    return replace(config, adapter=adapter, int8=dtype == "int8")
 
 
 def without_adapter(config: ModelConfig) -> ModelConfig:
