@@ -172,7 +172,8 @@ def _original(source: str, stored: StoredModel, base: str, adapters_only: bool) 
     Raises:
       UserError: it was not, or there is no such base.
     """
-    if adapters_only or stored.base is None or not stored.base.model.config.int8:
+    over = None if stored.base is None else stored.base.model
+    if adapters_only or over is None or over.base is not None or not over.config.int8:
         raise UsageError(f"--base is for merging adapters over a checkpoint of int8, which {source} does not hold")
     original = open_model(base)
     for field in SHAPE:
@@ -347,16 +348,15 @@ def model_card(stored: StoredModel, name: str, adapters_only: bool = False, orig
 
 def _about_int8(stored: StoredModel, adapters_only: bool, original: StoredModel | None) -> str:
     """What the card says of a model that is, or was trained over, int8; of another one nothing."""
-    if not stored.config.int8:
-        return ""
-    if stored.base is None:
-        return "The weights of its linear maps are de-quantized from int8."
+    de_quantized = stored.origin.config.int8 and original is None
+    if stored.base is None or not stored.config.int8:
+        return "The weights of its linear maps are de-quantized from int8." if de_quantized else ""
     trained = "The adapters were trained over the base in int8 (a scale for each output)"
     if adapters_only:
         return f"{trained}."
-    if original is None and stored.base.model.config.int8:
+    if de_quantized:
         return f"{trained}, and are merged into these weights, de-quantized."
-    return f"{trained}, and are merged into the original weights, of `{(original or stored.base.model).weights}`."
+    return f"{trained}, and are merged into the original weights, of `{(original or stored.origin).weights}`."
 
 
 def _stages(weights: Path) -> list[dict[str, Any]]:

@@ -19,14 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx, traverse_util
+from flax import nnx
 from orbax.checkpoint import checkpoint_managers
 
 from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict, parse_config
 from psyche_jax.data.chat import end_of_turn_id
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.model.adapters import as_trained, joined, merged, trained
+from psyche_jax.model.adapters import as_trained, joined, merged, merged_parts, trained
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
 from psyche_jax.model.huggingface import (
     WeightFiles,
@@ -144,6 +144,11 @@ class StoredModel:
     weights: Path  # a Hugging Face folder, or the folder of one step of a checkpoint
     base: "Base | None" = None  # where `weights` are adapters: what they are added to
 
+    @property
+    def origin(self) -> "StoredModel":
+        """The model that adapters were first trained on, through all stages; itself where there are none."""
+        return self if self.base is None else self.base.model.origin
+
     def read_parameters(self, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
         """Read the weights straight to where they belong on the mesh.
 
@@ -191,7 +196,7 @@ class StoredModel:
             if original is not None:
                 stored = StoredArrays(self.base.model.weights, self.base.model.config)
                 of_base = original_of(stored.read, original.reader(np.dtype(np.float32))[0], original.weights)
-            read = self._with_adapters(of_base)
+            read = merged_parts(self.config, of_base, self.read_adapters())
 
         def finite(path: str, index: Index) -> np.ndarray:
             values = read(path, index).astype(kind, copy=False)
@@ -200,23 +205,6 @@ class StoredModel:
             return values
 
         return finite, chunk
-
-    def _with_adapters(self, read: ReadPart) -> ReadPart:
-        """What reads parts of the base with the adapters' products added, float32."""
-        assert self.config.adapter is not None
-        factors = traverse_util.flatten_dict(self.read_adapters(), sep="/")
-        scale = np.float32(self.config.adapter.scale)
-
-        def part(path: str, index: Index) -> np.ndarray:
-            values, module = read(path, index), path.removesuffix("/kernel")
-            if f"{module}/lora_a" not in factors:
-                return values
-            layers, rows, columns = index
-            return values + scale * (
-                factors[f"{module}/lora_b"][layers, rows] @ factors[f"{module}/lora_a"][layers, :, columns]
-            )
-
-        return part
 
     def read_adapters(self) -> Parameters:
         """The adapters alone, on the host, as they are stored."""

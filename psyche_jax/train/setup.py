@@ -113,12 +113,12 @@ def _open_base(path: str) -> StoredModel:
 
 def _check_dtype(model: ModelSection, stored: StoredModel) -> None:
     """Raise UsageError unless weights that are stored in int8 can be had in `model.dtype`."""
-    if not stored.config.int8:
+    if not stored.origin.config.int8:
         return
     if stored.base is None:
         if model.dtype != "int8":
             raise UsageError(f"model.dtype: the weights at {model.path} are int8; set it to int8, not {model.dtype}")
-    elif model.dtype == "int8" and stored.base.model.config.int8:
+    elif model.dtype == "int8":
         raise UsageError(
             f"model.dtype: what {model.path} learned is less than a step of the int8 checkpoint that it was trained "
             "on, and would be lost if merged into that; set bfloat16, or train over the original with model.dtype int8"

@@ -21,7 +21,9 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import adapters_of, as_trained, initial_adapters, joined, without_adapter
 from psyche_jax.model.huggingface import write_weights
 from psyche_jax.model.products import weighted_int8
-from psyche_jax.model.qwen2 import bind
+from psyche_jax.model.qwen2 import Execution, bind
+from psyche_jax.model.sharding import DECODE_RULES
+from psyche_jax.serve.engine import Batch, Engine, RowSettings
 from psyche_jax.train.checkpoints import array_differences, find_checkpoint, open_model
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.setup import prepare
@@ -47,6 +49,7 @@ def runs(tiny_root, tmp_path_factory):
     for kind, (train, _) in RUNS.items():
         train(over_int8(kind, folder, kind))
     train_sft(over_int8("sft", folder, "over", base="int8"))
+    train_sft(over_int8("sft", folder, "next", base="sft", epochs=0.4))
     return folder
 
 
@@ -183,7 +186,7 @@ def test_the_model_and_its_adapters_gradients_are_those_of_the_same_weights(tiny
     figure("int8, adapters' gradients against the same weights", largest_difference(ours, theirs), 1e-4)
 
 
-@pytest.mark.parametrize("kind", [*RUNS, "over"])
+@pytest.mark.parametrize("kind", [*RUNS, "over", "next"])
 def test_a_run_is_over_int8_which_stays_as_it_is(kind, runs):
     """What it computes with afterwards is the same int8 with adapters that were trained, which are all it stores."""
     assert state_of(runs / kind)["status"] == "done"
@@ -192,7 +195,8 @@ def test_a_run_is_over_int8_which_stays_as_it_is(kind, runs):
     adapters = adapters_of(parameters)
     assert all(np.any(pair["lora_b"]) for pair in adapters["layers"].values())
     assert array_differences(find_checkpoint(runs / kind) / "parameters", adapters, "") == []
-    assert leaves(joined(read(runs / "model")[1], adapters)) == leaves(parameters)
+    base = "sft" if kind == "next" else "model"
+    assert leaves(joined(read(runs / base)[1], adapters)) == leaves(parameters)
 
 
 def test_the_reference_is_the_same_base_and_the_sampler_the_trainer(runs, figure):
@@ -225,6 +229,7 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
         ("sft", None, f"merged into the original weights, of `{runs / 'model'}`."),
         ("over", str(runs / "model"), f"merged into the original weights, of `{runs / 'model'}`."),
         ("over", None, "merged into these weights, de-quantized."),
+        ("next", None, f"merged into the original weights, of `{runs / 'model'}`."),
         ("int8", None, "The weights of its linear maps are de-quantized from int8."),
     ):
         folder = tmp_path / f"{source} {base is None}"
@@ -234,10 +239,10 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
         assert not config.int8
         original = "original" in line
         expected = read(runs / "model", FLOAT32)[1] if original else dequantized(read(runs / "int8")[1])
-        pairs = adapters["layers"] if source != "int8" else {}
-        for name, pair in pairs.items():
-            change = ADAPTER.scale * pair["lora_b"] @ pair["lora_a"]
-            expected["layers"][name]["kernel"] = expected["layers"][name]["kernel"] + change
+        for learned in {"int8": [], "next": [adapters, adapters_of(as_run(runs / "next")[1])]}.get(source, [adapters]):
+            for name, pair in learned["layers"].items():
+                change = ADAPTER.scale * pair["lora_b"] @ pair["lora_a"]
+                expected["layers"][name]["kernel"] = expected["layers"][name]["kernel"] + change
         figure("int8, merged", largest_difference(found, expected), 1e-6)
         if (source, base) == ("over", None):
             figure(
@@ -245,6 +250,21 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
                 largest_difference(logits_of(config, found, TOKENS), logits_of(*as_run(runs / "over"), TOKENS)),
                 1e-4,
             )
+
+
+def test_what_serves_takes_a_run_and_a_checkpoint_as_they_are(runs, tmp_path):
+    """The same tokens as from the weights de-quantized."""
+    here = Execution(dataclasses.replace(execution(1).sharding, rules=DECODE_RULES), FLOAT32)
+    for name in ("over", "int8"):
+        export_model(str(runs / name), tmp_path / name, "float32")
+        said = []
+        for path in (runs / name, tmp_path / name):
+            stored = open_model(str(path))
+            engine = Engine(stored.config, stored.read_parameters(here.sharding, FLOAT32), here, 8)
+            batch = Batch()
+            engine.join(batch, [[5, 6, 7], [9, 8]], [RowSettings(8, 0.0, 1.0, 1)] * 2)
+            said.append(engine.advance(batch).tokens.tolist())
+        assert said[0] == said[1]
 
 
 def test_adapters_alone_are_exported_as_ever(runs, tmp_path):
@@ -319,3 +339,4 @@ def test_what_cannot_be(runs, tmp_path):
     with pytest.raises(ValueError, match="must be float32 to train all weights: those of int8 cannot change"):
         sft_config(runs, model=ModelSection(str(runs / "model"), "int8"))
     assert without_adapter(as_run(runs / "sft")[0]).int8
+    stage("next", "int8")()  # which can be
