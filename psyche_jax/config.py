@@ -19,6 +19,8 @@ from psyche_jax.rewards.config import (
 )
 
 Dtype: TypeAlias = Literal["float32", "bfloat16"]
+# int8 is for the weights of the linear maps; with it all other parameters are bfloat16.
+StoredDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 ObjectiveName: TypeAlias = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"]
 Scale: TypeAlias = Literal["group", "batch", "none"]
 Count: TypeAlias = Annotated[int, Field(ge=1)]
@@ -40,7 +42,7 @@ class ModelSection(Section):
     """Which model, and how it computes."""
 
     path: str  # a Hugging Face folder, an imported checkpoint or a run
-    dtype: Dtype = "float32"  # of parameters; bfloat16 is for a base that adapters are trained on (they are float32)
+    dtype: StoredDtype = "float32"  # of parameters; others than float32 are for a base of adapters (which are float32)
     compute_dtype: Dtype = "float32"  # of activations and matrix products: those of float32 are float32 everywhere
     remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
     attention: Literal["auto", "xla", "blocked", "splash", "cudnn"] = "auto"  # the kernel; auto: by device and shape
@@ -417,6 +419,12 @@ def _require(condition: bool, name: str, value: Any, message: str) -> None:
 
 
 def _keeps_small_updates(model: ModelSection, adapter: AdapterSection | None) -> None:
+    _require(
+        model.dtype != "int8" or adapter is not None,
+        "model.dtype",
+        model.dtype,
+        "must be float32 to train all weights: those of int8 cannot change; to train adapters over them set adapter",
+    )
     _require(
         model.dtype == "float32" or adapter is not None,
         "model.dtype",

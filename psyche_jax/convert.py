@@ -4,13 +4,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
+import jax
 import jinja2
 import numpy as np
 from flax import nnx, traverse_util
@@ -20,10 +20,11 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 import psyche_jax
-from psyche_jax.config import LINEAR_MAPS, AdapterSection, Dtype, PromptSection
+from psyche_jax.config import LINEAR_MAPS, AdapterSection, Dtype, PromptSection, StoredDtype
 from psyche_jax.config_files import config_to_dict, dump_yaml, parse_config, parse_yaml_mapping
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.adapters import adapters_of, num_trained, without_adapter
+from psyche_jax.model.adapters import adapters_of, as_trained, num_trained
+from psyche_jax.model.config import SHAPE
 from psyche_jax.model.huggingface import (
     MODEL_FILES,
     WeightFiles,
@@ -33,6 +34,7 @@ from psyche_jax.model.huggingface import (
     stream_weights,
     tensor_names,
 )
+from psyche_jax.model.int8 import in_int8
 from psyche_jax.model.qwen2 import build
 from psyche_jax.storage import hub
 from psyche_jax.storage.arrays import Index, all_finite
@@ -48,7 +50,7 @@ from psyche_jax.train.checkpoints import (
     save_imported,
 )
 from psyche_jax.train.runs import read_state
-from psyche_jax.train.streaming import StoredArrays, StreamedArray, streamed_parameters
+from psyche_jax.train.streaming import StreamedArray, streamed_parameters
 
 _SECONDS_A_LINE = 10.0
 
@@ -68,13 +70,13 @@ class Conversion:
         return f"{self.num_parameters:,} parameters as {self.dtype}, {size} in {self.seconds:.1f} s, {rate}/s"
 
 
-def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype, base: str | None = None) -> Conversion:
+def import_model(source: str | Path, checkpoint: str | Path, dtype: StoredDtype, base: str | None = None) -> Conversion:
     """Write a Hugging Face model, or the adapters of a `peft` folder, as a new checkpoint folder, piece by piece.
 
     Args:
       source: a folder of either kind, or `hub:NAME` or `hub:NAME@REVISION`, which is downloaded first.
       checkpoint: the new folder, local or in a bucket.
-      dtype: of the weights written.
+      dtype: of the weights written; int8: of those of linear maps.
       base: the model that adapters are for; None: the one that their folder names.
 
     Raises:
@@ -84,6 +86,8 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype, base:
     folder = hub.download(str(source), MODEL_FILES) if on_hub else as_path(source)
     target = as_path(checkpoint)
     if (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file():
+        if dtype == "int8":
+            raise UsageError(f"--dtype int8: {source} holds adapters, which are never int8; leave it out")
         return _import_adapters(folder, target, np.dtype(jnp.dtype(dtype)), base)
     if base is not None:
         raise UsageError(f"--base is for a folder of adapters; {source} has no {PEFT_CONFIG}")
@@ -92,27 +96,37 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: Dtype, base:
         raise UserError(f"{source}: is a checkpoint already; `psyche import` takes a Hugging Face folder")
     weights = WeightFiles(folder)
     weights.check(stored.config)
-    kind = np.dtype(jnp.dtype(dtype))
-    with _Progress("import", target, stored.config.num_parameters, kind) as progress:
+    stored = replace(stored, config=as_trained(stored.config, dtype, None))
+    kind = np.dtype("float32" if dtype == "int8" else jnp.dtype(dtype))
 
-        def read(path: str, index: Index) -> np.ndarray:
-            return progress.add(weights.read(path, index, kind))
+    def as_it_is(path: str, index: Index) -> np.ndarray:
+        return weights.read(path, index, kind)
 
+    read = in_int8(as_it_is, stored.config) if dtype == "int8" else as_it_is
+    parameters = streamed_parameters(stored.config, kind, lambda path, index: progress.add(read(path, index)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
+    with _Progress("import", target, stored.config.num_parameters, dtype, size) as progress:
         try:
-            save_imported(target, stored, streamed_parameters(stored.config, kind, read))
+            save_imported(target, stored, parameters)
         except ValueError as error:  # what TensorStore raises when a disk is full or a bucket forbids
             raise UserError(f"{checkpoint}: cannot be written: {error}") from None
     return progress.result(stored)
 
 
 def export_model(
-    source: str, folder: Path, dtype: Dtype, push: str | None = None, adapters_only: bool = False
+    source: str,
+    folder: Path,
+    dtype: Dtype,
+    push: str | None = None,
+    adapters_only: bool = False,
+    base: str | None = None,
 ) -> Conversion:
     """Write a checkpoint, or a run's latest one, as a new Hugging Face folder that plain transformers loads.
 
     Besides weights and configs it holds the tokenizer, its chat template, the prompt that the model was trained
     with and a model card. Weights are read and written piece by piece. Adapters are merged into those of their base,
-    in float32, and the sum is rounded once.
+    in float32, and the sum is rounded once. Weights of int8 are taken times their scales, unless they were made when
+    they were read, or `base` is given: then it is the original that adapters are merged into.
 
     Args:
       source: a checkpoint or a run, local or in a bucket, or a Hugging Face folder.
@@ -120,78 +134,52 @@ def export_model(
       dtype: of the weights written.
       push: a repository of the Hugging Face hub that gets the folder too; made, as a private one, if there is none.
       adapters_only: write a folder that `peft` loads over the base instead.
+      base: the model that the int8 base of adapters was made from.
 
     Raises:
-      UserError: the source is broken, the folder exists or cannot be written, or the hub refuses.
+      UserError: the source is broken, the folder exists or cannot be written, or the hub refuses; `base` is another
+        model, or not asked for.
     """
     stored = open_model(source)
+    original = None if base is None else _original(source, stored, base, adapters_only)
     kind = np.dtype(jnp.dtype(dtype))
     if adapters_only and stored.base is None:
         raise UsageError(f"--adapters: {source} has none, all of its weights were trained; leave the flag out")
     number = num_trained(stored.config) if adapters_only else stored.config.num_parameters
-    with _Progress("export", folder, number, kind) as progress, new_folder(folder) as partial:
+    progress = _Progress("export", folder, number, str(kind), number * kind.itemsize)
+    with progress, new_folder(folder) as partial:
         if push is not None:
             hub.create(push)  # a missing permission shows before the work, not after it
         copy_tokenizer(stored.tokenizer_folder, partial)
         make_portable(partial)
         if stored.prompt is not None:
             write_json(partial / PROMPT_FILE, config_to_dict(stored.prompt))
-        write_text(partial / "README.md", model_card(stored, folder.name, adapters_only))
+        write_text(partial / "README.md", model_card(stored, folder.name, adapters_only, original))
         if adapters_only:
             _export_adapters(stored, partial, kind, progress)
         else:
-            read, chunk = _weights_of(stored, kind)
-            config = without_adapter(stored.config)
+            read, chunk = stored.reader(kind, original)
+            config = as_trained(stored.config, dtype, None)
             stream_weights(partial, config, kind, lambda path, part: progress.add(read(path, part)), chunk)
     if push is not None:
         hub.upload(folder, push)
     return progress.result(stored)
 
 
-ReadPart: TypeAlias = Callable[[str, Index], np.ndarray]
+def _original(source: str, stored: StoredModel, base: str, adapters_only: bool) -> StoredModel:
+    """The model at `base`, from which the int8 base of the adapters in `stored` was made.
 
-
-def _weights_of(stored: StoredModel, kind: np.dtype) -> tuple[ReadPart, Callable[[str], tuple[int, ...]] | None]:
-    """What reads a part of a model's parameter at a path, adapters merged into it; and in which blocks it is stored."""
-    if (stored.weights / "config.json").is_file():
-        weights = WeightFiles(stored.weights)
-        weights.check(stored.config)
-        return lambda path, part: weights.read(path, part, kind), None
-    stored.check()
-    read: ReadPart
-    chunk: Callable[[str], tuple[int, ...]] | None
-    if stored.base is None:
-        arrays = StoredArrays(stored.weights, stored.config)
-        read, chunk = arrays.read, arrays.chunk
-    else:
-        of_base, chunk = _weights_of(stored.base.model, np.dtype(np.float32))
-        read = _with_adapters(stored, of_base)
-
-    def finite(path: str, index: Index) -> np.ndarray:
-        values = read(path, index).astype(kind, copy=False)
-        if not all_finite(values):
-            raise UserError(f"{stored.weights}: {path} holds values that are not finite in {kind}; take another one")
-        return values
-
-    return finite, chunk
-
-
-def _with_adapters(stored: StoredModel, read: ReadPart) -> ReadPart:
-    """What reads parts of the base with the adapters' products added, float32."""
-    assert stored.config.adapter is not None
-    factors = traverse_util.flatten_dict(stored.read_adapters(), sep="/")
-    scale = np.float32(stored.config.adapter.scale)
-
-    def merged(path: str, index: Index) -> np.ndarray:
-        values, module = read(path, index), path.removesuffix("/kernel")
-        if f"{module}/lora_a" not in factors:
-            return values
-        layers, rows, columns = index
-        return values + scale * (
-            factors[f"{module}/lora_b"][layers, rows] @ factors[f"{module}/lora_a"][layers, :, columns]
-        )
-
-    return merged
+    Raises:
+      UserError: it was not, or there is no such base.
+    """
+    over = None if stored.base is None else stored.base.model
+    if adapters_only or over is None or over.base is not None or not over.config.int8:
+        raise UsageError(f"--base is for merging adapters over a checkpoint of int8, which {source} does not hold")
+    original = open_model(base)
+    for field in SHAPE:
+        if getattr(original.config, field) != getattr(stored.config, field):
+            raise UserError(f"--base: {base} is another model than {source} was trained on: its {field} differs")
+    return original
 
 
 _PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -260,7 +248,8 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
                 f"{found.get(name, 'missing')}, and {expected.get(name, 'no such tensor')} is expected; "
                 "name their own base with --base"
             )
-    with _Progress("import", target, num_trained(config), kind) as progress:
+    number = num_trained(config)
+    with _Progress("import", target, number, str(kind), number * kind.itemsize) as progress:
 
         def leaf(path: str) -> StreamedArray:
             stacked = np.stack([tensors[name] for name in tensor_names(path, layers)]).astype(kind)
@@ -287,10 +276,10 @@ def _peft_tensors(path: Path) -> dict[str, np.ndarray]:
 class _Progress:
     """Bytes done of the weights to write: a bar on a terminal, now and then a line elsewhere."""
 
-    def __init__(self, verb: str, target: Path, number: int, kind: np.dtype) -> None:
+    def __init__(self, verb: str, target: Path, number: int, dtype: str, size: int) -> None:
         self._verb = verb
-        self._dtype, self._number = str(kind), number
-        self._total = number * kind.itemsize
+        self._dtype, self._number = dtype, number
+        self._total = size
         self._done = 0
         self._started = self._said = time.perf_counter()
         if not in_bucket(target):
@@ -329,10 +318,11 @@ def _check_space(target: Path, size: int) -> None:
         raise UserError(f"{target}: needs {needed}, and only {left} are left on its disk")
 
 
-def model_card(stored: StoredModel, name: str, adapters_only: bool = False) -> str:
+def model_card(stored: StoredModel, name: str, adapters_only: bool = False, original: StoredModel | None = None) -> str:
     """The card of a model: its base, data, config and scores, as far as the run that it comes from tells them.
 
-    `adapters_only`: of its adapters, which are nothing without their base.
+    `adapters_only`: of its adapters, which are nothing without their base; `original`: what these are merged into, if
+    that is not their base.
 
     Raises:
       UserError: the run's config, state or evaluations are not as psyche writes them.
@@ -344,6 +334,7 @@ def model_card(stored: StoredModel, name: str, adapters_only: bool = False) -> s
             name=name,
             model=stored.config,
             base=stored.base.model.weights if adapters_only and stored.base is not None else None,
+            int8=_about_int8(stored, adapters_only, original),
             prompt=stored.prompt or PromptSection(),
             stages=_stages(stored.weights),
             version=psyche_jax.__version__,
@@ -353,6 +344,19 @@ def model_card(stored: StoredModel, name: str, adapters_only: bool = False) -> s
         raise UserError(
             f"{_run_of(stored.weights)}: its config, state or evaluations were changed by hand ({error})"
         ) from None
+
+
+def _about_int8(stored: StoredModel, adapters_only: bool, original: StoredModel | None) -> str:
+    """What the card says of a model that is, or was trained over, int8; of another one nothing."""
+    de_quantized = stored.origin.config.int8 and original is None
+    if stored.base is None or not stored.config.int8:
+        return "The weights of its linear maps are de-quantized from int8." if de_quantized else ""
+    trained = "The adapters were trained over the base in int8 (a scale for each output)"
+    if adapters_only:
+        return f"{trained}."
+    if de_quantized:
+        return f"{trained}, and are merged into these weights, de-quantized."
+    return f"{trained}, and are merged into the original weights, of `{(original or stored.origin).weights}`."
 
 
 def _stages(weights: Path) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.train import checkpoints
 from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.step_folders import write_checksums
 
@@ -353,7 +354,7 @@ def test_a_failing_export_leaves_nothing(place, runs, monkeypatch, capsys, tmp_p
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(convert, place, full)
+    monkeypatch.setattr(checkpoints if place == "StoredArrays" else convert, place, full)
     capsys.readouterr()
     assert cli.main(["export", "runs/grpo", "model"]) == 1
     assert capsys.readouterr() == ("", "psyche export: No space left on device\n")
@@ -361,8 +362,6 @@ def test_a_failing_export_leaves_nothing(place, runs, monkeypatch, capsys, tmp_p
 
 
 def test_a_failing_import_leaves_nothing(monkeypatch, capsys, tmp_path):
-    from psyche_jax.train import checkpoints
-
     save_model(tmp_path / "base")
     before = sorted(tmp_path.iterdir())
 

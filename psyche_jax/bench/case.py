@@ -12,6 +12,7 @@ from psyche_jax.bench.options import MODEL, OPTIONS, What
 from psyche_jax.config import DynamicSamplingSection, GrpoConfig, SftConfig
 from psyche_jax.config_files import parse_config, read_values
 from psyche_jax.errors import UsageError
+from psyche_jax.model.adapters import as_trained
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.plan.compile import PlanConfig, find_architecture
 from psyche_jax.plan.rollout import draw_lengths
@@ -67,7 +68,7 @@ def make_case(
     sizes = {name: given[name] for name in MODEL if name in given}
     if file is None and config.model.architecture is None:
         model = _model({name: option.default for name, option in MODEL.items()} | sizes)
-        model = dataclasses.replace(model, adapter=config.adapter)
+        model = as_trained(model, config.model.dtype, config.adapter)
     elif sizes:
         flag = f"--{next(iter(sizes)).replace('_', '-')}"
         raise UsageError(f"{flag}: the config says which shape the model has; leave out the one or the other")

@@ -24,7 +24,7 @@ def add_verbs(add: AddVerb) -> None:
     )
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
     verb.add_argument("--base", metavar="MODEL", help="what adapters are for (default: what their folder names)")
-    _add_dtype(verb)
+    _add_dtype(verb, "; int8 (of linear maps; the rest is bfloat16) for a base of adapters", "int8")
 
     # SFT and GRPO take the same options.
     for name, run, text in (
@@ -66,6 +66,11 @@ def add_verbs(add: AddVerb) -> None:
         "--adapters",
         action="store_true",
         help="write the adapters alone, as a folder that peft loads over their base; without it they are merged",
+    )
+    verb.add_argument(
+        "--base",
+        metavar="MODEL",
+        help="of adapters over a checkpoint in int8: the model that it was imported from, to merge them into",
     )
     _add_dtype(verb)
 
@@ -151,14 +156,14 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _add_dtype(verb: argparse.ArgumentParser) -> None:
+def _add_dtype(verb: argparse.ArgumentParser, more_help: str = "", *more: str) -> None:
     short = {"f32": "float32", "bf16": "bfloat16"}
     verb.add_argument(
         "--dtype",
         type=lambda name: short.get(name, name),
-        choices=("float32", "bfloat16"),
+        choices=("float32", "bfloat16", *more),
         default="float32",
-        help="of the weights written: float32 (f32, the default) or bfloat16 (bf16)",
+        help=f"of the weights written: float32 (f32, the default) or bfloat16 (bf16){more_help}",
     )
 
 
@@ -208,7 +213,7 @@ def _export(arguments: argparse.Namespace) -> None:
     start.quiet_orbax()
     from psyche_jax.convert import export_model
 
-    options = (arguments.dtype, arguments.push, arguments.adapters)
+    options = (arguments.dtype, arguments.push, arguments.adapters, arguments.base)
     conversion = export_model(arguments.source, arguments.folder, *options)
     print(f"{arguments.folder}: {conversion}")
 

@@ -11,14 +11,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import nnx, traverse_util
 
+from psyche_jax.config import AdapterSection, StoredDtype
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.products import product
 from psyche_jax.model.qwen2 import Parameters, Qwen2, build
 from psyche_jax.model.sharding import Sharding
+from psyche_jax.storage.arrays import Index, ReadPart
 
 FACTORS = ("lora_a", "lora_b")
+
+
+def as_trained(config: ModelConfig, dtype: StoredDtype, adapter: AdapterSection | None) -> ModelConfig:
+    """The config of what is trained of a stored model: over its weights in `dtype`, adapters or (None) all of them."""
+    return replace(config, adapter=adapter, int8=dtype == "int8")
 
 
 def without_adapter(config: ModelConfig) -> ModelConfig:
@@ -82,6 +90,23 @@ def merged(config: ModelConfig, base: Parameters, adapters: Parameters, sharding
 
     places = sharding.of_parameters(build(without_adapter(config))[1])
     return jax.jit(add, donate_argnums=0, out_shardings=places)(base, adapters)
+
+
+def merged_parts(config: ModelConfig, read: ReadPart, adapters: Parameters) -> ReadPart:
+    """The same for parts on the host: what reads them, given what reads those of the base in float32."""
+    assert config.adapter is not None
+    factors, scale = traverse_util.flatten_dict(adapters, sep="/"), np.float32(config.adapter.scale)
+
+    def part(path: str, index: Index) -> np.ndarray:
+        values, module = read(path, index), path.removesuffix("/kernel")
+        if f"{module}/lora_a" not in factors:
+            return values
+        layers, rows, columns = index
+        return values + scale * (
+            factors[f"{module}/lora_b"][layers, rows] @ factors[f"{module}/lora_a"][layers, :, columns]
+        )
+
+    return part
 
 
 @cache

@@ -101,6 +101,7 @@ class ModelConfig:
     attention_bias: bool = False  # biases of all four projections of attention; Qwen2 has no such setting
     rope_scaling: RopeScaling | None = None
     adapter: AdapterSection | None = None  # what is trained on top of the parameters, which then stay as they are
+    int8: bool = False  # weights of the linear maps are int8, see `model/int8.py`; all other parameters are bfloat16
 
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:

@@ -18,7 +18,16 @@ from jax.extend.random import threefry2x32_p
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import last_positions
-from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, Qwen2, bind, build, take_rows
+from psyche_jax.model.qwen2 import (
+    Execution,
+    KVCache,
+    Parameters,
+    Qwen2,
+    bind,
+    build,
+    in_compute_dtype,
+    take_rows,
+)
 
 _BLOCK = 128  # a draw finds a block of so many tokens first, then the token in it
 
@@ -214,7 +223,7 @@ def generate_counted(
     execution = replace(execution, sharding=execution.sharding.for_decoding(), remat="none")
     # One change of layout before the loop: weights in the dtype they compute in, whole but for the tensor axis. A
     # vocabulary that is not divided goes by columns to rows: at once, the compiler would copy all of it everywhere.
-    parameters = jax.tree.map(lambda x: x.astype(execution.compute_dtype), parameters)
+    parameters = in_compute_dtype(parameters, execution.compute_dtype)
     for padded in (False, True):
         places = execution.sharding.of_parameters(build(config)[1], padded)
         parameters = jax.lax.with_sharding_constraint(parameters, places)

@@ -22,7 +22,7 @@ from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.model.template_trial import excess
-from psyche_jax.storage.arrays import Index, all_finite, blocks, read_ahead
+from psyche_jax.storage.arrays import Index, ReadPart, all_finite, blocks, read_ahead
 from psyche_jax.storage.files import in_bucket, read_json, write_json
 
 TOKENIZER_FILES = (
@@ -85,6 +85,8 @@ def tensor_names(path: str, layers: int) -> list[str]:
     if path in _TOP_NAMES:
         return [_TOP_NAMES[path]]
     module, _, factor = path.rpartition("/")
+    if factor == "kernel_scale":  # which exported folders do not have
+        return [f"{name}_scale" for name in tensor_names(f"{module}/kernel", layers)]
     if factor in _ADAPTER_NAMES:
         of_map = tensor_names(f"{module}/kernel", layers)
         return [f"base_model.model.{name.removesuffix('weight')}{_ADAPTER_NAMES[factor]}" for name in of_map]
@@ -211,6 +213,11 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
     """
     weights = WeightFiles(folder)
     weights.check(config)
+    return placed(lambda path, index: weights.read(path, index, np.dtype(dtype)), config, sharding, dtype)
+
+
+def placed(read: ReadPart, config: ModelConfig, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
+    """A model's parameters on the mesh, each part of which `read` gives in the dtype that it is to have."""
     abstract = build(config, dtype)[1]
     flat_shardings = traverse_util.flatten_dict(sharding.of_parameters(abstract), sep="/")
     flat_shapes = traverse_util.flatten_dict(nnx.to_pure_dict(abstract), sep="/")
@@ -221,7 +228,7 @@ def read_parameters(folder: Path, config: ModelConfig, sharding: Sharding, dtype
         def part(index: Index | None) -> np.ndarray:
             assert index is not None
             whole = tuple(slice(*bounds.indices(size)) for bounds, size in zip(index, shape, strict=True))
-            return weights.read(path, whole, np.dtype(dtype))
+            return read(path, whole)
 
         return jax.make_array_from_callback(shape, flat_shardings[path], part)
 
@@ -256,7 +263,7 @@ def stream_weights(
     folder: Path,
     config: ModelConfig,
     dtype: np.dtype,
-    read: Callable[[str, Index], np.ndarray],
+    read: ReadPart,
     chunk: Callable[[str], tuple[int, ...]] | None = None,
 ) -> None:
     """Write weights as safetensors, sharded with an index when over 4 GiB, and the configs.

@@ -50,3 +50,22 @@ def _narrow_first(x: jax.Array, gradient: jax.Array, of_weights: jax.Array) -> j
 
 
 weighted.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def weighted_int8(x: jax.Array, weights: jax.Array, scale: jax.Array) -> jax.Array:
+    """`x` [..., in] times `weights` int8 [out, in] times `scale` float32 [out]: [..., out], in the dtype of `x`.
+
+    The weights are multiplied in the dtype of `x`, which holds every one of them exactly; sums are scaled in float32
+    and rounded once. Only `x` has a gradient.
+    """
+    return (product("...i,oi->...o", x, weights.astype(x.dtype), jnp.float32) * scale).astype(x.dtype)
+
+
+def _backward_int8(kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, None, None]:
+    weights, scale = kept
+    scaled = (gradient * scale).astype(gradient.dtype)
+    return product("...o,oi->...i", scaled, weights.astype(gradient.dtype)), None, None
+
+
+weighted_int8.defvjp(lambda x, weights, scale: (weighted_int8(x, weights, scale), (weights, scale)), _backward_int8)

@@ -18,7 +18,7 @@ from psyche_jax.config import LINEAR_MAPS, AdapterSection
 from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
-from psyche_jax.model.products import product, weighted
+from psyche_jax.model.products import product, weighted, weighted_int8
 from psyche_jax.model.rotary import rotary_tables, rotate
 from psyche_jax.model.sharding import Sharding
 
@@ -65,16 +65,29 @@ class KVCache(NamedTuple):
 class Linear(nnx.Module):
     """Affine maps of all layers; `kernel` [layers, out, in], `bias` [layers, out] or absent.
 
+    A kernel in int8 (`model/int8.py`) counts `kernel_scale` times, float32 [layers, out].
     With an adapter: also `lora_a` [layers, rank, in] and `lora_b` [layers, out, rank], float32.
     """
 
     def __init__(
-        self, key: jax.Array, shape: tuple[int, int, int], axes: tuple[str, str], bias: bool, dtype: jnp.dtype
+        self,
+        key: jax.Array,
+        shape: tuple[int, int, int],
+        axes: tuple[str, str],
+        bias: bool,
+        dtype: jnp.dtype,
+        int8: bool,
     ) -> None:
         layers, features, _ = shape
         self.shape, self.axes = shape, axes
         self.adapter_scale: float | None = None
-        self.kernel = nnx.Param(0.02 * jax.random.normal(key, shape, dtype), logical_axes=("layers", *axes))
+        if int8:
+            kernel = jax.random.randint(key, shape, -127, 128, jnp.int8)
+            scale = jnp.full((layers, features), 0.02 * 3**0.5 / 127)  # of standard deviation 0.02 too
+        else:
+            kernel, scale = 0.02 * jax.random.normal(key, shape, dtype), None
+        self.kernel = nnx.Param(kernel, logical_axes=("layers", *axes))
+        self.kernel_scale = None if scale is None else nnx.Param(scale, logical_axes=("layers", axes[0]))
         self.bias = nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0])) if bias else None
 
     def add_adapter(self, key: jax.Array, adapter: AdapterSection) -> None:
@@ -91,7 +104,10 @@ class Linear(nnx.Module):
         """[..., in] to [..., out], within a scan that has taken the leading axis away."""
         # Over flat rows: with several axes of them the CPU compiler transposes activations for the weights' gradient.
         rows = x.reshape(-1, x.shape[-1])
-        y = weighted(rows, cast_weights(self.kernel[...], x.dtype))
+        if self.kernel_scale is None:
+            y = weighted(rows, cast_weights(self.kernel[...], x.dtype))
+        else:
+            y = weighted_int8(rows, self.kernel[...], self.kernel_scale[...])
         if self.adapter_scale is not None:
             a, b = (cast_weights(factor[...], x.dtype) for factor in (self.lora_a, self.lora_b))
             y = y + weighted(weighted(rows, a), b) * self.adapter_scale
@@ -123,19 +139,19 @@ class DecoderLayer(nnx.Module):
             config.num_attention_heads * config.head_dim,
             config.num_key_value_heads * config.head_dim,
         )
-        keys = jax.random.split(key, 7)
+        keys, int8 = jax.random.split(key, 7), config.int8
         self.input_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
-        self.q_proj = Linear(keys[0], (layers, heads, width), ("heads", "embed"), config.qkv_bias, dtype)
-        self.k_proj = Linear(keys[1], (layers, kv_heads, width), ("kv_heads", "embed"), config.qkv_bias, dtype)
-        self.v_proj = Linear(keys[2], (layers, kv_heads, width), ("kv_heads", "embed"), config.qkv_bias, dtype)
-        self.o_proj = Linear(keys[3], (layers, width, heads), ("embed", "heads"), config.o_bias, dtype)
+        self.q_proj = Linear(keys[0], (layers, heads, width), ("heads", "embed"), config.qkv_bias, dtype, int8)
+        self.k_proj = Linear(keys[1], (layers, kv_heads, width), ("kv_heads", "embed"), config.qkv_bias, dtype, int8)
+        self.v_proj = Linear(keys[2], (layers, kv_heads, width), ("kv_heads", "embed"), config.qkv_bias, dtype, int8)
+        self.o_proj = Linear(keys[3], (layers, width, heads), ("embed", "heads"), config.o_bias, dtype, int8)
         self.q_norm, self.k_norm = (
             RMSNorm((layers, config.head_dim), config.rms_norm_eps, dtype) if config.qk_norm else None for _ in "qk"
         )
         self.post_attention_norm = RMSNorm((layers, width), config.rms_norm_eps, dtype)
-        self.gate_proj = Linear(keys[4], (layers, inner, width), ("mlp", "embed"), False, dtype)
-        self.up_proj = Linear(keys[5], (layers, inner, width), ("mlp", "embed"), False, dtype)
-        self.down_proj = Linear(keys[6], (layers, width, inner), ("embed", "mlp"), False, dtype)
+        self.gate_proj = Linear(keys[4], (layers, inner, width), ("mlp", "embed"), False, dtype, int8)
+        self.up_proj = Linear(keys[5], (layers, inner, width), ("mlp", "embed"), False, dtype, int8)
+        self.down_proj = Linear(keys[6], (layers, width, inner), ("embed", "mlp"), False, dtype, int8)
         self.head_dim = config.head_dim
         for number, name in enumerate(LINEAR_MAPS):
             if config.adapter is not None and name in config.adapter.targets:
@@ -179,6 +195,7 @@ class Qwen2(nnx.Module):
     """The whole decoder. Its methods are pure functions of its parameters; see `build` and `bind`."""
 
     def __init__(self, config: ModelConfig, key: jax.Array, dtype: jnp.dtype) -> None:
+        dtype = jnp.dtype("bfloat16") if config.int8 else dtype
         embed_key, layer_key, head_key = jax.random.split(key, 3)
         shape = (config.vocab_size, config.hidden_size)
         axes = ("vocab", "embed")
@@ -429,6 +446,15 @@ def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
     if weights.dtype == jnp.float32 and dtype == jnp.bfloat16:
         weights = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=7)
     return weights.astype(dtype)
+
+
+def in_compute_dtype(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
+    """`parameters` cast to `dtype`, but for kernels of int8 and their scales."""
+
+    def cast(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return x if x.dtype == jnp.int8 or path[-1].key == "kernel_scale" else x.astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, parameters)
 
 
 def rematerialize(body: Callable[..., Any], policy: RematPolicy) -> Callable[..., Any]:

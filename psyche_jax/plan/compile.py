@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.errors import UserError
-from psyche_jax.model.adapters import num_trained, without_adapter
+from psyche_jax.model.adapters import as_trained, num_trained, without_adapter
 from psyche_jax.model.config import ModelConfig, check_architecture, published_architecture
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
@@ -63,13 +63,13 @@ def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]
     if Path(section.path).exists():
         model = open_model(section.path).config
         check_architecture(section.architecture, model, section.path)
-        return replace(model, adapter=config.adapter), ()
+        return as_trained(model, config.model.dtype, config.adapter), ()
     if section.architecture is None:
         raise UserError(
             f"{section.path}: no such model, and the config names no architecture to plan without it; "
             "add for example --set model.architecture=Qwen2.5-7B"
         )
-    model = replace(published_architecture(section.architecture), adapter=config.adapter)
+    model = as_trained(published_architecture(section.architecture), section.dtype, config.adapter)
     return model, (f"{section.path} is not on this machine: the shape is that of {section.architecture}",)
 
 
@@ -246,12 +246,16 @@ def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, i
     tokens = micro_batch(config, mesh).tokens / places
     parts["saved_activations"] = tokens * saved_per_token(config, model, mesh["tensor"]) * compute
     if isinstance(config, GrpoConfig):
+        # A base that is held as decoding reads it is not laid out a second time.
+        held = config.adapter is not None and config.model.dtype in ("int8", config.model.compute_dtype)
+        held &= decoding_mesh(config, mesh)["tensor"] == chips_of_parameters
         mesh = decoding_mesh(config, mesh)
         places = batch_places(mesh)
         tokens = config.prompts_per_step * config.data.max_prompt_length + config.slots * config.max_new_tokens
         heads = model.num_key_value_heads / mesh["tensor"]
         parts["kv_cache"] = 2 * model.num_hidden_layers * tokens / places * heads * model.head_dim * compute
-        parts["decoding_weights"] = model.num_parameters * compute / mesh["tensor"]
+        numbers = 0 if held else model.num_parameters  # the linear maps of int8, which are most of it, stay int8
+        parts["decoding_weights"] = numbers * (1 if model.int8 else compute) / mesh["tensor"]
     return parts
 
 

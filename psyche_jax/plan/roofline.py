@@ -125,6 +125,10 @@ class _Counter:
         return jnp.dtype(self.config.model.dtype).itemsize
 
     @property
+    def _as_read(self) -> int:  # a weight of a linear map, as products read it
+        return self._stored if self.model.int8 else self._compute
+
+    @property
     def _places(self) -> int:
         return batch_places(self.mesh)
 
@@ -136,9 +140,9 @@ class _Counter:
         flops += head_flops(model, part.rows * positions)
         weights = model.num_hidden_layers * layer_weights(model) / tensor
         own = model.num_parameters / fsdp / tensor
-        hbm = own * self._stored + 2 * weights * self._compute
+        hbm = own * self._stored + 2 * weights * self._as_read
         hbm += part.tokens / self._places * self._traffic_per_token()
-        ici = weights * self._compute * (fsdp - 1) / fsdp + self._reduced_activations(part.tokens)
+        ici = weights * self._as_read * (fsdp - 1) / fsdp + self._reduced_activations(part.tokens)
         return Phase(flops, hbm, ici)
 
     def _backward(self, part: MicroBatch, positions: int) -> Phase:
@@ -173,13 +177,13 @@ class _Counter:
     def _decoding_layout(self, config: GrpoConfig) -> Phase:
         chips = self.mesh["fsdp"] * self.mesh["tensor"]
         own = self.model.num_parameters / chips
-        size = self.model.num_parameters / decoding_mesh(config, self.mesh)["tensor"] * self._compute
-        return Phase(0.0, own * self._stored + size, size - own * self._compute)
+        size = self.model.num_parameters / decoding_mesh(config, self.mesh)["tensor"] * self._as_read
+        return Phase(0.0, own * self._stored + size, size - own * self._as_read)
 
     def prefill(self, config: GrpoConfig) -> Phase:
         model, length = self.model, config.data.max_prompt_length
         prompts = config.prompts_per_step
-        weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._compute
+        weights = model.num_hidden_layers * layer_weights(model) / self.mesh["tensor"] * self._as_read
         flops = causal_flops(model, prompts, length) + head_flops(model, prompts)
         tokens = prompts / self._places * length
         return Phase(flops, weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length))
@@ -192,8 +196,8 @@ class _Counter:
         # Every step reads all weights, and makes logits of all rows.
         turns = sum(loop.turns for loop in decoding.loops)
         rows = sum(loop.turns * loop.rows for loop in decoding.loops)
-        embedding = model.vocab_size * model.hidden_size
-        weights = (model.num_hidden_layers * layer_weights(model) + embedding) / tensor * self._compute
+        embedding = model.vocab_size * model.hidden_size * self._compute
+        weights = (model.num_hidden_layers * layer_weights(model) * self._as_read + embedding) / tensor
         logits = model.vocab_size / tensor * 4 * 3
         hbm = turns * weights + self.cache_bytes(config) + rows * logits
         return Phase(flops, hbm, self._reduced_activations(rows * self._places))

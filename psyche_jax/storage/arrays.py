@@ -9,6 +9,8 @@ from typing import TypeAlias, TypeVar
 import numpy as np
 
 Index: TypeAlias = tuple[slice, ...]
+ReadPart: TypeAlias = Callable[[str, Index], np.ndarray]
+"""The part `index`, every slice with a start and a stop, of the parameter at a path ("layers/q_proj/kernel")."""
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from flax import nnx
@@ -25,19 +26,22 @@ from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict, parse_config
 from psyche_jax.data.chat import end_of_turn_id
 from psyche_jax.errors import UserError, first_reason
-from psyche_jax.model.adapters import joined, merged, trained
+from psyche_jax.model.adapters import as_trained, joined, merged, merged_parts, trained
 from psyche_jax.model.config import ModelConfig, model_config_from_dict, read_hf_config
 from psyche_jax.model.huggingface import (
     WeightFiles,
     copy_tokenizer,
     is_tokenizer,
     load_tokenizer,
+    placed,
     read_parameters,
     unsound_tensors,
 )
+from psyche_jax.model.int8 import from_int8, in_int8, original_of
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.storage import buckets
+from psyche_jax.storage.arrays import Index, ReadPart, all_finite
 from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
 from psyche_jax.train.run_changes import changes, differences, refused
 from psyche_jax.train.state import TrainState
@@ -52,7 +56,7 @@ from psyche_jax.train.step_folders import (
     step_folders,
     write_checksums,
 )
-from psyche_jax.train.streaming import save_args, stream_handler
+from psyche_jax.train.streaming import StoredArrays, save_args, stream_handler
 
 
 def with_stop_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
@@ -140,6 +144,11 @@ class StoredModel:
     weights: Path  # a Hugging Face folder, or the folder of one step of a checkpoint
     base: "Base | None" = None  # where `weights` are adapters: what they are added to
 
+    @property
+    def origin(self) -> "StoredModel":
+        """The model that adapters were first trained on, through all stages; itself where there are none."""
+        return self if self.base is None else self.base.model.origin
+
     def read_parameters(self, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
         """Read the weights straight to where they belong on the mesh.
 
@@ -149,16 +158,53 @@ class StoredModel:
         if (self.weights / "config.json").is_file():
             return read_parameters(self.weights, self.config, sharding, dtype)
         self.check()
+        dtype = jnp.dtype("int8") if self.config.int8 else dtype
         base = None if self.base is None else self.base.model.read_merged(sharding, dtype)
         return joined(base, self._read_stored(sharding, dtype))
 
     def read_merged(self, sharding: Sharding, dtype: jnp.dtype) -> Parameters:
-        """The same without adapters: these are merged into their base, whose weights are of `dtype`."""
-        if self.base is None:
+        """The same without adapters: these are merged into their base, whose weights are of `dtype` (int8: those of the
+        linear maps). What is int8, or is to be, goes by way of the host, piece by piece."""
+        int8 = dtype == jnp.int8
+        if self.base is None and self.config.int8 == int8:
             return self.read_parameters(sharding, dtype)
+        if int8 or self.config.int8:
+            config = as_trained(self.config, "int8" if int8 else "float32", None)
+            read, _ = self.reader(np.dtype(np.float32 if int8 else dtype))
+            return placed(in_int8(read, config) if int8 else read, config, sharding, dtype)
+        assert self.base is not None
         self.check()
         base = self.base.model.read_merged(sharding, dtype)
         return merged(self.config, base, self._read_stored(sharding, dtype), sharding)
+
+    def reader(
+        self, kind: np.dtype, original: "StoredModel | None" = None
+    ) -> tuple[ReadPart, Callable[[str], tuple[int, ...]] | None]:
+        """What reads parts of the parameters in a floating-point dtype, adapters merged into them in float32; and in
+        which blocks they are stored. `original`: what is read in place of the int8 that the base of adapters is."""
+        if (self.weights / "config.json").is_file():
+            weights = WeightFiles(self.weights)
+            weights.check(self.config)
+            return lambda path, part: weights.read(path, part, kind), None
+        self.check()
+        chunk: Callable[[str], tuple[int, ...]] | None
+        if self.base is None:
+            arrays = StoredArrays(self.weights, self.config)
+            read, chunk = from_int8(arrays.read) if self.config.int8 else arrays.read, arrays.chunk
+        else:
+            of_base, chunk = self.base.model.reader(np.dtype(np.float32))
+            if original is not None:
+                stored = StoredArrays(self.base.model.weights, self.base.model.config)
+                of_base = original_of(stored.read, original.reader(np.dtype(np.float32))[0], original.weights)
+            read = merged_parts(self.config, of_base, self.read_adapters())
+
+        def finite(path: str, index: Index) -> np.ndarray:
+            values = read(path, index).astype(kind, copy=False)
+            if not all_finite(values):
+                raise UserError(f"{self.weights}: {path} holds values that are not finite in {kind}; take another one")
+            return values
+
+        return finite, chunk
 
     def read_adapters(self) -> Parameters:
         """The adapters alone, on the host, as they are stored."""

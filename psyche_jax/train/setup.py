@@ -1,6 +1,5 @@
 """What SFT and GRPO both prepare: devices, the model that is trained, its state."""
 
-import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import optax
 from psyche_jax.config import AdapterSection, GrpoConfig, MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.adapters import initial_adapters
+from psyche_jax.model.adapters import as_trained, initial_adapters
 from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
@@ -48,7 +47,7 @@ class Setup:
     execution: Execution
 
     def read_parameters(self, dtype: str | None = None) -> Parameters:
-        """The model's weights, placed for training, in `model.dtype` unless `dtype` is given.
+        """The model's weights, placed for training, in `model.dtype` unless `dtype` is given (int8: see `Linear`).
 
         Adapters that it has already are merged into them.
         """
@@ -91,13 +90,14 @@ def prepare(
     if run is not None:
         stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
+    _check_dtype(model, stored)
     stored.check_shapes()
     check_mesh_fits(sharding, stored.config)
     execution = Execution(sharding, jnp.dtype(model.compute_dtype), model.remat, model.attention)
     if longest > (limit := stored.config.max_positions):
         raise UsageError(f"{longest_name}: {longest} tokens are more than the model's max_position_embeddings {limit}")
     tokenizer = load_tokenizer(stored.tokenizer_folder)
-    config = dataclasses.replace(stored.config, adapter=adapter)
+    config = as_trained(stored.config, model.dtype, adapter)
     return Setup(stored, config, jnp.dtype(model.dtype), tokenizer, execution)
 
 
@@ -109,6 +109,20 @@ def _open_base(path: str) -> StoredModel:
             raise
         advice = f"fetch one (psyche import hub:NAME {path}) or name another (--set model.path=…)"
         raise UserError(f"{error}; {advice}") from None
+
+
+def _check_dtype(model: ModelSection, stored: StoredModel) -> None:
+    """Raise UsageError unless weights that are stored in int8 can be had in `model.dtype`."""
+    if not stored.origin.config.int8:
+        return
+    if stored.base is None:
+        if model.dtype != "int8":
+            raise UsageError(f"model.dtype: the weights at {model.path} are int8; set it to int8, not {model.dtype}")
+    elif model.dtype == "int8":
+        raise UsageError(
+            f"model.dtype: what {model.path} learned is less than a step of the int8 checkpoint that it was trained "
+            "on, and would be lost if merged into that; set bfloat16, or train over the original with model.dtype int8"
+        )
 
 
 def trained_on(setup: Setup, prompt: PromptSection, data: str, evaluation: str | None) -> dict[str, str]:

@@ -22,16 +22,13 @@ from psyche_jax.errors import UserError, first_reason
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding, parts_of_axes
-from psyche_jax.storage.arrays import Index, blocks, read_ahead
+from psyche_jax.storage.arrays import Index, ReadPart, blocks, read_ahead
 from psyche_jax.storage.files import absolute
 
 # Chunks are the shards of this mesh (data, fsdp, tensor), so each of up to 16 devices reads no more than its own.
 _FINEST_MESH = cast(Mesh, AbstractMesh((1, 16, 4), MESH_AXES))
 _LEAST_BYTES, _MOST_BYTES = 2**20, 2**24
 _SAVED_CHUNK_BYTES = 2**28
-
-ReadParameter = Callable[[str, Index], np.ndarray]
-"""The part `index` of the parameter at a path such as "layers/q_proj/kernel"."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +104,8 @@ def stream_handler() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)
 
 
-def streamed_parameters(config: ModelConfig, dtype: np.dtype, read: ReadParameter) -> Parameters:
-    """A model's parameters as leaves for `stream_handler`, which `read` gives piece by piece."""
+def streamed_parameters(config: ModelConfig, dtype: np.dtype, read: ReadPart) -> Parameters:
+    """A model's parameters as leaves for `stream_handler`, which `read` gives piece by piece, each in its dtype."""
     abstract = build(config, dtype)[1]
     shapes = traverse_util.flatten_dict(nnx.to_pure_dict(abstract), sep="/")
     shardings = traverse_util.flatten_dict(
@@ -116,9 +113,9 @@ def streamed_parameters(config: ModelConfig, dtype: np.dtype, read: ReadParamete
     )
 
     def leaf(path: str) -> StreamedArray:
-        shape = shapes[path].shape
-        chunk = chunk_shape(shape, shardings[path].spec, dtype.itemsize)
-        return StreamedArray(shape, dtype, chunk, lambda index: read(path, index))
+        shape, kind = shapes[path].shape, np.dtype(shapes[path].dtype)
+        chunk = chunk_shape(shape, shardings[path].spec, kind.itemsize)
+        return StreamedArray(shape, kind, chunk, lambda index: read(path, index))
 
     return traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
 

@@ -86,16 +86,17 @@ def test_sft(tmp_path, capsys):
     assert collectives["layer_loop"]["count"] >= 14 * 2 * 3
 
 
-@pytest.mark.parametrize("program", ["sft", "grpo"])
-def test_adapters_over_a_bfloat16_base(program, tmp_path, capsys):
+@pytest.mark.parametrize(("program", "dtype"), [("sft", "bfloat16"), ("grpo", "bfloat16"), ("grpo", "int8")])
+def test_adapters_over_a_small_base(program, dtype, tmp_path, capsys):
     """The base is held once, also where it is the reference; what is trained is small."""
     config = write_config(tmp_path, program, adapter={"rank": 4})
-    code, result, _ = plan(capsys, config, "--set", "model.dtype=bfloat16")
+    code, result, _ = plan(capsys, config, "--set", f"model.dtype={dtype}")
     assert code == 0
     check(result, program)
     memory = result["memory_gib"]
     assert "reference" not in memory
-    assert memory["base"] > 10 * memory["parameters"] > 0
+    assert memory["base"] > {"bfloat16": 10, "int8": 4}[dtype] * memory["parameters"] > 0
+    assert result["collectives"]["decoding_loop"].get("cache_sized_copies", 0) == 0
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
 
 
@@ -251,6 +252,7 @@ def test_sft_of_7b_on_v5e_16(capsys):
         ("grpo_7b_v6e8", "v6e:2x4", [], 31.0),
         ("grpo_7b_v5p8", "v5p:2x2x1", [], 95.0),
         ("sft_1_5b_v5e8", "v5e:2x4", [], 15.5),
+        ("grpo_7b_lora_int8_v5e1", "v5e:1x1", [], 13.5),
     ],
 )
 def test_the_other_ready_configs_fit(config, topology, overrides, limit, capsys):
