@@ -24,7 +24,7 @@ _QUERY_BLOCK = 128  # of the blocked kernel
 _KEPT_BLOCKS = 8  # beyond so many, the blocked kernel computes scores again in backward instead of keeping them
 _LANES = 128  # splash works on whole lanes: of positions and of the head's dimensions
 _SPLASH_BLOCK = 512
-_RING_BLOCKS = (256, _LANES)  # of places that the kernel of decoding brings at once
+RING_BLOCKS = (256, _LANES)  # of places that the kernel of decoding brings at once
 _RING_BYTES = 8 * 2**20  # of keys and values that it holds in a chip's own memory
 
 
@@ -246,7 +246,7 @@ def ring_block(cache_shape: tuple[int, ...], dtype: jnp.dtype, kernel: Attention
     fits = dtype == jnp.bfloat16 and head_dim % _LANES == 0 and 4 * places * head_dim <= _RING_BYTES
     if not (asked and fits and sharding.divides(rows, "batch") and sharding.divides(kv_heads, "kv_heads")):
         return 0
-    return next((size for size in _RING_BLOCKS if places % size == 0), 0)
+    return next((size for size in RING_BLOCKS if places % size == 0), 0)
 
 
 def ring_attention(
