@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from psyche_jax.model.products import product
 
 # Finite, so that a row without any allowed key (padding) gives a finite, unused result instead of NaN.
-_MASKED = -1e30
+MASKED = -1e30
 
 
 class Source(NamedTuple):
@@ -94,7 +94,7 @@ def masked_scores(query: jax.Array, source: Source) -> jax.Array:
     allowed = source.allowed
     if batch // allowed.shape[0] > 1:
         allowed = jnp.repeat(allowed, batch // allowed.shape[0], axis=0)
-    return jnp.where(allowed[:, None, None], score, _MASKED)
+    return jnp.where(allowed[:, None, None], score, MASKED)
 
 
 def _weighted(weights: jax.Array, source: Source) -> jax.Array:

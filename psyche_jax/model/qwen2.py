@@ -17,7 +17,7 @@ from flax import nnx
 from psyche_jax.config import LINEAR_MAPS, AdapterSection
 from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, self_attention
+from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, ring_attention, ring_block, self_attention
 from psyche_jax.model.products import product, weighted, weighted_int8
 from psyche_jax.model.rotary import rotary_tables, rotate
 from psyche_jax.model.sharding import Sharding
@@ -272,10 +272,7 @@ class Qwen2(nnx.Module):
         sharding = execution.sharding
         x = self._embed(tokens[:, None], execution)
         rotary = rotary_tables(positions[:, None], self.config, execution.compute_dtype)
-        parts = sharding.parts("batch")
-        own = _OwnPlaces(
-            cache.key.shape, parts, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths
-        )
+        own = _OwnPlaces(cache.key, execution, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths)
         graph, stacked = nnx.split(self.layers)
 
         def to_prompts(tree: Any) -> Any:  # from the order of rows to that of the prompts which they share
@@ -371,12 +368,14 @@ class Qwen2(nnx.Module):
 
 
 class _OwnPlaces:
-    """The ring at one step: where it is written, and what rows attend to: its last places, so many that the longest row
-    finds all of its own."""
+    """The ring at one step: where it is written, and what rows attend to: on TPUs by a kernel each its own places,
+    elsewhere its last places, so many that the longest row finds all of its own."""
 
-    def __init__(self, cache_shape: tuple[int, ...], parts: int, place: jax.Array, lengths: jax.Array) -> None:
-        layers, rows, kv_heads, self._all, head_dim = cache_shape
-        self._place, self._lengths = place, lengths
+    def __init__(self, cache: jax.Array, execution: Execution, place: jax.Array, lengths: jax.Array) -> None:
+        layers, rows, kv_heads, self._all, head_dim = cache.shape
+        self._place, self._lengths, self._sharding = place, lengths, execution.sharding
+        self._block = ring_block(cache.shape, cache.dtype, execution.attention, execution.sharding)
+        parts = execution.sharding.parts("batch")
         self._by_part = (layers, parts, rows // parts, kv_heads, self._all, head_dim)
         self._sizes = look_sizes(self._all)
         # Where the longest row's places begin at the end of the ring, all of it is looked at.
@@ -398,6 +397,10 @@ class _OwnPlaces:
 
         `query` and `largest` as in `attention`; `keys` and `values` of all layers.
         """
+        if self._block:
+            return ring_attention(
+                query, largest, keys, values, layer, self._place, self._lengths, self._block, self._sharding
+            )
         looks = [partial(self._look, size) for size in self._sizes]
         return jax.lax.switch(self._choice, looks, query, largest, keys, values, layer)
 

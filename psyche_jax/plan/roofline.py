@@ -9,6 +9,7 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.adapters import num_trained
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, layer_weights, layers_flops
+from psyche_jax.model.kernels import RING_BLOCKS
 from psyche_jax.plan.compile import MicroBatch, PlanConfig, batch_places, decoding_mesh, micro_batch
 from psyche_jax.plan.rollout import Decoding, simulate
 from psyche_jax.plan.slices import SOURCE, Slice
@@ -214,8 +215,16 @@ class _Counter:
         places = of_prompts * config.data.max_prompt_length + decoding.attended / self._places
         return places * numbers * self._compute
 
+    def kernel_bytes(self, config: GrpoConfig) -> float:
+        """What the kernel of decoding reads of the cache: of each row what it has said, by whole blocks."""
+        model, decoding = self.model, self._decoding(config)
+        numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / self.mesh["tensor"]
+        # A row's places begin and end within a block: at both ends together a block more is read, at most.
+        places = decoding.attended + (decoding.tokens - decoding.responses) * RING_BLOCKS[0]
+        return places / self._places * numbers * self._compute
+
     def attention(self) -> dict[str, Phase]:
-        """What of the phases is attention: its products, and the cache that decoding reads."""
+        """What of the phases is attention, which may be in kernels: its products, or what decoding reads."""
         config = self.config
         part = micro_batch(config, self.mesh)
         once = self._attention(part.prompts, part.prompt_length) + self._attention(
@@ -231,7 +240,7 @@ class _Counter:
         scored += config.passes_per_step * (config.objective.top_entropy < 1)
         return {
             "prefill": self._attention(config.prompts_per_step, config.data.max_prompt_length),
-            "decoding": Phase(0.0, self._while_decoding(config).cache_bytes(config)),
+            "decoding": Phase(0.0, self._while_decoding(config).kernel_bytes(config)),
             "log_probs": scored * parts * once,
             "updates": config.passes_per_step * parts * update,
         }

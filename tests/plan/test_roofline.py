@@ -16,7 +16,7 @@ from psyche_jax.model.flops import head_flops, layers_flops
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.plan.compile import estimated_parts, least_peak
-from psyche_jax.plan.roofline import count_phases
+from psyche_jax.plan.roofline import count_attention, count_phases, decoding_of
 from psyche_jax.plan.slices import parse_topology
 
 CONFIGS = Path(psyche_jax.__file__).parents[1] / "configs"
@@ -136,3 +136,17 @@ def test_a_mesh_for_decoding_changes_learning_and_not_decoding():
     for name in ("reference", "forward", "backward"):
         assert spread[name].flops == pytest.approx(shared[name].flops)
         assert spread[name].ici_bytes < shared[name].ici_bytes
+
+
+def test_the_kernel_of_decoding_reads_what_each_row_has_said():
+    config = load_config(GrpoConfig, CONFIGS / "grpo_7b_v5e16.yaml")
+    responses = config.prompts_per_step * config.generations_per_prompt
+    read = {
+        length: count_attention(config, SEVEN, MESH, decoding_of(config, MESH, [length] * responses))["decoding"]
+        for length in (128, 1024)
+    }
+    # 56 KiB a token over 16 chips, half of the places on average, and no more than a block at the ends.
+    for length, phase in read.items():
+        exact = responses / 16 * (length - 1) * length / 2 * 56 * 1024
+        assert exact <= phase.hbm_bytes <= exact + responses / 16 * length * 256 * 56 * 1024
+        assert phase.flops == phase.ici_bytes == 0
