@@ -19,6 +19,7 @@ from psyche_jax.data.dataset import load_records
 from psyche_jax.data.mapping import ImportConfig
 from psyche_jax.data.records import Question, RlPrompt, SftExample
 from psyche_jax.model.config import ARCHITECTURES
+from psyche_jax.plan.slices import parse_topology
 from psyche_jax.serve.config import serve_config
 from psyche_jax.train.runs import read_state
 
@@ -36,9 +37,9 @@ class Rehearsal:
     `settings` take the place of what the notebook assigns to these names.
     """
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, chip: str, **settings: Any) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, chips: str, **settings: Any) -> None:
         monkeypatch.chdir(folder)
-        monkeypatch.setenv("PSYCHE_CHIP", chip)
+        monkeypatch.setenv("PSYCHE_CHIPS", chips)
         monkeypatch.setenv("HF_TOKEN", "none")
         monkeypatch.setattr("shutil.make_archive", lambda *_: None)
         self.commands: list[list[str]] = []
@@ -49,7 +50,7 @@ class Rehearsal:
                 self.names[f"real_{statement.name}"] = self.names[statement.name]
                 self.names[statement.name] = self._note if statement.name == "run" else lambda *_: None
             if isinstance(statement, ast.Assign) and (name := ast.unparse(statement.targets[0])) in settings:
-                self.names[name] = settings[name]
+                self.names[name] = settings.pop(name)  # the first time
 
     def _note(self, command: list[str], lines: str = "") -> None:
         python, *module = command[:3]
@@ -66,17 +67,19 @@ def test_it_is_a_notebook_without_outputs():
         assert cell.cell_type == "markdown" or (cell.outputs, cell.execution_count) == ([], None), cell.id
 
 
-@pytest.mark.parametrize("chip", ["cpu", "v5e-1", "v5e-8"])
-def test_verbs_options_and_settings_are_there(chip, tmp_path, monkeypatch):
-    rehearsal = Rehearsal(tmp_path, monkeypatch, chip, PUSH="me/my-model")
+@pytest.mark.parametrize("chips", ["cpu 1 cpu", "tpu 1 TPU v5 lite", "tpu 8 TPU v5 lite"])
+def test_verbs_options_and_settings_are_there(chips, tmp_path, monkeypatch):
+    rehearsal = Rehearsal(tmp_path, monkeypatch, chips, PUSH="me/my-model", PLAN=True)
     architecture = None
     for command in rehearsal.commands[1:]:  # the first one is --version
         parsed = cli.parser().parse_args(command)
-        if parsed.verb in ("sft", "grpo"):
+        if parsed.verb == "plan":
+            assert parse_topology(parsed.topology).chip.name == "v5e"
+        elif parsed.verb in ("sft", "grpo"):
             config = load_config(SftConfig if parsed.verb == "sft" else GrpoConfig, parsed.config, parsed.overrides)
             assert config.adapter.rank == 16
             architecture = config.model.architecture
-            assert (architecture is None) == (chip == "cpu")
+            assert (architecture is None) == (chips == "cpu 1 cpu")
             assert architecture is None or f"hub:Qwen/{architecture}-Instruct" == rehearsal.names["MODEL"]
         elif parsed.verb == "data" and parsed.action == "import":
             load_config(ImportConfig, parsed.config, parsed.overrides)
@@ -84,23 +87,23 @@ def test_verbs_options_and_settings_are_there(chip, tmp_path, monkeypatch):
             serve_config(None, parsed.overrides, {"model": parsed.model})
     assert architecture is None or architecture in ARCHITECTURES
     verbs = [command[0] for command in rehearsal.commands]
-    assert verbs == [
-        "--version",
-        *["data"] * 4,
-        "import",
-        "sft",
-        "grpo",
-        "eval",
-        "eval",
-        "report",
-        "chat",
-        *["export"] * 3,
-    ]
+    plans = "" if chips == "cpu 1 cpu" else "plan plan"
+    expected = f"--version data data data data import {plans} sft grpo eval eval report chat export export export"
+    assert verbs == expected.split()
+
+
+def test_another_model_is_taken_as_it_is(tmp_path, monkeypatch):
+    rehearsal = Rehearsal(tmp_path, monkeypatch, "tpu 1 TPU v5 lite", MODEL="hub:me/mine")
+    for command in rehearsal.commands:
+        if command[0] in ("sft", "grpo"):
+            parsed = cli.parser().parse_args(command)
+            config = load_config(SftConfig if parsed.verb == "sft" else GrpoConfig, parsed.config, parsed.overrides)
+            assert config.model.architecture is None
 
 
 @pytest.mark.parametrize(("exam", "questions"), [("zh", 12), ("en", 5)])
 def test_both_samples_become_records(exam, questions, tmp_path, monkeypatch, capfd):
-    rehearsal = Rehearsal(tmp_path, monkeypatch, "cpu", EXAM=f"psyche/sample_{exam}.csv")
+    rehearsal = Rehearsal(tmp_path, monkeypatch, "cpu 1", EXAM=f"psyche/sample_{exam}.csv")
     kinds = {"sft": SftExample, "grpo": RlPrompt, "held_out": Question}
     records = {name: load_records(kind, str(tmp_path / "psyche" / "data" / name)) for name, kind in kinds.items()}
     assert sum(len(read.good) for read in records.values()) == questions
@@ -111,7 +114,7 @@ def test_both_samples_become_records(exam, questions, tmp_path, monkeypatch, cap
 
 def test_an_exam_without_explanations_begins_with_grpo(tmp_path, monkeypatch):
     (tmp_path / "mine.csv").write_text("\ufeff" + WITHOUT_EXPLANATIONS, encoding="utf-8")  # as Excel saves it
-    rehearsal = Rehearsal(tmp_path, monkeypatch, "cpu", EXAM="mine.csv")
+    rehearsal = Rehearsal(tmp_path, monkeypatch, "cpu 1", EXAM="mine.csv")
     assert "sft" not in [command[0] for command in rehearsal.commands]
     (grpo,) = [command for command in rehearsal.commands if command[0] == "grpo"]
     assert f"model.path={tmp_path}/psyche/base" in grpo
@@ -120,7 +123,7 @@ def test_an_exam_without_explanations_begins_with_grpo(tmp_path, monkeypatch):
 
 
 def test_a_command_that_fails_ends_its_cell(tmp_path, monkeypatch, capfd):
-    run = Rehearsal(tmp_path, monkeypatch, "cpu").names["real_run"]
+    run = Rehearsal(tmp_path, monkeypatch, "cpu 1").names["real_run"]
     run([sys.executable, "-c", "print(input() + input())"], lines="so\nmuch\n")
     assert "\nsomuch\n" in capfd.readouterr().out
     with pytest.raises(RuntimeError, match="failed with exit code 3; see above"):
@@ -130,7 +133,7 @@ def test_a_command_that_fails_ends_its_cell(tmp_path, monkeypatch, capfd):
 
 def test_a_command_that_is_stopped_ends_before_its_cell_does(tmp_path, monkeypatch, capfd):
     """The stop button: what a training prints while it saves is still shown."""
-    run = Rehearsal(tmp_path, monkeypatch, "cpu").names["real_run"]
+    run = Rehearsal(tmp_path, monkeypatch, "cpu 1").names["real_run"]
     saves = "import signal, time; signal.signal(15, lambda *_: (print('saved', flush=True), exit())); time.sleep(60)"
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
