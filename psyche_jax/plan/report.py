@@ -259,8 +259,9 @@ def decoding_sizes(
     of_a_layer = {row * kv_heads * config.max_new_tokens for row in rows}
     of_a_layer |= {row * kv_heads * config.data.max_prompt_length for row in (*rows, prompts)}
     of_a_layer |= {width * features for features in (heads, kv_heads, inner)}
-    # A matrix may have as many as activations have.
-    activations = {row * features for row in rows for features in (width, heads, kv_heads, inner)}
+    # A matrix may have as many as activations have, or the scores of prompts.
+    scores = model.num_attention_heads // tensor * config.data.max_prompt_length
+    activations = {row * features for row in rows for features in (width, heads, kv_heads, inner, scores)}
     of_a_layer -= activations
     return frozenset(of_a_layer | {layers * size for size in of_a_layer} | {model.vocab_size * width // tensor})
 

@@ -76,7 +76,6 @@ class Outcome:
     difference: float  # the largest of COMPARED, relative to the value where that is above 1
     lost: int
     repeated: int
-    crashes: int  # how often a resumed run ended by itself (see `Training.finish`) and was started once more
     faults: tuple[str, ...]
 
 
@@ -146,7 +145,7 @@ def run_case(case: Case, training: "Training", whole: "Training", chance: random
     last = whole.steps()
     after = chance.randrange(0, last)
     step, writing, seconds, faults = training.interrupt(case, after, chance.uniform(0.0, 0.3))
-    crashes = training.finish(case.after)
+    training.finish(case.after)
     faults += training.faults()
     lost, repeated = training.lost_and_repeated()
     mine, others = training.metrics(), whole.metrics()
@@ -163,7 +162,7 @@ def run_case(case: Case, training: "Training", whole: "Training", chance: random
         faults.append(f"differs by {difference:.1e}")
     if lost or repeated:
         faults.append(f"{lost} examples lost, {repeated} repeated")
-    return Outcome(case, step, writing, seconds, identical, difference, lost, repeated, crashes, tuple(faults))
+    return Outcome(case, step, writing, seconds, identical, difference, lost, repeated, tuple(faults))
 
 
 class Training:
@@ -219,19 +218,12 @@ class Training:
         self._traces.append(traces)
         return started
 
-    def finish(self, layout: Layout) -> int:
-        """To the end. Returns how often it crashed: gloo, JAX's collectives between CPU processes, aborts at times."""
-        crashes = 0
-        while True:
-            processes = self.start(layout)
-            said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
-            if not any(process.returncode for process in processes):
-                return crashes
-            aborted = any(process.returncode == -signal.SIGABRT for process in processes)
-            if not (aborted and any("gloo" in text for text in said)) or crashes == 2:
-                raise SystemExit(f"{self.run.name} on {layout} failed:\n" + "\n".join(said))
-            crashes += 1
-            print(f"{self.run.name} on {layout}: gloo aborted; started once more", file=sys.stderr, flush=True)
+    def finish(self, layout: Layout) -> None:
+        """To the end."""
+        processes = self.start(layout)
+        said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+        if any(process.returncode for process in processes):
+            raise SystemExit(f"{self.run.name} on {layout} failed:\n" + "\n".join(said))
 
     def interrupt(self, case: Case, after: int, delay: float) -> tuple[int, bool, float, list[str]]:
         """Start, and send the signal once `after` steps are logged, and `delay` seconds later or during a write.
@@ -332,7 +324,6 @@ def summary(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
                             "largest_difference": max(outcome.difference for outcome in group),
                             "examples_lost": sum(outcome.lost for outcome in group),
                             "examples_repeated": sum(outcome.repeated for outcome in group),
-                            "crashes": sum(outcome.crashes for outcome in group),
                             "longest_seconds_to_exit": round(max(outcome.seconds_to_exit for outcome in group), 1),
                             "faulty_runs": sum(bool(outcome.faults) for outcome in group),
                         }
