@@ -252,6 +252,7 @@ def test_sft_of_7b_on_v5e_16(capsys):
         ("grpo_7b_v6e8", "v6e:2x4", [], 31.0),
         ("grpo_7b_v5p8", "v5p:2x2x1", [], 95.0),
         ("sft_1_5b_v5e8", "v5e:2x4", [], 15.5),
+        ("grpo_0_5b_v5e1", "v5e:1x1", [], 15.5),
         ("grpo_7b_lora_int8_v5e1", "v5e:1x1", [], 13.5),
     ],
 )
