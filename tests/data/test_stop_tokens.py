@@ -1,6 +1,7 @@
 """Which tokens end a response, and which chat template is read, whatever a model's files say of them."""
 
 import json
+import time
 
 import pytest
 from support.tiny import save_model
@@ -188,6 +189,13 @@ def test_a_hostile_template_is_one_line(template, expected, model, monkeypatch, 
     assert "the tokenizer's chat template is broken" in line
     assert expected in line
     assert len(line) < 600
+
+
+def test_a_template_is_not_to_blame_for_a_busy_machine(model, monkeypatch):
+    """The trial's own process may wait for a CPU longer than the template may compute."""
+    monkeypatch.setattr(huggingface, "_TEMPLATE_SECONDS", 1)
+    monkeypatch.setattr(huggingface, "excess", lambda *_: time.sleep(1.5) or "")
+    assert load_tokenizer(model).chat_template
 
 
 @pytest.mark.parametrize(
