@@ -13,10 +13,9 @@ import hypothesis
 import pytest
 
 # Before jax starts, hence here. A test that needs one device takes `jax.devices()[:1]`.
-# Nearly all the time of these tests is compilation, which takes a third less where LLVM does not optimize.
 # Collectives come in one order on all devices, as `psyche` has it.
 os.environ["XLA_FLAGS"] = (
-    "--xla_backend_optimization_level=0 --xla_cpu_enable_concurrency_optimized_scheduler=false "
+    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
     "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

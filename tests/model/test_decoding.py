@@ -14,6 +14,7 @@ from support.qwen2_reference import (
     SMALL,
     Batch,
     apart,
+    jit,
     logits,
     padded,
     read,
@@ -47,7 +48,7 @@ def prompts(lengths=LENGTHS, length=PROMPT_LENGTH, side="left", seed=3, vocabula
     return rows, padded(rows, length, side, np.zeros((len(rows), length)))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+@functools.partial(jit, static_argnums=(0, 4, 5))
 def program(config, parameters, batch, key, sampling, execution):
     return generate(config, parameters, batch.tokens, batch.segments > 0, key, sampling, execution)
 
@@ -78,7 +79,7 @@ def test_cached_decoding_equals_the_whole_forward(side, generations, port, figur
     responses = len(rows) * generations
     continuation = np.random.default_rng(4).integers(0, config.vocab_size, (responses, steps)).astype(np.int32)
 
-    @jax.jit
+    @jit
     def prefill(parameters):
         model = bind(config, parameters)
         hidden, (key, value) = model.prefill(batch.tokens, batch.segments, batch.positions, execution)
@@ -86,7 +87,7 @@ def test_cached_decoding_equals_the_whole_forward(side, generations, port, figur
         own = jnp.full((key.shape[0], responses, key.shape[2], steps, key.shape[4]), 1e3)
         return model.logits(hidden), KVCache(key, value, jnp.asarray(batch.segments > 0), own, own)
 
-    @jax.jit
+    @jit
     def decode(parameters, cache, step):
         model = bind(config, parameters)
         positions = np.repeat([len(row) for row in rows], generations) + step
@@ -198,9 +199,7 @@ def test_filters_are_those_of_transformers(filters, temperature, figure):
     np.testing.assert_allclose(ours, expected, rtol=2e-5, atol=1e-9)
     draws = 20_000
     repeated = jnp.repeat(jnp.asarray(scores), draws, axis=0)
-    tokens, log_probs = (
-        np.asarray(x) for x in jax.jit(draw, static_argnums=2)(repeated, numbers(len(repeated)), sampling)
-    )
+    tokens, log_probs = (np.asarray(x) for x in jit(draw, static_argnums=2)(repeated, numbers(len(repeated)), sampling))
     for row in range(4):
         own = slice(row * draws, (row + 1) * draws)
         assert (expected[row][tokens[own]] > 0).all()
@@ -218,7 +217,7 @@ def test_filters_are_those_of_transformers(filters, temperature, figure):
 def test_top_k_keeps_the_k_largest(scores, k):
     """Whatever the numbers, ties included."""
     row = np.asarray(scores, np.float32)
-    kept = np.asarray(jax.jit(filter_logits, static_argnums=1)(row[None], Sampling(1, top_k=k)))[0]
+    kept = np.asarray(jit(filter_logits, static_argnums=1)(row[None], Sampling(1, top_k=k)))[0]
     assert ((kept > -np.inf) == (row >= np.sort(row)[-k])).all()
 
 

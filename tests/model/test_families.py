@@ -17,6 +17,7 @@ from support.qwen2_reference import (
     Batch,
     Shape,
     apart,
+    jit,
     logits,
     loss_and_gradient,
     packed,
@@ -80,7 +81,7 @@ def test_gradients(models, figure):
         targets = jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
         return -token_scores(bound, hidden, targets, port.execution, chunk_tokens=10).log_probs[:, :-1].mean()
 
-    gradients = jax.jit(jax.grad(loss))(port.parameters)
+    gradients = jit(jax.grad(loss))(port.parameters)
     tokens = torch.tensor(batch.tokens, dtype=torch.long)
     model.model.embed_tokens.padding_idx = None  # torch gives the embedding of that id no gradient
     model.zero_grad()

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.qwen2_reference import one_device, worst
+from support.qwen2_reference import jit, one_device, worst
 
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import token_scores
@@ -52,7 +52,7 @@ def weighted(scores):
     return jnp.sum(weights[0] * scores[0] + weights[1] * scores[1]), scores
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def exactly(config, parameters, hidden, targets, temperature):
     def plain(parameters, hidden):
         return weighted(whole(config, parameters, hidden, targets, temperature))
@@ -70,7 +70,7 @@ def test_chunks_equal_the_whole(chunk_tokens, temperature, model, figure):
         bound = bind(config, parameters)
         return weighted(token_scores(bound, hidden, targets, one_device(), temperature, chunk_tokens))
 
-    (_, ours), our_gradients = jax.jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(parameters, hidden)
+    (_, ours), our_gradients = jit(jax.value_and_grad(chunked, (0, 1), has_aux=True))(parameters, hidden)
     (_, exact), gradients = exactly(config, parameters, hidden, targets, temperature)
     assert ours.log_probs.shape == ours.entropy.shape == targets.shape
     assert ours.log_probs.dtype == ours.entropy.dtype == jnp.float32
@@ -87,7 +87,7 @@ def test_entropy_of_known_distributions(model):
     config, parameters = model
     _, targets = batch(rows=1)
 
-    @jax.jit
+    @jit
     def run(parameters, hidden, targets):
         return token_scores(bind(config, parameters), hidden, targets, one_device())
 
@@ -121,7 +121,7 @@ def test_whole_logits_never_stand(model):
         return whole(config, parameters, hidden, targets, 1.0)
 
     def most(scores):
-        program = jax.jit(jax.grad(loss(scores), (0, 1))).lower(parameters, hidden)
+        program = jit(jax.grad(loss(scores), (0, 1))).lower(parameters, hidden)
         sizes = [np.prod(shape) for shape in shapes_in(program) if TINY.vocab_size in shape]
         return max(sizes) // TINY.vocab_size
 

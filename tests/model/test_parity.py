@@ -11,6 +11,7 @@ from support.qwen2_reference import (
     SHAPES,
     SMALL,
     apart,
+    jit,
     logits,
     one_device,
     read,
@@ -108,7 +109,7 @@ def test_gradients(tied, tmp_path, figure):
         targets = jnp.roll(jnp.asarray(batch.tokens), -1, axis=1)
         return -token_scores(bound, hidden, targets, port.execution, chunk_tokens=10).log_probs[:, :-1].mean()
 
-    value, gradients = jax.jit(jax.value_and_grad(loss))(port.parameters)
+    value, gradients = jit(jax.value_and_grad(loss))(port.parameters)
     tokens = torch.tensor(batch.tokens, dtype=torch.long)
     model.model.embed_tokens.padding_idx = None  # torch gives the embedding of that id no gradient
     expected = model(tokens, labels=tokens).loss

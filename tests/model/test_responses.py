@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.qwen2_reference import jit
 from support.tiny import save_model
 
 from psyche_jax.model.config import read_hf_config
@@ -45,7 +46,7 @@ def test_sharing_the_prompt_changes_nothing(side, remat, mesh, tmp_path, figure)
         scores = token_scores(model, hidden, jnp.asarray(responses), execution)
         return jnp.sum(scores.log_probs * weights), scores.log_probs
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+    gradient = jit(jax.grad(loss, has_aux=True), static_argnums=1)
     ours, log_probs = jax.device_get(gradient(parameters, True))
     expected, expected_log_probs = jax.device_get(gradient(parameters, False))
     difference = np.abs(log_probs - expected_log_probs)[response_mask].max()

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.qwen2_reference import SMALL, Shape, apart, logits, one_device, padded, read, reference
+from support.qwen2_reference import SMALL, Shape, apart, jit, logits, one_device, padded, read, reference
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model import decode
@@ -39,7 +39,7 @@ def prompts():
     return rows, padded(rows, max(LENGTHS), "left", np.zeros((len(rows), max(LENGTHS))))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jit, static_argnums=(0, 3, 4))
 def program(config, parameters, batch, sampling, execution):
     return generate_counted(config, parameters, batch.tokens, batch.segments > 0, KEY, sampling, execution)
 

@@ -25,7 +25,7 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
         assert outcome.nonzero[rule.name] < 9500, rule.name
 
 
-SLOW = [pytest.param(name, 6_000, seed, marks=pytest.mark.slow) for name, seed in (("tiny", 6), ("qwen", 5))]
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", 20_000, 6), ("qwen", 6_000, 5))]
 
 
 @pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 2000, 9), *SLOW])

@@ -25,6 +25,8 @@ from psyche_jax.train.state import initial_state, state_shardings
 
 RATE = 0.001
 ONE, FSDP, ALL = (1, 1, 1), (1, 8, 1), (2, 2, 2)  # meshes
+# Nearly all the time of these tests is compilation; this takes some of it away.
+FAST = {"xla_backend_optimization_level": 0}
 # Two ways through the program: one update a step, and several with old log-probs, clips and micro-batches.
 PLAIN: dict[str, Any] = {}
 SEVERAL: dict[str, Any] = {
@@ -69,7 +71,7 @@ class Bench:
             self.config, self.model, self.execution, self.optimizer, optax.constant_schedule(RATE), self.shardings()
         )
         arguments = (self.state(self.read()), self.reference, self.rules, self.batch, jax.random.key(0))
-        self.step = self.iteration.program().lower(*arguments).compile()
+        self.step = self.iteration.program().lower(*arguments).compile(FAST)
 
     def read(self) -> Any:
         return read_parameters(self.folder, self.model, self.execution.sharding, jnp.dtype("float32"))

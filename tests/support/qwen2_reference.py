@@ -18,6 +18,8 @@ from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
 transformers.utils.logging.disable_progress_bar()
+# Nearly all the time of these tests is compilation; this takes more than a third off it.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 class Shape(NamedTuple):
@@ -173,7 +175,7 @@ def packed(rows: list[np.ndarray], length: int) -> Batch:
     return batch
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jit, static_argnums=(0, 3, 4))
 def _run(
     config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution, temperature: float
 ) -> tuple[jax.Array, TokenScores]:
@@ -183,7 +185,7 @@ def _run(
     return model.logits(hidden), token_scores(model, hidden, targets, execution, temperature, chunk_tokens=64)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3))
+@functools.partial(jit, static_argnums=(0, 3))
 def loss_and_gradient(
     config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution
 ) -> tuple[tuple[jax.Array, tuple[TokenScores, jax.Array]], Parameters]:
@@ -200,7 +202,7 @@ def loss_and_gradient(
     return jax.value_and_grad(loss, has_aux=True)(parameters)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
+@functools.partial(jit, static_argnums=(0, 3, 4))
 def sample(
     config: ModelConfig, parameters: Parameters, batch: Batch, execution: Execution, sampling: Sampling
 ) -> Rollout:

@@ -15,6 +15,7 @@ import transformers
 import yaml
 from flax import traverse_util
 from support.optional_torch import torch
+from support.qwen2_reference import jit
 from support.training_fixtures import (
     PROMPT,
     execution,
@@ -72,7 +73,7 @@ def runs(tiny_root, tmp_path_factory):
     return folder
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jit, static_argnums=0)
 def logits_of(config, parameters, tokens):
     """Of whole sequences, [rows, length, vocabulary]."""
     model = bind(config, parameters)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.iterations import RATE, Bench, Outcome, bench, outcome
+from support.iterations import FAST, RATE, Bench, Outcome, bench, outcome
 from support.training_fixtures import RULES, execution, grpo_config, largest_difference
 from test_objectives import plain_advantages
 
@@ -75,12 +75,14 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
     for place in places:
         mask[place] = True
     start = outcome.parameters[step]
-    (old, _), (reference, _) = (jax.device_get(jax.jit(scores)(p)) for p in (start, outcome.reference))
+    (old, _), (reference, _) = (
+        jax.device_get(jax.jit(scores, compiler_options=FAST)(p)) for p in (start, outcome.reference)
+    )
     rewards = samples["rewards"].astype(np.float64).reshape(-1, config.generations_per_prompt)
     advantages = plain_advantages(rewards, config.objective.scale).reshape(-1, 1)
     size = config.prompts_per_update * config.generations_per_prompt
 
-    @functools.partial(jax.jit)
+    @functools.partial(jax.jit, compiler_options=FAST)
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(parameters: Any, rows: Any) -> tuple[jax.Array, Any]:
         log_probs, entropy = scores(parameters)
@@ -268,7 +270,7 @@ def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
     iteration = dataclasses.replace(this.iteration, config=config)
     _prompts, _ = grpo_run.tokenized_prompts(this.tokenizer, config, str(tiny_root / "rl.jsonl"))
     prompts = _prompts[:11]
-    program = jax.jit(iteration.evaluate)
+    program = jax.jit(iteration.evaluate, compiler_options=FAST)
     seen = []
 
     def judge(numbers, tokens, mask):

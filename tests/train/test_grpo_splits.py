@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from support.iterations import ALL, FSDP, Bench, bench, compare, outcome
+from support.iterations import ALL, FAST, FSDP, Bench, bench, compare, outcome
 from support.training_fixtures import RULES, largest_difference
 
 from psyche_jax.config import ObjectiveSection, RolloutSection
@@ -47,11 +47,13 @@ def test_two_programs_are_the_one(tiny_root, figure):
     key = jax.random.fold_in(jax.random.key(8), 0)  # as `run` draws
     sample, learn = iteration.programs()
     state = this.state(this.read())
-    sampled = sample.lower(state.parameters, rules, this.batch, key).compile()(state.parameters, rules, this.batch, key)
+    sampled = sample.lower(state.parameters, rules, this.batch, key).compile(FAST)(
+        state.parameters, rules, this.batch, key
+    )
     rows = jax.device_get(sampled.rollout)
     assert (rows.tokens == expected.samples[0]["tokens"]).all()
     values = expected.samples[0]["rewards_by_rule"]["ascii"].reshape(8, 4)
-    learn = learn.lower(state, this.reference, sampled, {"ascii": values}).compile()
+    learn = learn.lower(state, this.reference, sampled, {"ascii": values}).compile(FAST)
     new, outputs = learn(state, this.reference, sampled, {"ascii": values})
     figure(
         "GRPO parameters, two programs",
