@@ -14,10 +14,8 @@ import pytest
 
 # Before jax starts, hence here. A test that needs one device takes `jax.devices()[:1]`.
 # Collectives come in one order on all devices, as `psyche` has it.
-os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_enable_concurrency_optimized_scheduler=false "
-    "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
-)
+_FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's threads, else one a device: collectives that wait for each other must not hold all of them (a deadlock).
 os.environ.setdefault("NPROC", "64")

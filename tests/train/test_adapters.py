@@ -15,7 +15,7 @@ import transformers
 import yaml
 from flax import traverse_util
 from support.optional_torch import torch
-from support.qwen2_reference import jit
+from support.stored import FLOAT32, TOKENS, logits_of, parameters_at, served_tokens
 from support.training_fixtures import (
     PROMPT,
     execution,
@@ -44,9 +44,6 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import adapters_of, initial_adapters, joined
 from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer, tensor_names
-from psyche_jax.model.qwen2 import Execution, bind
-from psyche_jax.model.sharding import DECODE_RULES
-from psyche_jax.serve.engine import Batch, Engine, RowSettings
 from psyche_jax.storage.files import read_json
 from psyche_jax.train.checkpoints import array_differences, find_checkpoint, open_model
 from psyche_jax.train.grpo_run import train_grpo
@@ -56,7 +53,6 @@ from psyche_jax.train.state import make_optimizer
 from psyche_jax.train.step_folders import write_checksums
 
 ADAPTER = AdapterSection(rank=4, alpha=8.0)
-FLOAT32 = jnp.dtype("float32")
 RUNS = {"sft": (train_sft, sft_config), "grpo": (train_grpo, grpo_config)}
 
 
@@ -71,23 +67,6 @@ def runs(tiny_root, tmp_path_factory):
     for kind, (train, config) in RUNS.items():
         train(config(folder, kind, adapter=ADAPTER, mesh=MeshSection(2, 2, 2)))
     return folder
-
-
-@functools.partial(jit, static_argnums=0)
-def logits_of(config, parameters, tokens):
-    """Of whole sequences, [rows, length, vocabulary]."""
-    model = bind(config, parameters)
-    ones = jnp.ones_like(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return model.logits(model(tokens, ones, positions, execution(1)))
-
-
-def parameters_at(path):
-    stored = open_model(str(path))
-    return stored.config, stored.read_parameters(execution(1).sharding, FLOAT32)
-
-
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 300, (3, 17)), jnp.int32)
 
 
 @pytest.mark.parametrize("kind", RUNS)
@@ -133,15 +112,7 @@ def test_the_sampler_is_the_trainer_and_the_reference_the_base(runs, figure):
 def test_what_serves_takes_the_run_as_it_is(runs, tmp_path):
     """The same tokens as the merged model's."""
     export_model(str(runs / "sft"), tmp_path / "merged", "float32")
-    here = Execution(dataclasses.replace(execution(1).sharding, rules=DECODE_RULES), FLOAT32)
-    said = []
-    for path in (runs / "sft", tmp_path / "merged"):
-        stored = open_model(str(path))
-        engine = Engine(stored.config, stored.read_parameters(here.sharding, FLOAT32), here, 8)
-        batch = Batch()
-        engine.join(batch, [[5, 6, 7], [9, 8]], [RowSettings(8, 0.0, 1.0, 1)] * 2)
-        said.append(engine.advance(batch).tokens.tolist())
-    assert said[0] == said[1]
+    assert served_tokens(runs / "sft") == served_tokens(tmp_path / "merged")
 
 
 def test_without_training_the_policy_is_the_base(tiny_root, figure):

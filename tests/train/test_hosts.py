@@ -33,10 +33,7 @@ def start(
     file = write_config(config, root / f"{run}.yaml")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    # Of a flag that is there twice the last counts.
-    inherited = os.environ["XLA_FLAGS"].replace("--xla_cpu_enable_concurrency_optimized_scheduler=false", "")
-    flags = f"{inherited} --xla_force_host_platform_device_count={devices // processes}"
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // processes}"}
     started = []
     for process in range(processes):
         places = (f"coordinator=127.0.0.1:{port}", f"num_processes={processes}", f"process_id={process}")

@@ -1,7 +1,6 @@
 """A base in int8: how it is made, what is computed from it, runs over it, and what becomes of them."""
 
 import dataclasses
-import functools
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from safetensors.numpy import load_file
-from support.qwen2_reference import jit
+from support.stored import FLOAT32, TOKENS, logits_of, parameters_at, served_tokens
 from support.tiny import save_model
 from support.training_fixtures import execution, grpo_config, largest_difference, metrics_of, sft_config, state_of
 
@@ -21,18 +20,15 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import adapters_of, as_trained, initial_adapters, joined, without_adapter
 from psyche_jax.model.huggingface import write_weights
 from psyche_jax.model.products import weighted_int8
-from psyche_jax.model.qwen2 import Execution, bind
-from psyche_jax.model.sharding import DECODE_RULES
-from psyche_jax.serve.engine import Batch, Engine, RowSettings
+from psyche_jax.model.qwen2 import bind
 from psyche_jax.train.checkpoints import array_differences, find_checkpoint, open_model
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.setup import prepare
 from psyche_jax.train.sft import next_token_loss, train_sft
 
 ADAPTER = AdapterSection(rank=4, alpha=8.0)
-FLOAT32, INT8 = jnp.dtype("float32"), jnp.dtype("int8")
+INT8 = jnp.dtype("int8")
 RUNS = {"sft": (train_sft, sft_config), "grpo": (train_grpo, grpo_config)}
-TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 300, (3, 17)), jnp.int32)
 
 
 def over_int8(kind, root, name, **changes):
@@ -53,24 +49,11 @@ def runs(tiny_root, tmp_path_factory):
     return folder
 
 
-@functools.partial(jit, static_argnums=0)
-def logits_of(config, parameters, tokens):
-    model = bind(config, parameters)
-    ones = jnp.ones_like(tokens)
-    return model.logits(model(tokens, ones, jnp.cumsum(ones, axis=1) - 1, execution(1)))
-
-
 def read(path, dtype=INT8, **mesh):
     """The model at `path` without adapters, and its config."""
     stored = open_model(str(path))
     sharding = execution(**({"devices": 1} | mesh)).sharding
     return as_trained(stored.config, dtype.name, None), stored.read_merged(sharding, dtype)
-
-
-def as_run(path):
-    """What a run computes with."""
-    stored = open_model(str(path))
-    return stored.config, stored.read_parameters(execution(1).sharding, FLOAT32)
 
 
 def dequantized(base):
@@ -190,7 +173,7 @@ def test_the_model_and_its_adapters_gradients_are_those_of_the_same_weights(tiny
 def test_a_run_is_over_int8_which_stays_as_it_is(kind, runs):
     """What it computes with afterwards is the same int8 with adapters that were trained, which are all it stores."""
     assert state_of(runs / kind)["status"] == "done"
-    config, parameters = as_run(runs / kind)
+    config, parameters = parameters_at(runs / kind)
     assert config.int8
     adapters = adapters_of(parameters)
     assert all(np.any(pair["lora_b"]) for pair in adapters["layers"].values())
@@ -215,16 +198,16 @@ def test_a_run_that_was_cut_off_goes_on_to_the_same_bits(kind, runs, tmp_path):
     assert int(find_checkpoint(copied / kind).name) < int(last.name)
     RUNS[kind][0](over_int8(kind, copied, kind))
     assert metrics_of(copied / kind) == metrics_of(runs / kind)
-    assert leaves(as_run(copied / kind)[1]) == leaves(as_run(runs / kind)[1])
+    assert leaves(parameters_at(copied / kind)[1]) == leaves(parameters_at(runs / kind)[1])
 
 
 def test_over_a_checkpoint_or_a_folder_it_learns_the_same(runs):
-    assert leaves(as_run(runs / "over")[1]) == leaves(as_run(runs / "sft")[1])
+    assert leaves(parameters_at(runs / "over")[1]) == leaves(parameters_at(runs / "sft")[1])
 
 
 def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
     """The original weights where they are known, else int8 times scales; that is the model of the run."""
-    adapters = adapters_of(as_run(runs / "sft")[1])
+    adapters = adapters_of(parameters_at(runs / "sft")[1])
     for source, base, line in (
         ("sft", None, f"merged into the original weights, of `{runs / 'model'}`."),
         ("over", str(runs / "model"), f"merged into the original weights, of `{runs / 'model'}`."),
@@ -239,7 +222,9 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
         assert not config.int8
         original = "original" in line
         expected = read(runs / "model", FLOAT32)[1] if original else dequantized(read(runs / "int8")[1])
-        for learned in {"int8": [], "next": [adapters, adapters_of(as_run(runs / "next")[1])]}.get(source, [adapters]):
+        for learned in {"int8": [], "next": [adapters, adapters_of(parameters_at(runs / "next")[1])]}.get(
+            source, [adapters]
+        ):
             for name, pair in learned["layers"].items():
                 change = ADAPTER.scale * pair["lora_b"] @ pair["lora_a"]
                 expected["layers"][name]["kernel"] = expected["layers"][name]["kernel"] + change
@@ -247,24 +232,16 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
         if (source, base) == ("over", None):
             figure(
                 "int8, logits of the run and of its export",
-                largest_difference(logits_of(config, found, TOKENS), logits_of(*as_run(runs / "over"), TOKENS)),
+                largest_difference(logits_of(config, found, TOKENS), logits_of(*parameters_at(runs / "over"), TOKENS)),
                 1e-4,
             )
 
 
 def test_what_serves_takes_a_run_and_a_checkpoint_as_they_are(runs, tmp_path):
     """The same tokens as from the weights de-quantized."""
-    here = Execution(dataclasses.replace(execution(1).sharding, rules=DECODE_RULES), FLOAT32)
     for name in ("over", "int8"):
         export_model(str(runs / name), tmp_path / name, "float32")
-        said = []
-        for path in (runs / name, tmp_path / name):
-            stored = open_model(str(path))
-            engine = Engine(stored.config, stored.read_parameters(here.sharding, FLOAT32), here, 8)
-            batch = Batch()
-            engine.join(batch, [[5, 6, 7], [9, 8]], [RowSettings(8, 0.0, 1.0, 1)] * 2)
-            said.append(engine.advance(batch).tokens.tolist())
-        assert said[0] == said[1]
+        assert served_tokens(runs / name) == served_tokens(tmp_path / name)
 
 
 def test_adapters_alone_are_exported_as_ever(runs, tmp_path):
@@ -273,7 +250,7 @@ def test_adapters_alone_are_exported_as_ever(runs, tmp_path):
         "trained over the base in int8 (a scale for each output)." in (tmp_path / "adapters" / "README.md").read_text()
     )
     import_model(tmp_path / "adapters", tmp_path / "again", "float32", str(runs / "int8"))
-    assert leaves(as_run(tmp_path / "again")[1]) == leaves(as_run(runs / "sft")[1])
+    assert leaves(parameters_at(tmp_path / "again")[1]) == leaves(parameters_at(runs / "sft")[1])
 
 
 def test_a_next_stage_begins_with_what_was_learned(runs):
@@ -292,7 +269,7 @@ def test_a_next_stage_begins_with_what_was_learned(runs):
 
 @pytest.mark.parametrize(("devices", "mesh"), [(2, {"fsdp": 2}), (2, {"fsdp": 1, "tensor": 2})], ids=["fsdp", "tensor"])
 def test_two_devices_are_one(devices, mesh, runs, figure):
-    config, parameters = as_run(runs / "sft")
+    config, parameters = parameters_at(runs / "sft")
     here = execution(devices, **mesh)
     stored = open_model(str(runs / "sft"))
     parts = stored.read_parameters(here.sharding, FLOAT32)
@@ -338,5 +315,5 @@ def test_what_cannot_be(runs, tmp_path):
         assert not out.exists()
     with pytest.raises(ValueError, match="must be float32 to train all weights: those of int8 cannot change"):
         sft_config(runs, model=ModelSection(str(runs / "model"), "int8"))
-    assert without_adapter(as_run(runs / "sft")[0]).int8
+    assert without_adapter(parameters_at(runs / "sft")[0]).int8
     stage("next", "int8")()  # which can be
