@@ -7,7 +7,7 @@ from pathlib import Path
 
 from psyche_jax.cli import start
 from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, check_seed
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UsageError, UserError
 from psyche_jax.train.run_changes import CHANGES
 
 
@@ -80,8 +80,8 @@ def add_verbs(add: AddVerb) -> None:
         "Compile a training program for a TPU slice without having one: does it fit, what does it send, how long?",
         "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
     )
-    add_config(verb, "of SFT or GRPO, such as sft_7b_v5e16")
-    verb.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
+    add_config(verb, "of SFT or GRPO, such as sft_7b_v5e16", False)
+    verb.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
     verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
     verb.add_argument(
         "--search", action="store_true", help="try micro-batches, remat and slots; show the fastest plan that fits"
@@ -95,6 +95,19 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--steps", type=int, metavar="N", help="of the run whose hours and price are forecast")
     verb.add_argument("--price", type=float, metavar="DOLLARS", help="of an hour of one chip")
     verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
+    verb.add_argument(
+        "--table", action="store_true", help="in place of one plan: compile all usual models for all usual slices"
+    )
+    verb.add_argument(
+        "--out", type=Path, metavar="FILE.jsonl", help="of --table: a line a cell, kept; the page is beside it, as .md"
+    )
+    for name, example in (
+        ("models", "0.5B,7B"),
+        ("chips", "v5e-1,v6e-1"),
+        ("modes", "adapters,int8,full"),
+        ("programs", "grpo,sft"),
+    ):
+        verb.add_argument(f"--{name}", metavar="LIST", help=f"of --table: only these, as {example} (default: all)")
 
     verb = add(
         "bench",
@@ -221,6 +234,23 @@ def _export(arguments: argparse.Namespace) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     from psyche_jax.plan.slices import parse_topology, use_cpu
 
+    of_plan = ("config", "topology", "program", "lengths", "steps", "price", "overrides", "search", "json")
+    of_table = ("out", "models", "chips", "modes", "programs")
+    for name in of_plan if arguments.table else of_table:
+        if getattr(arguments, name) not in (None, False, []):
+            flag = "--set" if name == "overrides" else f"--{name}"
+            raise UsageError(f"{flag} cannot be given {'with' if arguments.table else 'without'} --table")
+    for name in ("out",) if arguments.table else ("config", "topology"):
+        if getattr(arguments, name) is None:
+            raise UsageError(f"--{name} is missing")
+    if arguments.table:
+        if arguments.out.suffix != ".jsonl":
+            raise UsageError(f"--out {arguments.out}: must end in .jsonl")
+        use_cpu()
+        from psyche_jax.plan.table import FILTERS, choose, make_table
+
+        make_table(choose({name: getattr(arguments, name) for name in FILTERS}), arguments.out)
+        return
     slice_ = parse_topology(arguments.topology)
     use_cpu()
     from psyche_jax.plan.report import Wishes, as_text, load_plan_config, make_plan

@@ -42,9 +42,9 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     model, _ = find_architecture(config)
     check_mesh_fits(sharding, model)
     shape = sharding.sizes
-    seconds = functools.partial(_roofline, model=model, mesh=shape, slice_=slice_, lengths=lengths)
+    seconds = functools.partial(roofline_seconds, model=model, mesh=shape, slice_=slice_, lengths=lengths)
     decoding = decoding_mesh(config, shape) if isinstance(config, GrpoConfig) else shape
-    candidates = list(_candidates(config, batch_places(shape), batch_places(decoding)))
+    candidates = list(candidates_of(config, batch_places(shape), batch_places(decoding)))
     # Of equally fast ones the largest first: what it does not compute again costs nothing where there is room.
     candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
     limit = slice_.chip.hbm_gib * GIB
@@ -52,7 +52,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     _say(f"{len(candidates)} variants, {len(candidates) - len(possible)} of them too large by arithmetic")
     failed: list[PlanConfig] = []
     fitting: list[tuple[float, Plan]] = []
-    for candidate in itertools.islice(_not_larger(possible, failed), _MOST_TRIES):
+    for candidate in itertools.islice(not_larger(possible, failed), _MOST_TRIES):
         plan = make_plan(candidate, slice_, wishes)
         peak = "?" if plan.peak_bytes is None else f"{plan.peak_bytes / GIB:.2f}"
         result = "fits" if plan.fits else "does not fit"
@@ -71,7 +71,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     )
 
 
-def _not_larger(candidates: list[PlanConfig], failed: list[PlanConfig]) -> Iterator[PlanConfig]:
+def not_larger(candidates: list[PlanConfig], failed: list[PlanConfig]) -> Iterator[PlanConfig]:
     """Skip what needs at least as much of everything as one that has failed (a list that grows meanwhile)."""
     for candidate in candidates:
         if not any(all(a >= b for a, b in zip(_size(candidate), _size(other), strict=True)) for other in failed):
@@ -86,8 +86,8 @@ def _size(config: PlanConfig) -> tuple[int, ...]:
     return remat, prompts, config.slots
 
 
-def _candidates(config: PlanConfig, places: int, decoding_places: int) -> Iterator[PlanConfig]:
-    """`places`: over how many rows are spread, while training and while decoding."""
+def candidates_of(config: PlanConfig, places: int, decoding_places: int) -> Iterator[PlanConfig]:
+    """All variants of a config. `places`: over how many rows are spread, while training and while decoding."""
     for remat in ("none", "dots", "full"):
         section = dataclasses.replace(config.model, remat=remat)
         if isinstance(config, SftConfig):
@@ -109,9 +109,10 @@ def _slots(responses: int, places: int) -> Iterator[int]:
         responses = responses // 2 if responses % 2 == 0 else 0
 
 
-def _roofline(
+def roofline_seconds(
     config: PlanConfig, model: ModelConfig, mesh: dict[str, int], slice_: Slice, lengths: list[int] | None
 ) -> float:
+    """Of one step; `lengths` are those of the responses, None: all as long as can be."""
     decoding = decoding_of(config, mesh, lengths) if isinstance(config, GrpoConfig) else None
     return sum(phase.seconds(slice_) for phase in count_phases(config, model, mesh, decoding).values())
 
