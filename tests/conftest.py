@@ -1,10 +1,12 @@
 """What every test shares: eight virtual CPU devices, the real 135M model, and figures that stay in sight."""
 
+import atexit
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,32 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's threads, else one a device: collectives that wait for each other must not hold all of them (a deadlock).
 os.environ.setdefault("NPROC", "64")
+# Most of a test's time would go into compiling. So without LLVM's optimization, and a program once a session in all
+# processes: the workers of pytest-xdist and the commands that tests start find the folder in their environment.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="psyche-compiled-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 # A busy machine is no failure.
 # In CI the same examples every time: what chance finds, it is to find on a developer's machine.
 hypothesis.settings.register_profile("psyche", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("psyche")
+
+
+@pytest.fixture(scope="module")
+def optimized() -> Iterator[None]:
+    """Programs compiled as users', each anew: for figures that rest on the compiler."""
+    import jax
+
+    values = {"jax_disable_most_optimizations": False, "jax_enable_compilation_cache": False}
+    for name, value in values.items():
+        jax.config.update(name, value)
+    jax.clear_caches()
+    yield
+    for name, value in values.items():
+        jax.config.update(name, not value)
 
 
 @pytest.fixture(scope="session")

@@ -52,6 +52,8 @@ from psyche_jax.train.sft import next_token_loss, train_sft
 from psyche_jax.train.state import make_optimizer
 from psyche_jax.train.step_folders import write_checksums
 
+pytestmark = pytest.mark.usefixtures("optimized")
+
 ADAPTER = AdapterSection(rank=4, alpha=8.0)
 RUNS = {"sft": (train_sft, sft_config), "grpo": (train_grpo, grpo_config)}
 
