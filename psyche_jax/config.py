@@ -56,7 +56,7 @@ LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class AdapterSection(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685): what is trained in place of the weights, which stay as they are."""
 
-    rank: Count = 16
+    rank: Count = 16  # of the two matrices of an adapter
     alpha: PositiveFloat = 32.0  # an adapter's product counts alpha / rank times
     targets: tuple[str, ...] = LINEAR_MAPS  # the linear maps of each layer that have one
 
@@ -79,9 +79,9 @@ class AdapterSection(Section):
 class MeshSection(Section):
     """Sizes of the mesh's axes; -1 takes the devices that are left."""
 
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: int = 1  # groups of devices that hold the same weights and read other rows
+    fsdp: int = -1  # weights and rows are split over these
+    tensor: int = 1  # heads and widths are split over these
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,9 @@ class DistributedSection(Section):
     initialize: Literal["auto", "always", "never"] = "auto"  # auto: if the environment names several hosts
     timeout_seconds: Count = 300  # how long to wait for the others
     coordinator_port: int | None = None  # on TPUs; None: JAX's own
-    coordinator: str | None = None  # elsewhere: address:port of the first process,
-    num_processes: int | None = None  # how many there are,
-    process_id: int | None = None  # and which this one is
+    coordinator: str | None = None  # elsewhere: address:port of the first process
+    num_processes: int | None = None  # elsewhere: how many processes there are
+    process_id: int | None = None  # elsewhere: which of them this one is, from 0
 
     def __post_init__(self) -> None:
         given = [self.coordinator is not None, self.num_processes is not None, self.process_id is not None]
@@ -110,8 +110,8 @@ class PromptSection(Section):
     """How turns become a prompt: what `render_prompt` adds to bare ones (the published recipe has both parts; the words
     are ours), and how the chat template is set."""
 
-    system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"
-    instruction: str = (
+    system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"  # before turns that bring none
+    instruction: str = (  # before each user turn
         "请先在<think></think>中写出推理过程，再给出回答。若是选择题，请在回答的最后写“答案：”和选项字母。\n"
     )
     thinking: bool | None = None  # `enable_thinking` of a chat template that has it (Qwen3's); None: not set
@@ -121,14 +121,14 @@ class PromptSection(Section):
 class OptimizerSection(Section):
     """AdamW, a warm-up, a schedule and clipping."""
 
-    learning_rate: PositiveFloat = 1e-5
-    schedule: Literal["cosine", "constant"] = "cosine"
+    learning_rate: PositiveFloat = 1e-5  # the highest, after the warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up: falling to 0 or staying
     warmup: NonNegativeFloat = 0.1  # below 1: a share of all steps; else: a number of steps (of the run, not updates)
-    beta1: Decay = 0.9
-    beta2: Decay = 0.999
-    epsilon: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    max_grad_norm: PositiveFloat = 1.0
+    beta1: Decay = 0.9  # decay of the mean of gradients
+    beta2: Decay = 0.999  # decay of the mean of their squares
+    epsilon: PositiveFloat = 1e-8  # added to the root of the latter
+    weight_decay: NonNegativeFloat = 0.0  # of matrices; norms and biases have none
+    max_grad_norm: PositiveFloat = 1.0  # longer gradients are cut to this norm
     max_skipped_steps: Count = 3  # in a row: steps whose gradient is not finite change nothing; then stop
 
 
@@ -136,7 +136,7 @@ class OptimizerSection(Section):
 class CheckpointSection(Section):
     """When checkpoints are written and how many are kept. The last step always is written, the best one kept."""
 
-    every_steps: Count = 100
+    every_steps: Count = 100  # of the run
     every_seconds: PositiveFloat | None = 600.0  # also before so much work could be lost, by the last step's length
     keep: Count = 2  # the latest ones
     keep_every_hours: PositiveFloat | None = None  # and, for good, one of every so many hours
@@ -146,8 +146,8 @@ class CheckpointSection(Section):
 class LoggingSection(Section):
     """Where metrics go beside `metrics.jsonl`."""
 
-    tensorboard: bool = False
-    wandb_project: str | None = None
+    tensorboard: bool = False  # into the run's folder, which must be on a disk
+    wandb_project: str | None = None  # of Weights & Biases; None: not there
     samples_every_steps: Count = 10  # GRPO: how often completions are written to samples.jsonl
 
 
@@ -156,7 +156,7 @@ class RunSection(Section):
     """The folder of the run and the seed of everything random in it."""
 
     dir: str  # on a disk that all hosts see, or gs://bucket/prefix
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42  # of the order of data, of sampling, of new adapters
 
     def __post_init__(self) -> None:
         _require(
@@ -172,7 +172,7 @@ class SftDataSection(Section):
     """Chat records: JSONL files of `SftExample`, data sets of them, or packed data sets (`psyche pack`)."""
 
     train: str | dict[str, float]  # one place, or several with the share of each in every batch
-    evaluation: str | None = None  # not packed
+    evaluation: str | None = None  # held-out examples, not packed
     max_length: Count = 2048  # tokens of an example; longer ones are skipped
     prefetch_batches: Count = 4  # packed ones and others: how many wait in memory
 
@@ -191,10 +191,10 @@ class SftConfig(Section):
     model: ModelSection
     data: SftDataSection
     adapter: AdapterSection | None = None  # train low-rank adapters; None: all weights
-    epochs: PositiveFloat = 2.0
+    epochs: PositiveFloat = 2.0  # passes over all examples
     batch_size: Count = 256  # examples a step; of a packed data set: rows
     micro_batch_size: Count | None = None  # as many at once; None: the whole batch
-    evaluate_every_steps: Count = 100
+    evaluate_every_steps: Count = 100  # the loss on data.evaluation
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
@@ -216,7 +216,7 @@ class SftConfig(Section):
 class GrpoDataSection(Section):
     """Prompts with checkable answers (JSONL of `RlPrompt`)."""
 
-    train: str
+    train: str  # JSONL or a data set
     max_prompt_length: Count = 512  # tokens; longer prompts are skipped
     evaluation: str | None = None  # prompts that are held out: never trained on
 
@@ -225,15 +225,15 @@ class GrpoDataSection(Section):
 class ObjectiveSection(Section):
     """What GRPO optimizes; the formulas are in `train/objectives.py` and docs/grpo.md."""
 
-    name: ObjectiveName = "grpo"
+    name: ObjectiveName = "grpo"  # how token losses are clipped and averaged
     scale: Scale = "group"  # the std that advantages are divided by
     clip_low: Share = 0.2  # the ratio to the old policy counts from 1 - clip_low (1: no limit)
     clip_high: PositiveFloat = 0.2  # to 1 + clip_high
     clip_delta: Annotated[float, Field(gt=1)] | None = (
         None  # two-sided clip: the largest ratio where the advantage is negative
     )
-    kl_coefficient: NonNegativeFloat = 0.001
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_coefficient: NonNegativeFloat = 0.001  # of the KL to the reference policy; 0: no reference is loaded
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # docs/grpo.md has the three formulas
     kl_unbiased: bool = False  # times the ratio: makes the gradient of k1 and k3 that of the KL
     entropy_coefficient: NonNegativeFloat = 0.0  # of a bonus for entropy
     top_entropy: Share = 1.0  # below 1: learn only from that share of tokens, those of the highest entropy
@@ -276,19 +276,20 @@ class GrpoConfig(Section):
     model: ModelSection  # also the reference policy: the point where GRPO starts
     data: GrpoDataSection
     adapter: AdapterSection | None = None  # train low-rank adapters; None: all weights
-    epochs: PositiveFloat = 2.0
-    prompts_per_step: Count = 128
+    epochs: PositiveFloat = 2.0  # passes over all prompts
+    prompts_per_step: Count = 128  # each with generations_per_prompt responses
     generations_per_prompt: Annotated[int, Field(ge=2)] = 8  # the advantage compares the responses to one prompt
     minibatch_prompts: Count | None = None  # prompts of one optimizer update; None: all of a step
     passes_per_step: Count = 1  # how often the updates go through what a step has sampled (μ)
     micro_batch_prompts: Count | None = None  # prompts at once in forward and backward; None: the minibatch
-    max_new_tokens: Count = 1024
+    max_new_tokens: Count = 1024  # of a response; longer ones are cut there
     share_prompt: bool = True  # learning reads a prompt once for all its responses, where micro-batches allow it
     rollout: RolloutSection = field(default_factory=RolloutSection)
     temperature: PositiveFloat = 1.0  # of the rollout; policy, old, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     # Of the reference policy's weights; bfloat16 halves them. With an adapter they are the base, in model.dtype.
     reference_dtype: Dtype = "float32"
+    # Rules and functions; the sum of their values times their weights is what GRPO maximizes.
     rewards: tuple[RewardConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
     dynamic_sampling: DynamicSamplingSection = field(default_factory=DynamicSamplingSection)
     evaluate_every_steps: Count = 100  # the reward on data.evaluation

@@ -47,7 +47,7 @@ class ColumnsSection(Section):
     rationale: str | None = None  # the reasoning
     user: str | None = None  # of dialogues of one turn: what is asked
     assistant: str | None = None  # and the reply
-    system: str | None = None
+    system: str | None = None  # a system prompt of the row's own
     messages: str | None = None  # of dialogues: a list of turns; `turns` says what they look like
     meta: tuple[str, ...] = ()  # kept with the record as they are
 
@@ -58,6 +58,7 @@ class TurnsSection(Section):
 
     role: str = "role"  # the key of who speaks; ShareGPT: from
     content: str = "content"  # the key of what is said; ShareGPT: value
+    # How the column calls the three who speak.
     roles: dict[str, Literal["system", "user", "assistant"]] = field(
         default_factory=lambda: {"system": "system", "user": "user", "assistant": "assistant"}
     )
@@ -81,10 +82,11 @@ _USES: dict[tuple[str, Form], tuple[tuple[str, ...], tuple[str, ...]]] = {
 class ImportConfig(Section):
     """How the rows of a source become records."""
 
-    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"]
+    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"]  # what the rows become
     columns: ColumnsSection
     turns: TurnsSection = field(default_factory=TurnsSection)
     answer_is: Literal["letters", "index", "text"] = "letters"  # "A,C"; 0 for A; the text of the option
+    # How the column of `columns.kind` calls the two kinds.
     kinds: dict[str, Kind] = field(default_factory=lambda: {"single": "single", "multi": "multi"})
     reading: ReadingSection = field(default_factory=ReadingSection)
 

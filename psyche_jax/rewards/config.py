@@ -1,7 +1,6 @@
 """What a rule may say in a config: one frozen dataclass a rule, told apart by the field `rule`.
 
-Each has a `weight`, which multiplies its value in the total, and a `name`, under which its own value is
-reported (by default the rule's). What a rule means is in `psyche_jax.rewards.reference`.
+What a rule means is in `psyche_jax.rewards.reference`.
 """
 
 from __future__ import annotations
@@ -38,8 +37,11 @@ class _Rule:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     rule: str
+    """Which rule this is."""
     name: str = ""
+    """Under which its own value is reported; by default the rule's."""
     weight: float = 1.0
+    """Multiplies its value in the total."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -60,7 +62,9 @@ class PatternRule(_Rule):
 
     rule: Literal["pattern"] = "pattern"
     pattern: str
+    """As Python's `re` writes it, with what an automaton can tell (docs/rewards.md)."""
     flags: tuple[PatternFlag, ...] = ()
+    """Of `re`."""
     require_stop: bool = False
     """Whether a truncated response (one without a stop token) gets 0."""
     max_states: int = 4096
@@ -93,6 +97,7 @@ class AnswerSetRule(_Rule):
     forms: tuple[str, ...] | None = None
     """The forms that are known, of FORMS, instead of those of `reading`."""
     markers: tuple[str, ...] = ("答案：", "答案:")
+    """The letters stand after the last of these."""
     answer_after: str | None = "</think>"
     """A marker before the last of these is a thought, not an answer. None: anywhere counts."""
     letters: str | None = None
@@ -104,6 +109,7 @@ class AnswerSetRule(_Rule):
     closers: str = "。．.!！)）]】」』\"'”’*"  # noqa: RUF100
     """Characters that may come after the letters."""
     credit: Literal["strict", "elastic"] = "strict"
+    """strict: 1 for exactly the right letters; elastic: their share as long as none is wrong."""
     require_stop: bool = False
     """Whether a truncated response (one without a stop token) gets 0."""
 
@@ -154,7 +160,9 @@ class LengthRule(_Rule):
 
     rule: Literal["length"] = "length"
     max_length: int
+    """Tokens at which the penalty is -1."""
     buffer: int = 0
+    """Over so many tokens before that it falls."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,6 +176,7 @@ class RepetitionRule(_Rule):
 
     rule: Literal["repetition"] = "repetition"
     ngram: int = 4
+    """Tokens of a run that is looked for."""
     weight: float = -1.0
 
     def __post_init__(self) -> None:

@@ -35,7 +35,7 @@ class LimitsSection(Section):
 class CrisisSection(Section):
     """The gate before generation and the filter after it (docs/crisis.md)."""
 
-    gate: bool = True
+    gate: bool = True  # off: every message goes to the model
     region: str = "CN"  # whose hotline
     log: str | None = None  # a file for events, which hold no text
     classifier: bool = True  # asked where rules find no crisis
@@ -47,13 +47,13 @@ class ServeConfig(Section):
 
     model: str  # a Hugging Face folder, a checkpoint or a run
     name: str | None = None  # what clients call it; None: the last part of `model`
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # the address it listens at; 0.0.0.0: all
     port: Annotated[int, Field(ge=0, lt=65536)] = 8000  # 0: any that is free
     temperature: Annotated[float, Field(ge=0, le=2)] = 0.7  # where a request says nothing; the published recipe's
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.9  # the same
     prompt: PromptSection | None = None  # None: what the model was trained with
     thinking: bool | None = None  # `enable_thinking` of the chat template; None: as `prompt` says, or as it was trained
-    compute_dtype: Dtype = "float32"
+    compute_dtype: Dtype = "float32"  # of activations and matrix products
     mesh: MeshSection = field(default_factory=MeshSection)
     limits: LimitsSection = field(default_factory=LimitsSection)
     crisis: CrisisSection = field(default_factory=CrisisSection)

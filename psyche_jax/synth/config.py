@@ -19,18 +19,18 @@ class LlmSection(Section):
 
     name: str  # what the stages below call it
     model: str  # what its server calls it
-    base_url: str = "https://api.openai.com/v1"
+    base_url: str = "https://api.openai.com/v1"  # of an OpenAI-compatible server
     key_env: str | None = "OPENAI_API_KEY"  # the environment variable with its key; null: it wants none
     stream: bool = False  # some servers answer long requests only as a stream
-    temperature: NonNegativeFloat = 0.7
-    top_p: PositiveFloat = 0.9
-    max_tokens: PositiveInt = 2048
+    temperature: NonNegativeFloat = 0.7  # of sampling
+    top_p: PositiveFloat = 0.9  # of sampling
+    max_tokens: PositiveInt = 2048  # of a reply
     parameters: Mapping[str, str | None] = field(default_factory=dict)  # its own names for ours; null: it gets none
     timeout_seconds: PositiveFloat = 180.0  # of one whole call
-    requests_per_minute: PositiveFloat | None = None
-    tokens_per_minute: PositiveFloat | None = None
+    requests_per_minute: PositiveFloat | None = None  # None: no limit
+    tokens_per_minute: PositiveFloat | None = None  # None: no limit
     input_price: NonNegativeFloat = 0.0  # for a million tokens, in any one currency
-    output_price: NonNegativeFloat = 0.0
+    output_price: NonNegativeFloat = 0.0  # the same
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
@@ -49,7 +49,7 @@ class CallsSection(Section):
     concurrency: PositiveInt = 16  # calls at once, over all LLMs
     retries: NonNegativeInt = 6  # of one call, after faults that pass
     first_wait_seconds: PositiveFloat = 1.0  # doubled after each fault; a server's Retry-After goes before
-    longest_wait_seconds: PositiveFloat = 60.0
+    longest_wait_seconds: PositiveFloat = 60.0  # up to this
     longest_rest_seconds: PositiveFloat = 600.0  # that a server may ask for with Retry-After; more is cut to it
     give_up_after: PositiveInt = 20  # calls without a reply, or replies in a row without use: then the run stops
     reasks: NonNegativeInt = 2  # times that a malformed reply is asked again, with its fault named
@@ -59,16 +59,16 @@ class CallsSection(Section):
 class BudgetSection(Section):
     """Where to stop. Counts what the store holds, so over all starts of a run; calls in flight are finished."""
 
-    tokens: PositiveInt | None = None
-    cost: PositiveFloat | None = None
+    tokens: PositiveInt | None = None  # of prompts and replies; None: no limit
+    cost: PositiveFloat | None = None  # by the prices of the LLMs; None: no limit
 
 
 @dataclass(frozen=True)
 class SourcesSection(Section):
     """JSONL files: passages `{text, source, licence, meta}`, and dialogues whose replies are rewritten."""
 
-    passages: tuple[str, ...] = ()
-    dialogues: tuple[str, ...] = ()
+    passages: tuple[str, ...] = ()  # from which questions are made
+    dialogues: tuple[str, ...] = ()  # whose replies are rewritten
 
     def __post_init__(self) -> None:
         if not self.passages and not self.dialogues:
@@ -81,13 +81,13 @@ class CleanSection(Section):
 
     unicode: bool = True  # NFKC, also radicals that NFKC misses
     invisible: bool = True  # zero-width and control characters
-    links: bool = True
+    links: bool = True  # web addresses
     personal: bool = True  # phone and identity numbers, mail, WeChat and QQ ids: masked
-    advertisements: bool = True
+    advertisements: bool = True  # sentences that sell something
     injections: bool = True  # sentences that speak to an LLM
-    emoji: bool = True
-    emoticons: bool = True
-    punctuation: bool = True
+    emoji: bool = True  # removed
+    emoticons: bool = True  # removed
+    punctuation: bool = True  # made consistent
     repetitions: bool = True  # sentences said twice, characters repeated many times
     duplicates: bool = True  # texts that come twice
     shortest: PositiveInt = 20  # characters of a passage; shorter ones are skipped
@@ -97,10 +97,10 @@ class CleanSection(Section):
 class QuestionsSection(Section):
     """Questions from passages."""
 
-    llm: str = "writer"
+    llm: str = "writer"  # that writes them
     single: NonNegativeInt = 2  # questions a passage with one right answer
     multi: NonNegativeInt = 2  # and with several
-    least_options: PositiveInt = 4
+    least_options: PositiveInt = 4  # of a question
 
     def __post_init__(self) -> None:
         if self.single + self.multi < 1:
@@ -125,7 +125,7 @@ class ControlSection(Section):
 class RationalesSection(Section):
     """Rationales by prompt optimization."""
 
-    llm: str = "writer"
+    llm: str = "writer"  # that writes them
     rounds: NonNegativeInt = 2  # T; ours: not published
     judge: str | None = None  # an LLM that says which of two rationales is better, and so whether a round is taken
 
@@ -134,15 +134,15 @@ class RationalesSection(Section):
 class DialoguesSection(Section):
     """Warmer replies."""
 
-    llm: str = "writer"
-    checker: str = "judge"
+    llm: str = "writer"  # that rewrites replies
+    checker: str = "judge"  # that compares the new reply with the old one
 
 
 @dataclass(frozen=True)
 class SelectionSection(Section):
     """Which questions go to SFT and which to RL."""
 
-    llms: tuple[str, ...] = ("writer",)
+    llms: tuple[str, ...] = ("writer",)  # that answer every question
     samples: PositiveInt = 1  # answers of each LLM to each question
 
     def __post_init__(self) -> None:
@@ -189,10 +189,10 @@ class SelectConfig(Section):
     """Selection alone, of questions from files."""
 
     run: RunSection
-    out: str
+    out: str  # where the records go: a new folder
     questions: tuple[str, ...]  # JSONL files of `Question`
     llms: tuple[LlmSection, ...]
-    prompts: str | None = None
+    prompts: str | None = None  # a folder whose prompts take the place of the package's
     calls: CallsSection = field(default_factory=CallsSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     selection: SelectionSection = field(default_factory=SelectionSection)
