@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_FLAGS ?=
 
-.PHONY: demo test test-fast lint environment real-model tpu-compiler lock lowest clean
+.PHONY: demo test test-fast lint docs environment real-model tpu-compiler lock lowest clean
 
 environment: $(VENV)/.installed
 
@@ -51,6 +51,10 @@ lint: environment
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site of docs/, in build/site; a link that leads nowhere fails it.
+docs: environment
+	$(BIN)/mkdocs build --strict --quiet
 
 # Rewrites requirements.lock from pyproject.toml, for all Pythons: on 3.11 with the last JAX that it installs, from 3.12
 # on with the newest. What stands there already stays if it can; without the file all are the newest. Needs uv.
