@@ -9,7 +9,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", **{name: name for name in ("CONTRIBUTING.md", "CHANGELOG.md")}}
+PAGES = {"README.md": "index.md", **{name: name for name in ("README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md")}}
 LINK = re.compile(r'\[([^\[\]]*)\]\(([^()\s#:]+)(#[^()\s]*)?\)|(src|href)="([^"#:]+)"')
 
 
