@@ -19,7 +19,12 @@ import psyche_jax
 PACKAGE = Path(psyche_jax.__file__).parent
 PROJECT = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-OPTIONAL = {"torch": "torch", "wandb": "wandb", "redis": "redis"}  # module: distribution; need not be installed
+OPTIONAL = {
+    "torch": "torch",
+    "wandb": "wandb",
+    "redis": "redis",
+    "openpyxl": "openpyxl",
+}  # module: distribution; need not be installed
 OF_GOOGLE = {"google.cloud": "google-cloud-storage", "google.auth": "google-auth", "google.api_core": "google-api-core"}
 OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields"}
 PRIVATE_IN = {"buckets.py"}  # each with a test below that says what it relies on
@@ -69,7 +74,7 @@ def names(lines: list[str]) -> set[str]:
 
 def test_every_import_is_declared():
     declared = names(PROJECT["dependencies"])
-    extras = names([line for extra in ("torch", "wandb", "redis") for line in EXTRAS[extra]])
+    extras = names([line for extra in ("torch", "wandb", "redis", "xlsx") for line in EXTRAS[extra]])
     undeclared = {
         f"{file} imports {module}, of {distributions(module) or 'nothing installed'}"
         for module, file in imported().items()
@@ -88,7 +93,7 @@ def test_every_dependency_has_a_lower_bound():
     """`make lowest` installs these and runs the tests that touch them."""
     lines = [
         *PROJECT["dependencies"],
-        *(line for extra in ("tpu", "torch", "wandb", "redis") for line in EXTRAS[extra]),
+        *(line for extra in ("tpu", "torch", "wandb", "redis", "xlsx") for line in EXTRAS[extra]),
     ]
     assert [line for line in lines if not any(part.operator == ">=" for part in Requirement(line).specifier)] == []
 

@@ -7,9 +7,15 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least
 from psyche_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from psyche_jax.data.mapping import ImportConfig
+
+_Parser: TypeAlias = argparse.ArgumentParser
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -17,38 +23,49 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "data",
         _data,
-        "Look at, check, print or copy data sets (folders of ArrayRecord files with a manifest), also in buckets.",
-        "psyche data copy data/sft gs://my-bucket/sft",
+        "Make data sets (folders of ArrayRecord files with a manifest) of your data; list, check, print, copy them.",
+        "psyche data import exam.csv data/exam\n  psyche data import --help",
     )
-    actions = {
-        "ls": "list the data sets at or under URI",
-        "verify": "read every byte and compare checksums",
-        "cat": "print records, one JSON object a line",
-        "copy": "copy to TO, the manifest last",
-        "import": "read public data (--format) or any rows (--config) at URI, write the clean records to TO",
-    }
-    verb.add_argument(
-        "action", choices=actions, metavar="ACTION", help="; ".join(f"{name}: {text}" for name, text in actions.items())
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add_action(name: str, text: str, example: str, what: str = "a folder or gs://bucket/prefix") -> _Parser:
+        action = actions.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=f"Example:\n  psyche data {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        action.add_argument("uri", metavar="URI", help=what)
+        return action
+
+    rows = "JSONL, JSON, CSV, TSV, Excel or Parquet: a file or a folder, in a bucket too, or hub:NAME[@REVISION]"
+    action = add_action("import", "make records of a table, dialogues or public data", "exam.csv data/exam", rows)
+    action.add_argument("to", metavar="TO", help="where the records are written, a new folder or gs://bucket/prefix")
+    what = "which column is what (default: guessed from the header); such as import"
+    add_config(action, what, required=False)
+    action.add_argument(
+        "--hold-out",
+        type=float,
+        metavar="SHARE",
+        help="of the questions, kept from training for `psyche eval` (0.1; 0 for none); a case is kept as a whole",
     )
-    verb.add_argument(
-        "uri",
-        metavar="URI",
-        help="a local folder or gs://bucket/prefix; of `import` a file or folder, in a bucket with --config only, "
-        "or (--config) hub:NAME[@REVISION]",
-    )
-    verb.add_argument("to", metavar="TO", nargs="?", help="where `copy` and `import` write")
-    verb.add_argument(
+    action.add_argument(
         "--format",
         choices=("cpsyexam", "pceb", "smile"),
-        help="of what `import` reads, as published: a JSON or JSONL file, a folder or a zip of them",
+        help="public data as published: a JSON or JSONL file, a folder or a zip of them",
     )
-    what = "which column is what, where `import` reads JSONL, CSV, Parquet or a data set on the Hugging Face hub"
-    add_config(verb, f"{what}; such as import", required=False)
-    verb.add_argument("--report", type=Path, metavar="FILE", help="`import` also writes what it skipped, as JSON")
-    verb.add_argument("--limit", type=int, metavar="N", help="`cat` prints only the first N records")
-    verb.add_argument(
-        "--deadline", type=float, metavar="SECONDS", help="give up on a file in a bucket after that long (300)"
-    )
+    action.add_argument("--report", type=Path, metavar="FILE", help="also write what is skipped and why, as JSON")
+    add_action("ls", "list the data sets at or under URI", "gs://my-bucket/data")
+    add_action("verify", "read every byte and compare checksums", "gs://my-bucket/data/sft")
+    action = add_action("cat", "print records, one JSON object a line", "data/exam/sft --limit 3")
+    action.add_argument("--limit", type=int, metavar="N", help="only the first N records")
+    action = add_action("copy", "copy a data set, its manifest last", "data/exam/sft gs://my-bucket/sft")
+    action.add_argument("to", metavar="TO", help="a new folder or gs://bucket/prefix")
+    for action in actions.choices.values():
+        action.add_argument(
+            "--deadline", type=float, metavar="SECONDS", help="give up on a file in a bucket after that long (300)"
+        )
 
     verb = add(
         "pack",
@@ -64,7 +81,7 @@ def add_verbs(add: AddVerb) -> None:
         "Take out of training data what a benchmark asks: exact and near copies, and questions on its cases.",
         "psyche decontaminate --train data/cpsyexam --eval data/pceb --out data/clean",
     )
-    verb.add_argument("--train", required=True, metavar="URI", help="a data set of records of any kind")
+    verb.add_argument("--train", required=True, metavar="URI", help="records of any kind: a data set or a JSONL file")
     verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
     verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
     verb.add_argument(
@@ -76,25 +93,10 @@ def add_verbs(add: AddVerb) -> None:
 def _data(arguments: argparse.Namespace) -> None:
     from psyche_jax.storage import buckets
 
-    action, uri = arguments.action, arguments.uri
-    if (action in ("copy", "import")) != (arguments.to is not None):
-        needs_two = f"{action} needs two addresses: psyche data {action} URI TO"
-        raise UsageError(needs_two if arguments.to is None else "too many addresses")
-    if (action == "import") != ((arguments.format is None) != (arguments.config is None)):
-        raise UsageError("import needs either --format or --config, and the others take neither")
-    if arguments.format is not None and ("://" in uri or uri.startswith("hub:")):
-        raise UsageError(
-            f"{uri}: --format reads local files; copy them here first, or say with --config what they hold"
-        )
-    if arguments.overrides and arguments.config is None:
-        raise UsageError("--set goes with the --config of import")
-    if arguments.report is not None and action != "import":
-        raise UsageError("--report goes with import")
     if arguments.deadline is not None and not 0 < arguments.deadline < math.inf:
         raise UsageError(f"--deadline must be positive, not {arguments.deadline}")
-    check_at_least("limit", arguments.limit, 1)
     with buckets.deadline(arguments.deadline):
-        _do(action, uri, arguments)
+        _do(arguments.action, arguments.uri, arguments)
 
 
 def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
@@ -109,6 +111,7 @@ def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
         for name in others:
             print(f"{uri}: {name} is not part of it and may be removed")
     elif action == "cat":
+        check_at_least("limit", arguments.limit, 1)
         for content in dataset.first_records(uri, arguments.limit):
             print(content)
     elif action == "import":
@@ -118,39 +121,74 @@ def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    uri, to = arguments.uri, arguments.to
+    uri, to, share = arguments.uri, arguments.to, arguments.hold_out
+    if arguments.format is not None and (arguments.config is not None or arguments.overrides):
+        raise UsageError("--format knows the columns; leave out --config and --set")
+    if arguments.format is not None and ("://" in uri or uri.startswith("hub:")):
+        raise UsageError(f"{uri}: --format reads local files; copy them here first, or leave --format out")
+    if share is not None and not 0 <= share < 1:
+        raise UsageError(f"--hold-out must be from 0 to below 1, not {share:g}")
     from psyche_jax.data.imports import Imported, NoRecordsError
-    from psyche_jax.data.mapping import ImportConfig, import_rows
+    from psyche_jax.data.mapping import import_rows
+    from psyche_jax.data.parts import SKIPPED, Parts, import_parts
 
-    def report(found: Imported | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
+    def report(found: Imported | Parts | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
         if arguments.report is not None:
             from psyche_jax.storage.files import write_json
 
             counts = {"source": uri, "records": records, "faults": dict(found.faults), "remarks": remarks}
             write_json(arguments.report, {**counts, "set_aside": found.set_aside})
 
+    config = _import_config(arguments)
+    if share is not None and (config is None or config.record is not None):
+        raise UsageError(
+            "--hold-out parts what a table gives into sft, rl and held_out: leave out --format and `record`"
+        )
     try:
-        if arguments.format is not None:
+        if config is None:
             from psyche_jax.data.public import import_public
 
-            imported = import_public(arguments.format, Path(uri), to)
+            imported: Imported | Parts = import_public(arguments.format, Path(uri), to)
+        elif config.record is not None:
+            imported = import_rows(uri, to, config)
         else:
-            from psyche_jax.config_files import load_config
-
-            imported = import_rows(uri, to, load_config(ImportConfig, arguments.config, arguments.overrides))
+            imported = import_parts(uri, to, config, 0.1 if share is None else share)
     except NoRecordsError as error:
         report(error, 0)
         raise
-    print(f"{to}: {imported.manifest}")
-    for line in imported.set_aside:
+    manifests = imported.manifests if isinstance(imported, Parts) else {"": imported.manifest}
+    for name, manifest in manifests.items():
+        print(f"{to}{name and '/'}{name}: {manifest}")
+    shown = imported.set_aside[: 10 if isinstance(imported, Parts) else None]
+    for line in shown:
         print(f"skipped: {line}", file=sys.stderr)
-    mended = "; faults seen, mended ones among them" if arguments.format is not None else ""
-    print(f"{len(imported.set_aside)} skipped{mended}{':' if imported.faults else ''}")
+    if len(shown) < len(imported.set_aside):
+        print(f"all {len(imported.set_aside)} are named in {to}/{SKIPPED}", file=sys.stderr)
+    rows = len(imported.set_aside)
+    mended = "; faults seen, mended ones among them" if config is None else ""
+    print(f"skipped {rows} row{'' if rows == 1 else 's'}{mended}{':' if imported.faults else ''}")
     for fault, count in imported.faults.most_common():
         print(f"{count:8} {fault}")
     for remark in imported.remarks:
         print(f"look here: {remark}")
-    report(imported, imported.manifest.records, imported.remarks)
+    report(imported, sum(manifest.records for manifest in manifests.values()), imported.remarks)
+
+
+def _import_config(arguments: argparse.Namespace) -> "ImportConfig | None":
+    """That of `--config`, else one that is guessed and shown; None of public data."""
+    if arguments.format is not None:
+        return None
+    from psyche_jax.config_files import load_config
+    from psyche_jax.data.guessing import guess_config
+    from psyche_jax.data.mapping import ImportConfig
+
+    if arguments.config is not None:
+        return load_config(ImportConfig, arguments.config, arguments.overrides)
+    config, lines = guess_config(arguments.uri, arguments.overrides)
+    print(f"{arguments.uri}, guessed (--set columns.PART=COLUMN changes it, null takes it out):")
+    for line in lines:
+        print(f"  {line}")
+    return config
 
 
 def _pack(arguments: argparse.Namespace) -> None:
@@ -172,6 +210,8 @@ def _decontaminate(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.near <= 1:
         raise UsageError(f"--near must be above 0 and at most 1, not {arguments.near}")
     result = decontaminate_places(arguments.train, arguments.eval, arguments.out, arguments.near)
+    for line in result.set_aside:
+        print(f"skipped: {line}", file=sys.stderr)
     summary = result.summary()
     if arguments.json:
         print(json.dumps(summary, ensure_ascii=False))

@@ -3,18 +3,17 @@
 Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`comparable`).
 """
 
-import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from psyche_jax.data.dataset import is_dataset, load_any_records, load_records, write_dataset
+from psyche_jax.data.dataset import load_any_records, load_records, write_dataset
 from psyche_jax.data.records import BaseRecord, Dialogue, Question
-from psyche_jax.data.text import comparable
+from psyche_jax.data.text import comparable, lettered_options
 from psyche_jax.errors import UserError
 
 SHINGLE = 5
@@ -29,7 +28,6 @@ NEAR = 0.3  # of the shingles of both; docs/data.md says what was seen above and
 SHARED_CASE = 0.5  # of a case's shingles
 HELD = 0.8  # of the shingles of one, where the other one is longer
 _LEAST = 12  # shingles: "the main symptom is" with two options is asked about every case and says nothing by itself
-_OPTION = re.compile(r"(?<![A-Za-z])([A-Z])\s*[.、:)]\s*")
 
 Reason = Literal["exact", "near", "case"]
 _REASONS: tuple[Reason, ...] = ("exact", "case", "near")
@@ -52,11 +50,13 @@ class Decontaminated:
     """`clean` are the records that share nothing; `leaks` name one reason for each of the others.
 
     `leaked`: all benchmark records that some training record shares something with, by id, with the reason.
+    `set_aside`: a line for each training record that could not be read.
     """
 
     clean: tuple[BaseRecord, ...]
     leaks: tuple[Leak, ...]
     leaked: dict[str, Reason]
+    set_aside: tuple[str, ...] = ()
 
     def summary(self) -> dict[str, Any]:
         """Counts by reason, how many of the benchmark's records leak, and the first examples of each reason."""
@@ -93,16 +93,14 @@ def decontaminate(
 
 
 def decontaminate_places(train: str, evaluation: str, out: str, near: float = NEAR) -> Decontaminated:
-    """Read both, write the clean records as a data set to `out`.
+    """Read both, data sets or JSONL files, and write the clean records as a data set to `out`.
 
     Raises:
       UserError: one cannot be read, nothing is clean, or `out` is taken.
     """
-    if not is_dataset(train):
-        raise UserError(f"{train}: must be a data set; make one with `psyche data import`")
     records = load_any_records(train)
     questions = load_records(Question, evaluation)
-    result = decontaminate(records.good, questions.good, near)
+    result = replace(decontaminate(records.good, questions.good, near), set_aside=records.set_aside)
     if not result.clean:
         raise UserError(f"{train}: every record leaks into {evaluation}; nothing is left to write")
     write_dataset(out, result.clean, {"decontaminated": {"train": train, "evaluation": evaluation, "near": near}})
@@ -190,14 +188,4 @@ def _text(record: BaseRecord) -> tuple[str, tuple[str, ...]]:
         return record.stem, tuple(record.options.values())
     turns = record.turns if isinstance(record, Dialogue) else record.messages  # type: ignore[attr-defined]
     text = unicodedata.normalize("NFKC", "\n".join(turn.content for turn in turns if turn.role == "user"))
-    markers: list[re.Match[str]] = []
-    for marker in _OPTION.finditer(text):  # those that go A, B, C, … to the last one
-        if ord(marker[1]) == ord("A") + len(markers):
-            markers.append(marker)
-    if len(markers) < 2:
-        return text, ()
-    ends = [marker.start() for marker in markers[1:]]
-    last = text.find("\n", markers[-1].end())
-    ends.append(last if last >= 0 else len(text))
-    options = tuple(text[marker.end() : end].strip() for marker, end in zip(markers, ends, strict=True))
-    return f"{text[: markers[0].start()]}\n{text[ends[-1] :]}", options
+    return lettered_options(text)

@@ -33,8 +33,12 @@ class Notes:
         """Skip a row; `kind` is what is counted, unless the error says that itself."""
         if not isinstance(error, RowError):
             error = RowError(kind, fault_of(error)) if kind else RowError(fault_of(error))
-        self.faults[error.reason] += 1
-        self.set_aside.append(f"{where}: {error}")
+        self.note(where, error.reason, str(error))
+
+    def note(self, where: str, reason: str, line: str = "") -> None:
+        """Skip a row for a reason, which is counted; the line says more, if there is more to say."""
+        self.faults[reason] += 1
+        self.set_aside.append(f"{where}: {line or reason}")
 
 
 @dataclass(frozen=True)

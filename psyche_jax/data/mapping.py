@@ -26,14 +26,43 @@ from psyche_jax.data.records import (
     question_to_sft,
 )
 from psyche_jax.data.sources import ReadingSection, Row, read_rows
+from psyche_jax.data.text import lettered_options
 from psyche_jax.errors import RowError, UsageError
 from psyche_jax.rewards.reference import with_thought
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 
-_HEAD = 1000  # rows in which a column must appear
+HEAD = 1000  # rows in which a column must appear
 _LETTERS = string.ascii_uppercase
 _NO_TEXT = (bool, list, Mapping)
+KINDS: Mapping[str, Kind] = {  # words for a question of one answer and of several
+    **dict.fromkeys(
+        ["single", "单选", "单选题", "单项选择", "单项选择题", "判断", "判断题", "是非题", "A1", "A2", "true/false"],
+        "single",
+    ),
+    **dict.fromkeys(
+        [
+            "multi",
+            "multiple",
+            "多选",
+            "多选题",
+            "多项选择",
+            "多项选择题",
+            "不定项",
+            "不定项选择",
+            "不定项选择题",
+            "X型题",
+        ],
+        "multi",
+    ),
+}
+_BEFORE_ANSWER = re.compile(r"^(?:(?:正确|标准|参考)?答案|answer|应选|选)?\s*[是为]?\s*:?\s*", re.IGNORECASE)
+_TRUTH = {  # what is ticked of a statement: whether it is right
+    **dict.fromkeys(["正确", "对", "是", "√", "✓", "✔", "真", "true", "t", "yes", "y", "right"], True),
+    **dict.fromkeys(
+        ["错误", "错", "否", "×", "✗", "✘", "假", "false", "f", "no", "n", "wrong", "不正确", "不对"], False
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +70,12 @@ class ColumnsSection(Section):
     """The column that holds each part of a record. Exactly one of question, user and messages must be named."""
 
     question: str | None = None  # the stem of an exam question
-    options: str | tuple[str, ...] | None = None  # one column with a list or {letter: text}; or a column for each
+    options: str | tuple[str, ...] | None = None  # a column for each, or one with a list, {letter: text} or "A. … B. …"
     answer: str | None = None  # the key; `answer_is` says how it is written
+    case: str | None = None  # what several questions are about; comes before the stem
     kind: str | None = None  # single or multi, in the words of `kinds`; without it the number of letters decides
     rationale: str | None = None  # the reasoning
-    user: str | None = None  # of dialogues of one turn: what is asked
+    user: str | tuple[str, ...] | None = None  # of dialogues of one turn: what is asked, of several columns by lines
     assistant: str | None = None  # and the reply
     system: str | None = None  # a system prompt of the row's own
     messages: str | None = None  # of dialogues: a list of turns; `turns` says what they look like
@@ -64,13 +94,12 @@ class TurnsSection(Section):
     )
 
 
-# Which columns each record must have in each form of rows, and which it may have.
-_USES: dict[tuple[str, Form], tuple[tuple[str, ...], tuple[str, ...]]] = {
-    ("Question", "question"): (("options", "answer"), ("kind", "rationale")),
-    ("RlPrompt", "question"): (("options", "answer"), ("kind",)),
+USES: dict[tuple[str, Form], tuple[tuple[str, ...], tuple[str, ...]]] = {
+    ("Question", "question"): (("options", "answer"), ("kind", "rationale", "case")),
+    ("RlPrompt", "question"): (("options", "answer"), ("kind", "rationale", "case")),  # without reading the rationale
     ("RlPrompt", "user"): (("answer",), ("kind", "system")),
     ("RlPrompt", "messages"): (("answer",), ("kind",)),
-    ("SftExample", "question"): (("options", "answer", "rationale"), ("kind",)),
+    ("SftExample", "question"): (("options", "answer", "rationale"), ("kind", "case")),
     ("SftExample", "user"): (("assistant",), ("system", "rationale")),
     ("SftExample", "messages"): ((), ()),
     ("Dialogue", "user"): (("assistant",), ("system", "rationale")),
@@ -82,12 +111,11 @@ _USES: dict[tuple[str, Form], tuple[tuple[str, ...], tuple[str, ...]]] = {
 class ImportConfig(Section):
     """How the rows of a source become records."""
 
-    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"]  # what the rows become
     columns: ColumnsSection
+    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"] | None = None  # null: all that the rows give
     turns: TurnsSection = field(default_factory=TurnsSection)
-    answer_is: Literal["letters", "index", "text"] = "letters"  # "A,C"; 0 for A; the text of the option
-    # How the column of `columns.kind` calls the two kinds.
-    kinds: dict[str, Kind] = field(default_factory=lambda: {"single": "single", "multi": "multi"})
+    answer_is: Literal["letters", "index", "number", "text"] = "letters"  # "A,C"; 0 for A; 1 for A; the option's text
+    kinds: dict[str, Kind] = field(default_factory=lambda: dict(KINDS))  # how the column of `columns.kind` calls them
     reading: ReadingSection = field(default_factory=ReadingSection)
 
     def __post_init__(self) -> None:
@@ -95,17 +123,24 @@ class ImportConfig(Section):
         if len(named) != 1:
             found = " and ".join(named) or "none"
             raise ValueError(f"columns must name one of question, user and messages, not {found}")
-        if (self.record, self.form) not in _USES:
+        if (self.base, self.form) not in USES:
             raise ValueError(f"record: {self.record} cannot be made of columns.{self.form}")
-        must, may = _USES[self.record, self.form]
-        given = dict(self._columns())
+        must, may = USES[self.base, self.form]
+        given = dict(self.named_columns())
         for name, column in given.items():
             if name not in (self.form, "meta", *must, *may):
-                raise ValueError(f"columns.{name}: {column!r} has no place in {self.record} with columns.{self.form}")
+                raise ValueError(f"columns.{name}: {column!r} has no place in {self.base} with columns.{self.form}")
         if absent := [name for name in must if name not in given]:
-            raise ValueError(f"columns.{absent[0]} must be named for {self.record} with columns.{self.form}")
+            raise ValueError(f"columns.{absent[0]} must be named for {self.base} with columns.{self.form}")
         if self.answer_is == "text" and self.columns.options is None:
             raise ValueError("answer_is: text needs columns.options to find it in")
+
+    @property
+    def base(self) -> Literal["Question", "Dialogue", "SftExample", "RlPrompt"]:
+        """The record that a row becomes, from which, if `record` is null, the others are made."""
+        if self.record is not None or self.form == "question":
+            return self.record or "Question"
+        return "Dialogue" if self.columns.answer is None else "RlPrompt"
 
     @property
     def form(self) -> Form:
@@ -114,7 +149,7 @@ class ImportConfig(Section):
             return "question"
         return "user" if self.columns.user is not None else "messages"
 
-    def _columns(self) -> Iterator[tuple[str, str]]:
+    def named_columns(self) -> Iterator[tuple[str, str]]:
         """The parts that are named, with their columns."""
         for entry in fields(self.columns):
             value = getattr(self.columns, entry.name)
@@ -123,7 +158,7 @@ class ImportConfig(Section):
 
     def check_columns(self, source: str, there: list[str]) -> None:
         """Raises UsageError for a column that the source does not have, with the nearest one."""
-        for name, column in self._columns():
+        for name, column in self.named_columns():
             if column not in there:
                 nearest = difflib.get_close_matches(column, there, 1, 0.5)
                 hint = f"did you mean {nearest[0]!r}?" if nearest else f"columns there: {', '.join(there)}"
@@ -146,33 +181,43 @@ def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
       UsageError: the config names a column that is in none of the first 1,000 rows.
     """
     notes = Notes()
+    records = (record for _, record in records_of(source, config, notes))
+    origin = {"source": source, "import": config_to_dict(config)}
+    return write_import(target, records, origin, notes, lambda: no_record(source, config, notes))
 
-    def records() -> Iterator[BaseRecord]:
-        seen: dict[str, tuple[str, Any]] = {}
-        for where, row in _checked(source, config):
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                record = record_of(row, config)
-                identity, key = record.id, getattr(record, "answer", None)  # type: ignore[attr-defined]
-                earlier, its_key = seen.setdefault(identity, (where, key))
-                if earlier != where:
-                    other = "" if key == its_key else " with another answer"
-                    raise RowError(f"a duplicate{other}", f"of {earlier}")
-            except ValueError as error:
-                notes.leave_out(where, error)
-                continue
-            yield record
 
-    def none() -> str:
-        return f"{source}: no row gives a {config.record}{first_of(notes.set_aside) or ': it holds no rows'}"
+def no_record(source: str, config: ImportConfig, notes: Notes) -> str:
+    """What is said where no row gives one."""
+    return f"{source}: no row gives a {config.base}{first_of(notes.set_aside) or ': it holds no rows'}"
 
-    return write_import(target, records(), {"source": source, "import": config_to_dict(config)}, notes, none)
+
+def records_of(source: str, config: ImportConfig, notes: Notes) -> Iterator[tuple[str, BaseRecord]]:
+    """The places and records of a source's rows, as they come; what is skipped goes into `notes`.
+
+    Raises:
+      UserError: the source cannot be read.
+      UsageError: the config names a column that is in none of the first 1,000 rows.
+    """
+    seen: dict[str, tuple[str, Any]] = {}
+    for where, row in _checked(source, config):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            record = record_of(row, config)
+            identity, key = record.id, getattr(record, "answer", None)  # type: ignore[attr-defined]
+            earlier, its_key = seen.setdefault(identity, (where, key))
+            if earlier != where:
+                other = "" if key == its_key else " with another answer"
+                raise RowError(f"repeats an earlier row{other}", earlier)
+        except ValueError as error:
+            notes.leave_out(where, error)
+            continue
+        yield where, record
 
 
 def _checked(source: str, config: ImportConfig) -> Iterator[Row]:
     rows = read_rows(source, config.reading)
-    head = list(itertools.islice(rows, _HEAD))
+    head = list(itertools.islice(rows, HEAD))
     there = dict.fromkeys(name for _, row in head if not isinstance(row, RowError) for name in row)
     if there:
         config.check_columns(source, list(there))
@@ -194,34 +239,43 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
     meta = {name: _plain(row.get(name)) for name in columns.meta}
     if config.form == "question":
         question = _question(row, config, meta)
-        if config.record == "Question":
+        if config.base == "Question":
             return question
-        return question_to_rl(question) if config.record == "RlPrompt" else question_to_sft(question)
+        return question_to_rl(question) if config.base == "RlPrompt" else question_to_sft(question)
     turns = _turns(row, config)
-    if config.record == "RlPrompt":
+    if config.base == "RlPrompt":
         answer = _answer(row, config, {})
         return RlPrompt(turns, answer, _kind(row, config, answer), meta=meta)
-    return SftExample(turns, meta=meta) if config.record == "SftExample" else Dialogue(turns, meta=meta)
+    return SftExample(turns, meta=meta) if config.base == "SftExample" else Dialogue(turns, meta=meta)
 
 
 def _question(row: Mapping[str, Any], config: ImportConfig, meta: dict[str, Any]) -> Question:
+    columns = config.columns
+    stem = _text(row, columns.question)
     options = _options(row, config)
+    if columns.options == columns.question:
+        stem = lettered_options(stem)[0].strip()
     answer = _answer(row, config, options)
     if beyond := [letter for letter in answer if letter not in options]:
-        raise RowError("the answer names no option", f"{beyond[0]}, options {''.join(options)}")
+        raise RowError(f"the answer is not {min(options)} to {max(options)}", beyond[0])
     rationale = None
-    if (column := config.columns.rationale) is not None:
-        rationale = _text(row, column) if config.record == "SftExample" else _optional_text(row, column)
-    stem = _text(row, config.columns.question)
+    if columns.rationale is not None and config.base != "RlPrompt":
+        read = _text if config.base == "SftExample" else _optional_text
+        rationale = read(row, columns.rationale)
+    if case := _optional_text(row, columns.case):
+        stem, meta = f"{case}\n{stem}", {**meta, "case": case, "question": stem}
     return Question(stem, options, answer, _kind(row, config, answer), rationale, meta=meta)
 
 
 def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
-    """Texts by letter. Empty ones at the end are none: tables have as many columns as their longest question."""
+    """Texts by letter. Empty ones at the end are none: tables have as many columns as their longest question.
+
+    A statement to be ticked, without options, has those of which its answer is one.
+    """
     columns = config.columns.options
     value = row.get(columns) if isinstance(columns, str) else [row.get(column) for column in columns or ()]
-    if isinstance(value, str):
-        value = _json(value, columns)
+    if isinstance(value, str) and value.strip():
+        value = [*lettered_options(value)[1]] or _json(value, columns)
     if isinstance(value, Mapping):
         letters = sorted(
             name for name, text in value.items() if _is_filled(text) or isinstance(text, bool | list | dict)
@@ -229,58 +283,94 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
         if letters != list(_LETTERS[: len(letters)]):
             raise RowError("options are not lettered A, B, …", ", ".join(map(str, letters)))
         value = [value[letter] for letter in letters]
+    if not _is_filled(value) and not isinstance(value, list):
+        value = []
     if not isinstance(value, list):
         raise RowError("options are no list and no mapping of letters", repr(value)[:80])
     texts = list(value)
     while texts and not _is_filled(texts[-1]):
         texts.pop()
+    if not texts and _truth(row.get(config.columns.answer or "")) is not None:
+        chinese = re.search("[\u4e00-\u9fff]", str(row.get(config.columns.question or "")))
+        return {"A": "正确", "B": "错误"} if chinese else {"A": "True", "B": "False"}
     if not 2 <= len(texts) <= len(_LETTERS):
         raise RowError("fewer than two options, or more than 26", str(len(texts)))
     if any(isinstance(text, _NO_TEXT) for text in texts):
         raise RowError("an option is neither text nor a number")
-    if not all(map(_is_filled, texts)):
-        raise RowError("an option is empty")
-    return {letter: str(text).strip() for letter, text in zip(_LETTERS, texts, strict=False)}
+    if empty := [letter for letter, text in zip(_LETTERS, texts, strict=False) if not _is_filled(text)]:
+        raise RowError(f"option {empty[0]} is empty and a later one is not")
+    options = {letter: str(text).strip() for letter, text in zip(_LETTERS, texts, strict=False)}
+    marked = [re.match(rf"{letter}\s*[.．、:：)）]\s*(?=\S)", text) for letter, text in options.items()]
+    if all(marked):  # `A. 甲` under A
+        return {
+            letter: text[mark.end() :] for mark, (letter, text) in zip(marked, options.items(), strict=True) if mark
+        }
+    return options
 
 
 def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, str]) -> str:
     """Letters in order, as the column's value says them in the way of `answer_is`."""
     column = config.columns.answer
     value = row.get(column or "")
-    if not _is_filled(value) and not isinstance(value, list):
-        raise RowError(f"no text in {column!r}")
     parts: list[Any] = value if isinstance(value, list) else [value]
+    if not parts or (not isinstance(value, list | bool) and not _is_filled(value)):
+        raise RowError(f"no text in {column!r}")
     letters: set[str] = set()
     for part in parts:
-        if not _is_filled(part):
+        if not _is_filled(part) and not isinstance(part, bool):
             raise RowError("a part of the answer is empty, or neither text nor a number", repr(part)[:80])
         if config.answer_is == "text":
             named = [letter for letter, text in options.items() if text == str(part).strip()]
             if len(named) != 1:
                 raise RowError("the answer is not the text of one option", repr(part)[:80])
             letters |= {*named}
-        elif config.answer_is == "index":
-            if not re.fullmatch("[0-9]{1,2}", str(part)) or int(part) >= len(_LETTERS):
-                raise RowError("the answer is no index of an option", repr(part)[:80])
-            letters.add(_LETTERS[int(part)])
+        elif config.answer_is in ("index", "number"):
+            first = int(config.answer_is == "number")
+            if not re.fullmatch("[0-9]{1,2}", str(part)) or not first <= int(part) < len(_LETTERS) + first:
+                raise RowError(f"the answer is no {config.answer_is} of an option", repr(part)[:80])
+            letters.add(_LETTERS[int(part) - first])
         else:
-            written = unicodedata.normalize("NFKC", str(part)).strip()
-            words = re.split(r"[\s,、;/|]+", written)
-            if not all(re.fullmatch("[A-Z]+|[a-z]", word) for word in words):
-                raise RowError("the answer is no option letters", repr(part)[:80])
-            letters |= {*"".join(words).upper()}
-    if not letters:
-        raise RowError(f"no text in {column!r}")
+            letters |= _letters(part, options)
     return "".join(sorted(letters))
+
+
+def _letters(part: Any, options: Mapping[str, str]) -> set[str]:
+    """The letters of an answer as people write it: "AC", "A、C", "ac", "（B）", "答案：B。", "B. 正强化", "√"."""
+    written = _same_width(part)
+    ticked = {_truth(text): letter for letter, text in options.items()}
+    if (truth := _truth(part)) is not None and {True, False} <= {*ticked}:
+        return {ticked[truth]}
+    words = [word for word in re.split(r"[\s,、;/|.。()\[\]【】]+", _BEFORE_ANSWER.sub("", written)) if word]
+    in_order = [word.upper() for word in words if list(word) == sorted({*word}) and {*word.upper()} <= {*options}]
+    if words and all(re.fullmatch("[A-Z]+|[a-z]", word) or word.upper() in in_order for word in words):
+        return {*"".join(words).upper()}
+    named = [
+        letter
+        for letter, text in options.items()
+        if re.fullmatch(rf"(?:{letter}\s*[.、:)]\s*)?{re.escape(_same_width(text))}", written)
+    ]
+    if len(named) != 1:
+        raise RowError("the answer is neither letters of options nor the text of one", repr(part)[:80])
+    return {*named}
+
+
+def _same_width(text: Any) -> str:
+    return unicodedata.normalize("NFKC", str(text)).strip()
+
+
+def _truth(value: Any) -> bool | None:
+    """Whether a tick or a word says that a statement is right; None if it says something else."""
+    return _TRUTH.get(_same_width(value).casefold())
 
 
 def _kind(row: Mapping[str, Any], config: ImportConfig, answer: str) -> Kind:
     column = config.columns.kind
     if column is None:
         return "multi" if len(answer) > 1 else "single"
-    kind = config.kinds.get(_text(row, column))
+    written = _text(row, column)
+    kind = config.kinds.get(written) or config.kinds.get(written.lower())
     if kind is None:
-        raise RowError(f"a kind that `kinds` does not name in {column!r}", repr(row[column])[:80])
+        raise RowError(f"a kind that `kinds` does not name in {column!r}", repr(written)[:80])
     if kind == "single" and len(answer) > 1:
         raise RowError("several letters answer a question of one answer", answer)
     return kind
@@ -291,7 +381,11 @@ def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
     if config.form == "user":
         system = _optional_text(row, columns.system)
         first = [] if system is None else [Message("system", system)]
-        asked = [*first, Message("user", _text(row, columns.user))]
+        if isinstance(columns.user, tuple):
+            text = "\n".join(filter(None, (_optional_text(row, column) for column in columns.user)))
+        else:
+            text = _text(row, columns.user)
+        asked = [*first, Message("user", text)]
         if columns.assistant is None:
             return tuple(asked)
         reply = _text(row, columns.assistant)

@@ -1,19 +1,24 @@
-"""Rows of JSONL, CSV and Parquet files, local or in a bucket, and of data sets on the hub, in order, with their places.
+"""Rows of JSONL, JSON, CSV, Excel and Parquet files, local or in a bucket, and of data sets on the hub, in order, with
+their places.
 
-Files are read by `json`, `csv` and `pyarrow`: the loaders of `datasets` give up on a file for one bad row.
+Files are read by `json`, `csv`, `openpyxl` and `pyarrow`: the loaders of `datasets` give up on a file for one bad row.
 
 What a row holds is not judged here; what cannot be read as a row at all is a `RowError` in its place.
 """
 
+import codecs
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from psyche_jax.config import Section
+from psyche_jax.data.json_stream import published_values
 from psyche_jax.errors import NotTextError, RowError, UsageError, UserError, first_reason
 from psyche_jax.storage import hub
 from psyche_jax.storage.files import NO_TEXT, in_bucket, read_jsonl, text_lines
@@ -21,13 +26,17 @@ from psyche_jax.storage.store import open_store
 
 Row: TypeAlias = tuple[str, dict[str, Any] | RowError]
 """Its place (file and line, file and row, data set and row), and its columns."""
+_Cells: TypeAlias = tuple[str, Sequence[str] | RowError]
+
+_ABOVE = 5  # rows in which the header of a table is looked for
+_SAMPLE = 2**20  # bytes from which an encoding is guessed
 
 
 @dataclass(frozen=True)
 class ReadingSection(Section):
     """What the bytes of a source do not say themselves."""
 
-    encoding: str = "utf-8"  # of JSONL and CSV files; a byte order mark is passed over; of Chinese Windows: gb18030
+    encoding: str = "utf-8"  # of JSONL, CSV and TSV; a byte order mark is passed over; of Chinese Windows: gb18030
     subset: str | None = None  # of a data set on the hub that has several
     split: str = "train"  # of a data set on the hub
 
@@ -58,8 +67,8 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
         return
     unchecked = []
     for name, path in _files(source):
-        yield from _READERS[path.suffix](name, path, reading.encoding)
-        if path.suffix == ".parquet" and not _has_page_checksums(path):
+        yield from _READERS[_ending(name)](name, path, reading.encoding)
+        if _ending(name) == ".parquet" and not _has_page_checksums(path):
             unchecked.append(name)
     if unchecked:
         which = unchecked[0] if len(unchecked) == 1 else f"{unchecked[0]} and {len(unchecked) - 1} more"
@@ -72,21 +81,50 @@ def _files(source: str) -> Iterator[tuple[str, Path]]:
     if "://" in source and not in_bucket(source):
         raise UsageError(f"{source}: must be a file or a folder of them, local or gs://…, or {hub.PREFIX}NAME")
     known = ", ".join(_READERS)
-    if Path(source).is_dir() or (in_bucket(source) and Path(source).suffix not in _READERS):
+    if Path(source).is_dir() or (in_bucket(source) and _ending(source) not in _READERS):
         folder = source
         there = [stored.name for stored in open_store(folder).objects() if "/" not in stored.name]
-        names = [name for name in there if Path(name).suffix in _READERS]
+        names = [name for name in there if _ending(name) in _READERS and not name.startswith((".", "~$"))]
         if not names:
             raise UserError(f"{source}: holds no files that end with {known}")
     else:
         name = source.rpartition("/")[2]
         folder, names = source.removesuffix(name), [name]
-        if Path(name).suffix not in _READERS:
+        if _ending(name) not in _READERS:
             raise UsageError(f"{source}: is read by the end of its name, which must be one of {known}")
     store = open_store(folder)
     for name in names:
         with store.local(name) as path:
             yield store.path(name), path
+
+
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower()
+
+
+def guess_encoding(source: str) -> str:
+    """Return "utf-16" where a source's first file has that mark, "gb18030" where more of its first lines are text in
+    that than in UTF-8, else "utf-8"."""
+    if source.startswith(hub.PREFIX):
+        return "utf-8"
+    for name, path in _files(source):
+        if _ending(name) not in _OF_TEXT:
+            continue
+        with path.open("rb") as file:
+            sample = file.read(_SAMPLE)
+        if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return "utf-16"
+        lines = sample.split(b"\n")[: -1 if len(sample) == _SAMPLE else None]
+        return max(("utf-8", "gb18030"), key=lambda encoding: sum(_is_text(line, encoding) for line in lines))
+    return "utf-8"
+
+
+def _is_text(line: bytes, encoding: str) -> bool:
+    try:
+        line.decode(encoding)
+    except UnicodeError:
+        return False
+    return True
 
 
 def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
@@ -96,34 +134,96 @@ def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:
         yield where, value if isinstance(value, dict | RowError) else RowError("not a JSON object")
 
 
+def _json(name: str, path: Path, _: str) -> Iterator[Row]:
+    """The items of an array, or values one after the other."""
+    for found in published_values(path):
+        value = found.value if isinstance(found.value, dict | RowError) else RowError("not a JSON object")
+        yield found.where.replace(str(path), name, 1), value
+
+
 def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(text_lines(path, encoding, newline="", name=name), strict=True)
+    lines = text_lines(path, encoding, newline="", name=name)
+    first = next(lines, "")
+    delimiter = max(",\t;", key=first.count)  # Excel writes semicolons where commas are decimal points
+
+    def cells() -> Iterator[_Cells]:
+        reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
+        while True:
+            where = f"{name}:{reader.line_num + 1}"
+            try:
+                values = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield where, RowError("not CSV", str(error))
+                continue
+            yield where, RowError(f"not {encoding} text", "set reading.encoding") if _no_text(values) else values
+
+    yield from _under_header(cells())
+
+
+def _no_text(values: Sequence[str]) -> bool:
+    return NO_TEXT.search("".join(values)) is not None
+
+
+def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
+    """The rows of all sheets, each under a header of its own; as text, as CSV would have them."""
     try:
-        header = [column.strip() for column in next(reader, [])]
-    except csv.Error as error:
-        raise UserError(f"{name}:1: the header is no CSV ({error})") from None
-    if NO_TEXT.search("".join(header)):
-        raise UserError(f"{name}:1: the header is not {encoding} text; set reading.encoding (gb18030, say)")
-    if twice := [column for column in header if header.count(column) > 1]:
-        raise UserError(f"{name}:1: two columns have the name {twice[0]!r}")
-    while True:
-        where = f"{name}:{reader.line_num + 1}"
-        try:
-            values = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield where, RowError("not CSV", str(error))
-            continue
-        if not values:
-            continue
-        if len(values) != len(header):
-            yield where, RowError("another number of columns than the header", f"{len(values)}, not {len(header)}")
-        elif NO_TEXT.search("".join(values)):
-            yield where, RowError(f"not {encoding} text", "set reading.encoding")
+        import openpyxl
+    except ImportError:
+        how = "pip install openpyxl, or save it as CSV (UTF-8)"
+        raise UserError(f"{name}: Excel files are read by openpyxl, which is absent; {how}") from None
+    try:
+        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # some programs write wrong ones
+            rows = enumerate(sheet.iter_rows(values_only=True), start=1)
+            cells = [(f"{name} {sheet.title}: row {number}", [*map(_cell, row)]) for number, row in rows]
+            width = max((len(values) for _, values in cells), default=0)
+            yield from _under_header((where, values + [""] * (width - len(values))) for where, values in cells)
+    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+        raise UserError(f"{name}: is broken, or no Excel file ({first_reason(error)})") from None
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).upper()
+    return "" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
+
+
+def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
+    """Rows by the names in the header: the first row with two cells filled, since a title may stand above it.
+
+    Cells without a name and rows without text are left out.
+    """
+    filled = ((where, row) for where, row in rows if isinstance(row, RowError) or any(map(str.strip, row)))
+    head = list(islice(filled, _ABOVE))
+    if not head:
+        return
+    if isinstance(first := head[0][1], RowError):
+        how = "; set reading.encoding (gb18030, say)" if first.reason != "not CSV" else ""
+        raise UserError(f"{head[0][0]}: the header is {first.reason}{how or f' ({first})'}")
+    wide = (number for number, (_, row) in enumerate(head) if not isinstance(row, RowError) and len(_filled(row)) > 1)
+    start = next(wide, 0)
+    where, names = head[start]
+    assert not isinstance(names, RowError)
+    header = [name.strip() for name in names]
+    while len(header) > 1 and not header[-1]:  # Excel's empty columns at the end
+        header.pop()
+    if twice := [name for name in header if name and header.count(name) > 1]:
+        raise UserError(f"{where}: two columns have the name {twice[0]!r}")
+    for where, row in chain(head[start + 1 :], filled):
+        if isinstance(row, RowError):
+            yield where, row
+        elif len(row) < len(header) or _filled(row[len(header) :]):
+            yield where, RowError("another number of columns than the header", f"{len(row)}, not {len(header)}")
         else:
-            yield where, dict(zip(header, values, strict=True))
+            yield where, {name: value for name, value in zip(header, row, strict=False) if name}
+
+
+def _filled(row: Sequence[str]) -> list[str]:
+    return [value for value in row if value.strip()]
 
 
 def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
@@ -162,6 +262,10 @@ def _has_page_checksums(path: Path) -> bool:
 
 _READERS: dict[str, Callable[[str, Path, str], Iterator[Row]]] = {
     ".jsonl": _jsonl,
+    ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
+    ".xlsx": _xlsx,
     ".parquet": _parquet,
 }
+_OF_TEXT = (".jsonl", ".csv", ".tsv")

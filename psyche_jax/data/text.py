@@ -18,6 +18,7 @@ for _code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFB00)):
     if unicodedata.name(chr(_code), ""):
         _RADICALS[chr(_code)] = unicodedata.normalize("NFKC", chr(_code))
 _TABLE = str.maketrans(_RADICALS)
+_OPTION = re.compile(r"(?<![A-Za-z])([A-ZＡ-Ｚ])\s*[.．、:：)）]\s*")
 _PREFIX = re.compile(r"^\s*((单项选择题?|多项选择题?|单选题?|多选题?|\d+)\s*[：:.、．]?\s*)+")
 
 
@@ -31,6 +32,21 @@ def clean_text(text: str) -> str:
 def without_prefix(stem: str) -> str:
     """A stem without its number and the kind that may come before it."""
     return _PREFIX.sub("", stem)
+
+
+def lettered_options(text: str) -> tuple[str, tuple[str, ...]]:
+    """A text without the options that it lists as `A. … B. …`, and these; the last one ends with its line."""
+    markers: list[re.Match[str]] = []
+    for marker in _OPTION.finditer(text):  # those that go A, B, C, … to the last one
+        if ord(unicodedata.normalize("NFKC", marker[1])) == ord("A") + len(markers):
+            markers.append(marker)
+    if len(markers) < 2:
+        return text, ()
+    ends = [marker.start() for marker in markers[1:]]
+    last = text.find("\n", markers[-1].end())
+    ends.append(last if last >= 0 else len(text))
+    options = tuple(text[marker.end() : end].strip() for marker, end in zip(markers, ends, strict=True))
+    return f"{text[: markers[0].start()]}\n{text[ends[-1] :]}", options
 
 
 def comparable(text: str) -> str:

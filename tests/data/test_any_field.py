@@ -234,7 +234,7 @@ def test_the_command_on_a_file_of_such_rows(tmp_path, capsys):
     command = ["data", "import", str(tmp_path / "a.json"), str(tmp_path / "out"), "--format", "cpsyexam"]
     assert main(command) == 0
     out, err = capsys.readouterr()
-    assert f"{len(OTHERS)} skipped" in out
+    assert f"skipped {len(OTHERS)} rows" in out
     assert "1 records of Question" in out
     assert err.count("skipped: ") == len(OTHERS) and "Traceback" not in err
     assert "None" not in err

@@ -10,7 +10,7 @@ from psyche_jax.cli import main
 from psyche_jax.data.dataset import load_records, write_dataset
 from psyche_jax.data.decontamination import decontaminate
 from psyche_jax.data.public import load_cpsyexam, load_pceb
-from psyche_jax.data.records import Dialogue, Message, Question, question_to_rl, write_records
+from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, question_to_rl, write_records
 from psyche_jax.data.text import comparable
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data"
@@ -147,6 +147,14 @@ def test_the_command(tmp_path, capsys):
     assert "every record leaks" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
     assert main([*arguments, "--out", "x", "--near", "2"]) == 2
-    arguments[2] = str(tmp_path / "eval.jsonl")
-    assert main([*arguments, "--out", "x"]) == 1
-    assert "must be a data set" in capsys.readouterr().err
+
+
+def test_training_data_in_jsonl(tmp_path, capsys):
+    write_records(tmp_path / "train.jsonl", [question_to_rl(ASKED), question_to_rl(OTHER)])
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write('{"messages": []}\n')
+    write_records(tmp_path / "eval.jsonl", [ASKED])
+    arguments = ["--train", str(tmp_path / "train.jsonl"), "--eval", str(tmp_path / "eval.jsonl")]
+    assert main(["decontaminate", *arguments, "--out", str(tmp_path / "clean")]) == 0
+    assert f"skipped: {tmp_path / 'train.jsonl'}:3: " in capsys.readouterr().err
+    assert load_records(RlPrompt, str(tmp_path / "clean")).good == (question_to_rl(OTHER),)

@@ -143,13 +143,13 @@ BAD_ROWS = {
     "no stem": ({"题目": " "}, "no text in '题目'"),
     "a stem that is a number": ({"题目": 5}, "no text in '题目' (5)"),
     "no answer": ({"答案": None}, "no text in '答案'"),
-    "an answer in words": ({"答案": "记忆"}, "the answer is no option letters ('记忆')"),
-    "words in Latin letters": ({"答案": "none"}, "the answer is no option letters ('none')"),
-    "an answer beyond the options": ({"答案": "D"}, "the answer names no option (D, options ABC)"),
+    "an answer in words": ({"答案": "遗忘"}, "the answer is neither letters of options nor the text of one ('遗忘')"),
+    "words in Latin letters": ({"答案": "cab"}, "the answer is neither letters of options nor the text of one ('cab')"),
+    "an answer beyond the options": ({"答案": "D"}, "the answer is not A to C (D)"),
     "one option": ({"乙": "", "丙": None}, "fewer than two options, or more than 26 (1)"),
-    "a gap": ({"乙": ""}, "an option is empty"),
+    "a gap": ({"乙": ""}, "option B is empty and a later one is not"),
     "half a surrogate pair": ({"题目": "\ud800"}, "holds characters that are no text"),
-    "a missing cell": ({"甲": float("nan")}, "an option is empty"),
+    "a missing cell": ({"甲": float("nan")}, "option A is empty and a later one is not"),
 }
 
 
@@ -210,10 +210,10 @@ def test_duplicates(tmp_path):
     good, result = imported(source, tmp_path / "out", config())
     assert len(good) == 2
     assert result.set_aside == (
-        f"{source}:3: a duplicate (of {source}:1)",
-        f"{source}:4: a duplicate with another answer (of {source}:1)",
+        f"{source}:3: repeats an earlier row ({source}:1)",
+        f"{source}:4: repeats an earlier row with another answer ({source}:1)",
     )
-    assert result.faults == {"a duplicate": 1, "a duplicate with another answer": 1}
+    assert result.faults == {"repeats an earlier row": 1, "repeats an earlier row with another answer": 1}
 
 
 def test_bad_lines_of_files(tmp_path):
@@ -270,13 +270,14 @@ def test_encodings(name, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_sources_that_cannot_be_read(tmp_path):
+def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
     whole = write(tmp_path / "whole.parquet", [{**ROWS[0], "题目": f"{n}" * 50} for n in range(2000)]).read_bytes()
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     flipped = bytearray(whole)
     flipped[200:260] = bytes(60)
     (tmp_path / "flipped.parquet").write_bytes(flipped)
-    for name in ("empty.csv", "empty.jsonl", "empty.parquet", "exam.xlsx"):
+    for name in ("empty.csv", "empty.jsonl", "empty.parquet", "exam.xlsx", "exam.docx"):
         (tmp_path / name).touch()
     (tmp_path / "header.csv").write_text("题目,甲,乙,丙,答案\n")
     (tmp_path / "twice.csv").write_text("题目,甲,甲,丙,答案\n1,2,3,4,A\n")
@@ -289,10 +290,11 @@ def test_sources_that_cannot_be_read(tmp_path):
         "empty.jsonl": r"empty.jsonl: no row gives a Question: it holds no rows",
         "header.csv": r"header.csv: no row gives a Question: it holds no rows",
         "twice.csv": "twice.csv:1: two columns have the name '甲'",
-        "exam.xlsx": r"is read by the end of its name, which must be one of .jsonl, .csv, .parquet",
+        "exam.docx": r"is read by the end of its name, which must be one of .jsonl, .json, .csv, .tsv, .xlsx, .parquet",
+        "exam.xlsx": r"exam.xlsx: Excel files are read by openpyxl, which is absent; pip install openpyxl, or save",
         "none.csv": r"none.csv: the data cannot be read \(No such file",
         "none.parquet": r"none.parquet: the data cannot be read \(",
-        "folder": r"folder: holds no files that end with .jsonl, .csv, .parquet",
+        "folder": r"folder: holds no files that end with .jsonl, .json, .csv",
     }
     for name, message in cases.items():
         with pytest.raises(UserError, match=message) as caught:
@@ -320,8 +322,8 @@ def test_from_a_bucket(bucket, tmp_path, capsys):
     assert f"{bucket}/in.d/c.parquet: has no page checksums" in capsys.readouterr().err
     for source, message in {
         "in.d/none.csv": f"{bucket}/in.d/none.csv: the bucket or the object does not exist",
-        "in": f"{bucket}/in: holds no files that end with .jsonl, .csv, .parquet",
-        "out/a.csv/a.xlsx": f"{bucket}/out/a.csv/a.xlsx: holds no files that end with",
+        "in": f"{bucket}/in: holds no files that end with .jsonl, .json, .csv",
+        "out/a.csv/a.docx": f"{bucket}/out/a.csv/a.docx: holds no files that end with",
     }.items():
         with pytest.raises(UserError, match=re.escape(message)):
             imported(f"{bucket}/{source}", tmp_path / "bad", config())
@@ -389,7 +391,6 @@ BAD_CONFIGS = {
         "unknown key 'columns.quesion'; did you mean 'columns.question'?",
     ),
     "another unknown key": ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
-    "no record": ({"record": None}, "record"),
     "nothing to ask": ({"columns": {"answer": "a"}}, "must name one of question, user and messages, not none"),
     "two things to ask": ({"columns": {**COLUMNS, "user": "u"}}, "not question and user"),
     "no answer": ({"columns": {"question": "q", "options": "o"}}, "columns.answer must be named for Question with"),
@@ -435,22 +436,20 @@ def test_the_command(tmp_path, capsys):
     assert main([*command, "--report", str(tmp_path / "report.json")]) == 0
     captured = capsys.readouterr()
     assert f"{tmp_path / 'out'}: 3 records of RlPrompt in 1 shards" in captured.out
-    assert captured.out.endswith("2 skipped:\n       2 the answer names no option\n")
+    assert captured.out.endswith("skipped 2 rows:\n       2 the answer is not A to C\n")
     assert captured.err == "".join(
-        f"skipped: {source}:{line}: the answer names no option ({letter}, options ABC)\n"
-        for line, letter in ((5, "F"), (6, "E"))
+        f"skipped: {source}:{line}: the answer is not A to C ({letter})\n" for line, letter in ((5, "F"), (6, "E"))
     )
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["records"], report["faults"]) == (3, {"the answer names no option": 2})
+    assert (report["records"], report["faults"]) == (3, {"the answer is not A to C": 2})
     assert [f"skipped: {line}" for line in report["set_aside"]] == captured.err.splitlines()
     assert open_dataset(str(tmp_path / "out")).manifest.config["import"]["columns"]["question"] == "题目"
     for wrong, message in (
         ([*command, "--set", "columns.question=题木"], "there is no column '题木'; did you mean '题目'?"),
         ([*command, "--set", "columns.kinds=x"], "unknown key 'columns.kinds'; did you mean 'columns.kind'?"),
-        ([*command, "--format", "smile"], "import needs either --format or --config"),
-        (command[:4], "import needs either --format or --config"),
-        (["data", "ls", "a", "--set", "a=1"], "--set goes with the --config of import"),
-        (["data", "ls", "a", "--report", "x"], "--report goes with import"),
+        ([*command, "--format", "smile"], "--format knows the columns; leave out --config and --set"),
+        ([*command, "--hold-out", "0.2"], "--hold-out parts what a table gives into sft, rl and held_out: leave out"),
+        ([*command[:4], "--hold-out", "1"], "--hold-out must be from 0 to below 1, not 1"),
     ):
         assert main(wrong) == 2
         error = capsys.readouterr().err

@@ -165,7 +165,7 @@ def test_what_an_import_says_of_dialogues(tmp_path, capsys):
     command = ["data", "import", str(tmp_path / "a.json"), str(tmp_path / "out"), "--format", "smile"]
     assert main([*command, "--report", str(tmp_path / "r.json")]) == 0
     out = capsys.readouterr().out
-    assert "7 records of Dialogue" in out and "0 skipped" in out
+    assert "7 records of Dialogue" in out and "skipped 0 rows" in out
     assert "look here: 3 turns in 3 dialogues hold the other side's words" in out
     assert (
         "look here: 5 dialogues share their first turn with another, in 2 groups; the commonest, of 3: 你好，我想咨询"
@@ -251,12 +251,12 @@ def test_the_command(tmp_path, capsys):
     arguments = ["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out")]
     assert main([*arguments, "--format", "cpsyexam"]) == 0
     captured = capsys.readouterr()
-    assert "1 skipped" in captured.out
+    assert "skipped 1 row;" in captured.out
     assert "1 empty answer" in captured.out
     assert "a.jsonl:2: empty answer" in captured.err
     assert len(load_records(Question, str(tmp_path / "out")).good) == 1
-    assert main(arguments) == 2
-    assert "import needs either --format or --config" in capsys.readouterr().err
+    assert main(arguments) == 1
+    assert "out: already exists; choose another name or remove it first" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be read"):
         load_cpsyexam(tmp_path / "none")
     with pytest.raises(UserError, match=r"none: the data cannot be read \(No such file"):
