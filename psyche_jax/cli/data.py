@@ -171,6 +171,11 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"{count:8} {fault}")
     for remark in imported.remarks:
         print(f"look here: {remark}")
+    if isinstance(imported, Parts):
+        verb = "sft" if "sft" in manifests else "grpo"
+        train = f"{to}/{'sft' if verb == 'sft' else 'rl'}"
+        held = f"; then psyche eval RUN --bench {to}/held_out" if "held_out" in manifests else ""
+        print(f"next: psyche {verb} --config {verb}_tiny --set data.train={train}{held}")
     report(imported, sum(manifest.records for manifest in manifests.values()), imported.remarks)
 
 

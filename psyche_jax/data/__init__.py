@@ -5,6 +5,7 @@
 - `chat`: turns to tokens, with the loss mask; and back.
 - `packing`, `streams`: tokenized examples put into rows; the batch of step n.
 - `sources`, `mapping`: rows of any file become records, by a config (`psyche data import --config`).
+- `guessing`, `parts`: the config is guessed, all records are written at once (`psyche data import` alone).
 - `json_stream`, `public`: CPsyExam, PCEB and SMILE as published (`psyche data import --format`).
 - `imports`: what both imports share. `text`, `decontamination`: benchmark questions in training data.
 - `samples/`: questions and dialogues that come with the package.

@@ -252,6 +252,7 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
 def _question(row: Mapping[str, Any], config: ImportConfig, meta: dict[str, Any]) -> Question:
     columns = config.columns
     stem = _text(row, columns.question)
+    _kind(row, config, "")  # an essay question is told as one, before it lacks options
     options = _options(row, config)
     if columns.options == columns.question:
         stem = lettered_options(stem)[0].strip()
@@ -370,7 +371,7 @@ def _kind(row: Mapping[str, Any], config: ImportConfig, answer: str) -> Kind:
     written = _text(row, column)
     kind = config.kinds.get(written) or config.kinds.get(written.lower())
     if kind is None:
-        raise RowError(f"a kind that `kinds` does not name in {column!r}", repr(written)[:80])
+        raise RowError("the kind is neither single nor multiple choice", repr(written)[:80])
     if kind == "single" and len(answer) > 1:
         raise RowError("several letters answer a question of one answer", answer)
     return kind

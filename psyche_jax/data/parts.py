@@ -69,7 +69,9 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
             remarks.see(record)
         parts = {**_training_parts(train), "held_out": held}
         if isinstance(train[0], Question) and (without := len(train) - len(parts["sft"])):
-            said.append(f"{without} of {len(train)} questions have no rationale, so that sft cannot learn from them")
+            said.append(
+                f"sft holds {len(parts['sft'])} of {len(train)} questions: {without} have no rationale to learn"
+            )
         origin = {"source": source, "import": config_to_dict(config), "hold_out": share}
         manifests = {name: write_dataset(str(folder / name), part, origin) for name, part in parts.items() if part}
         if notes.set_aside:

@@ -165,7 +165,10 @@ def test_bad_rows(changes, fault, tmp_path):
 
 
 OTHER_BAD_ROWS = {
-    "a kind of no name": ({"columns": {**COLUMNS, "kind": "科"}}, "a kind that `kinds` does not name in '科' ('普心')"),
+    "a kind of no name": (
+        {"columns": {**COLUMNS, "kind": "科"}},
+        "the kind is neither single nor multiple choice ('普心')",
+    ),
     "several letters": (
         {"columns": {**COLUMNS, "kind": "科"}, "kinds": {"普心": "single"}},
         "several letters answer a question of one answer (AB)",

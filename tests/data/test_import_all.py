@@ -59,7 +59,7 @@ def test_a_messy_table_in_one_command(encoding, tmp_path, capsys):
         "skipped 3 rows:",
         "1 the answer is not A to D",
         "look here: empty options, taken as absent: C in 3, 选项Ｄ in 3 of 7 questions",
-        "of 5 questions have no rationale",
+        "1 the kind is neither single nor multiple choice",
     ):
         assert line in out
     assert err == "".join(f"skipped: {line}\n" for line in (tmp_path / "out" / "skipped.txt").read_text().splitlines())
