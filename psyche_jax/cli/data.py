@@ -24,7 +24,7 @@ def add_verbs(add: AddVerb) -> None:
         "data",
         _data,
         "Make data sets (folders of ArrayRecord files with a manifest) of your data; list, check, print, copy them.",
-        "psyche data import exam.csv data/exam\n  psyche data import --help",
+        "psyche data import exam.csv data/exam",
     )
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
 
