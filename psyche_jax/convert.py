@@ -49,7 +49,7 @@ from psyche_jax.train.checkpoints import (
     open_model,
     save_imported,
 )
-from psyche_jax.train.runs import read_state
+from psyche_jax.train.run_files import read_state
 from psyche_jax.train.streaming import StreamedArray, streamed_parameters
 
 _SECONDS_A_LINE = 10.0

@@ -60,7 +60,7 @@ from psyche_jax.synth.pipeline import run_synth
 from psyche_jax.synth.publish import CARD_JSON
 from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.grpo_run import train_grpo
-from psyche_jax.train.runs import read_lines, read_state
+from psyche_jax.train.run_files import read_lines, read_state
 from psyche_jax.train.sft import train_sft
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -21,7 +21,7 @@ from psyche_jax.data.records import Question, RlPrompt, SftExample
 from psyche_jax.model.config import ARCHITECTURES
 from psyche_jax.plan.slices import parse_topology
 from psyche_jax.serve.config import serve_config
-from psyche_jax.train.runs import read_state
+from psyche_jax.train.run_files import read_state
 
 PATH = Path(__file__).parents[1] / "scripts" / "notebooks" / "exam_to_model.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)

@@ -9,7 +9,7 @@ from typing import Any
 
 from psyche_jax.errors import UserError
 from psyche_jax.storage.files import GrowingFile, bucket_errors, in_bucket
-from psyche_jax.train.runs import read_lines
+from psyche_jax.train.run_files import read_lines
 
 _SECONDS_BETWEEN_WRITES = 30.0  # of a file in a bucket
 Key = tuple[str, int]  # the task's id and the number of the sample

@@ -14,7 +14,7 @@ from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation
 from psyche_jax.evaluate.formatting import duration, number, percent
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json
-from psyche_jax.train.runs import read_state, read_steps
+from psyche_jax.train.run_files import read_state, read_steps
 
 KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _LIMITS = (  # metric, what it should not be above at the last step, what to say

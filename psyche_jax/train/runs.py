@@ -15,22 +15,21 @@ from typing import Any, Literal, TypeAlias
 import psyche_jax
 from psyche_jax.config import LoggingSection
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import RowError, UsageError, UserError, first_reason
+from psyche_jax.errors import UsageError, UserError, first_reason
 from psyche_jax.model.products import FLOAT32_PRECISION
 from psyche_jax.storage.files import (
     GrowingFile,
     as_path,
     bucket_errors,
     in_bucket,
-    read_json,
-    read_jsonl,
     write_json,
     write_text,
 )
 from psyche_jax.storage.locks import FILE as LOCK_FILE
 from psyche_jax.storage.locks import Lock, LostLockError, locked
 from psyche_jax.train import hosts
-from psyche_jax.train.run_changes import CHANGES, EVALUATED, Change, Contents, changes, how_to_accept, refused
+from psyche_jax.train.run_changes import EVALUATED, Change, Contents, changes, how_to_accept, refused
+from psyche_jax.train.run_files import STATE, read_state, read_steps
 
 Metrics = Mapping[str, float | None]
 
@@ -120,7 +119,6 @@ class _WeightsAndBiases:
 
 
 Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
-STATE = "state.json"
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 _FLUSH_SECONDS = 30.0
 
@@ -408,80 +406,3 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
     }
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """The `state.json` of a run; empty if there is none.
-
-    Raises:
-      UserError: it is damaged.
-    """
-    path = folder / STATE
-    if not path.is_file():
-        return {}
-    state = read_json(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: is damaged: it must hold an object")
-    wrong = [
-        name
-        for name, right in (
-            ("status", isinstance(state.get("status"), str)),
-            ("step", _is_step(state.get("step"))),
-            ("best", state.get("best") is None or _is_best(state["best"])),
-            ("contents", isinstance(state.get("contents", {}), dict)),
-            ("accepted", _are_entries(state.get("accepted", []))),
-        )
-        if not right
-    ]
-    if wrong:
-        raise UserError(f"{path}: is damaged: its {' and '.join(wrong)} cannot be used")
-    return state
-
-
-def _is_best(value: Any) -> bool:
-    return isinstance(value, dict) and _is_step(value.get("step"))
-
-
-def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _are_entries(accepted: Any) -> bool:
-    return isinstance(accepted, list) and all(
-        isinstance(entry, dict)
-        and _is_step(entry.get("step"))
-        and isinstance(entry.get("kinds"), list)
-        and all(kind in CHANGES for kind in entry["kinds"])
-        for entry in accepted
-    )
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; none if it is absent. A last line cut short by a crash is left out.
-
-    Raises:
-      UserError: another line holds no object.
-    """
-    if not path.is_file():
-        return []
-    lines = list(read_jsonl(path))
-    if lines and isinstance(lines[-1][1], RowError):
-        lines.pop()
-    for where, value in lines:
-        if not isinstance(value, dict):
-            what = "JSON" if isinstance(value, RowError) else "a JSON object"
-            raise UserError(f"{where}: is not {what}; the file was changed by hand; remove that line")
-    return [value for _, value in lines]
-
-
-def read_steps(path: Path) -> list[dict[str, Any]]:
-    """As `read_lines`, of a file whose lines are of steps.
-
-    Raises:
-      UserError: a line has no step.
-    """
-    lines = read_lines(path)
-    for number, line in enumerate(lines, start=1):
-        if not _is_step(line.get("step")):
-            raise UserError(f"{path}:{number}: has no step; the file was changed by hand; remove that line")
-    return lines

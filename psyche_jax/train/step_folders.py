@@ -15,7 +15,7 @@ from psyche_jax.errors import UserError
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json, write_text
 from psyche_jax.storage.store import StoredObject, crc32c_of, open_store, seal
 from psyche_jax.train import hosts
-from psyche_jax.train.runs import read_state
+from psyche_jax.train.run_files import read_state
 
 CHECKSUMS = "checksums.json"
 # Orbax still writes the first when the checksums are made, and the second after all else.

@@ -33,7 +33,8 @@ from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sharding import training_sharding
 from psyche_jax.rewards import LengthRule, PatternRule, RepetitionRule
 from psyche_jax.train.checkpoints import Checkpoints
-from psyche_jax.train.runs import PreemptedError, read_lines
+from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.runs import PreemptedError
 
 PROMPT = PromptSection(system="专家。", instruction="想：")
 QUESTIONS = (

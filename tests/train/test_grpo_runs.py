@@ -22,7 +22,7 @@ from psyche_jax.rewards.functions import LoadedFunction
 from psyche_jax.rewards.score import score
 from psyche_jax.train import checkpoints, grpo_run, loop
 from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
-from psyche_jax.train.runs import read_lines
+from psyche_jax.train.run_files import read_lines
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
 NAMES = ("tokens", "mask", "answers")

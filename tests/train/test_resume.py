@@ -32,7 +32,7 @@ from psyche_jax.config import (
 )
 from psyche_jax.rewards import FunctionReward
 from psyche_jax.train.checkpoints import open_model
-from psyche_jax.train.runs import read_lines
+from psyche_jax.train.run_files import read_lines
 
 
 class Command:

@@ -20,7 +20,8 @@ from psyche_jax.storage.files import as_path, files_under
 from psyche_jax.storage.locks import locked
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.preemption import Stop
-from psyche_jax.train.runs import PreemptedError, read_lines
+from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.runs import PreemptedError
 from psyche_jax.train.setup import keep_tokenizer
 from psyche_jax.train.sft import train_sft
 from psyche_jax.train.step_folders import find_checkpoint, set_aside_look_alikes

@@ -9,7 +9,8 @@ import pytest
 
 from psyche_jax.config import LoggingSection
 from psyche_jax.errors import UserError
-from psyche_jax.train.runs import open_run, read_lines
+from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.runs import open_run
 
 LOGGING = LoggingSection(wandb_project="psyche")
 
