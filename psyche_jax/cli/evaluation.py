@@ -1,4 +1,4 @@
-"""How good a model is, how safe, and the page about it: eval, safety, report."""
+"""How good a model is, how safe, and the pages about it: eval, safety, report, watch."""
 
 import argparse
 import json
@@ -142,6 +142,22 @@ def add_verbs(add: AddVerb) -> None:
         metavar="FILE",
         help="default: report.html; one that ends with .md gets the figures as Markdown for a model card",
     )
+    _add_language(verb)
+
+    verb = add(
+        "watch",
+        _watch,
+        "Serve a page on this machine that shows runs while they run: curves over each other, samples, settings.",
+        "psyche watch runs/demo/sft runs/demo/grpo",
+    )
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, begun or not; may be gs://…")
+    verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
+    verb.add_argument("--port", type=int, default=0, help="default: a free one")
+    _add_language(verb)
+
+
+def _add_language(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--language", choices=("en", "zh"), default="en", help="of the page (default: en)")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -294,5 +310,14 @@ def _report(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.report import write_report
     from psyche_jax.storage.files import as_path
 
-    write_report([as_path(run) for run in arguments.runs], arguments.out)
+    if arguments.language != "en" and arguments.out.suffix == ".md":
+        raise UsageError("--language: Markdown for a model card is English only; leave it out, or write .html")
+    write_report([as_path(run) for run in arguments.runs], arguments.out, language=arguments.language)
     print(arguments.out)
+
+
+def _watch(arguments: argparse.Namespace) -> None:
+    from psyche_jax.storage.files import as_path
+    from psyche_jax.watch.server import serve_watch
+
+    serve_watch([as_path(run) for run in arguments.runs], arguments.host, arguments.port, arguments.language)

@@ -11,6 +11,13 @@ from psyche_jax.storage.files import read_json
 
 SHOWN_ITEMS = 6
 SHOWN_MODELS = 4
+DIMENSION_TITLES = {  # of what judges mark, see `empathy`
+    "technique": "Conversation technique",
+    "attitude": "State and attitude",
+    "emotional_empathy": "Emotional empathy",
+    "cognitive_empathy": "Cognitive empathy",
+    "safety": "Safety",
+}
 _OPTIONAL = ("elastic", "chance", "chance_elastic", "unanswered")
 _KINDS = {"all": "All questions", "single": "One right answer", "multi": "Several right answers"}
 
@@ -212,8 +219,18 @@ def _rows(
             "high": max(high, strict),
             "change": strict - rows[0]["strict"] if comparable else None,
         }
-        rows.append(row | {key: part.get(key) for key in (*_OPTIONAL, "deviation")})
+        row |= {key: part.get(key) for key in (*_OPTIONAL, "deviation")}
+        rows.append(row | {"verdict": _verdict(row)})
     return rows
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    """What the interval of a score says of it beside chance; nothing where chance is not known."""
+    if row["chance"] is None:
+        return ""
+    if row["low"] > row["chance"]:
+        return "better than guessing"
+    return "worse than guessing" if row["high"] < row["chance"] else "not distinguishable from guessing"
 
 
 def _transition(before_name: str, after_name: str, before: Evaluation, after: Evaluation) -> Transition:

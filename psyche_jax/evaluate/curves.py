@@ -1,21 +1,30 @@
-"""Training curves as SVG for a web page: no fixed colours or fonts, so one drawing serves light, dark and paper."""
+"""Training curves as SVG for a web page: no fixed colours or fonts, so one drawing serves light, dark and paper.
 
+What a reader sees at a point of a curve, and reads in the table beside it, are the rows of its chart.
+"""
+
+import bisect
 import io
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
+from typing import Any, Literal, TypeAlias
 
 import matplotlib
 import numpy as np
+from markupsafe import escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from psyche_jax.evaluate.formatting import number
+from psyche_jax.evaluate.formatting import duration, number
+from psyche_jax.evaluate.language import ENGLISH, Speaker
 
 SMOOTH_ABOVE = 30  # points; a longer curve gets a moving mean over its faint raw line
+ROWS = 60  # at which the values of a chart can be read
 COLORS = 6
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 # Drawn in these colours, which then become CSS variables: the page decides what they are.
@@ -26,9 +35,15 @@ _VARIABLES = {TEXT: "--chart-text", GRID: "--chart-grid"} | {
 }
 
 
+Across: TypeAlias = Literal["step", "time"]
+
+
 @dataclass(frozen=True)
 class Series:
-    """One curve. `low` and `high`, if given, bound a band around it; `style` is its place in the legend."""
+    """One curve over steps, or over the seconds spent in them.
+
+    `low` and `high`, if given, bound a band around it; `style` is its place in the legend.
+    """
 
     name: str
     steps: Sequence[float]
@@ -50,10 +65,10 @@ class Series:
 
     @property
     def change(self) -> str:
-        """First and last finite value in words."""
+        """First and last finite value; empty if there is none."""
         finite = [value for value in self.values if math.isfinite(value)]
         if not finite:
-            return "never finite"
+            return ""
         return number(finite[0]) if len(finite) == 1 else f"{number(finite[0])} → {number(finite[-1])}"
 
 
@@ -73,19 +88,13 @@ class Metric:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart."""
+    """A drawn chart. `rows`: at some of its points, what they are called and the value of each curve."""
 
     metric: Metric
     series: tuple[Series, ...]
+    rows: list[tuple[str, list[str]]]
+    summary: str  # what a screen reader says
     svg: str
-
-    @property
-    def summary(self) -> str:
-        """What a screen reader says."""
-        steps = [step for series in self.series for step in series.steps]
-        span = f"steps {int(min(steps))} to {int(max(steps))}" if min(steps) < max(steps) else f"step {int(steps[0])}"
-        values = "; ".join(f"{series.name} {series.change}" for series in self.series)
-        return f"{self.metric.title} over {span}, first → last: {values}"
 
 
 SFT_METRICS = (
@@ -93,6 +102,12 @@ SFT_METRICS = (
     Metric("Gradient norm", "norm", (("grad_norm", "before clipping"),)),
     Metric("Learning rate", "rate", (("learning_rate", "learning rate"),)),
     Metric("Throughput", "tokens per second", (("tokens_per_second", "tokens per second"),)),
+    Metric("Time of a step", "seconds", (("step_time", "step"),)),
+    Metric(
+        "Memory",
+        "GiB, at most so far",
+        (("memory/device_gib", "fullest device"), ("memory/host_gib", "host process")),
+    ),
 )
 _RULE = re.compile(r"rewards/(.+)/mean")
 
@@ -151,7 +166,12 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
     )
 
 
-def charts(metrics: Sequence[Metric], runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> list[Chart]:
+def charts(
+    metrics: Sequence[Metric],
+    runs: Sequence[tuple[str, Sequence[dict[str, Any]]]],
+    across: Across = "step",
+    say: Speaker = ENGLISH,
+) -> list[Chart]:
     """Draw `metrics` of one run, or of several over each other.
 
     One run: related metrics share a chart. Several runs: each metric has its own and every run keeps its colour.
@@ -159,22 +179,81 @@ def charts(metrics: Sequence[Metric], runs: Sequence[tuple[str, Sequence[dict[st
     Args:
       metrics: what to draw; what no run has is left out.
       runs: name and lines of `metrics.jsonl` of each run.
+      across: what runs from left to right: steps, or the time spent in them.
+      say: in what language, as plain text.
     """
     alone = len(runs) == 1
     if not alone:
-        metrics = [part for metric in metrics for part in _apart(metric)]
+        metrics = [part for metric in metrics for part in _apart(metric, say)]
+    places = {run: _places(lines, across) for run, lines in runs}
     result: list[Chart] = []
     for metric in metrics:
+        metric = replace(
+            metric,
+            title=say.term(metric.title),
+            unit=say.term(metric.unit),
+            about=metric.about and say.term(metric.about),
+        )
         found = [
-            _series(lines, key, name if alone else run, style, metric.band if alone else None)
+            _series(lines, places[run], key, say.term(name) if alone else run, style, metric.band if alone else None)
             for run_index, (run, lines) in enumerate(runs)
             for style, (key, name) in ((run_index + key_index, pair) for key_index, pair in enumerate(metric.keys))
         ]
         series = tuple(one for one in found if one.steps)
         if series and not (metric.if_any and not any(any(one.values) for one in series)):
             salt = f"{metric.title} {len(result)} {'|'.join(run for run, _ in runs)}"
-            result.append(Chart(metric, series, _draw(metric, series, salt)))
+            rows = _rows(series, across)
+            named = [
+                (_place(place, across, say), [number(v) if v is not None else "–" for v in values])
+                for place, values in rows
+            ]
+            summary = _summary(metric, series, across, say)
+            svg = _draw(
+                metric, series, salt, across, say, [(place, *one) for (place, _), one in zip(rows, named, strict=True)]
+            )
+            result.append(Chart(metric, series, named, summary, svg))
     return result
+
+
+def _places(lines: Sequence[dict[str, Any]], across: Across) -> list[float]:
+    """Where each line stands from left to right."""
+    if across == "step":
+        return [line["step"] for line in lines]
+    return list(accumulate(float(line.get("step_time") or 0) for line in lines))
+
+
+def _place(place: float, across: Across, say: Speaker) -> str:
+    return say("step {n}", n=int(place)) if across == "step" else duration(place, say)
+
+
+def _summary(metric: Metric, series: Sequence[Series], across: Across, say: Speaker) -> str:
+    first, last = (pick(place for one in series for place in one.steps) for pick in (min, max))
+    if across == "time":
+        span = say("over {time}", time=duration(last, say))
+    elif first < last:
+        span = say("over steps {first} to {last}", first=int(first), last=int(last))
+    else:
+        span = say("over step {n}", n=int(first))
+    values = "; ".join(f"{one.name} {one.change or say('never finite')}" for one in series)
+    return say("{title} {span}, first → last: {values}", title=metric.title, span=span, values=values)
+
+
+def _rows(series: Sequence[Series], across: Across) -> list[tuple[float, list[float | None]]]:
+    """Places, at most `ROWS` of each curve, and the values there: by step those of the step, by time the latest."""
+    chosen: set[float] = set()
+    for one in series:
+        count = len(one.steps)
+        chosen |= {
+            one.steps[round(index * (count - 1) / max(1, min(ROWS, count) - 1))] for index in range(min(ROWS, count))
+        }
+
+    def value(one: Series, place: float) -> float | None:
+        index = bisect.bisect_right(one.steps, place) - 1
+        if index < 0 or place > one.steps[-1] or (across == "step" and one.steps[index] != place):
+            return None
+        return one.values[index]
+
+    return [(place, [value(one, place) for one in series]) for place in sorted(chosen)]
 
 
 def moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
@@ -182,13 +261,15 @@ def moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray
     array = np.asarray(values, float)
     finite = np.isfinite(array)
     half = window // 2
+    # Sums of distances from a value: of one that never changes all are 0, and its mean is drawn as straight as it is.
+    base = array[finite][0] if finite.any() else 0.0
     sums, counts = (
-        np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(finite, array, 0.0), finite.astype(float))
+        np.concatenate([[0.0], np.cumsum(part)]) for part in (np.where(finite, array - base, 0.0), finite.astype(float))
     )
     index = np.arange(len(array))
     first, last = np.maximum(index - half, 0), np.minimum(index + half + 1, len(array))
     count = counts[last] - counts[first]
-    return np.where(count > 0, (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
+    return np.where(count > 0, base + (sums[last] - sums[first]) / np.maximum(count, 1), np.nan)
 
 
 def window_of(points: int) -> int:
@@ -196,29 +277,45 @@ def window_of(points: int) -> int:
     return 1 if points <= SMOOTH_ABOVE else max(5, points // 15) // 2 * 2 + 1
 
 
-def _apart(metric: Metric) -> list[Metric]:
+def _apart(metric: Metric, say: Speaker) -> list[Metric]:
     if len(metric.keys) == 1:
         return [metric]
     first, *others = metric.keys
-    title = metric.title if metric.title == "Reward" else f"{metric.title}, {first[1]}"
+    whole = say.term(metric.title)
+    title = whole if metric.title == "Reward" else f"{whole}, {say.term(first[1])}"
     return [
         replace(metric, title=title, keys=(first,)),
-        *(replace(metric, title=f"{metric.title}, {name}", keys=((key, name),), about="") for key, name in others),
+        *(replace(metric, title=f"{whole}, {say.term(name)}", keys=((key, name),), about="") for key, name in others),
     ]
 
 
-def _series(lines: Sequence[dict[str, Any]], key: str, name: str, style: int, band: tuple[str, str] | None) -> Series:
-    having = [line for line in lines if isinstance(line.get(key), int | float)]
+def _series(
+    lines: Sequence[dict[str, Any]],
+    places: Sequence[float],
+    key: str,
+    name: str,
+    style: int,
+    band: tuple[str, str] | None,
+) -> Series:
+    having = [
+        (place, line) for place, line in zip(places, lines, strict=True) if isinstance(line.get(key), int | float)
+    ]
     low, high = (
-        [[float(line[bound]) for line in having] for bound in band]
-        if band and having and all(isinstance(line.get(bound), int | float) for bound in band for line in having)
+        [[float(line[bound]) for _, line in having] for bound in band]
+        if band and having and all(isinstance(line.get(bound), int | float) for bound in band for _, line in having)
         else (None, None)
     )
-    steps, values = [line["step"] for line in having], [float(line[key]) for line in having]
-    return Series(name, steps, values, style, low, high)
+    return Series(name, [place for place, _ in having], [float(line[key]) for _, line in having], style, low, high)
 
 
-def _draw(metric: Metric, series: Sequence[Series], salt: str) -> str:
+def _draw(
+    metric: Metric,
+    series: Sequence[Series],
+    salt: str,
+    across: Across,
+    say: Speaker,
+    rows: Sequence[tuple[float, str, list[str]]],
+) -> str:
     def plot(axes: Any) -> None:
         for one in series:
             _draw_series(axes, one)
@@ -234,16 +331,33 @@ def _draw(metric: Metric, series: Sequence[Series], salt: str) -> str:
         if metric.share:
             axes.set_ylim(-0.03, 1.03)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=across == "step"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value / unit)))
         axes.margins(x=0.02)
 
-    return draw((3.9, 2.5), salt, ("step", metric.unit), plot)
+    # Steps, or seconds told in the unit that suits them.
+    last = max(one.steps[-1] for one in series)
+    unit, name = (
+        next((known for known in _UNITS if last >= 3 * known[0]), _UNITS[-1]) if across == "time" else (1, "step")
+    )
+    return draw((3.9, 2.5), salt, (say.term(name), metric.unit), plot, lambda axes: _readings(axes, series, rows))
 
 
-def draw(size: tuple[float, float], salt: str, labels: tuple[str, str], plot: Callable[[Any], None]) -> str:
-    """A drawing in the style of the page as SVG: `plot` draws on the axes. One `salt` always gives the same names."""
+_UNITS = ((3600, "hours in steps"), (60, "minutes in steps"), (1, "seconds in steps"))
+
+
+def draw(
+    size: tuple[float, float],
+    salt: str,
+    labels: tuple[str, str],
+    plot: Callable[[Any], None],
+    over: Callable[[Any], str] = lambda _: "",
+) -> str:
+    """A drawing in the style of the page as SVG: `plot` draws on the axes, `over` is SVG laid over them.
+
+    One `salt` always gives the same names.
+    """
     settings: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": salt,
@@ -251,8 +365,10 @@ def draw(size: tuple[float, float], salt: str, labels: tuple[str, str], plot: Ca
         "path.simplify_threshold": 0.4,
         "axes.unicode_minus": True,
     }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained")
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # Labels are measured in a font without Chinese, and shown in one of the page.
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        figure = Figure(figsize=size, dpi=72, layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         figure.patch.set_visible(False)
@@ -269,7 +385,34 @@ def draw(size: tuple[float, float], salt: str, labels: tuple[str, str], plot: Ca
             spine.set_color(GRID)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return _themed(buffer.getvalue())
+    return _themed(buffer.getvalue()).replace("</svg>", f"{over(axes)}</svg>")
+
+
+def _readings(axes: Any, series: Sequence[Series], rows: Sequence[tuple[float, str, list[str]]]) -> str:
+    """The values at each place, shown while a pointer is there."""
+    box, height = axes.bbox, axes.figure.bbox.height
+    places = [float(axes.transData.transform((place, 1.0))[0]) for place, _, _ in rows]
+    top, bottom = height - box.y1, height - box.y0
+    parts = []
+    for index, (x, (_, place, values)) in enumerate(zip(places, rows, strict=True)):
+        left = (places[index - 1] + x) / 2 if index else box.x0
+        right = (places[index + 1] + x) / 2 if index + 1 < len(places) else box.x1
+        side, anchor = (x + 5, "start") if x < (box.x0 + box.x1) / 2 else (x - 5, "end")
+        lines = [
+            (place, "--ink"),
+            *((value, f"--series-{one.color}") for one, value in zip(series, values, strict=True)),
+        ]
+        words = "".join(
+            f'<tspan x="{side:.1f}" dy="12" style="fill: var({color})">{escape(text)}</tspan>'
+            for text, color in lines
+            if text != "–"
+        )
+        parts.append(
+            f'<g class="reading"><rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" '
+            f'height="{bottom - top:.1f}"/><line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+            f'<text y="{top - 4:.1f}" text-anchor="{anchor}">{words}</text></g>'
+        )
+    return "".join(parts)
 
 
 def _draw_series(axes: Any, series: Series) -> None:

@@ -19,6 +19,7 @@ import pydantic
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Answers, Completion, Key
+from psyche_jax.evaluate.comparison import DIMENSION_TITLES
 from psyche_jax.evaluate.endpoint import Endpoint
 from psyche_jax.evaluate.extraction import answer_part
 from psyche_jax.evaluate.score import bootstrap_means, interval
@@ -28,14 +29,7 @@ from psyche_jax.llm.server import Server
 from psyche_jax.storage.files import read_json
 
 REFERENCE = "reference"
-DIMENSIONS = ("technique", "attitude", "emotional_empathy", "cognitive_empathy", "safety")
-TITLES = dict(
-    zip(
-        DIMENSIONS,
-        ("Conversation technique", "State and attitude", "Emotional empathy", "Cognitive empathy", "Safety"),
-        strict=True,
-    )
-)
+DIMENSIONS = tuple(DIMENSION_TITLES)
 MAX_TOKENS = 4096  # of a judge, which may reason first
 Score: TypeAlias = Literal[1, 2, 3, 4, 5]
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from psyche_jax.evaluate.language import ENGLISH, Speaker
 from psyche_jax.rewards.reference import split_thought
 
 LONGEST_TEXT = 8000  # characters of a response that the page shows
@@ -51,21 +52,21 @@ def brief(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float, say: Speaker = ENGLISH) -> str:
     """A time span for people."""
     if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
+        return say("{n} ms", n=f"{seconds * 1000:.0f}")
     if seconds < 60:
-        return f"{seconds:.1f} s"
+        return say("{n} s", n=f"{seconds:.1f}")
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    return say("{h} h {min} min", h=hours, min=minutes) if hours else say("{min} min {s} s", min=minutes, s=rest)
 
 
-def clip(text: str) -> str:
+def clip(text: str, say: Speaker = ENGLISH) -> str:
     """A text short enough to show."""
     left = len(text) - LONGEST_TEXT
-    return text if left <= 0 else f"{text[:LONGEST_TEXT]} … ({left:,} more characters)"
+    return text if left <= 0 else text[:LONGEST_TEXT] + say(" … ({n} more characters)", n=left)
 
 
 def spoken(response: str) -> tuple[str | None, str]:

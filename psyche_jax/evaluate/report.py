@@ -12,18 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 import psyche_jax
-from psyche_jax.config_files import dump_yaml
 from psyche_jax.errors import UserError
-from psyche_jax.evaluate.comparison import Bench, read_benches
-from psyche_jax.evaluate.curves import SERIES, SFT_METRICS, TEXT, charts, draw, grpo_metrics
-from psyche_jax.evaluate.empathy import TITLES
-from psyche_jax.evaluate.formatting import brief, cell, clip, interval, number, percent, points, spoken
-from psyche_jax.evaluate.run_records import KINDS, RunRecord, flat, read_rollouts, read_run
+from psyche_jax.evaluate.comparison import DIMENSION_TITLES, Bench, read_benches
+from psyche_jax.evaluate.curves import SERIES, TEXT, draw
+from psyche_jax.evaluate.formatting import number
+from psyche_jax.evaluate.language import ENGLISH, Language, Speaker
+from psyche_jax.evaluate.pieces import environment, kind_sections, names
+from psyche_jax.evaluate.run_records import RunRecord, read_rollouts, read_run
 from psyche_jax.storage.files import write_text
 
 SINGLE, MULTIPLE = "smcq", "mmcq"
@@ -67,14 +66,14 @@ def published() -> tuple[str, tuple[PaperRow, ...]]:
     return content["source"], tuple(rows)
 
 
-def our_rows(name: str, scores: Mapping[str, Any], parameters: int | None) -> list[PaperRow]:
+def our_rows(name: str, scores: Mapping[str, Any], parameters: int | None, say: Speaker = ENGLISH) -> list[PaperRow]:
     """The scores of an evaluation as rows; none if it has not all six cells of PCEB.
 
     A second row leaves out what the training data hold too, if that was looked for.
     """
     rows = []
     clean = scores.get("decontaminated")
-    parts = [(name, scores), *([(f"{name}, decontaminated", clean)] if clean else [])]
+    parts = [(name, scores), *([(say("{name}, decontaminated", name=name), clean)] if clean else [])]
     for title, part in parts:
         cells = part.get("cells", {})
         if not all(cells.get(cell, {}).get("count") for cell in CELLS):
@@ -87,12 +86,12 @@ def our_rows(name: str, scores: Mapping[str, Any], parameters: int | None) -> li
         essays = part.get("essays") or {}
         values |= {f"essay_{key}": essays[key] for key in ("rouge1", "rougeL", "bleu4") if key in essays}
         asked = sum(cells[cell]["count"] for cell in CELLS)
-        remark = f"{asked:,} questions" + (f", {essays['count']} essays" if essays else "")
+        remark = say("{n} questions", n=asked) + (say(", {n} essays", n=essays["count"]) if essays else "")
         rows.append(PaperRow(title, values, parameters / 1e9 if parameters else None, True, remark))
     return rows
 
 
-def draw_sizes(rows: Sequence[PaperRow]) -> str:
+def draw_sizes(rows: Sequence[PaperRow], say: Speaker = ENGLISH) -> str:
     """Average strict accuracy against size (Figure 1 of the paper) as SVG; ours are filled, the others open.
 
     Models whose size is not public have no place in it.
@@ -117,16 +116,16 @@ def draw_sizes(rows: Sequence[PaperRow]) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(6))
         axes.margins(y=0.12)
 
-    return draw((8.2, 4.2), "sizes", ("parameters (log scale)", "average strict accuracy, %"), plot)
+    return draw((8.2, 4.2), "sizes", (say("parameters (log scale)"), say("average strict accuracy, %")), plot)
 
 
-def summary_of_sizes(rows: Sequence[PaperRow]) -> str:
+def summary_of_sizes(rows: Sequence[PaperRow], say: Speaker = ENGLISH) -> str:
     """What a screen reader says of the figure."""
     known = sorted((row for row in rows if row.parameters_billion), key=lambda row: row.parameters_billion or 0)
     said = [
         f"{row.model} {number(row.parameters_billion or 0)}B → {row.values['average_strict']:.1f} %" for row in known
     ]
-    return f"Average strict accuracy on PCEB against parameters: {'; '.join(said)}"
+    return say("Average strict accuracy on PCEB against parameters: {values}", values="; ".join(said))
 
 
 def _label(axes: Any, rows: Sequence[PaperRow]) -> None:
@@ -150,7 +149,7 @@ def _label(axes: Any, rows: Sequence[PaperRow]) -> None:
         )
 
 
-def write_report(runs: Sequence[Path], out: Path, title: str = "Training report") -> None:
+def write_report(runs: Sequence[Path], out: Path, title: str = "", language: Language = "en") -> None:
     """Write one HTML file on `runs`, which also compares them. It holds all it needs and asks nothing of a network.
 
     If `out` ends with `.md`, it gets the figures as Markdown for a model card instead.
@@ -158,7 +157,8 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training report"
     Args:
       runs: folders of runs, local or in buckets, in the order in which they were trained (or are to be compared).
       out: the file; it is replaced in one step.
-      title: the page's title.
+      title: the page's title, if it is to be another than usual.
+      language: of the page; Markdown is English.
 
     Raises:
       UserError: a folder is not a run, a file in it is broken, or `out` cannot be written.
@@ -168,8 +168,8 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training report"
         raise UserError("report: no run was named; give one or more folders made by `psyche sft` or `psyche grpo`")
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give the name of an HTML file")
-    records = [read_run(folder, name) for folder, name in zip(folders, _names(folders), strict=True)]
-    page = render(records, title, markdown=out.suffix == ".md")
+    records = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]
+    page = render(records, title, markdown=out.suffix == ".md", language=language)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         # A model may say half a surrogate pair, which UTF-8 cannot hold.
@@ -178,37 +178,33 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "Training report"
         raise UserError(f"{out}: cannot be written ({error.strerror}); choose another place") from None
 
 
-def render(runs: Sequence[RunRecord], title: str, markdown: bool = False) -> str:
+def render(runs: Sequence[RunRecord], title: str = "", markdown: bool = False, language: Language = "en") -> str:
     """The page as HTML, or its figures as Markdown for a model card.
 
     Raises:
       UserError: an evaluation or `safety.json` is not as `psyche eval` and `psyche safety` write it.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("psyche_jax.evaluate", ""),
-        autoescape=not markdown,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "points": points, "clip": clip, "spoken": spoken, "brief": brief}
-    environment.filters |= {"dumped": dump_yaml, "cell": cell, "interval": interval}
+    say = Speaker(language, markup=not markdown)
+    plain = Speaker(language)
     benches = read_benches([evaluation for run in runs for evaluation in run.evaluations])
     css = (files("psyche_jax.evaluate") / "report.css").read_text(encoding="utf-8")
     try:
-        return environment.get_template("report.md.jinja" if markdown else "report.html.jinja").render(
-            title=title,
-            css=Markup(css),
-            markup=Markup,
-            judged=judged,
-            dimensions=TITLES,
-            runs=runs,
-            benches=benches,
-            paper=_paper_section(benches),
-            kinds=[] if markdown else _kind_sections(runs),
-            rollouts=[found for run in runs if (found := read_rollouts(run))],
-            version=psyche_jax.__version__,
-            written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        return (
+            environment(say)
+            .get_template(f"evaluate/report.{'md' if markdown else 'html'}.jinja")
+            .render(
+                title=title or plain("Training report"),
+                css=Markup(css),
+                judged=judged,
+                dimensions=DIMENSION_TITLES,
+                runs=runs,
+                benches=benches,
+                paper=_paper_section(benches, plain),
+                kinds=[] if markdown else kind_sections(runs, say),
+                rollouts=[found for run in runs if (found := read_rollouts(run, plain))],
+                version=psyche_jax.__version__,
+                written=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+            )
         )
     except (jinja2.UndefinedError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
@@ -227,40 +223,11 @@ def judged(benches: Sequence[Bench]) -> list[tuple[Bench, str, dict[str, Any]]]:
     ]
 
 
-def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    paths = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(parts[-length:]) for parts in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [str(folder) for folder in folders]
-
-
-def _kind_sections(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """All runs of one kind: their curves, their settings (key, value by run, whether they differ)."""
-    sections = []
-    for kind in dict.fromkeys(run.kind for run in runs):
-        chosen = [run for run in runs if run.kind == kind]
-        keys = list(dict.fromkeys(key for run in chosen for line in run.metrics for key in line))
-        metrics = grpo_metrics(keys) if kind == "grpo" else SFT_METRICS
-        settings = _settings(chosen)
-        section = {
-            "name": KINDS.get(kind, kind),
-            "runs": chosen,
-            "charts": charts(metrics, [(run.name, run.metrics) for run in chosen]),
-            "settings": settings,
-            "differences": [row for row in settings if row[2]],
-        }
-        sections.append(section)
-    return sections
-
-
-def _paper_section(benches: Sequence[Bench]) -> dict[str, Any]:
+def _paper_section(benches: Sequence[Bench], say: Speaker) -> dict[str, Any]:
     """The paper's table and figure with ours among them."""
     source, rows = published()
     named = [(name, evaluation) for bench in benches for name, evaluation in bench.named]
-    ours = [row for name, one in named for row in our_rows(name, one.scores, one.parameters)]
+    ours = [row for name, one in named for row in our_rows(name, one.scores, one.parameters, say)]
     every = sorted([*rows, *ours], key=lambda row: -row.values["average_strict"])
     return {
         "source": source,
@@ -268,21 +235,6 @@ def _paper_section(benches: Sequence[Bench]) -> dict[str, Any]:
         "rows": every,
         "ours": [row for row in every if row.ours],
         "without_size": [row for row in every if not row.parameters_billion],
-        "figure": draw_sizes(every),
-        "summary": summary_of_sizes(every),
+        "figure": draw_sizes(every, say),
+        "summary": summary_of_sizes(every, say),
     }
-
-
-def _settings(runs: Sequence[RunRecord]) -> list[tuple[str, list[str], bool]]:
-    all_values = [flat(run.config) for run in runs]
-    rows = []
-    for key in dict.fromkeys(key for values in all_values for key in values):
-        shown = [_plain(values[key]) if key in values else "(absent)" for values in all_values]
-        rows.append((key, shown, key != "run.dir" and len(set(shown)) > 1))
-    return rows
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return str(yaml.safe_dump(value, allow_unicode=True, default_flow_style=True)).removesuffix("...\n").strip()

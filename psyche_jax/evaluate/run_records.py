@@ -13,15 +13,30 @@ from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation
 from psyche_jax.evaluate.formatting import duration, number, percent
-from psyche_jax.storage.files import bucket_errors, in_bucket, read_json
+from psyche_jax.evaluate.language import ENGLISH, Speaker
+from psyche_jax.storage.files import as_path, bucket_errors, in_bucket, read_json
 from psyche_jax.train.run_files import read_state, read_steps
 
 KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
+_STATUS = {
+    "done": "Done after {n} step|Done after {n} steps",
+    "running": "Running; {n} step saved|Running; {n} steps saved",
+}
 _LIMITS = (  # metric, what it should not be above at the last step, what to say
-    ("completions/clipped_ratio", 0.5, "{} of the completions were cut at the limit of new tokens"),
-    ("frac_reward_zero_std", 0.8, "{} of the groups had equal rewards and taught nothing"),
-    ("sampling/logp_difference/mean", 0.05, "log-probs of sampler and trainer differed by more than 0.05 on average"),
+    (
+        "completions/clipped_ratio",
+        0.5,
+        "At the last step {share} of the completions were cut at the limit of new tokens.",
+    ),
+    ("frac_reward_zero_std", 0.8, "At the last step {share} of the groups had equal rewards and taught nothing."),
+    (
+        "sampling/logp_difference/mean",
+        0.05,
+        "At the last step log-probs of sampler and trainer differed by more than 0.05 on average.",
+    ),
 )
+_NO_METRICS = "This run has no metrics (metrics.jsonl is missing or empty), so no curves and no timings."
+_NO_SAMPLES = "This run has no samples (samples.jsonl is missing or empty), so no completions from training."
 
 
 @dataclass(frozen=True)
@@ -38,10 +53,9 @@ class RunRecord:
     evaluations: list[Evaluation]
     safety: dict[str, Any] | None = None  # what `psyche safety` wrote
 
-    @property
-    def kind_name(self) -> str:
+    def kind_name(self, say: Speaker = ENGLISH) -> str:
         """What the run did, in words."""
-        return KINDS.get(self.kind, self.kind)
+        return say.term(KINDS.get(self.kind, self.kind))
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -53,19 +67,19 @@ class RunRecord:
         """A value of the config by its dotted key."""
         return flat(self.config).get(key, default)
 
-    @property
-    def status(self) -> str:
+    def status(self, say: Speaker = ENGLISH) -> str:
         """How far the run is, as a sentence."""
         step, reason = self.state.get("step", 0), str(self.state.get("reason") or "")
-        steps = f"{step:,} step{'' if step == 1 else 's'}" if isinstance(step, int) else f"{step} steps"
-        known = {"done": f"Done after {steps}", "running": f"Running; {steps} saved"}
-        sentence = known.get(
-            str(self.state.get("status")), f"{str(self.state.get('status')).capitalize()} after {steps}"
+        status = str(self.state.get("status"))
+        phrase = _STATUS.get(status, "{status} after {n} step|{status} after {n} steps")
+        sentence = say(phrase, n=step, status=say.term(status.capitalize()))
+        return (
+            say("{sentence}: {reason}", sentence=sentence, reason=reason)
+            if reason
+            else say("{sentence}.", sentence=sentence)
         )
-        return f"{sentence}: {reason}" if reason else f"{sentence}."
 
-    @property
-    def facts(self) -> list[tuple[str, str]]:
+    def facts(self, say: Speaker = ENGLISH) -> list[tuple[str, str]]:
         """Numbers that tell how it went."""
         times = _values(self.metrics, "step_time")
         facts = []
@@ -74,35 +88,39 @@ class RunRecord:
             if (values := _values(self.metrics, key)) and not (key == "loss" and self.kind == "grpo"):
                 facts.append((name, number(values[0]) if len(values) == 1 else _change(values)))
         if times:
-            facts += [("Time in steps", duration(sum(times))), ("Median step", duration(statistics.median(times)))]
+            facts.append(("Time in steps", duration(sum(times), say)))
+            facts.append(("Median step", duration(statistics.median(times), say)))
         if speeds := _values(self.metrics, "tokens_per_second"):
             facts.append(("Tokens per second, median", number(statistics.median(speeds))))
         if tokens := _values(self.metrics, "num_tokens"):
             facts.append(("Tokens", f"{int(sum(tokens)):,}"))
-        return facts
+        for key, name in (("memory/device_gib", "Memory, fullest device"), ("memory/host_gib", "Memory, host process")):
+            if values := _values(self.metrics, key):
+                facts.append((name, f"{number(max(values))} GiB"))
+        return [(say.term(name), value) for name, value in facts]
 
-    @property
-    def remarks(self) -> list[str]:
+    def remarks(self, say: Speaker = ENGLISH) -> list[str]:
         """What a careful reader would want to be told."""
         found = []
         for key in ("loss", "grad_norm", "reward", "kl"):
             values = [(line["step"], line[key]) for line in self.metrics if isinstance(line.get(key), float)]
             if steps := [step for step, value in values if not math.isfinite(value)]:
-                found.append(f"{key} was not finite at {len(steps)} of {len(self.metrics)} steps, first at {steps[0]}.")
-        for key, limit, what in _LIMITS:
+                phrase = "{key} was not finite at {count} of {all} steps, first at {first}."
+                found.append(say(phrase, key=key, count=len(steps), all=len(self.metrics), first=steps[0]))
+        for key, limit, phrase in _LIMITS:
             if self.metrics and real(self.metrics[-1].get(key)) > limit:
-                found.append(f"At the last step {what.format(percent(self.metrics[-1][key]))}.")
+                found.append(say(phrase, share=percent(self.metrics[-1][key])))
         losses = _values(self.metrics, "evaluation_loss")
         if losses and losses[-1] > 1.02 * min(losses):
-            found.append(f"The evaluation loss ended at {number(losses[-1])}, above its lowest, {number(min(losses))}.")
+            phrase = "The evaluation loss ended at {last}, above its lowest, {lowest}."
+            found.append(say(phrase, last=number(losses[-1]), lowest=number(min(losses))))
         return found
 
-    @property
-    def missing(self) -> list[str]:
+    def missing(self, say: Speaker = ENGLISH) -> list[str]:
         """What the folder does not hold, in words."""
-        absent = [] if self.metrics else ["no metrics (metrics.jsonl is missing or empty), so no curves and no timings"]
+        absent = [] if self.metrics else [say(_NO_METRICS)]
         if self.kind == "grpo" and not self.samples:
-            absent.append("no samples (samples.jsonl is missing or empty), so no completions from training")
+            absent.append(say(_NO_SAMPLES))
         return absent
 
     @property
@@ -116,6 +134,18 @@ class RunRecord:
         """The command that resumes a run that has not ended; empty if it has."""
         config = shlex.quote(str(self.folder / "config.yaml"))
         return "" if self.state.get("status") == "done" else f"psyche {self.kind} --config {config}"
+
+    def base_among(self, runs: "Sequence[RunRecord]") -> "RunRecord | None":
+        """The run among `runs` whose model this one was trained from."""
+        path = str(self.setting("model.path", ""))
+        if not path or in_bucket(path) != in_bucket(self.folder):
+            return None
+        base = as_path(path) if in_bucket(path) else Path(path).resolve()
+        for run in runs:
+            folder = run.folder if in_bucket(path) else run.folder.resolve()
+            if run is not self and (folder == base or folder in base.parents):
+                return run
+        return None
 
     @property
     def trained_on(self) -> list[str]:
@@ -139,16 +169,15 @@ class RunRecord:
         """The config as text."""
         return dump_yaml(self.config)
 
-    @property
-    def timings(self) -> list[tuple[str, str]]:
+    def timings(self, say: Speaker = ENGLISH) -> list[tuple[str, str]]:
         """What the run timed itself, if it did."""
         seconds = self.state.get("seconds")
         pairs = seconds.items() if isinstance(seconds, dict) else []
-        return [(str(name), duration(value)) for name, value in pairs if isinstance(value, int | float)]
+        return [(str(name), duration(value, say)) for name, value in pairs if isinstance(value, int | float)]
 
 
-def read_run(folder: Path, name: str) -> RunRecord:
-    """Read the folder of a run.
+def read_run(folder: Path, name: str, scores: bool = True) -> RunRecord:
+    """Read the folder of a run; without `scores` only what training writes.
 
     Raises:
       UserError: it is not a run, or a file in it is broken.
@@ -160,7 +189,8 @@ def read_run(folder: Path, name: str) -> RunRecord:
                     f"{folder}: is not a run (it has no {needed}); give a folder made by `psyche sft` or `psyche grpo`"
                 )
         state = read_state(folder)
-        evaluations = [Evaluation.read(path, name) for path in sorted((folder / "evaluations").glob("*.json"))]
+        files = sorted((folder / "evaluations").glob("*.json")) if scores else []
+        evaluations = [Evaluation.read(path, name) for path in files]
         safety = folder / "safety.json"
         return RunRecord(
             folder=folder,
@@ -171,7 +201,7 @@ def read_run(folder: Path, name: str) -> RunRecord:
             metrics=read_steps(folder / "metrics.jsonl"),
             samples=read_steps(folder / "samples.jsonl"),
             evaluations=sorted(evaluations, key=lambda evaluation: evaluation.step),
-            safety=read_json(safety) if safety.is_file() else None,
+            safety=read_json(safety) if scores and safety.is_file() else None,
         )
 
 
@@ -202,12 +232,12 @@ def _change(values: Sequence[float]) -> str:
 _TURN = re.compile(r"(?:<\|im_start\|>user\n|<｜User｜>)(.*?)(?:<\|im_end\|>|<｜Assistant｜>)", re.DOTALL)
 
 
-def read_rollouts(run: RunRecord) -> dict[str, Any] | None:
+def read_rollouts(run: RunRecord, say: Speaker = ENGLISH) -> dict[str, Any] | None:
     """Completions of the first and the last sampled step, to the same prompts where there are any, in pairs."""
     if not run.samples:
         return None
     first, last = run.samples[0]["step"], run.samples[-1]["step"]
-    early, late = (_by_prompt(run.samples, step) for step in (first, last))
+    early, late = (samples_by_prompt(run.samples, step, say) for step in (first, last))
     shared = [prompt for prompt in early if prompt in late]
     if first == last:
         pairs = [[prompt] for prompt in early.values()]
@@ -218,8 +248,10 @@ def read_rollouts(run: RunRecord) -> dict[str, Any] | None:
     return {"run": run, "same_prompts": first == last or bool(shared), "pairs": pairs[:2]}
 
 
-def _by_prompt(samples: Sequence[Mapping[str, Any]], step: int) -> dict[str, dict[str, Any]]:
-    """What was said to each prompt at one step: the best and the worst by reward."""
+def samples_by_prompt(
+    samples: Sequence[Mapping[str, Any]], step: int, say: Speaker = ENGLISH, every: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What was said to each prompt at one step, the best reward first: all of it if `every`, else best and worst."""
     said: dict[str, list[Mapping[str, Any]]] = {}
     for sample in samples:
         if sample["step"] == step:
@@ -235,19 +267,19 @@ def _by_prompt(samples: Sequence[Mapping[str, Any]], step: int) -> dict[str, dic
             "count": len(ones),
             "mean_reward": sum(real(sample.get("reward")) for sample in ones) / len(ones),
             "samples": [
-                {"text": str(sample.get("completion", "")), "facts": _facts(sample)}
-                for sample in (ones if len(ones) <= 2 else (ones[0], ones[-1]))
+                {"text": str(sample.get("completion", "")), "facts": _facts(sample, say)}
+                for sample in (ones if every or len(ones) <= 2 else (ones[0], ones[-1]))
             ],
         }
     return result
 
 
-def _facts(sample: Mapping[str, Any]) -> str:
-    facts = [f"reward {number(real(sample.get('reward')))}"]
+def _facts(sample: Mapping[str, Any], say: Speaker) -> str:
+    facts = [say("reward {value}", value=number(real(sample.get("reward"))))]
     rules = sample.get("rewards")
     facts += [f"{rule} {number(real(value))}" for rule, value in (rules.items() if isinstance(rules, dict) else ())]
     if isinstance(sample.get("advantage"), int | float):
-        facts.append(f"advantage {sample['advantage']:+.2f}".replace("-", "−"))
+        facts.append(say("advantage {value}", value=f"{sample['advantage']:+.2f}".replace("-", "−")))
     if isinstance(sample.get("tokens"), int):
-        facts.append(f"{sample['tokens']:,} tokens")
+        facts.append(say("{n} token|{n} tokens", n=sample["tokens"]))
     return " · ".join(facts)

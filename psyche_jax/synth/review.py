@@ -1,12 +1,9 @@
 """Review by people: what waits, the decisions, and the page on which they are made."""
 
-import hmac
-import ipaddress
 import json
-import secrets
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -14,15 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 import pydantic
-import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, HTTPException
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
 from psyche_jax.data.records import Kind, Question, record_from_json, record_to_json
 from psyche_jax.errors import RowError, UserError
-from psyche_jax.serve.guard import HEADERS, LOOPBACK, listen
+from psyche_jax.serve.private import private_app, serve_private
 from psyche_jax.storage.files import read_jsonl, write_text
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
@@ -237,30 +232,12 @@ class Decided(BaseModel):
     after: int = 0
 
 
-def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...]) -> FastAPI:
-    """The application. The page itself is public; whatever is read or written wants the token.
-
-    `hosts`: the names by which it may be asked; another one is a page elsewhere that points a name of its own at this
-    machine. Empty: all, for an address that means every one of the machine's.
-    """
-    app = FastAPI(title="psyche review", docs_url=None, redoc_url=None, openapi_url=None)
-
-    # The token keeps others on this machine out; the host keeps out pages elsewhere, which may know an address here.
-    def allowed(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), token.encode()):
-            raise HTTPException(401, "the token is missing or wrong")
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Response:
-        if hosts and request.url.hostname not in hosts:
-            return JSONResponse({"detail": "unknown host"}, 421)
-        response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
+def review_app(store: ReviewStore, who: str, token: str, hosts: Sequence[str]) -> FastAPI:
+    """The application. The page itself is public; whatever is read or written wants the token."""
+    app, allowed = private_app("psyche review", token, hosts)
 
     # What the page reads, and what it writes.
-    @app.get("/api/items", dependencies=[Depends(allowed)])
+    @app.get("/api/items", dependencies=[allowed])
     def items() -> dict[str, Any]:
         last = {decision.item: decision.number for decision in store.history()}
         return {
@@ -268,7 +245,7 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: tuple[str, ...])
             "items": [{**item.as_json(), "after": last.get(item.question.id, 0)} for item in store.items()],
         }
 
-    @app.post("/api/decisions", dependencies=[Depends(allowed)])
+    @app.post("/api/decisions", dependencies=[allowed])
     def decide(decided: Decided) -> dict[str, Any]:
         try:
             edited = _edited(store, decided)
@@ -296,21 +273,5 @@ def _edited(store: ReviewStore, decided: Decided) -> Question | None:
 
 
 def serve_review(store: ReviewStore, who: str, host: str, port: int) -> None:
-    """Serve until interrupted. The token follows the # of the printed address: browsers do not send that."""
-    token = secrets.token_urlsafe(24)
-    names = LOOPBACK if _is_loopback(host) else () if host in ("0.0.0.0", "::") else (host,)
-    sock = listen(host, port)
-    app = review_app(store, who, token, names)
-    config = uvicorn.Config(app, log_level="warning", access_log=False)
-    shown = f"[{host}]" if ":" in host else host
-    print(f"review: http://{shown}:{sock.getsockname()[1]}/#{token}  (Ctrl-C ends it)", flush=True)
-    if not _is_loopback(host):
-        print("review: this address can be reached from other machines, without encryption", flush=True)
-    uvicorn.Server(config).run(sockets=[sock])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    """Serve until interrupted."""
+    serve_private("review", host, port, lambda token, hosts: review_app(store, who, token, hosts))

@@ -55,7 +55,7 @@ def test_published_averages_are_the_means_of_their_cells() -> None:
 
 def test_ours_stands_among_the_published_rows(run: Path, tmp_path: Path) -> None:
     page = report(tmp_path, run)
-    table = re.search(r'<table class="published">(.*?)</table>', page, re.DOTALL)
+    table = re.search(r'<table class="published stack">(.*?)</table>', page, re.DOTALL)
     assert table
     rows = [
         [plain(cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL)]

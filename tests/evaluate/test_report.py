@@ -41,7 +41,7 @@ def plain(page: str) -> str:
 
 def rows(page: str) -> list[list[str]]:
     """The cells of the table of scores."""
-    table = re.search(r'<table class="scores">(.*?)</table>', page, re.DOTALL)
+    table = re.search(r'<table class="scores stack">(.*?)</table>', page, re.DOTALL)
     assert table
     return [
         [plain(cell) for cell in re.findall(r"<t[hd].*?>(.*?)</t[hd]>", row, re.DOTALL)]
