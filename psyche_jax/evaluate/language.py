@@ -1,11 +1,11 @@
 """The words of reports and pages. English is what the code says, and the key of what another language says instead."""
 
 import functools
+import json
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any, Literal, TypeAlias
 
-import yaml
 from markupsafe import Markup
 
 Language: TypeAlias = Literal["en", "zh"]
@@ -47,6 +47,6 @@ ENGLISH = Speaker()
 def _phrases(language: Language) -> dict[str, str]:
     if language == "en":
         return {}
-    content = (files("psyche_jax.evaluate") / f"{language}.yaml").read_text(encoding="utf-8")
-    phrases: dict[str, str] = yaml.safe_load(content)
+    content = (files("psyche_jax.evaluate") / f"{language}.json").read_text(encoding="utf-8")
+    phrases: dict[str, str] = json.loads(content)
     return phrases
