@@ -3,6 +3,7 @@
 import contextlib
 import math
 import shutil
+import resource
 import sys
 import tempfile
 import time
@@ -98,6 +99,15 @@ def out_of_memory(settings: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
         raise UserError(f"out of memory; {settings} ({message.splitlines()[0][:200]})") from None
+
+
+def _memory() -> dict[str, float]:
+    """Peaks so far in GiB: of the fullest device of this host, where devices say so, and of this process."""
+    found = {"memory/host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux counts in KiB
+    known = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in jax.local_devices()]
+    if peaks := [peak for peak in known if peak is not None]:
+        found["memory/device_gib"] = max(peaks) / _GIB
+    return found
 
 
 def check_memory(program: jax.stages.Compiled, settings: str) -> None:
@@ -300,6 +310,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         self._profile.after(self.step)
         metrics["step_time"] = time.perf_counter() - self._started
         metrics["tokens_per_second"] = metrics["num_tokens"] / metrics["step_time"]
+        metrics |= _memory()
         metrics["tokens_per_second_per_device"] = metrics["tokens_per_second"] / jax.device_count()
         if self._peak is not None:
             metrics["mfu"] = self._flops(metrics) / metrics["step_time"] / self._peak

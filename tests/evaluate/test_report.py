@@ -64,6 +64,21 @@ def test_the_story_of_a_chain(tmp_path: Path) -> None:
     assert "jax 0.10.2" in text
 
 
+def test_a_verdict_stands_beside_the_headline_and_the_way_is_shown(tmp_path: Path) -> None:
+    sft, grpo = make_chain(tmp_path)
+    config = (grpo / "config.yaml").read_text(encoding="utf-8")
+    (grpo / "config.yaml").write_text(config.replace("models/qwen", str(sft)), encoding="utf-8")
+    add_evaluation(grpo, "sure", {f"s{number}": "B" for number in range(12)}, bench="other")
+    add_evaluation(grpo, "wrong", {f"s{number}": "A" for number in range(30)}, bench="another")
+    text = plain(report(tmp_path, sft, grpo))
+    assert "50.0 % grpo not distinguishable from guessing (18.8–81.2 %)" in text
+    assert "100.0 % sure better than guessing" in text and "0.0 % wrong worse than guessing" in text
+    assert "From base to grpo : 3 became right, 1 became wrong. So much can be chance." in text
+    assert "models/qwen → sft Supervised fine-tuning, 40 steps → grpo GRPO, 60 steps" in text
+    write_report([sft, grpo], tmp_path / "card.md")
+    assert "- grpo: not distinguishable from guessing." in (tmp_path / "card.md").read_text(encoding="utf-8")
+
+
 def test_scores_stand_beside_chance_in_the_order_of_training(tmp_path: Path) -> None:
     head, *body = rows(report(tmp_path, *make_chain(tmp_path)))
     assert head[:3] == ["Model", "Strict", "Chance"]

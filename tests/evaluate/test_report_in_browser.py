@@ -69,13 +69,31 @@ def test_text_and_curves_stand_out_from_the_page(browser: Any, page_file: Path, 
     page.close()
 
 
-def test_every_curve_speaks_and_tables_can_be_scrolled_by_keyboard(browser: Any, page_file: Path) -> None:
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_table_is_cut_off(browser: Any, page_file: Path, width: int) -> None:
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    page.goto(page_file.as_uri())
+    page.evaluate("document.querySelectorAll('details:not(.values)').forEach(details => { details.open = true })")
+    cut = """[...document.querySelectorAll('.stack')].filter(table => table.scrollWidth > table.parentElement.clientWidth)
+        .map(table => table.parentElement.getAttribute('aria-label'))"""
+    assert page.locator(".stack").count() >= 5 and page.evaluate(cut) == []
+    heading = "getComputedStyle(document.querySelector('.scores td:last-child'), '::before').content"
+    assert page.evaluate(heading) == {390: '"n"', 1280: "none"}[width]  # a cell without its column's head says it
+    page.close()
+
+
+def test_every_curve_speaks_and_shows_its_values(browser: Any, page_file: Path) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 800})
     page.goto(page_file.as_uri())
     labels = page.eval_on_selector_all("[role=img]", "all => all.map(one => one.getAttribute('aria-label'))")
     assert len(labels) > 10 and all("→" in label for label in labels)
-    region = page.get_by_role("region", name="Scores on samples").first
-    assert region.evaluate("element => element.scrollWidth > element.clientWidth && element.tabIndex === 0")
+    chart = page.locator("#curves figure").first
+    assert not chart.get_by_text("step 20").first.is_visible()
+    chart.locator(".reading", has_text="step 20").locator("rect").hover()
+    assert chart.locator(".reading text", has_text="step 20").is_visible()
+    chart.locator("summary").press("Enter")
+    values = chart.get_by_role("region", name="Values of Loss")
+    assert "step 20" in values.inner_text() and values.evaluate("element => element.tabIndex === 0")
     reasoning = page.locator("details.thought").first
     assert not reasoning.locator(".text").is_visible()
     reasoning.locator("summary").press("Enter")

@@ -173,7 +173,7 @@ def state_of(run: Path) -> dict[str, Any]:
 
 def metrics_of(run: Path) -> list[dict[str, float]]:
     """The run's metrics without what depends on the clock."""
-    clock = ("step_time", "tokens_per_second", "tokens_per_second_per_device", "mfu", "compilations")
+    clock = ("memory/host_gib", "step_time", "tokens_per_second", "tokens_per_second_per_device", "mfu", "compilations")
     return [{k: v for k, v in line.items() if k not in clock} for line in read_lines(run / "metrics.jsonl")]
 
 
