@@ -2,8 +2,8 @@
 
 import contextlib
 import math
-import shutil
 import resource
+import shutil
 import sys
 import tempfile
 import time

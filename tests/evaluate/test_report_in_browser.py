@@ -74,8 +74,8 @@ def test_no_table_is_cut_off(browser: Any, page_file: Path, width: int) -> None:
     page = browser.new_page(viewport={"width": width, "height": 800})
     page.goto(page_file.as_uri())
     page.evaluate("document.querySelectorAll('details:not(.values)').forEach(details => { details.open = true })")
-    cut = """[...document.querySelectorAll('.stack')].filter(table => table.scrollWidth > table.parentElement.clientWidth)
-        .map(table => table.parentElement.getAttribute('aria-label'))"""
+    cut = """[...document.querySelectorAll('.stack')].map(table => table.parentElement)
+        .filter(region => region.scrollWidth > region.clientWidth).map(region => region.ariaLabel)"""
     assert page.locator(".stack").count() >= 5 and page.evaluate(cut) == []
     heading = "getComputedStyle(document.querySelector('.scores td:last-child'), '::before').content"
     assert page.evaluate(heading) == {390: '"n"', 1280: "none"}[width]  # a cell without its column's head says it
