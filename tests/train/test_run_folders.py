@@ -64,7 +64,7 @@ def test_a_finished_run(finished):
     assert start.keys() == {"step", "evaluation_loss"}, "before the first step the model is evaluated"
     assert [start["step"], *(line["step"] for line in lines)] == [0, 1, 2, 3, 4, 5]
     always = {"step", "loss", "grad_norm", "learning_rate", "num_tokens", "step_time", "tokens_per_second"}
-    always |= {"tokens_per_second_per_device", "compilations"}
+    always |= {"tokens_per_second_per_device", "compilations", "memory/host_gib"}
     assert lines[0]["compilations"] > 0
     for line in lines:
         assert always <= line.keys()
