@@ -389,6 +389,25 @@ class GrpoConfig(Section):
         return self.passes_per_step * self.prompts_per_step // self.prompts_per_update
 
 
+@dataclass(frozen=True)
+class PackConfig(Section):
+    """What `psyche pack` reads and writes."""
+
+    input: str  # chat records: JSONL of `SftExample`, or a data set of them
+    out: str  # a new folder or gs://bucket/prefix
+    tokenizer: str  # a model folder, checkpoint or run, or a folder with tokenizer.json
+    max_length: int = 2048  # tokens of a row
+    too_long: Literal["set_aside", "cut"] = "set_aside"  # what becomes of examples that are longer
+    shard_mib: int = 256  # content of a shard before compression
+    prompt: PromptSection = field(default_factory=PromptSection)
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
+            raise ValueError(f"max_length must be at least 2, not {self.max_length}")
+        if self.shard_mib < 1:
+            raise ValueError(f"shard_mib must be at least 1, not {self.shard_mib}")
+
+
 # What may change when a run resumes, by dotted keys (a section stands for all in it): where things are, how often
 # something is saved, shown or measured, and how numbers are computed: results stay the same up to rounding.
 EXECUTION_SETTINGS = (

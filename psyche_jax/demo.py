@@ -43,7 +43,6 @@ from psyche_jax.data.records import (
     read_records,
     write_records,
 )
-from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.local import LocalModel
@@ -123,18 +122,10 @@ def run_demo(out: Path, seed: int) -> None:
     `base` and `checkpoint` (the random model as a Hugging Face folder, and imported), `sft` and `grpo` (the runs),
     `model` (the trained model as a Hugging Face folder).
 
-    Raises:
-      UserError: `out` holds something else, or a demo with another seed.
+    Args:
+      out: the folder, which is there; empty, or with a demo of the same seed.
+      seed: of everything random.
     """
-    # Two demos in one folder would mix their runs.
-    marker = out / "demo.json"
-    if marker.is_file():
-        if (old := read_json(marker)).get("seed") != seed:
-            raise UserError(f"{out}: holds a demo with seed {old.get('seed')}; choose another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: is not empty and holds no demo; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(marker, {"seed": seed})
     # Each stage leaves a folder that is whole or absent, by which a demo that is started again knows what is done.
     clock = _Clock(out / "seconds.json")
     synthesized, checkpoint, exported = out / "synthesized", out / "checkpoint", out / "model"

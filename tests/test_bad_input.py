@@ -69,7 +69,7 @@ def psyche(place, capfd):
         except SystemExit as stop:
             code = stop.code
         out, err = capfd.readouterr()
-        lines = [line for line in err.splitlines() if not line.startswith(("skipped: ", "sft: step", "grpo: step"))]
+        lines = [line for line in err.splitlines() if not line.startswith(("skipped: ", "sft: ", "grpo: ", "eval: "))]
         assert len(lines) == 1, err
         assert lines[0].startswith(f"psyche {arguments[0]}: ")
         assert out == ""
@@ -323,7 +323,7 @@ def test_a_bad_record_among_good_ones_is_set_aside_and_named(place, capsys):
     assert cli.main(with_set("sft")) == 0
     err = capsys.readouterr().err
     assert "skipped: sft.jsonl:9: turns must go user, assistant" in err
-    assert "1 records skipped; all are named in run/set_aside.txt" in err
+    assert "1 record skipped, named in run/set_aside.txt" in err
     assert Path("run/set_aside.txt").read_text().startswith("sft.jsonl:9: ")
 
 

@@ -188,7 +188,11 @@ def test_eval(model, capsys):
     arguments = ["eval", "model", "--bench", "samples", "--limit", "5", "--max-new-tokens", "2", "--out", "new/e.json"]
     assert cli.main([*arguments, "--json", "--label", "mine"]) == 0
     out, err = capsys.readouterr()
-    assert err == ""
+    told = err.splitlines()
+    assert told[0].startswith("eval: model, ") and told[0].endswith(
+        "5 questions of samples-first-5, answers of at most 2 tokens"
+    )
+    assert told[1:] == ["eval: model: scores and answers are in new/e.json"]
     (line,) = out.splitlines()
     summary = json.loads(line)
     assert (summary["count"], summary["set_aside"]) == (5, 0)
@@ -247,7 +251,13 @@ def test_from_a_model_folder_to_a_report(model, capsys):
         assert cli.main([verb, "--config", f"{verb}.yaml", "--set", "optimizer.learning_rate=1e-4"]) == 0
         out, err = capsys.readouterr()
         assert out == ""
-        assert all(line.startswith(f"{verb}: step ") for line in err.splitlines())
+        said = err.splitlines()
+        assert all(line.startswith(f"{verb}: ") for line in said)
+        about = [line.split()[1] for line in said[:6]]
+        assert about == ["model:", "devices:", "data:", "steps:", "folder:", "compiling"]
+        assert "devices: 8 × cpu, processes: 1, mesh: data 1, fsdp 8, tensor 1" in said[1]
+        assert f"data: 8 {'examples' if verb == 'sft' else 'prompts'}, " in said[2]
+        assert said[-1].endswith(f"; {verb}; next: psyche eval {verb} --bench samples")
         config = yaml.safe_load(Path(verb, "config.yaml").read_text())
         assert config["optimizer"]["learning_rate"] == 1e-4
         assert config["logging"]["samples_every_steps"] == 10, "the config is kept with all its defaults"
@@ -261,10 +271,13 @@ def test_from_a_model_folder_to_a_report(model, capsys):
     line = capsys.readouterr().err
     assert "sft: holds another run (its optimizer.learning_rate is 0.0001, not 1e-05)" in line
 
-    assert cli.main(["eval", "grpo", "--bench", "samples", "--limit", "2", "--max-new-tokens", "2"]) == 0
+    assert cli.main(["eval", "grpo", "--bench", "samples", "--limit", "2"]) == 0
+    assert capsys.readouterr().err.splitlines()[-1] == "eval: next: psyche report grpo"
     (stored,) = Path("grpo/evaluations").iterdir()
     assert stored.name == "samples-first-2-grpo.json"
-    assert json.loads(stored.read_text())["step"] == 2
+    evaluation = json.loads(stored.read_text())
+    assert evaluation["step"] == 2
+    assert evaluation["sampling"]["max_new_tokens"] == 4, "as GRPO trained it with"
     assert cli.main(["export", "grpo", "exported"]) == 0
     assert json.loads(Path("exported/psyche_prompt.json").read_text()) == common["prompt"]
     capsys.readouterr()
@@ -284,7 +297,58 @@ def test_the_installed_command(tmp_path):
         result = subprocess.run([*start, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
         return result.returncode, result.stdout, result.stderr
 
-    expected = "psyche eval: nomodel: no such model: neither a Hugging Face folder nor a checkpoint nor a run\n"
-    assert run("eval", "nomodel", "--bench", "samples") == (1, "", expected)
+    code, out, err = run("eval", "nomodel", "--bench", "samples")
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert err.startswith(
+        "psyche eval: nomodel: no such model: neither a Hugging Face folder nor a checkpoint nor a run"
+    )
     code, out, err = run("sft", "--config", "none.yaml")
     assert (code, out, len(err.splitlines())) == (2, "", 1)
+
+
+def test_wrong_paths_are_said_before_jax_is_loaded(tmp_path):
+    """So of each verb in a second or two: JAX and what is built on it take several."""
+    commands = [
+        "import nowhere new",
+        "import . full",
+        "sft --config sft_tiny --set model.path=nowhere",
+        "sft --config sft_tiny --set model.path=hub:Qwen/Qwen2.5-0.5B",
+        "sft --config sft_tiny --set model.path=hf",
+        "sft --config sft_tiny --set model.path=hf --set data.train=full/x --set run.dir=full",
+        "grpo --config grpo_tiny --set model.path=hf --set data.train=nowhere",
+        "eval nowhere --bench samples",
+        "eval hf --bench nowhere.jsonl",
+        "eval hf --bench samples --train nowhere",
+        "export nowhere new",
+        "export hf full",
+        "chat nowhere",
+        "serve nowhere",
+        "report nowhere",
+        "safety nowhere",
+        "data ls nowhere",
+        "data import nowhere new --format pceb",
+        "pack --config pack",
+        "decontaminate --train nowhere --eval nowhere --out new",
+        "synth --config nowhere",
+        "select --config nowhere",
+        "review nowhere",
+        "plan --config nowhere --topology v5e:4x4",
+        "bench sft --config nowhere",
+        "demo --out full",
+    ]
+    for folder in ("full", "hf"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "full" / "x").write_text("{}\n")
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    code = (
+        "import json, sys; from psyche_jax import cli\n"
+        "print(json.dumps([[cli.main(one.split()), 'jax' in sys.modules] for one in json.loads(sys.argv[1])]))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(commands)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    found = dict(zip(commands, json.loads(done.stdout), strict=True))
+    assert {one: jax for one, (_, jax) in found.items() if jax} == {}
+    assert {code for code, _ in found.values()} <= {1, 2}
+    said = done.stderr.splitlines()
+    assert len(said) == len(commands), done.stderr
+    assert said[3].endswith("first fetch it: psyche import hub:Qwen/Qwen2.5-0.5B checkpoints/Qwen2.5-0.5B")

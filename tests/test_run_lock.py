@@ -12,8 +12,8 @@ import pytest
 
 from psyche_jax.errors import UserError
 from psyche_jax.storage import locks
-from psyche_jax.storage.files import as_path
-from psyche_jax.storage.locks import FILE, LostLockError, locked
+from psyche_jax.storage.files import LOCK_FILE, as_path
+from psyche_jax.storage.locks import LostLockError, locked
 
 HOLDER = """
 import sys, time
@@ -47,7 +47,7 @@ def test_the_second_is_refused_and_the_next_gets_in(place):
             assert "\n" not in text
             assert text.startswith(f"{place}: ") and "process " in text and "choose another run.dir" in text
         lock.confirm()
-    assert not (place / FILE).exists()
+    assert not (place / LOCK_FILE).exists()
     with locked(place) as lock:
         lock.confirm()
 
@@ -60,13 +60,13 @@ def test_who_was_killed_is_no_hindrance(place):
         raise AssertionError("let in")
     process.kill()
     process.wait()
-    assert (place / FILE).exists()
+    assert (place / LOCK_FILE).exists()
     with mock.patch.object(locks._BucketLock, "_watch", side_effect=AssertionError("waited")), locked(place):
-        assert (place / FILE).exists()
+        assert (place / LOCK_FILE).exists()
 
 
 def left_by_another_machine(place: Path) -> None:
-    (place / FILE).write_text(
+    (place / LOCK_FILE).write_text(
         json.dumps({"owner": "x", "host": "gone", "pid": 1, "place": "elsewhere", "started": "1"})
     )
 
@@ -115,7 +115,7 @@ def test_a_holder_that_was_silent_for_too_long_finds_out(bucket):
             new.confirm()
             with pytest.raises(LostLockError):
                 old.confirm()
-        assert not (place / FILE).exists()
+        assert not (place / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("jump", [-1e9, 1e9])

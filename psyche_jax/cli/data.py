@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least
-from psyche_jax.errors import UsageError
+from psyche_jax.errors import UsageError, UserError
+from psyche_jax.storage.files import in_bucket
 
 if TYPE_CHECKING:
     from psyche_jax.data.mapping import ImportConfig
@@ -198,10 +199,16 @@ def _import_config(arguments: argparse.Namespace) -> "ImportConfig | None":
 
 def _pack(arguments: argparse.Namespace) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from psyche_jax.config import PackConfig
     from psyche_jax.config_files import load_config
-    from psyche_jax.data.packing import PackConfig, pack
+    from psyche_jax.data.dataset import check_readable
 
     config = load_config(PackConfig, arguments.config, arguments.overrides)
+    check_readable(config.input)  # before JAX is loaded
+    if not in_bucket(config.tokenizer) and not Path(config.tokenizer).is_dir():
+        raise UserError(f"{config.tokenizer}: no such folder")
+    from psyche_jax.data.packing import pack
+
     manifest, set_aside = pack(config)
     for line in set_aside:
         print(f"skipped: {line}", file=sys.stderr)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from psyche_jax.evaluate.endpoint import Endpoint
     from psyche_jax.evaluate.local import LocalModel
     from psyche_jax.evaluate.tasks import Benchmark
+
+
+MAX_NEW_TOKENS = 512
 
 
 def add_verbs(add: AddVerb) -> None:
@@ -51,7 +55,12 @@ def add_verbs(add: AddVerb) -> None:
     )
     # How they are asked.
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
-    verb.add_argument("--max-new-tokens", type=int, default=512, metavar="N", help="longest answer (default 512)")
+    verb.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"longest answer (default: of a GRPO run the one that it trained with, else {MAX_NEW_TOKENS})",
+    )
     verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
     verb.add_argument(
         "--top-p", type=float, default=1.0, help="draw from the likeliest tokens with so much probability (default 1)"
@@ -177,9 +186,17 @@ def _eval(arguments: argparse.Namespace) -> None:
         if arguments.out.is_dir():
             raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    from psyche_jax.data.dataset import check_readable
     from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
-    from psyche_jax.evaluate.evaluation import evaluate, evaluation_file, scores_table
     from psyche_jax.storage.files import as_path, bucket_errors
+    from psyche_jax.train.step_folders import check_model
+
+    # A wrong path is said before anything is loaded that takes time.
+    check_model(arguments.model)
+    if arguments.train and ":" not in arguments.train:  # else in a bucket, or cpsyexam:FILE
+        check_readable(arguments.train)
+    if arguments.against != "reference" and not Path(arguments.against).is_file():
+        raise UsageError(f"--against {arguments.against}: there is no such file")
 
     # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)
@@ -192,6 +209,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
     if arguments.shots:
         benchmark = with_shots(benchmark, read_benchmark(arguments.shots_from), arguments.shots)
+    from psyche_jax.evaluate.evaluation import evaluate, evaluation_file, scores_table
+
     # Who answers and who judges. An endpoint that is asked by name is reached only now.
     judges = _judges(arguments, benchmark)
     model = _model_to_evaluate(arguments)
@@ -204,6 +223,15 @@ def _eval(arguments: argparse.Namespace) -> None:
         is_run = (folder / "config.yaml").is_file()
     places = [evaluation_file(folder, benchmark.name, label)] if is_run else []
     places += [arguments.out] if arguments.out is not None else []
+    size = f", {model.parameters:,} parameters" if model.parameters else ""
+    step = f", step {model.step}" if model.step else ""
+    longest = model.settings["max_new_tokens"]
+    print(
+        f"eval: {model.name}{step}{size}: {len(benchmark.tasks)} questions of {benchmark.name}, answers of at most "
+        f"{longest} tokens",
+        file=sys.stderr,
+        flush=True,
+    )
     evaluation = evaluate(
         model,
         benchmark,
@@ -218,7 +246,11 @@ def _eval(arguments: argparse.Namespace) -> None:
     summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"]), "no_answer": evaluation["no_answer"]}
     if judges:
         summary["empathy"] = evaluation["empathy"]
-    print(json.dumps(summary) if arguments.json else scores_table(summary))
+    print(json.dumps(summary) if arguments.json else scores_table(summary), flush=True)
+    if places:
+        print(f"eval: {model.name}: scores and answers are in {' and '.join(map(str, places))}", file=sys.stderr)
+    if is_run:
+        print(f"eval: next: psyche report {shlex.quote(arguments.model)}", file=sys.stderr)
 
 
 def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endpoint]":
@@ -271,7 +303,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
             raise UsageError("--thinking: is for the endpoint's server to set; leave it out")
         return Endpoint(
             arguments.model,
-            max_new_tokens=arguments.max_new_tokens,
+            max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
             temperature=arguments.temperature,
             top_p=arguments.top_p,
             seed=arguments.seed,
@@ -286,12 +318,13 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
 
     return LocalModel(
         arguments.model,
-        Sampling(arguments.max_new_tokens, arguments.temperature, top_p=arguments.top_p),
+        Sampling(arguments.max_new_tokens or MAX_NEW_TOKENS, arguments.temperature, top_p=arguments.top_p),
         compute_dtype=arguments.compute_dtype,
         batch_size=arguments.batch_size or 64,
         seed=arguments.seed,
         prompt=prompt,
         thinking=None if arguments.thinking is None else arguments.thinking == "on",
+        as_trained=arguments.max_new_tokens is None,
     )
 
 
@@ -307,8 +340,13 @@ def _safety(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from psyche_jax.storage.files import as_path, in_bucket
+    from psyche_jax.train.run_files import check_run
+
+    for run in arguments.runs:
+        if not in_bucket(run):
+            check_run(Path(run))
     from psyche_jax.evaluate.report import write_report
-    from psyche_jax.storage.files import as_path
 
     if arguments.language != "en" and arguments.out.suffix == ".md":
         raise UsageError("--language: Markdown for a model card is English only; leave it out, or write .html")

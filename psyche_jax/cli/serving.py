@@ -51,9 +51,11 @@ def _add_conversation(verb: argparse.ArgumentParser) -> None:
 
 def _chat(arguments: argparse.Namespace) -> None:
     from psyche_jax.serve.config import serve_config
+    from psyche_jax.train.step_folders import check_model
 
     changes = [*arguments.overrides, *_conversation(arguments)]
     config = serve_config(arguments.config, changes, {"model": arguments.model})
+    check_model(config.model)
     start.start_jax()
     from psyche_jax.serve.chat import chat
 
@@ -62,9 +64,11 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 def _serve(arguments: argparse.Namespace) -> None:
     from psyche_jax.serve.config import serve_config
+    from psyche_jax.train.step_folders import check_model
 
     flags = {"model": arguments.model, "host": arguments.host, "port": arguments.port, "name": arguments.name}
     config = serve_config(arguments.config, [*arguments.overrides, *_conversation(arguments)], flags)
+    check_model(config.model)
     start.start_jax()
     from psyche_jax.serve.server import announce, serve
 

@@ -51,9 +51,10 @@ def add_verbs(add: AddVerb) -> None:
 def _synth(arguments: argparse.Namespace) -> None:
     from psyche_jax.config_files import load_config
     from psyche_jax.synth.config import SynthConfig
-    from psyche_jax.synth.pipeline import STAGES, run_synth
 
     config = load_config(SynthConfig, arguments.config, arguments.overrides)
+    from psyche_jax.synth.pipeline import STAGES, run_synth
+
     if arguments.stage is not None and arguments.stage not in STAGES:
         raise UsageError(f"--stage {arguments.stage}: there is no such stage; known: {', '.join(STAGES)}")
     warn_of_gates(_servers(config.llms))
@@ -63,9 +64,10 @@ def _synth(arguments: argparse.Namespace) -> None:
 def _select(arguments: argparse.Namespace) -> None:
     from psyche_jax.config_files import load_config
     from psyche_jax.synth.config import SelectConfig
-    from psyche_jax.synth.pipeline import run_select
 
     config = load_config(SelectConfig, arguments.config, arguments.overrides)
+    from psyche_jax.synth.pipeline import run_select
+
     warn_of_gates(_servers(config.llms))
     _print_stages(run_select(config), arguments.json)
 

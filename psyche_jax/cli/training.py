@@ -1,13 +1,18 @@
 """Models and their training: import, sft, grpo, export, plan, bench, demo."""
 
 import argparse
+import dataclasses
 import json
 import os
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from psyche_jax.cli import start
 from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, check_seed
+from psyche_jax.config import GrpoConfig, SftConfig
+from psyche_jax.config_files import config_to_dict, load_config, read_values
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.storage.files import check_new_folder, in_bucket, read_json, write_json
 from psyche_jax.train.run_changes import CHANGES
 
 
@@ -189,6 +194,13 @@ def _changes(text: str) -> list[str]:
 
 
 def _import(arguments: argparse.Namespace) -> None:
+    from psyche_jax.storage.hub import PREFIX
+    from psyche_jax.train.step_folders import check_model
+
+    if not in_bucket(arguments.checkpoint):
+        check_new_folder(Path(arguments.checkpoint))
+    if not arguments.source.startswith(PREFIX):
+        check_model(arguments.source)
     os.environ["JAX_PLATFORMS"] = "cpu"  # no device is needed, and one in use would be waited for
     start.quiet_orbax()
     from psyche_jax.convert import import_model
@@ -198,11 +210,10 @@ def _import(arguments: argparse.Namespace) -> None:
 
 
 def _sft(arguments: argparse.Namespace) -> None:
-    from psyche_jax.config import SftConfig
-    from psyche_jax.config_files import load_config
-
     check_at_least("profile", arguments.profile, 0)
     config = load_config(SftConfig, arguments.config, arguments.overrides)
+    train = config.data.train
+    _check_places(config, [train] if isinstance(train, str) else train, arguments.accept_changed)
     start.start_jax(config.distributed)
     from psyche_jax.train.sft import train_sft
 
@@ -210,18 +221,37 @@ def _sft(arguments: argparse.Namespace) -> None:
 
 
 def _grpo(arguments: argparse.Namespace) -> None:
-    from psyche_jax.config import GrpoConfig
-    from psyche_jax.config_files import load_config
-
     check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
+    _check_places(config, [config.data.train], arguments.accept_changed)
     start.start_jax(config.distributed)
     from psyche_jax.train.grpo_run import train_grpo
 
     train_grpo(config, arguments.profile, arguments.accept_changed)
 
 
+def _check_places(config: SftConfig | GrpoConfig, train: Iterable[str], accepted: Collection[str]) -> None:
+    """See, before JAX starts, that model and data are there and that the run's folder may be used.
+
+    In buckets it is not asked here.
+    """
+    from psyche_jax.data.dataset import check_readable
+    from psyche_jax.train.run_files import check_place
+    from psyche_jax.train.step_folders import check_model
+
+    check_model(config.model.path)
+    for place in (*train, config.data.evaluation):
+        if place is not None:
+            check_readable(place)
+    if not in_bucket(config.run.dir):
+        check_place(Path(config.run.dir), config_to_dict(config), None, accepted, early=True)
+
+
 def _export(arguments: argparse.Namespace) -> None:
+    from psyche_jax.train.step_folders import check_model
+
+    check_model(arguments.source)
+    check_new_folder(arguments.folder)
     os.environ["JAX_PLATFORMS"] = "cpu"
     start.quiet_orbax()
     from psyche_jax.convert import export_model
@@ -252,11 +282,11 @@ def _plan(arguments: argparse.Namespace) -> None:
         make_table(choose({name: getattr(arguments, name) for name in FILTERS}), arguments.out)
         return
     slice_ = parse_topology(arguments.topology)
+    config = load_plan_config(arguments.config, arguments.overrides, arguments.program)
     use_cpu()
-    from psyche_jax.plan.report import Wishes, as_text, load_plan_config, make_plan
+    from psyche_jax.plan.report import Wishes, as_text, make_plan
     from psyche_jax.plan.search import search
 
-    config = load_plan_config(arguments.config, arguments.overrides, arguments.program)
     wishes = Wishes(arguments.lengths, arguments.steps, arguments.price)
     plan = (search if arguments.search else make_plan)(config, slice_, wishes)
     print(json.dumps(plan.as_json()) if arguments.json else as_text(plan))
@@ -264,7 +294,26 @@ def _plan(arguments: argparse.Namespace) -> None:
         raise UserError(f"{arguments.config} does not fit {slice_.name}: {plan.advice[0]}")
 
 
+def load_plan_config(path: Path, overrides: Sequence[str], program: str | None) -> SftConfig | GrpoConfig:
+    """Read a config of SFT or of GRPO; without `program`, its keys tell which.
+
+    Raises:
+      UsageError: it is broken.
+    """
+    if program is None:
+        values = read_values(path, overrides)
+        grpo = {field.name for field in dataclasses.fields(GrpoConfig)}
+        grpo -= {field.name for field in dataclasses.fields(SftConfig)}
+        data = values.get("data")
+        is_grpo = bool(grpo & set(values)) or (isinstance(data, dict) and "max_prompt_length" in data)
+        program = "grpo" if is_grpo else "sft"
+    if program == "grpo":
+        return load_config(GrpoConfig, path, overrides)
+    return load_config(SftConfig, path, overrides)
+
+
 def _bench(arguments: argparse.Namespace) -> None:
+    read_values(arguments.config, arguments.overrides)  # a wrong path is said before JAX is loaded
     from psyche_jax.bench.case import make_case
     from psyche_jax.bench.options import MODEL, OPTIONS
 
@@ -289,6 +338,15 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _demo(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
+    # Two demos in one folder would mix their runs.
+    out, marker = arguments.out, arguments.out / "demo.json"
+    if marker.is_file():
+        if (old := read_json(marker)).get("seed") != arguments.seed:
+            raise UserError(f"{out}: holds a demo with seed {old.get('seed')}; choose another --out")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: is not empty and holds no demo; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(marker, {"seed": arguments.seed})
     start.start_jax()
     from psyche_jax.demo import run_demo
 

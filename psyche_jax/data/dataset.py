@@ -242,6 +242,16 @@ def is_dataset(uri: str) -> bool:
     return in_bucket(uri) or Path(uri).is_dir()
 
 
+def check_readable(location: str) -> None:
+    """Raise UserError unless there is a data set or a file at `location`; in a bucket only who reads it asks."""
+    if in_bucket(location):
+        return
+    if is_dataset(location):
+        open_dataset(location)
+    else:
+        next(read_jsonl(Path(location)), None)
+
+
 def read_values(kind: type[BaseRecord], location: str) -> Iterator[tuple[str, Any]]:
     """The values of a JSONL file or of a data set, as `read_jsonl` gives them.
 

@@ -7,13 +7,12 @@ not stored.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from psyche_jax.config import PromptSection, Section
+from psyche_jax.config import PackConfig, PromptSection
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import TokenizedExample, end_of_turn_id, opened_text, tokenize_example
 from psyche_jax.data.dataset import Manifest, Packing, load_records, write_contents
@@ -23,25 +22,6 @@ from psyche_jax.errors import UserError
 from psyche_jax.storage.files import as_path, bucket_errors
 
 PACKED = "Packed"  # the kind that manifests name
-
-
-@dataclass(frozen=True)
-class PackConfig(Section):
-    """What `psyche pack` reads and writes."""
-
-    input: str  # chat records: JSONL of `SftExample`, or a data set of them
-    out: str  # a new folder or gs://bucket/prefix
-    tokenizer: str  # a model folder, checkpoint or run, or a folder with tokenizer.json
-    max_length: int = 2048  # tokens of a row
-    too_long: Literal["set_aside", "cut"] = "set_aside"  # what becomes of examples that are longer
-    shard_mib: int = 256  # content of a shard before compression
-    prompt: PromptSection = field(default_factory=PromptSection)
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, not {self.max_length}")
-        if self.shard_mib < 1:
-            raise ValueError(f"shard_mib must be at least 1, not {self.shard_mib}")
 
 
 def pack(config: PackConfig) -> tuple[Manifest, list[str]]:

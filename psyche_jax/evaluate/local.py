@@ -97,6 +97,7 @@ class LocalModel:
         seed: int = 0,
         prompt: PromptSection | None = None,
         thinking: bool | None = None,
+        as_trained: bool = False,
     ) -> None:
         """Find the model.
 
@@ -108,6 +109,7 @@ class LocalModel:
           batch_size: questions at once.
           seed: of sampling.
           prompt: system prompt and instruction; None: those that the model was trained with, else the defaults.
+          as_trained: answers may be as long as GRPO trained the model with, where it did; else as `sampling` says.
           thinking: what the chat template's switch is set to; None: as `prompt` says, or as the model was trained.
 
         Raises:
@@ -121,6 +123,8 @@ class LocalModel:
         check_mesh_fits(self._sharding, self._stored.config)
         self._tokenizer = load_tokenizer(self._stored.tokenizer_folder)
         self._prompt = chosen_prompt(prompt, self._stored.prompt, thinking)
+        if as_trained and self._stored.max_new_tokens is not None:
+            sampling = replace(sampling, max_new_tokens=self._stored.max_new_tokens)
         self._sampling, self._dtype, self._batch_size, self._seed = sampling, compute_dtype, batch_size, seed
         self.parameters: int | None = self._stored.config.num_parameters
 

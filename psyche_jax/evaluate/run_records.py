@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
-from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation
 from psyche_jax.evaluate.formatting import duration, number, percent
 from psyche_jax.evaluate.language import ENGLISH, Speaker
 from psyche_jax.storage.files import as_path, bucket_errors, in_bucket, read_json
-from psyche_jax.train.run_files import read_state, read_steps
+from psyche_jax.train.run_files import check_run, read_state, read_steps
 
 KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _STATUS = {
@@ -183,11 +182,7 @@ def read_run(folder: Path, name: str, scores: bool = True) -> RunRecord:
       UserError: it is not a run, or a file in it is broken.
     """
     with bucket_errors(folder):
-        for needed in ("config.yaml", "state.json"):
-            if not (folder / needed).is_file():
-                raise UserError(
-                    f"{folder}: is not a run (it has no {needed}); give a folder made by `psyche sft` or `psyche grpo`"
-                )
+        check_run(folder)
         state = read_state(folder)
         files = sorted((folder / "evaluations").glob("*.json")) if scores else []
         evaluations = [Evaluation.read(path, name) for path in files]

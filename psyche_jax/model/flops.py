@@ -1,7 +1,5 @@
 """FLOPs of the model by arithmetic, and the peaks of known accelerators: of computing and of their memory."""
 
-import jax
-
 from psyche_jax.model.config import ModelConfig
 
 # FLOP/s of one device, dense: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; NVIDIA's data sheets.
@@ -62,6 +60,8 @@ def memory_bandwidth(device_kind: str) -> float | None:
 
 def peak_of_all_devices() -> float | None:
     """bfloat16 FLOP/s of all devices of this program together; None if they are not known."""
+    import jax  # tables and arithmetic alone must not start it
+
     peak = peak_flops(jax.devices()[0].device_kind)
     return None if peak is None else peak * jax.device_count()
 

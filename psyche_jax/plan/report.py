@@ -11,7 +11,6 @@ from typing import Any
 import jax.numpy as jnp
 
 from psyche_jax.config import GrpoConfig, SftConfig
-from psyche_jax.config_files import load_config, read_values
 from psyche_jax.data.dataset import open_dataset
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
@@ -134,24 +133,6 @@ class Plan:
             "assumptions": list(self.assumptions),
             "advice": list(self.advice),
         }
-
-
-def load_plan_config(path: Path, overrides: list[str], program: str | None) -> PlanConfig:
-    """Read a config of SFT or of GRPO; without `program`, its keys tell which.
-
-    Raises:
-      UsageError: it is broken.
-    """
-    if program is None:
-        values = read_values(path, overrides)
-        grpo = {field.name for field in dataclasses.fields(GrpoConfig)}
-        grpo -= {field.name for field in dataclasses.fields(SftConfig)}
-        data = values.get("data")
-        is_grpo = bool(grpo & set(values)) or (isinstance(data, dict) and "max_prompt_length" in data)
-        program = "grpo" if is_grpo else "sft"
-    if program == "grpo":
-        return load_config(GrpoConfig, path, overrides)
-    return load_config(SftConfig, path, overrides)
 
 
 def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:

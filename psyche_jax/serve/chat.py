@@ -313,6 +313,13 @@ def typed_lines(prompt: str) -> Iterable[str]:
         line = ""
 
 
+def _piped_lines(lines: Iterable[str], out: TextIO) -> Iterable[str]:
+    """Lines from a pipe, each shown as if it had been typed, so that one sees what is being answered."""
+    for line in lines:
+        print(f"> {harmless(line.rstrip())}", file=out, flush=True)
+        yield line.rstrip("\n")
+
+
 def chat(config: ServeConfig, system: str, show_reasoning: bool) -> None:
     """Talk in the terminal, or with lines from a pipe.
 
@@ -326,7 +333,7 @@ def chat(config: ServeConfig, system: str, show_reasoning: bool) -> None:
         print(f"{harmless(model.name)}. /help names the commands.", file=out)
     if model.gate:
         print(f"{model.gate.notice('zh')}\n{model.gate.notice('en')}\n", file=out)
-    lines = typed_lines("> ") if typing else (line.rstrip("\n") for line in sys.stdin)
+    lines = typed_lines("> ") if typing else _piped_lines(sys.stdin, out)
     try:
         with asyncio.Runner() as runner:
             Chat(model, system, Screen(out, show_reasoning), out).run(lines, runner)

@@ -15,6 +15,7 @@ from typing import Any, cast
 from psyche_jax.errors import NotTextError, RowError, UserError, first_reason
 
 _BUCKETS = "gs://"
+LOCK_FILE = "lock.json"  # in the folder of a run, see `locks.py`
 
 
 def as_path(path: str | Path) -> Path:
@@ -190,6 +191,12 @@ def parsed_json(text: str, encoding: str = "utf-8") -> Any:
         return RowError("not JSON", str(error))
 
 
+def check_new_folder(path: Path) -> None:
+    """Raise UserError if there is something at `path` but an empty folder."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: already exists; choose another name or remove it first")
+
+
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a new folder: yields a partial one beside `path`, which takes that name only if nothing was raised.
@@ -201,8 +208,7 @@ def new_folder(path: Path) -> Iterator[Path]:
       UserError: `path` exists and is not an empty folder, or its bucket cannot be used.
     """
     with bucket_errors(path):
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise UserError(f"{path}: already exists; choose another name or remove it first")
+        check_new_folder(path)
         if in_bucket(path):
             try:
                 yield path

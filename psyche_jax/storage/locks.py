@@ -24,9 +24,8 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from psyche_jax.errors import UserError
 from psyche_jax.storage import buckets
-from psyche_jax.storage.files import in_bucket, parsed_json
+from psyche_jax.storage.files import LOCK_FILE, in_bucket, parsed_json
 
-FILE = "lock.json"
 BEAT_SECONDS = 15.0  # between two writings of the object
 STALE_SECONDS = 90.0  # without a change after which nobody is thought to hold it
 Result = TypeVar("Result")
@@ -113,7 +112,7 @@ class _FolderLock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        path = self._folder / FILE
+        path = self._folder / LOCK_FILE
         while True:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -136,7 +135,7 @@ class _FolderLock:
 
     def release(self) -> None:
         assert self._file is not None
-        (self._folder / FILE).unlink(missing_ok=True)
+        (self._folder / LOCK_FILE).unlink(missing_ok=True)
         os.close(self._file)
 
 
@@ -145,7 +144,7 @@ class _BucketLock:
         self._folder = folder
         bucket, _, prefix = str(folder).removeprefix("gs://").partition("/")
         self._bucket = self._tried(lambda _: buckets.client().bucket(bucket))
-        self._name = f"{prefix.strip('/')}/{FILE}"
+        self._name = f"{prefix.strip('/')}/{LOCK_FILE}"
         self._self = _self()
         self._generation = 0
         self._beats = 0

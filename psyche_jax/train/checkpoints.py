@@ -48,6 +48,7 @@ from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import (
     CHECKSUMS,
     FORMAT,
+    PEFT_CONFIG,
     check_files,
     checksums_of,
     find_checkpoint,
@@ -130,19 +131,22 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
-PEFT_CONFIG = "adapter_config.json"  # of `peft`, whose folders hold adapters alone
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
 @dataclass(frozen=True)
 class StoredModel:
-    """A model on disk, its weights not yet read. `prompt` is the one it was trained with, None if not known."""
+    """A model on disk, its weights not yet read.
+
+    `prompt` is the one it was trained with, `max_new_tokens` the longest response of its GRPO; None if not known.
+    """
 
     config: ModelConfig
     tokenizer_folder: Path
     prompt: PromptSection | None
     weights: Path  # a Hugging Face folder, or the folder of one step of a checkpoint
     base: "Base | None" = None  # where `weights` are adapters: what they are added to
+    max_new_tokens: int | None = None
 
     @property
     def origin(self) -> "StoredModel":
@@ -522,7 +526,9 @@ def _open_model(folder: Path) -> StoredModel:
         base = None if of_base is None else Base(open_model(of_base[0]), of_base[1])
     except UserError as error:
         raise UserError(f"{step_folder}: the base of its adapters cannot be opened: {error}") from None
-    return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder, base)
+    run = metadata.get("config")
+    longest = run.get("max_new_tokens") if isinstance(run, dict) else None
+    return StoredModel(with_stop_tokens(config, tokenizer), tokenizer, prompt, step_folder, base, longest)
 
 
 def exported_prompt(folder: Path) -> PromptSection | None:

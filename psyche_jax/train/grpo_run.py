@@ -39,6 +39,7 @@ from psyche_jax.train.setup import (
     about_base,
     abstract_state,
     check_grpo_rows,
+    header,
     keep_tokenizer,
     prepare,
     report_skipped,
@@ -93,7 +94,8 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
     opened = opened_text(setup.tokenizer, config.prompt.thinking)
     rules = compile_rules(config.rules, token_bytes, model.stop_token_ids, opened=opened)
     functions = load_functions(config.functions)
-    prompts, faults = tokenized_prompts(setup.tokenizer, config, config.data.train)
+    prompts, skipped = tokenized_prompts(setup.tokenizer, config, config.data.train)
+    faults = list(skipped)
     held_out: list[Prompt] = []
     if config.data.evaluation is not None:
         held_out, more = tokenized_prompts(setup.tokenizer, config, config.data.evaluation)
@@ -167,6 +169,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
             "grpo",
             run,
             stop,
+            header=[*header(setup), *_about_data(config, prompts, len(skipped), len(held_out), total_steps)],
             total_steps=total_steps,
             metadata=metadata,
             checkpoints=config.checkpoints,
@@ -194,6 +197,19 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
                     for sample in decoded_samples(setup.tokenizer, opened, outputs["samples"], group):
                         run.log_sample(index, {"policy_step": index - 1, **sample})
                 this.end_step(state, metrics)
+
+
+def _about_data(
+    config: GrpoConfig, prompts: Sequence[Prompt], skipped: int, held_out: int, total_steps: int
+) -> list[str]:
+    """Lines for the header."""
+    tokens, candidates = sum(len(prompt.tokens) for prompt in prompts), config.candidates_per_step
+    evaluated = f"; evaluated on {held_out:,} prompts every {config.evaluate_every_steps} steps" if held_out else ""
+    return [
+        f"data: {len(prompts):,} prompts, {tokens:,} tokens{f', {skipped} skipped' if skipped else ''}",
+        f"steps: {total_steps}, of {candidates} prompts × {config.generations_per_prompt} responses each; "
+        f"{len(prompts) / candidates:.4g} an epoch{evaluated}",
+    ]
 
 
 def _one_program(

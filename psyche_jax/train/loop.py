@@ -3,18 +3,17 @@
 import contextlib
 import math
 import resource
+import shlex
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from psyche_jax.config import CheckpointSection
 from psyche_jax.errors import UserError
@@ -23,6 +22,7 @@ from psyche_jax.storage.files import bucket_errors, files_under, in_bucket
 from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import Checkpoints, abstract_like
 from psyche_jax.train.preemption import Stop, StoppedError
+from psyche_jax.train.progress import Progress
 from psyche_jax.train.runs import PreemptedError, Run
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import set_aside_look_alikes
@@ -170,6 +170,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
       name: what is trained, `sft` or `grpo`.
       run: where it is written.
       stop: whether it was told to stop.
+      header: lines that say what is trained, where and on what.
       total_steps: how many there are.
       metadata: stored with every checkpoint.
       checkpoints: when to save, how many to keep.
@@ -192,6 +193,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         run: Run,
         stop: Stop,
         *,
+        header: Sequence[str] = (),
         total_steps: int,
         metadata: dict[str, Any],
         checkpoints: CheckpointSection,
@@ -202,12 +204,13 @@ class Training(contextlib.AbstractContextManager["Training"]):
         memory_settings: str,
         profile_steps: int = 0,
     ) -> None:
-        self.name, self.run, self.total_steps = name, run, total_steps
+        self.name, self.run, self.total_steps, self._header = name, run, total_steps, header
         self._stop, self._metadata, self._section = stop, metadata, checkpoints
         self._evaluation, self._headline, self._flops = evaluation, headline, flops
         self._max_skipped_steps, self._memory_settings = max_skipped_steps, memory_settings
         self._profile_steps = profile_steps
         self._skipped = 0  # steps in a row
+        self._progress: Progress | None = None  # until there are steps
 
     def __enter__(self) -> "Training":
         with contextlib.ExitStack() as stack:
@@ -219,7 +222,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
             stack.enter_context(contextlib.closing(self._checkpoints))
             self._compilations = stack.enter_context(count_compilations())
             self.first = self._checkpoints.latest or 0  # the steps that are done already
-            self.step = self.first  # the one that is being done, or the last
+            self.step = run.current = self.first  # the one that is being done, or the last
             run.continue_from(self.first or -1)
             self._profile = _Profile(run.folder / "profile", self.first + 2, self._profile_steps)
             stack.enter_context(contextlib.closing(self._profile))
@@ -234,7 +237,17 @@ class Training(contextlib.AbstractContextManager["Training"]):
         finally:
             self.run.saved = self._checkpoints.saved
         if kind is None:
-            self.run.write_state("done", **self._evaluations.best_so_far())
+            best = self._evaluations.best_so_far()
+            self.run.write_state("done", **best)
+            if self._progress is not None:
+                result = [f"{name} {value}" for name, value in self._progress.shown.items()]
+                if "best" in best:
+                    result.append(f"the best at step {best['best']['step']}")
+                self._say_end(f"done in {self._progress.took}: {', '.join(result)}")
+
+    def _say_end(self, what: str) -> None:
+        folder = self.run.folder
+        hosts.say(f"{self.name}: {what}; {folder}; next: psyche eval {shlex.quote(str(folder))} --bench samples")
 
     def finished(self) -> bool:
         """Whether there is nothing left to do, which is said.
@@ -245,7 +258,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         if self.first < self.total_steps or self._evaluations.missed:
             return False
         self._checkpoints.check(self._metadata, self.run.accepted)
-        hosts.say(f"{self.name}: all {self.first} steps are done already")
+        self._say_end(f"all {self.first} steps are done already")
         return True
 
     def begin(
@@ -261,6 +274,8 @@ class Training(contextlib.AbstractContextManager["Training"]):
           abstract: shapes and shardings of the state, for restoring.
           lower_largest: the programs for the largest shapes, lowered: what does not fit fails before the first step.
         """
+        for line in (*self._header, f"folder: {self.run.folder}"):
+            hosts.say(f"{self.name}: {line}")
         if self.first == 0:
             state = initial()
         else:
@@ -270,9 +285,9 @@ class Training(contextlib.AbstractContextManager["Training"]):
         if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
             self.run.saved = self.first
             self.run.write_state("running", **self._evaluations.best_so_far())
-        for lowered in lower_largest(state):
-            check_memory(lowered.compile(), self._memory_settings)
+        self._compile(lower_largest(state))
         if self._evaluations.missed:
+            hosts.say(f"{self.name}: evaluating after step {self.first}")
             try:
                 self.run.add_metrics(self.first, self._evaluations.measure(self.first, state))
             except StoppedError:
@@ -281,9 +296,18 @@ class Training(contextlib.AbstractContextManager["Training"]):
             self.run.write_state("running", **self._evaluations.best_so_far())
         return state
 
+    def _compile(self, programs: Iterable[Any]) -> None:
+        """Compile what is lowered, and see that it fits. How long that takes is kept for whoever starts it again."""
+        last = self.run.compile_seconds
+        hosts.say(f"{self.name}: compiling the step (once{'' if last is None else f'; {last:.0f} s last time'})")
+        started = time.perf_counter()
+        for lowered in programs:
+            check_memory(lowered.compile(), self._memory_settings)
+        self.run.write_state("running", compile_seconds=round(time.perf_counter() - started, 1))
+
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """The steps that are left, with their batches. Each must end with `end_step`."""
-        self._progress = Progress(self.name, self.first, self.total_steps, self._headline)
+        self._progress = progress = Progress(self.name, self.first, self.total_steps, self._headline)
         self._pace = SavePace(self._section)
         self._peak = peak_of_all_devices()
         self._started = time.perf_counter()
@@ -292,7 +316,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
             self._profile.before(step)
             yield step, batch
             self._started = time.perf_counter()
-        self._progress.close()
+        progress.close()
 
     def measured(self, on_device: dict[str, Any], absent: dict[str, Any] | None = None) -> dict[str, Any]:
         """Wait for a step, and give its metrics as numbers, with time and throughput.
@@ -330,7 +354,9 @@ class Training(contextlib.AbstractContextManager["Training"]):
             except StoppedError:  # it is made up for when the run resumes
                 stopped_in_evaluation = True
         self.run.log_metrics(step, metrics)
-        self._progress.update(step, metrics)
+        self.run.reach(step)
+        if self._progress is not None:
+            self._progress.update(step, metrics)
 
         # Every process asks for all of these after every step: some are agreed on between them.
         stopped = stopped_in_evaluation or self._stop.requested(step)
@@ -413,35 +439,6 @@ class _Evaluations:
             value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]
         ):
             self._best = value, step
-
-
-class Progress:
-    """A bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, name: str, first: int, total: int, headline: tuple[str, ...]) -> None:
-        self._name, self._total, self._headline = name, total, headline
-        self._bar = (
-            tqdm(total=total, initial=first, desc=name, unit="step")
-            if sys.stderr.isatty() and hosts.is_first()
-            else None
-        )
-        self._every = max(1, total // 10)
-
-    def update(self, step: int, metrics: dict[str, float | None]) -> None:
-        """Show a finished step."""
-        values = {name: metrics.get(name) for name in self._headline}
-        shown = {name: f"{value:.4g}" for name, value in values.items() if value is not None}
-        if self._bar is not None:
-            self._bar.set_postfix(shown, refresh=False)
-            self._bar.update()
-        elif step % self._every == 0 or step in (1, self._total):
-            text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            hosts.say(f"{self._name}: step {step}/{self._total}: {text}")
-
-    def close(self) -> None:
-        """Leave the finished bar on the screen."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class _Profile:

@@ -1,13 +1,61 @@
-"""What the folder of a run holds, read: without JAX, also while the run is written."""
+"""The folder of a run as it is read, without JAX: its state, its lines, and whether a run may start there."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from psyche_jax.config_files import parse_yaml_mapping
 from psyche_jax.errors import RowError, UserError
-from psyche_jax.storage.files import read_json, read_jsonl
-from psyche_jax.train.run_changes import CHANGES
+from psyche_jax.storage.files import LOCK_FILE, read_json, read_jsonl
+from psyche_jax.train.run_changes import CHANGES, Change, Contents, changes, how_to_accept, refused
 
 STATE = "state.json"
+
+
+def check_run(folder: Path) -> None:
+    """Raise UserError unless the folder, not in a bucket or within `bucket_errors`, is a run's."""
+    for needed in ("config.yaml", STATE):
+        if not (folder / needed).is_file():
+            raise UserError(
+                f"{folder}: is not a run (it has no {needed}); give a folder made by `psyche sft` or `psyche grpo`"
+            )
+
+
+def check_place(
+    folder: Path, config: Mapping[str, Any], contents: Contents | None, accepted: Collection[str], early: bool = False
+) -> dict[Change, list[str]]:
+    """See that the folder is absent, empty, or holds this run; returns the changes that were accepted.
+
+    `early`: before `contents` can be known, which are taken to be as they were.
+
+    Raises:
+      UserError: it holds something else, or a run of another config (each difference is named).
+    """
+    config_file = folder / "config.yaml"
+    if config_file.is_file():
+        state = known_state(folder)  # where it is lost, the checkpoints know what the run was trained on
+        if early and not state:
+            return {}
+        known = state.get("contents") if state else contents
+        found = changes(parse_yaml_mapping(config_file), config, known, known if early else contents)
+        if lines := refused(found, accepted):
+            raise UserError(
+                f"{folder}: holds another run ({lines[0]}); choose another run.dir, remove this one, or go on "
+                f"knowingly with {how_to_accept(found, accepted)}",
+                lines[1:],
+            )
+        return found
+    if folder.exists() and (not folder.is_dir() or any(child.name != LOCK_FILE for child in folder.iterdir())):
+        raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
+    return {}
+
+
+def known_state(folder: Path) -> dict[str, Any]:
+    """What can be read of the state."""
+    try:
+        return read_state(folder)
+    except UserError:
+        return {}
 
 
 def read_state(folder: Path) -> dict[str, Any]:

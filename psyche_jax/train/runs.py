@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import psyche_jax
 from psyche_jax.config import LoggingSection
-from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
+from psyche_jax.config_files import dump_yaml
 from psyche_jax.errors import UsageError, UserError, first_reason
 from psyche_jax.model.products import FLOAT32_PRECISION
 from psyche_jax.storage.files import (
@@ -25,11 +25,10 @@ from psyche_jax.storage.files import (
     write_json,
     write_text,
 )
-from psyche_jax.storage.locks import FILE as LOCK_FILE
 from psyche_jax.storage.locks import Lock, LostLockError, locked
 from psyche_jax.train import hosts
-from psyche_jax.train.run_changes import EVALUATED, Change, Contents, changes, how_to_accept, refused
-from psyche_jax.train.run_files import STATE, read_state, read_steps
+from psyche_jax.train.run_changes import EVALUATED, Contents
+from psyche_jax.train.run_files import STATE, check_place, known_state, read_state, read_steps
 
 Metrics = Mapping[str, float | None]
 
@@ -121,6 +120,7 @@ class _WeightsAndBiases:
 Status: TypeAlias = Literal["running", "preempted", "done", "failed"]
 _VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "transformers", "numpy")
 _FLUSH_SECONDS = 30.0
+_STATE_SECONDS = 5.0
 
 
 class PreemptedError(UserError):
@@ -134,19 +134,23 @@ class Run:
     minute, before each checkpoint and at the end.
 
     `saved`: the steps that are saved whole, None if its state could not tell when it was opened; `best`: the best of
-    them by then, with its value, if there was one; `accepted`: what may have changed, see `open_run`;
+    them by then, with its value, if there was one; `current`: the step that it is at, or was; `compile_seconds`: what
+    compiling took when it was last started, if that is known; `accepted`: what may have changed, see `open_run`;
     `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
 
     def __init__(self, folder: Path, kind: str, logging: LoggingSection, lock: Lock | None = None) -> None:
         self.folder = folder
         self.saved: int | None = 0
+        self.current = 0
+        self.compile_seconds: float | None = None
         self.best: Mapping[str, Any] | None = None
         self.accepted: frozenset[str] = frozenset()
         self.evaluated_otherwise = -1
         self._files = {name: GrowingFile(folder / name) for name in ("metrics.jsonl", "samples.jsonl")}
         self.writes = hosts.is_first()
         self._kind = kind
+        self._stated = time.monotonic()  # when `state.json` was written last
         self._lock = lock
         self._trackers: Trackers | None = None
         if self.writes:
@@ -204,12 +208,24 @@ class Run:
             raise error or LostLockError(f"{self.folder}: another process has taken this run over; this one ends")
 
     def write_state(self, status: Status, reason: str = "", **extra: Any) -> None:
-        """Replace `state.json`, whose `step` is what is saved; what an earlier call stored in `extra` stays."""
+        """Replace `state.json`, whose `step` is what is saved; what an earlier call stored in `extra` stays.
+
+        Its `current_step` is for who looks on; nothing resumes from it.
+        """
         if not self.writes:
             return
-        new = {"status": status, "step": self.saved or 0, "reason": reason, "kind": self._kind, "time": time.time()}
-        old = _known_state(self.folder)
+        self._stated = time.monotonic()
+        steps = {"step": self.saved or 0, "current_step": self.current}
+        new = {"status": status, **steps, "reason": reason, "kind": self._kind, "time": time.time()}
+        old = known_state(self.folder)
         write_json(self.folder / STATE, {**old, **self._identity, **new, **extra})
+
+    def reach(self, step: int) -> None:
+        """Note that `step` is done; `state.json` follows, but for what came sooner than it may be written again."""
+        self.current = step
+        every = _FLUSH_SECONDS if in_bucket(self.folder) else _STATE_SECONDS
+        if time.monotonic() - self._stated >= every:
+            self.write_state("running")
 
     def write_last_words(self) -> None:
         """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
@@ -244,7 +260,7 @@ class Run:
 
 def _identity(folder: Path) -> dict[str, str]:
     """What `state.json` holds of it. A folder that was moved keeps its id; a copy beside its original gets its own."""
-    state = _known_state(folder)
+    state = known_state(folder)
     place = str(folder) if in_bucket(folder) else os.path.realpath(folder)
     run_id, former = state.get("run_id"), state.get("folder")
     if isinstance(former, str) and former != place:
@@ -288,14 +304,14 @@ def open_run(
     """
     # Refused before anything is written: a folder that holds something else.
     with bucket_errors(folder):
-        found = _check(folder, config, contents, accepted)
+        found = check_place(folder, config, contents, accepted)
         hosts.wait_for_all("checked the run's folder")
         if not in_bucket(folder):
             folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder) as lock:
         with bucket_errors(folder):
             if hosts.is_first():  # again: another run may have begun and ended here just now
-                found = _check(folder, config, contents, accepted)
+                found = check_place(folder, config, contents, accepted)
             old = _rebuilt_state(folder)
             if hosts.is_first():
                 write_text(folder / "config.yaml", dump_yaml(config))
@@ -303,6 +319,9 @@ def open_run(
         run = Run(folder, kind, logging, lock)
         run.saved = old.get("step")
         run.best = old.get("best")
+        run.current = run.saved or 0
+        if isinstance(last := old.get("compile_seconds"), int | float):
+            run.compile_seconds = last
         run.accepted = frozenset(accepted)
         extra: dict[str, Any] = {"environment": environment()}
         if contents:
@@ -335,35 +354,6 @@ def open_run(
                 run.close()
             raise
         run.close()
-
-
-def _check(
-    folder: Path, config: Mapping[str, Any], contents: Contents | None, accepted: Collection[str]
-) -> dict[Change, list[str]]:
-    """See that the folder is absent, empty, or holds this run; returns the changes that were accepted."""
-    config_file = folder / "config.yaml"
-    if config_file.is_file():
-        state = _known_state(folder)  # where it is lost, the checkpoints know what the run was trained on
-        known = state.get("contents") if state else contents
-        found = changes(parse_yaml_mapping(config_file), config, known, contents)
-        if lines := refused(found, accepted):
-            raise UserError(
-                f"{folder}: holds another run ({lines[0]}); choose another run.dir, remove this one, or go on "
-                f"knowingly with {how_to_accept(found, accepted)}",
-                lines[1:],
-            )
-        return found
-    if folder.exists() and (not folder.is_dir() or any(child.name != LOCK_FILE for child in folder.iterdir())):
-        raise UserError(f"{folder}: exists and is not a run; choose another run.dir")
-    return {}
-
-
-def _known_state(folder: Path) -> dict[str, Any]:
-    """What can be read of the state."""
-    try:
-        return read_state(folder)
-    except UserError:
-        return {}
 
 
 def _rebuilt_state(folder: Path) -> dict[str, Any]:

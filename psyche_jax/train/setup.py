@@ -12,8 +12,8 @@ import optax
 
 from psyche_jax.config import AdapterSection, GrpoConfig, MeshSection, ModelSection, PromptSection
 from psyche_jax.data.packing import template_hash, tokenizer_hash
-from psyche_jax.errors import UsageError, UserError
-from psyche_jax.model.adapters import as_trained, initial_adapters
+from psyche_jax.errors import UsageError
+from psyche_jax.model.adapters import as_trained, initial_adapters, num_trained
 from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
@@ -86,7 +86,7 @@ def prepare(
       UserError: the mesh is impossible; the model is missing, broken, or fits neither the mesh nor that length.
     """
     sharding = training_sharding(mesh.data, mesh.fsdp, mesh.tensor, decoding_tensor)
-    stored = _open_base(model.path)
+    stored = open_model(model.path)
     if run is not None:
         stored = with_stop_tokens_of(stored, run / "checkpoints")
     check_architecture(model.architecture, stored.config, model.path)
@@ -99,16 +99,6 @@ def prepare(
     tokenizer = load_tokenizer(stored.tokenizer_folder)
     config = as_trained(stored.config, model.dtype, adapter)
     return Setup(stored, config, jnp.dtype(model.dtype), tokenizer, execution)
-
-
-def _open_base(path: str) -> StoredModel:
-    try:
-        return open_model(path)
-    except UserError as error:
-        if in_bucket(path) or Path(path).exists() or Path(path).name == "best":
-            raise
-        advice = f"fetch one (psyche import hub:NAME {path}) or name another (--set model.path=…)"
-        raise UserError(f"{error}; {advice}") from None
 
 
 def _check_dtype(model: ModelSection, stored: StoredModel) -> None:
@@ -148,6 +138,19 @@ def about_base(setup: Setup, contents: Mapping[str, str]) -> dict[str, Any]:
     `contents` is what `trained_on` gave.
     """
     return {} if setup.config.adapter is None else {"base": Base(setup.model, contents["base"]).as_metadata()}
+
+
+def header(setup: Setup) -> list[str]:
+    """What a run says at its start: the model and what of it is trained, the devices and their mesh."""
+    config, mesh = setup.config, setup.execution.sharding.mesh
+    stored = "int8" if config.int8 else setup.dtype.name
+    adapters = "" if config.adapter is None else f"; adapters with {num_trained(config):,} parameters are trained"
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return [
+        f"model: {setup.model.weights}, {config.model_type}, {config.num_parameters:,} parameters in {stored}, "
+        f"computing in {setup.execution.compute_dtype.name}{adapters}",
+        f"devices: {mesh.size} × {mesh.devices.flat[0].device_kind}, processes: {jax.process_count()}, mesh: {axes}",
+    ]
 
 
 def check_rows(rows: int, name: str, sharding: Sharding) -> None:
@@ -214,4 +217,5 @@ def report_skipped(run: Run, warning: str, lines: Sequence[str]) -> None:
     write_text(run.folder / "set_aside.txt", "".join(f"{line}\n" for line in lines))
     for line in lines[:5]:
         print(f"skipped: {line}", file=sys.stderr)
-    print(f"{len(lines)} records skipped; all are named in {run.folder / 'set_aside.txt'}", file=sys.stderr)
+    count = "1 record" if len(lines) == 1 else f"{len(lines)} records"
+    print(f"{count} skipped, named in {run.folder / 'set_aside.txt'}", file=sys.stderr)

@@ -35,6 +35,7 @@ from psyche_jax.train.setup import (
     about_base,
     abstract_state,
     check_rows,
+    header,
     keep_tokenizer,
     prepare,
     report_skipped,
@@ -56,7 +57,8 @@ class Examples:
     """`items` for `streams.batches`, with what `collate` makes of them.
 
     `parts` are those of a mixture; `set_aside` names what is not used; `length` is that of packed rows, None if the
-    items are single examples; `content` is a hash of what is used, in its order, wherever it lies.
+    items are single examples; `content` is a hash of what is used, in its order, wherever it lies. `count` and `tokens`
+    are of the examples, packed or not.
     """
 
     items: Sequence[TokenizedExample] | ReadsSeveral[bytes]
@@ -65,6 +67,8 @@ class Examples:
     set_aside: tuple[str, ...]
     length: int | None
     content: str
+    count: int
+    tokens: int
 
     @property
     def longest(self) -> Any:
@@ -102,7 +106,9 @@ def open_examples(
         set_aside += faults
         parts.append((len(good), weight))
     content = _content(hashes, list(weights.values()))
-    return Examples(examples, partial(pad_examples, largest=max_length), tuple(parts), tuple(set_aside), None, content)
+    collate = partial(pad_examples, largest=max_length)
+    tokens = sum(len(example.tokens) for example in examples)
+    return Examples(examples, collate, tuple(parts), tuple(set_aside), None, content, len(examples), tokens)
 
 
 def tokenized(
@@ -160,7 +166,10 @@ def _packed(
         for dataset in datasets.values()
     ]
     content = _content(hashes, [weights[where] for where in datasets])
-    return Examples(_Joined(list(datasets.values())), partial(unpacked_rows, length=length), parts, (), length, content)
+    packings = [dataset.manifest.packing for dataset in datasets.values()]
+    count, tokens = (sum(getattr(packing, name) for packing in packings) for name in ("examples", "tokens"))
+    rows = _Joined(list(datasets.values()))
+    return Examples(rows, partial(unpacked_rows, length=length), parts, (), length, content, count, tokens)
 
 
 def _content(hashes: Sequence[str], weights: Sequence[float]) -> str:
@@ -351,6 +360,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             "sft",
             run,
             stop,
+            header=[*header(setup), *_about_data(config, train, len(evaluation), total_steps)],
             total_steps=total_steps,
             metadata=metadata,
             checkpoints=config.checkpoints,
@@ -374,6 +384,19 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
             for _, batch in this.steps(device_batches(this.first)):
                 state, metrics = step(state, batch, base)
                 this.end_step(state, this.measured(metrics))
+
+
+def _about_data(config: SftConfig, train: Examples, held_out: int, total_steps: int) -> list[str]:
+    """Lines for the header."""
+    items, size = len(train.items), config.batch_size
+    packed = f" in {items:,} rows of {train.length}" if train.length is not None else ""
+    skipped = f", {len(train.set_aside)} skipped" if train.set_aside else ""
+    evaluated = f"; evaluated on {held_out:,} examples every {config.evaluate_every_steps} steps" if held_out else ""
+    each = "examples" if train.length is None else "rows"
+    return [
+        f"data: {train.count:,} examples, {train.tokens:,} tokens{packed}{skipped}",
+        f"steps: {total_steps}, of {size} {each} each; {items / size:.4g} an epoch{evaluated}",
+    ]
 
 
 def _weighted(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -9,18 +9,17 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from psyche_jax.errors import UserError
 from psyche_jax.storage.files import bucket_errors, in_bucket, read_json, write_text
+from psyche_jax.storage.hub import PREFIX
 from psyche_jax.storage.store import StoredObject, crc32c_of, open_store, seal
-from psyche_jax.train import hosts
 from psyche_jax.train.run_files import read_state
 
 CHECKSUMS = "checksums.json"
 # Orbax still writes the first when the checksums are made, and the second after all else.
 _NOT_COVERED = (CHECKSUMS, "_CHECKPOINT_METADATA", "commit_success.txt")
 _READ_AT_ONCE = 4
+PEFT_CONFIG = "adapter_config.json"  # of `peft`, whose folders hold adapters alone
 _NAMED = 3  # so many damaged files are named, the others counted
 
 
@@ -99,10 +98,21 @@ FORMAT = 2  # 1 had no checksums
 _MARK = "commit_success.txt"  # of Orbax, where nothing can be renamed: written last
 
 
-def find_checkpoint(folder: Path) -> Path:
+def check_model(path: str) -> None:
+    """Look, without JAX, whether `path` may be a model; in a bucket, and at a URL, only who opens it does.
+
+    Raises:
+      UserError: it holds neither a Hugging Face model, nor adapters, nor a whole checkpoint.
+    """
+    folder = Path(path)
+    if "://" not in path and not any((folder / name).is_file() for name in ("config.json", PEFT_CONFIG)):
+        find_checkpoint(folder, say=False)
+
+
+def find_checkpoint(folder: Path, say: bool = True) -> Path:
     """The step folder that a run (its latest), RUN/best, a checkpoint folder or a step folder stands for.
 
-    Folders that are named as steps and were not saved whole are passed over, each with a line on stderr.
+    Folders that are named as steps and were not saved whole are passed over, each (if `say`) with a line on stderr.
 
     Raises:
       UserError: there is none.
@@ -116,7 +126,14 @@ def find_checkpoint(folder: Path) -> Path:
             raise UserError(f"{step_folder}: the best checkpoint is not whole: {missing}; copy it again")
         return step_folder
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model: neither a Hugging Face folder nor a checkpoint nor a run")
+        name = str(folder)
+        if name.startswith(PREFIX):
+            target = f"checkpoints/{folder.name.partition('@')[0]}"
+            raise UserError(f"{name}: is on the Hugging Face hub; first fetch it: psyche import {name} {target}")
+        raise UserError(
+            f"{name}: no such model: neither a Hugging Face folder nor a checkpoint nor a run; "
+            f"`psyche import hub:OWNER/NAME FOLDER` fetches one"
+        )
     if folder.name.isdecimal() and not what_is_missing(folder):
         return folder
     root = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
@@ -125,7 +142,7 @@ def find_checkpoint(folder: Path) -> Path:
         itself = {folder: what_is_missing(folder)} if folder.name.isdecimal() else {}
         reasons = [f"{path.name}: {missing}" for path, missing in (others or itself).items()]
         raise UserError(f"{folder}: holds neither a config.json nor a checkpoint {_listed(reasons)}".rstrip())
-    for path, missing in others.items():
+    for path, missing in others.items() if say else ():
         print(f"{path}: not a whole checkpoint ({missing}), so it is passed over", file=sys.stderr)
     return whole[-1]
 
@@ -145,8 +162,11 @@ def what_is_missing(folder: Path, items: Sequence[str] = ("parameters",)) -> str
     for item in items:
         if not (folder / item).is_dir():
             return f"{item} is missing"
-    if in_bucket(folder) and not ocp.path.step.is_path_finalized(folder):
-        return f"{_MARK} is missing"
+    if in_bucket(folder):
+        import orbax.checkpoint as ocp  # seconds, and JAX, which a look at a folder on a disk need not take
+
+        if not ocp.path.step.is_path_finalized(folder):
+            return f"{_MARK} is missing"
     if not (folder / "metadata" / "metadata").is_file():
         return "metadata is missing"
     try:
@@ -173,6 +193,8 @@ def set_aside_look_alikes(root: Path, saved: int | None) -> None:
     Raises:
       UserError: there are some, and there is no whole checkpoint. Nothing is changed then.
     """
+    from psyche_jax.train import hosts  # which starts JAX, and the rest of this module does not
+
     with bucket_errors(root):
         whole, others = step_folders(root, ("parameters", "optimizer")) if root.is_dir() else ([], {})
         if not whole and (saved or (saved is None and others)):

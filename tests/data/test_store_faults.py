@@ -101,7 +101,7 @@ def test_no_permission(status, bucket, tmp_path, capsys):
         ["data", "copy", str(tmp_path / "local"), place],
         ["data", "import", str(tmp_path / "row.jsonl"), place, "--config", str(tmp_path / "import.yaml")],
         ["decontaminate", "--train", place, "--eval", place, "--out", str(tmp_path / "new")],
-        ["eval", "none", "--bench", place],
+        ["eval", "http://127.0.0.1:9/v1#m", "--bench", place],
         ["report", place],
     ]
     with refusing(status) as asked:

@@ -233,7 +233,7 @@ def test_out_of_memory_messages():
 
 @pytest.mark.parametrize("path", sorted(Path(ROOT / "configs").glob("*_*_v*.yaml")), ids=lambda path: path.stem)
 def test_ready_configs_are_short_and_valid(path):
-    from psyche_jax.plan.report import load_plan_config
+    from psyche_jax.cli.training import load_plan_config
 
     config = load_plan_config(path, [], None)
     assert path.stem.startswith("grpo" if hasattr(config, "rewards") else "sft")

@@ -8,11 +8,11 @@ from jax.sharding import SingleDeviceSharding
 from support.tiny_plans import ROOT, needs_libtpu, write_config
 
 from psyche_jax import cli
+from psyche_jax.cli.training import load_plan_config
 from psyche_jax.model import sharding
 from psyche_jax.model.flops import peak_flops
 from psyche_jax.model.sharding import TRAIN_RULES
 from psyche_jax.plan.compile import out_of_memory
-from psyche_jax.plan.report import load_plan_config
 from psyche_jax.plan.slices import CHIPS, parse_topology
 
 pytestmark = needs_libtpu

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from support.tiny_plans import MODEL, write_config
 
+from psyche_jax.cli.training import load_plan_config
 from psyche_jax.data.dataset import write_dataset
 from psyche_jax.data.records import Message, RlPrompt
-from psyche_jax.plan.report import count_steps, decoding_sizes, load_plan_config
+from psyche_jax.plan.report import count_steps, decoding_sizes
 from psyche_jax.plan.rollout import Loop
 from psyche_jax.plan.roofline import count_attention, count_phases, decoding_of
 from psyche_jax.plan.slices import CHIPS, PRICES, parse_topology

@@ -161,6 +161,7 @@ def test_with_a_local_model_from_a_pipe(tiny_model, tmp_path):
     log = tmp_path / "events.jsonl"
     done = piped(tiny_model, ["你好", "我想自杀", "/history"], "--set", "limits.new_tokens=8", "--crisis-log", str(log))
     assert done.returncode == 0 and done.stderr == ""
+    assert "> 你好\n" in done.stdout, "what is answered can be seen"
     assert "不是医生" in done.stdout and "not a clinician" in done.stdout
     assert "12356" in done.stdout.split("user: 我想自杀")[1], "the fixed text"
     assert json.loads(log.read_text())["risk"] == "active_ideation"

@@ -215,7 +215,7 @@ def test_prompts_that_are_too_long_are_set_aside_and_counted(train, root, capsys
     line = f"record {long.id}: "
     assert line in (root / "run" / "set_aside.txt").read_text()
     said = capsys.readouterr().err
-    assert "over data.max_prompt_length 64" in said and "1 records skipped" in said
+    assert "over data.max_prompt_length 64" in said and "1 record skipped" in said
 
 
 def test_mfu_is_there_where_the_peak_is_known(train, root, monkeypatch):

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,11 +21,11 @@ from support.training_fixtures import grpo_config, metrics_of, sft_config, state
 import psyche_jax
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
-from psyche_jax.train import hosts
+from psyche_jax.train import hosts, runs
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
-from psyche_jax.train.runs import PreemptedError, open_run
+from psyche_jax.train.runs import PreemptedError, Run, open_run
 from psyche_jax.train.setup import abstract_like
 from psyche_jax.train.sft import train_sft
 from psyche_jax.train.state import TrainState
@@ -53,6 +55,7 @@ def toy_training(folder, check=None):
             "toy",
             run,
             stop,
+            header=["about it"],
             total_steps=5,
             metadata={"model": {}},
             checkpoints=CheckpointSection(every_steps=100),
@@ -109,6 +112,43 @@ def same(folder, whole):
     assert (state_of(folder)["status"], state_of(folder)["best"]) == ("done", state_of(whole)["best"])
     steps = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {"2", "5"} <= steps
+
+
+def test_a_run_says_what_it_does_and_its_state_follows(tmp_path, monkeypatch, capsys):
+    """Each step is seen in it at once; `step` stays what is saved whole, which nothing is before the last step."""
+    monkeypatch.setattr(runs, "_STATE_SECONDS", 0.0)
+    seen, reach = [], Run.reach
+
+    def look(run, step):
+        reach(run, step)
+        seen.append((state_of(run.folder)["step"], state_of(run.folder)["current_step"]))
+
+    with mock.patch.object(Run, "reach", look):
+        toy_training(tmp_path / "run")
+    assert seen == [(0, step) for step in range(1, 6)]
+    state = state_of(tmp_path / "run")
+    assert (state["step"], state["current_step"]) == (5, 5)
+    said = capsys.readouterr().err.splitlines()
+    assert said[:4] == [
+        "toy: about it",
+        f"toy: folder: {tmp_path}/run",
+        "toy: compiling the step (once)",
+        "toy: evaluating after step 0",
+    ]
+    end = f"the best at step 2; {tmp_path}/run; next: psyche eval {tmp_path}/run --bench samples"
+    assert re.fullmatch(rf"toy: done in \d\d:\d\d: loss 30, {re.escape(end)}", said[-1])
+    # Again: there is nothing to do, which is said.
+    toy_training(tmp_path / "run")
+    (again,) = capsys.readouterr().err.splitlines()
+    assert again.startswith(f"toy: all 5 steps are done already; {tmp_path}/run; next: ")
+
+
+def test_compiling_is_announced_with_what_it_took_last_time(tmp_path, capsys):
+    stopped(tmp_path / "run", 5)
+    path = tmp_path / "run" / "state.json"
+    path.write_text(json.dumps({**state_of(tmp_path / "run"), "compile_seconds": 27.4}))
+    toy_training(tmp_path / "run")
+    assert "toy: compiling the step (once; 27 s last time)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("call", "step"), [(2, 0), (4, 2), (6, 2), (9, 4), (12, 5)])
