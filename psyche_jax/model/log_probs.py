@@ -1,6 +1,7 @@
 """Log-probabilities of given tokens, of responses behind shared prompts too, never holding whole logits."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 from psyche_jax.model.kernels import SharedPrompt
 from psyche_jax.model.products import weighted
 from psyche_jax.model.qwen2 import Execution, Qwen2, cast_weights
+
+Scores = TypeVar("Scores")
 
 
 def response_hidden(
@@ -95,6 +98,52 @@ def token_scores(
       chunk_tokens: how many positions' logits exist at once, over all rows; backward recomputes those of
         several chunks.
     """
+
+    # Log-prob and entropy from the same logits, which are gone afterwards.
+    def score(logits: jax.Array, targets: jax.Array) -> TokenScores:
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        expected = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
+        return TokenScores(chosen - log_normalizer, log_normalizer - expected)
+
+    return _by_chunks(model, hidden, targets, execution, score, temperature, chunk_tokens)
+
+
+class LikeliestScores(NamedTuple):
+    """`log_probs` float32 [batch, sequence]; `best`, `best_log_probs` [batch, sequence, count]: likeliest tokens."""
+
+    log_probs: jax.Array
+    best: jax.Array
+    best_log_probs: jax.Array
+
+
+def likeliest_scores(
+    model: Qwen2, hidden: jax.Array, targets: jax.Array, execution: Execution, count: int, chunk_tokens: int = 512
+) -> LikeliestScores:
+    """As `token_scores`, with the `count` likeliest tokens of each position in place of the entropy."""
+
+    def score(logits: jax.Array, targets: jax.Array) -> LikeliestScores:
+        log_normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+        best_logits, best = jax.lax.top_k(logits, count)
+        return LikeliestScores((chosen - log_normalizer)[..., 0], best, best_logits - log_normalizer)
+
+    return _by_chunks(model, hidden, targets, execution, score, 1.0, chunk_tokens)
+
+
+def _by_chunks(
+    model: Qwen2,
+    hidden: jax.Array,
+    targets: jax.Array,
+    execution: Execution,
+    score: Callable[[jax.Array, jax.Array], Scores],
+    temperature: float,
+    chunk_tokens: int,
+) -> Scores:
+    """`score(logits / temperature, targets)` of all positions, in float32, by chunks along the sequence.
+
+    Its arrays begin with [batch, sequence].
+    """
     # Logits of all positions at once would be the largest array of the program: chunks of equal size instead.
     batch, length = targets.shape
     size = min(length, max(1, chunk_tokens // batch))
@@ -117,16 +166,11 @@ def token_scores(
     copy, hidden = _bound(jax.lax.stop_gradient(head), hidden)
     copy = cast_weights(copy, hidden.dtype)
 
-    # Log-prob and entropy from the same logits, which are gone afterwards.
-    def chunk(hidden: jax.Array, targets: jax.Array) -> TokenScores:
+    def chunk(hidden: jax.Array, targets: jax.Array) -> Scores:
         hidden = sharding.constrain(hidden, rows, None, None)
         weights = _copied(head, copy)
         logits = weighted(hidden, weights, jnp.float32)
-        logits = sharding.constrain(logits, rows, None, vocab) / temperature
-        log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        expected = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
-        return TokenScores(chosen - log_normalizer, log_normalizer - expected)
+        return score(sharding.constrain(logits, rows, None, vocab) / temperature, targets)
 
     if chunks == 1:
         return chunk(hidden, targets)
@@ -137,7 +181,12 @@ def token_scores(
             targets.reshape(batch, chunks, size).swapaxes(0, 1),
         ),
     )
-    return TokenScores(*(x.swapaxes(0, 1).reshape(batch, chunks * size)[:, :length] for x in stacked))
+
+    def joined(x: Any) -> Any:
+        return x.swapaxes(0, 1).reshape(batch, chunks * size, *x.shape[3:])[:, :length]
+
+    scores: Scores = jax.tree.map(joined, stacked)
+    return scores
 
 
 @jax.custom_vjp

@@ -1,6 +1,7 @@
 """The thread that decodes for all: who waits, who has a slot, and what each is told.
 
-Between two chunks what was said is handed out, rows that nobody waits for are given up, and others join.
+Between two chunks what was said is handed out, rows that nobody waits for are given up, and others join; and a few
+prompts are scored, if there are any.
 """
 
 import logging
@@ -10,9 +11,10 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from psyche_jax.serve.engine import Batch, Chunk, Engine, RowSettings
+from psyche_jax.serve.engine import Batch, Chunk, Engine, PromptScores, RowSettings
 
 _LOG = logging.getLogger("psyche_jax.serve")
+_SCORED = 8192  # tokens, with padding, of prompts that are scored at once; one prompt may have more
 
 
 class BusyError(Exception):
@@ -53,6 +55,16 @@ class Job:
         self.given_up.update(range(len(self.settings)) if row is None else [row])
 
 
+@dataclass(eq=False)
+class ScoreJob:
+    """A prompt that is to be scored. The batcher's thread calls `deliver` with its scores, or with None: it failed."""
+
+    prompt: Sequence[int]
+    alternatives: int
+    deliver: Callable[[PromptScores | None], None]
+    given_up: bool = False
+
+
 class _Running:
     """A batch, whose rows its slots have, and who is about to join."""
 
@@ -86,6 +98,7 @@ class Batcher:
         self._rows = rows
         self._most_waiting = waiting
         self._waiting: deque[Job] = deque()
+        self._to_score: deque[ScoreJob] = deque()
         self._running: list[_Running] = []
         self._closing = False
         self._abandoned = threading.Event()
@@ -93,8 +106,8 @@ class Batcher:
         self._thread = threading.Thread(target=self._run, name="batcher", daemon=True)
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
-        """Queue a job.
+    def submit(self, *jobs: Job | ScoreJob) -> None:
+        """Queue the jobs of a request.
 
         Raises:
           BusyError, ClosingError: it is refused.
@@ -102,17 +115,19 @@ class Batcher:
         with self._changed:
             if self._closing:
                 raise ClosingError
-            if len(self._waiting) >= self._most_waiting:
+            if len(self._waiting) + len(self._to_score) >= self._most_waiting:
                 raise BusyError
-            self._waiting.append(job)
+            self._waiting += (job for job in jobs if isinstance(job, Job))
+            self._to_score += (job for job in jobs if isinstance(job, ScoreJob))
             self._changed.notify()
 
     def close(self, seconds: float) -> None:
         """Refuse new jobs, fail those that wait, let running ones finish for so long, then break them off."""
         with self._changed:
             self._closing = True
-            refused = list(self._waiting)
+            refused: list[Job | ScoreJob] = [*self._waiting, *self._to_score]
             self._waiting.clear()
+            self._to_score.clear()
             self._changed.notify()
         for job in refused:
             job.deliver(None)
@@ -126,11 +141,13 @@ class Batcher:
                 for running in self._running:
                     running.let_go()
                 self._running = [running for running in self._running if running.rows]
-                while not (self._waiting or self._running or self._closing):
+                while not (self._waiting or self._to_score or self._running or self._closing):
                     self._changed.wait()
                 if self._closing and not self._running:
                     return
                 self._take()
+                scored = self._take_scored()
+            self._score(scored)
             for running in list(self._running):
                 if self._abandoned.is_set():
                     break
@@ -154,6 +171,29 @@ class Batcher:
                 running = _Running()
                 self._running.append(running)
             running.joining.append(job)
+
+    def _take_scored(self) -> list[ScoreJob]:
+        """Those from the front of the queue that are scored next, together."""
+        taken: list[ScoreJob] = []
+        longest = 0
+        while self._to_score and len(taken) < self._rows:
+            longest = max(longest, len(self._to_score[0].prompt))
+            if taken and (len(taken) + 1) * longest > _SCORED:
+                break
+            job = self._to_score.popleft()
+            taken += [] if job.given_up else [job]
+        return taken
+
+    def _score(self, jobs: Sequence[ScoreJob]) -> None:
+        if not jobs:
+            return
+        try:
+            scores = self._engine.score([job.prompt for job in jobs], max(job.alternatives for job in jobs))
+        except Exception:
+            self._fail(jobs)
+        else:
+            for job, own in zip(jobs, scores, strict=True):
+                job.deliver(own)
 
     def _join(self, running: _Running) -> None:
         """Begin the jobs that were found a place in this batch."""
@@ -188,7 +228,7 @@ class Batcher:
             self._fail(running.jobs)
             running.rows = {}
 
-    def _fail(self, jobs: Collection[Job]) -> None:
+    def _fail(self, jobs: Collection[Job | ScoreJob]) -> None:
         _LOG.exception("a batch failed")
         for job in jobs:
             job.deliver(None)

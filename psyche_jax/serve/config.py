@@ -53,6 +53,7 @@ class ServeConfig(Section):
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9  # the same
     prompt: PromptSection | None = None  # None: what the model was trained with
     thinking: bool | None = None  # `enable_thinking` of the chat template; None: as `prompt` says, or as it was trained
+    warm: bool = True  # compile what a first conversation needs before serving
     compute_dtype: Dtype = "float32"  # of activations and matrix products
     mesh: MeshSection = field(default_factory=MeshSection)
     limits: LimitsSection = field(default_factory=LimitsSection)

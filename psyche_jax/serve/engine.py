@@ -18,6 +18,7 @@ from psyche_jax.config import Dtype, MeshSection
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import keep_nucleus
+from psyche_jax.model.log_probs import LikeliestScores, likeliest_scores
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, take_rows
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.checkpoints import StoredModel
@@ -53,6 +54,18 @@ class Chunk(NamedTuple):
     log_probs: Any
     best: Any
     best_log_probs: Any
+
+
+class PromptScores(NamedTuple):
+    """How likely a prompt of n tokens is.
+
+    `log_probs`: float32 [n - 1], of each token but the first, given those before it; `best`, `best_log_probs`:
+    [n, count], the likeliest tokens after each.
+    """
+
+    log_probs: np.ndarray
+    best: np.ndarray
+    best_log_probs: np.ndarray
 
 
 class _State(NamedTuple):
@@ -121,6 +134,9 @@ class Engine:
         state = _State(cache, sharding.named("batch", None), sharding.named())  # type: ignore[arg-type]
         whole = sharding.named(None, None, "kv_heads", None, None)
         self._read = jax.jit(partial(_read, config, execution), out_shardings=(sharding.named(), (whole, whole)))
+        self._score = jax.jit(
+            partial(_score, config, execution), static_argnames="count", out_shardings=sharding.named()
+        )
         self._enter = jax.jit(partial(_enter, execution), donate_argnames="state", out_shardings=state)
         self._grow = jax.jit(partial(_grown, config, execution), static_argnames="shape", out_shardings=state)
         self._advance = jax.jit(
@@ -178,6 +194,15 @@ class Engine:
         batch.left = np.where(stopped.any(axis=1), 0, batch.left - count)
         return chunk
 
+    def score(self, prompts: Sequence[Sequence[int]], alternatives: int = 0) -> list[PromptScores]:
+        """How likely prompts are by themselves. So many alternatives come with each place, one at least."""
+        rows = self._parts << (-(-len(prompts) // self._parts) - 1).bit_length()
+        padded = pad_prompts([*prompts, *[prompts[0]] * (rows - len(prompts))], self.config.max_positions)
+        count = 1 if alternatives <= 1 else min(MOST_ALTERNATIVES, self.config.vocab_size)
+        scores = jax.device_get(self._score(self._parameters, padded["tokens"], padded["mask"], count=count))
+        own = [[part[row, -len(prompt) :] for part in scores] for row, prompt in enumerate(prompts)]
+        return [PromptScores(log_probs[:-1], *best) for log_probs, *best in own]
+
     def _by_part(self, tree: Any) -> Any:
         """Arrays of slots as rows lie on the mesh: slots are dealt out to its parts, so that growing moves none."""
         return jax.tree.map(lambda array: array.reshape(-1, self._parts).T.ravel(), tree)
@@ -216,6 +241,16 @@ def _read(
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, read = bind(config, parameters).prefill(tokens, mask.astype(jnp.int32), positions, execution)
     return hidden[:, -1], read
+
+
+def _score(
+    config: ModelConfig, execution: Execution, parameters: Parameters, tokens: jax.Array, mask: jax.Array, count: int
+) -> LikeliestScores:
+    """What left-padded prompts [prompts, length] say of the token after each place; after the last there is none."""
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    model = bind(config, parameters)
+    hidden = model(tokens, mask.astype(jnp.int32), positions, execution)
+    return likeliest_scores(model, hidden, jnp.roll(tokens, -1, axis=1), execution, count)
 
 
 def _enter(

@@ -1,7 +1,7 @@
-"""OpenAI's chat completions: what a request may hold, and what this server's own responses are made of.
+"""OpenAI's (chat) completions: what a request may hold, and what this server's own responses are made of.
 
 A field of a request that is not supported is refused by its name. The form of completions is that of the `openai`
-library (`openai.types.chat`).
+library (`openai.types`).
 """
 
 from itertools import islice
@@ -15,9 +15,11 @@ from psyche_jax.serve.engine import MOST_ALTERNATIVES
 _MOST_MESSAGES = 512
 _MOST_PARTS = 512  # of a message
 _MOST_PAIRS = 1024  # of an object that is not used
+_MOST_PROMPTS = 128  # of a request
 Nothing = Annotated[float, Field(ge=0, le=0)]  # numbers that change nothing
 Once = Annotated[float, Field(ge=1, le=1)]
 Opaque = Annotated[str, StringConstraints(max_length=512)]  # taken and not used
+Prompt = str | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]  # text or token ids
 StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 
 
@@ -83,44 +85,26 @@ class ResponseFormat(_Request):
     type: Literal["text"]
 
 
-class ChatRequest(_Request):
-    """The body of POST /v1/chat/completions."""
+class _Generation(_Request):
+    """What requests for chat completions and for plain ones share."""
 
     model: str = Field(max_length=256)
-    messages: list[ChatMessage] = Field(min_length=1, max_length=_MOST_MESSAGES)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=128)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    max_tokens: int | None = Field(None, ge=1, le=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    logprobs: bool | None = False
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     presence_penalty: Nothing | None = None
     frequency_penalty: Nothing | None = None
-    repetition_penalty: Once | None = None  # from here to `echo`: of other servers
+    repetition_penalty: Once | None = None  # from here to `best_of`: of other servers
     length_penalty: Once | None = None
     min_p: Nothing | None = None
     top_k: Annotated[int, Field(ge=-1, le=0)] | None = None
     best_of: Once | None = None
-    echo: Literal[False] | None = None
-    response_format: ResponseFormat | None = None
     logit_bias: dict[str, Nothing] | None = None
-    tool_choice: Literal["none", "auto"] | None = None  # there are no tools to choose from
-    function_call: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
-    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
-    metadata: dict[str, str | None] | None = None  # these are taken and not used
-    user: Opaque | None = None
-    safety_identifier: Opaque | None = None
-    prompt_cache_key: Opaque | None = None
+    user: Opaque | None = None  # taken and not used
 
-    @field_validator("logit_bias", "metadata", mode="before")
+    @field_validator("logit_bias", "metadata", mode="before", check_fields=False)
     @classmethod
     def _few(cls, value: Any) -> Any:
         if isinstance(value, dict) and len(value) > _MOST_PAIRS:
@@ -131,6 +115,34 @@ class ChatRequest(_Request):
     @classmethod
     def _stops(cls, value: Any) -> Any:
         return [stop for stop in value if stop not in ("", None)] if isinstance(value, list) else value
+
+    @property
+    def stops(self) -> list[str]:
+        """Stop strings as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+class ChatRequest(_Generation):
+    """The body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=_MOST_MESSAGES)
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1, le=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
+    logprobs: bool | None = False
+    top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    echo: Literal[False] | None = None
+    response_format: ResponseFormat | None = None
+    tool_choice: Literal["none", "auto"] | None = None  # there are no tools to choose from
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    metadata: dict[str, str | None] | None = None  # these are taken and not used
+    safety_identifier: Opaque | None = None
+    prompt_cache_key: Opaque | None = None
 
     @model_validator(mode="after")
     def _check(self) -> "ChatRequest":
@@ -145,10 +157,44 @@ class ChatRequest(_Request):
             raise ValueError("stream_options needs stream")
         return self
 
+
+class CompletionRequest(_Generation):
+    """The body of POST /v1/completions: prompts are continued as they stand or, with `echo`, scored."""
+
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=_MOST_PROMPTS)]
+    max_tokens: int = Field(16, ge=0, le=2**31)
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    echo: bool | None = False
+    stream: Literal[False] | None = None
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        prompts = value if isinstance(value, list) and not _is_prompt(value) else [value]
+        if not all(map(_is_prompt, prompts)) or not prompts:
+            raise ValueError("is no text, no list of token ids, and no list of such")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> "CompletionRequest":
+        if not self.echo and self.max_tokens < 1:
+            raise ValueError("max_tokens of 0 needs echo")
+        if self.echo and (self.max_tokens > 1 or (self.max_tokens == 1 and self.temperature != 0) or (self.n or 1) > 1):
+            raise ValueError("echo scores a prompt: it wants max_tokens 0, or 1 at temperature 0, and n 1")
+        return self
+
     @property
-    def stops(self) -> list[str]:
-        """Stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    def prompts(self) -> list[str | list[int]]:
+        """All of them."""
+        given: Any = self.prompt
+        return [given] if _is_prompt(given) else given
+
+
+def _is_prompt(value: Any) -> bool:
+    """A text, or token ids. An empty one is refused later, by its place."""
+    if isinstance(value, str):
+        return not any("\ud800" <= character <= "\udfff" for character in value)  # half of a pair is no text
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
 class ModelCard(BaseModel):

@@ -1,21 +1,25 @@
-"""The OpenAI-compatible HTTP server: chat completions, streamed or whole, the list of models, and a web page."""
+"""The OpenAI-compatible HTTP server: chat completions, plain ones, the list of models, and a web page."""
 
 import asyncio
+import codecs
 import contextlib
 import json
 import os
+import re
 import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib.resources import files
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import fastapi
 import uvicorn
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
 
@@ -26,8 +30,9 @@ from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body, impatient, listen
-from psyche_jax.serve.service import Answer, FailedError, Said, Service, TokenLogProb, TooLongError, Wanted
+from psyche_jax.serve.service import Answer, FailedError, Said, Scored, Service, TokenLogProb, TooLongError, Wanted
 
+T = TypeVar("T")
 TOKEN_VARIABLE = "PSYCHE_SERVE_TOKEN"
 _PAGE = {
     "/": ("index.html", "text/html"),
@@ -68,6 +73,9 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
         )
     listening = listen(config.host, config.port)
     service = Service(config)
+    if config.warm:
+        print("compiling for conversations of a usual length (kept for the next start)", file=sys.stderr, flush=True)
+        service.warm()
     settings = uvicorn.Config(
         create_app(service, config, token),
         log_level="warning",
@@ -116,7 +124,9 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
         """What the page needs to know."""
         gate = service.gate
         notice = {"zh": gate.notice("zh"), "en": gate.notice("en")} if gate else None
-        return {"model": service.name, "notice": notice, "token_required": token is not None}
+        told = f"{gate.fill('{hotline} {emergency}', 'zh')} {gate.fill('{hotline}', 'en')}" if gate else ""
+        numbers = sorted(set(re.findall(r"\d(?:[ -]?\d)+", told)), key=len, reverse=True)  # the page links them
+        return {"model": service.name, "notice": notice, "numbers": numbers, "token_required": token is not None}
 
     # OpenAI's protocol, as far as it goes with one model.
     @app.get("/v1/models", responses={status: _ERRORS[status] for status in (401, 403, 429)})
@@ -138,28 +148,32 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
     )
     async def chat(body: protocol.ChatRequest, request: fastapi.Request) -> Response:
         """Answer a conversation."""
-        wanted = _wanted(body, service, config)
-        try:
+        turns = [
+            Message("system" if message.role == "developer" else message.role, message.text)
+            for message in body.messages
+            if message.text.strip()  # a system prompt or an answer without a word is left out
+        ]
+        most, alternatives = body.max_completion_tokens or body.max_tokens, body.top_logprobs or 0
+        wanted = _wanted(body, turns, most, alternatives if body.logprobs else None, service, config)
+        with _refusals():
             answer = await service.answer(wanted)
-        except TooLongError as error:
-            raise RefusalError(400, str(error), "context_length_exceeded") from None
-        except BusyError:
-            raise RefusalError(429, "the server is busy; try again", "server_busy", {"retry-after": "1"}) from None
-        except UserError as error:
-            raise RefusalError(400, str(error), "invalid_request") from None
-        except ClosingError:
-            raise RefusalError(503, "the server is shutting down", "closing") from None
-        about: dict[str, Any] = {
-            "id": f"chatcmpl-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": service.name,
-        }
-        if answer.gate_reply is not None:
-            about["crisis"] = {"risk": answer.gate_reply.assessment.risk.value}  # beyond OpenAI's protocol
+        about = _about("chatcmpl", service, answer)
         limit = config.limits.request_seconds
         if body.stream:
             return StreamingResponse(_events(answer, about, service, body, limit), media_type="text/event-stream")
         return JSONResponse(await _whole(answer, about, service, body, request, limit))
+
+    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
+    async def complete(body: protocol.CompletionRequest, request: fastapi.Request) -> Response:
+        """Continue prompts as they stand, or score them."""
+        limit = config.limits.request_seconds
+        wanted = _wanted(body, body.prompts, body.max_tokens, body.logprobs, service, config)
+        with _refusals():
+            if body.echo:
+                scored = await _all(service.score(body.prompts, body.logprobs or 0), request, limit)
+                return JSONResponse({**_scored(scored, body, service), **_about("cmpl", service)})
+            answer = await service.answer(wanted)
+        return JSONResponse(await _continued(answer, _about("cmpl", service, answer), service, body, request, limit))
 
     _answer_errors(app)
     return Guard(app, config.limits, token, config.host in LOOPBACK)
@@ -195,25 +209,49 @@ def _no_model(service: Service) -> RefusalError:
     return RefusalError(404, f"the model that is served here is {service.name!r}", "model_not_found")
 
 
-def _wanted(body: protocol.ChatRequest, service: Service, config: ServeConfig) -> Wanted:
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """What goes wrong before anything is said, as answers that say so."""
+    try:
+        yield
+    except TooLongError as error:
+        raise RefusalError(400, str(error), "context_length_exceeded") from None
+    except BusyError:
+        raise RefusalError(429, "the server is busy; try again", "server_busy", {"retry-after": "1"}) from None
+    except UserError as error:
+        raise RefusalError(400, str(error), "invalid_request") from None
+    except ClosingError:
+        raise RefusalError(503, "the server is shutting down", "closing") from None
+
+
+def _about(kind: str, service: Service, answer: Answer | None = None) -> dict[str, Any]:
+    about = {"id": f"{kind}-{secrets.token_hex(12)}", "created": int(time.time()), "model": service.name}
+    if answer is not None and answer.gate_reply is not None:
+        about["crisis"] = {"risk": answer.gate_reply.assessment.risk.value}  # beyond OpenAI's protocol
+    return about
+
+
+def _wanted(
+    body: protocol.ChatRequest | protocol.CompletionRequest,
+    asked: Sequence[Message] | Sequence[str | list[int]],
+    max_new_tokens: int | None,
+    alternatives: int | None,
+    service: Service,
+    config: ServeConfig,
+) -> Wanted:
     if body.model != service.name:
         raise _no_model(service)
     choices = body.n or 1
     if choices > config.limits.choices:
         raise RefusalError(400, f"n: at most {config.limits.choices} here", "invalid_request")
-    turns = [
-        Message("system" if message.role == "developer" else message.role, message.text)
-        for message in body.messages
-        if message.text.strip()  # a system prompt or an answer without a word is left out
-    ]
     return Wanted(
-        turns,
+        asked,
         config.temperature if body.temperature is None else body.temperature,
         config.top_p if body.top_p is None else body.top_p,
         choices,
-        body.max_completion_tokens or body.max_tokens,
+        max_new_tokens,
         body.stops,
-        (body.top_logprobs or 0) if body.logprobs else None,
+        alternatives,
         body.seed,
     )
 
@@ -226,20 +264,8 @@ async def _whole(
     request: fastapi.Request,
     limit: float,
 ) -> dict[str, Any]:
-    """The completion in one piece. Decoding stops once the client is gone or the time is up."""
-    parts: dict[int, list[Said]] = {}
-    watch = asyncio.ensure_future(_gone(request))
-    try:
-        async with asyncio.timeout(limit):
-            async for said in _until(answer.parts, watch):
-                parts.setdefault(said.choice, []).append(said)
-    except TimeoutError:
-        raise RefusalError(504, "the response took too long", "timeout") from None
-    except FailedError:
-        raise RefusalError(503, "the response could not be finished", "failed") from None
-    finally:
-        watch.cancel()
-        await answer.parts.aclose()  # type: ignore[attr-defined]
+    """The completion in one piece."""
+    parts = _by_choice(await _all(answer.parts, request, limit))
     choices = [
         {
             "index": index,
@@ -247,10 +273,83 @@ async def _whole(
             "finish_reason": own[-1].delta.finish or "length",
             "logprobs": _log_probs([one for part in own for one in part.delta.log_probs], service, body),
         }
-        for index, own in sorted(parts.items())
+        for index, own in parts.items()
     ]
     usage = _usage(answer, {index: own[-1].tokens for index, own in parts.items()})
     return {"object": "chat.completion", "choices": choices, "usage": usage, "crisis": None, **about}
+
+
+async def _continued(
+    answer: Answer,
+    about: dict[str, Any],
+    service: Service,
+    body: protocol.CompletionRequest,
+    request: fastapi.Request,
+    limit: float,
+) -> dict[str, Any]:
+    """How prompts go on, in OpenAI's older form."""
+    parts = _by_choice(await _all(answer.parts, request, limit))
+    choices = []
+    for index, own in parts.items():
+        entries = [one for part in own for one in part.delta.log_probs]
+        choices.append(
+            {
+                "index": index,
+                "text": "".join(part.delta.text for part in own),
+                "finish_reason": own[-1].delta.finish or "length",
+                "logprobs": None if body.logprobs is None else _plain_log_probs([], entries, service),
+            }
+        )
+    usage = _usage(answer, {index: own[-1].tokens for index, own in parts.items()})
+    return {"object": "text_completion", "choices": choices, "usage": usage, "crisis": None, **about}
+
+
+def _scored(scored: list[Scored], body: protocol.CompletionRequest, service: Service) -> dict[str, Any]:
+    """Prompts with their log-probs, and the likeliest next token behind each where one is asked for."""
+    choices = []
+    for one in sorted(scored, key=lambda one: one.place):
+        scores = one.scores
+        tokens = [*one.tokens, *([int(scores.best[-1, 0])] if body.max_tokens else [])]
+        log_probs = [*scores.log_probs.tolist(), float(scores.best_log_probs[-1, 0])]
+        best = [
+            list(zip(own.tolist(), values.tolist(), strict=True))[: body.logprobs]
+            for own, values in zip(scores.best, scores.best_log_probs, strict=True)
+        ]
+        entries = [TokenLogProb(*entry) for entry in zip(tokens[1:], log_probs, best, strict=False)]
+        own = _plain_log_probs(tokens[:1], entries, service)
+        text = "".join(own["tokens"])
+        choices.append(
+            {
+                "index": one.place,
+                "text": text,
+                "finish_reason": "length",
+                "logprobs": None if body.logprobs is None else own,
+            }
+        )
+    asked, said = sum(len(one.tokens) for one in scored), len(scored) * body.max_tokens
+    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+    return {"object": "text_completion", "choices": choices, "usage": usage}
+
+
+def _by_choice(parts: Sequence[Said]) -> dict[int, list[Said]]:
+    return {
+        index: [said for said in parts if said.choice == index] for index in sorted({said.choice for said in parts})
+    }
+
+
+async def _all(parts: AsyncIterator[T], request: fastapi.Request, limit: float) -> list[T]:
+    """All parts. What makes them stops once the client is gone or the time is up."""
+    watch = asyncio.ensure_future(_gone(request))
+    try:
+        async with asyncio.timeout(limit):
+            return [part async for part in _until(parts, watch)]
+    except TimeoutError:
+        raise RefusalError(504, "the response took too long", "timeout") from None
+    except FailedError:
+        raise RefusalError(503, "the response could not be finished", "failed") from None
+    finally:
+        watch.cancel()
+        await parts.aclose()  # type: ignore[attr-defined]
 
 
 async def _gone(request: fastapi.Request) -> None:
@@ -259,10 +358,10 @@ async def _gone(request: fastapi.Request) -> None:
         await asyncio.sleep(0.5)
 
 
-async def _until(parts: AsyncIterator[Said], watch: "asyncio.Future[None]") -> AsyncIterator[Said]:
+async def _until(parts: AsyncIterator[T], watch: "asyncio.Future[None]") -> AsyncIterator[T]:
     """`parts`, broken off once `watch` is done."""
     while True:
-        following: asyncio.Future[Said | None] = asyncio.ensure_future(anext(parts, None))
+        following: asyncio.Future[T | None] = asyncio.ensure_future(anext(parts, None))
         either: set[asyncio.Future[Any]] = {following, watch}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -273,10 +372,10 @@ async def _until(parts: AsyncIterator[Said], watch: "asyncio.Future[None]") -> A
                     await following
         if unfinished:
             raise FailedError
-        said = following.result()
-        if said is None:
+        part = following.result()
+        if part is None:
             return
-        yield said
+        yield part
 
 
 async def _events(
@@ -343,6 +442,33 @@ def _log_probs(
         for entry in entries
     ]
     return {"content": content, "refusal": None}
+
+
+def _plain_log_probs(unscored: list[int], entries: Sequence[TokenLogProb], service: Service) -> dict[str, list[Any]]:
+    """The same in the form of plain completions. `unscored`: tokens in front, of which nothing is known."""
+
+    def name(token: int) -> str:  # alternatives are told apart by their names, so bytes are spelled out
+        text, own = service.token_text(token)
+        broken = own is not None and text.encode() != bytes(own)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own or []) if broken else text
+
+    tokens = [*unscored, *(entry.token for entry in entries)]
+    # A token may end within a character, which is then the next one's.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts: list[str] = []
+    for place, token in enumerate(tokens):
+        text, own = service.token_text(token)
+        texts.append(decoder.decode(text.encode() if own is None else bytes(own), place == len(tokens) - 1))
+    offsets = [0, *accumulate(map(len, texts))]
+    return {
+        "tokens": texts,
+        "token_logprobs": [*(None for _ in unscored), *(max(entry.log_prob, -9999.0) for entry in entries)],
+        "top_logprobs": [
+            *(None for _ in unscored),
+            *({name(token): max(value, -9999.0) for token, value in entry.best} for entry in entries),
+        ],
+        "text_offset": offsets[: len(tokens)],
+    }
 
 
 def announce(config: ServeConfig, address: str) -> None:

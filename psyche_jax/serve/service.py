@@ -1,26 +1,31 @@
 """From a request to its answer: template, gate, batches, and tokens as text, thought and answer apart."""
 
 import asyncio
+import queue
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from psyche_jax.data.chat import chosen_prompt, decoded_text, opened_text, prompt_tokens
 from psyche_jax.data.records import Message
+from psyche_jax.data.streams import length_bucket
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
-from psyche_jax.serve.batcher import Batcher, BusyError, Job, Piece
+from psyche_jax.serve.batcher import Batcher, BusyError, Job, Piece, ScoreJob
 from psyche_jax.serve.config import CrisisSection, ServeConfig
 from psyche_jax.serve.crisis.gate import Gate, GateReply, OutputFilter, language_of
-from psyche_jax.serve.engine import RowSettings, load_engine
+from psyche_jax.serve.engine import PromptScores, RowSettings, load_engine
 from psyche_jax.train.checkpoints import open_model
 
 Finish = Literal["stop", "length", "content_filter"]
+_USUAL = 128  # tokens that a conversation may have beyond a greeting for its shapes to be compiled before serving
 _READERS = 4  # threads that tokenize conversations and hold them against the gate
+T = TypeVar("T")
 _BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 
 
@@ -126,7 +131,7 @@ class Speech:
 
 
 class TooLongError(ValueError):
-    """A conversation that does not fit the model's context."""
+    """A conversation or a prompt that does not fit the model's context."""
 
 
 class FailedError(Exception):
@@ -135,9 +140,12 @@ class FailedError(Exception):
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a request asks for. `max_new_tokens` None: as many as the limits and the context leave."""
+    """What a request asks for: an answer to a conversation, or how prompts (texts or token ids) go on.
 
-    turns: Sequence[Message]
+    `max_new_tokens` None: as many as the limits and the context leave.
+    """
+
+    asked: Sequence[Message] | Sequence[str | Sequence[int]]
     temperature: float
     top_p: float
     choices: int = 1
@@ -149,7 +157,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Said:
-    """A part of one choice."""
+    """A part of one choice. They are counted through: those of a second prompt follow those of the first."""
 
     choice: int
     delta: Delta
@@ -158,11 +166,32 @@ class Said:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is being answered: an asynchronous iterator of `Said`. Left early, decoding stops."""
+    """What is being answered: an asynchronous iterator of `Said`. Left early, decoding stops.
+
+    `prompt_tokens`: of all prompts; `gate_reply`: the first, if the gate answered any.
+    """
 
     prompt_tokens: int
     gate_reply: GateReply | None
     parts: AsyncIterator[Said]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One of the prompts of a request, tokens and scores."""
+
+    place: int
+    tokens: list[int]
+    scores: PromptScores
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A prompt's tokens, what a person has said in it (for the language of a reply), and the gate's reply, if any."""
+
+    tokens: list[int]
+    said: str
+    reply: GateReply | None
 
 
 def open_gate(crisis: CrisisSection) -> Gate | None:
@@ -207,6 +236,25 @@ class Service:
         self._batcher.close(seconds)
         self._readers.shutdown(wait=False, cancel_futures=True)
 
+    def warm(self) -> None:
+        """Compile what the first turns of one person's conversation need, and answer nothing.
+
+        Raises:
+          UserError: the model cannot answer.
+        """
+        shortest = prompt_tokens(self.tokenizer, [Message("user", "你好")], self._prompt)
+        most = self._places - 1
+        lengths = {length_bucket(len(shortest) + more, most) for more in range(_USUAL)}
+        for length in sorted(lengths):
+            pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+            longest = min(self._limits.new_tokens, self._places - length)
+            prompt = (shortest * (1 + length // len(shortest)))[:length]
+            job = Job(prompt, [RowSettings(longest, 0.7, 0.9, 0)], 0, pieces.put)
+            self._batcher.submit(job)
+            if pieces.get() is None:
+                raise UserError(f"{self.name}: a prompt of {length} tokens could not be answered; the log says why")
+            job.give_up()
+
     def token_text(self, token: int) -> tuple[str, list[int] | None]:
         """A token as text, and its bytes (None for ids that are not text)."""
         own = self._bytes[token] if token < len(self._bytes) else None
@@ -215,57 +263,117 @@ class Service:
         return own.decode("utf-8", errors="replace"), list(own)
 
     async def answer(self, wanted: Wanted) -> Answer:
-        """Begin to answer. The conversation is read in threads: the server answers others meanwhile.
+        """Begin to answer. What is asked is read in threads: the server answers others meanwhile.
 
         Raises:
-          TooLongError: the conversation does not fit the context.
+          TooLongError: the conversation, or a prompt, does not fit the context.
           BusyError, ClosingError: the request is refused.
-          UserError: the chat template refuses these turns.
+          UserError: the chat template refuses these turns, or a prompt is empty or holds no tokens of the model's.
+        """
+        first = next(iter(wanted.asked), None)
+        if first is None or isinstance(first, Message):
+            prompts, opened = [await self._in_thread(self._read, wanted.asked)], self._opened
+        else:
+            prompts, opened = [await self._in_thread(self._read_plain, *one) for one in enumerate(wanted.asked)], ""
+        # The batcher's thread hands pieces over to this event loop, and may outlive it by a moment.
+        pieces: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(first: int, piece: Piece | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(pieces.put_nowait, (first, piece))
+
+        # Who is in a crisis hears the gate, before any model. For the others each choice is a row with a seed of its
+        # own: the same seed gives the same choices again.
+        fixed: list[Said] = []
+        voices: dict[int, tuple[Job, Speech]] = {}
+        seed = secrets.randbits(32) if wanted.seed is None else wanted.seed % 2**32
+        for number, prompt in enumerate(prompts):
+            first_choice = number * wanted.choices
+            choices = range(first_choice, first_choice + wanted.choices)
+            if prompt.reply is not None:
+                fixed += [Said(choice, Delta(prompt.reply.text, finish="stop"), 0) for choice in choices]
+                continue
+            room = self._places - len(prompt.tokens)
+            longest = min(wanted.max_new_tokens or self._limits.new_tokens, self._limits.new_tokens, room)
+            settings = [
+                RowSettings(longest, wanted.temperature, wanted.top_p, (seed + choice * 0x9E3779B1) % 2**32)
+                for choice in range(wanted.choices)
+            ]
+            job = Job(prompt.tokens, settings, wanted.alternatives or 0, partial(deliver, first_choice))
+            language = language_of(prompt.said) if prompt.said else None
+            for choice in choices:
+                output = OutputFilter(self.gate, language) if self.gate else None
+                speech = Speech(self.tokenizer, wanted.stop, output, wanted.alternatives is not None, opened)
+                voices[choice] = job, speech
+        if voices:
+            self._batcher.submit(*dict.fromkeys(job for job, _ in voices.values()))
+        reply = next((prompt.reply for prompt in prompts if prompt.reply is not None), None)
+        return Answer(sum(len(prompt.tokens) for prompt in prompts), reply, _speak(fixed, voices, pieces))
+
+    async def score(self, prompts: Sequence[str | Sequence[int]], alternatives: int) -> AsyncIterator[Scored]:
+        """How likely the tokens of prompts are, as these are done. Nothing is said, so no gate reads them.
+
+        Raises as `answer` does, and:
+          FailedError: the model failed, or the server closed.
+        """
+        tokens = [await self._in_thread(self._plain_tokens, *one) for one in enumerate(prompts)]
+        if long := next((own for own in tokens if len(own) > self._places), None):
+            raise TooLongError(f"a prompt has {len(long)} tokens, more than the context of {self._places}")
+        done: asyncio.Queue[tuple[int, PromptScores | None]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def deliver(place: int, scores: PromptScores | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(done.put_nowait, (place, scores))
+
+        jobs = [ScoreJob(own, alternatives, partial(deliver, place)) for place, own in enumerate(tokens)]
+        self._batcher.submit(*jobs)
+        try:
+            for _ in jobs:
+                place, scores = await done.get()
+                if scores is None:
+                    raise FailedError
+                yield Scored(place, tokens[place], scores)
+        finally:
+            for job in jobs:
+                job.given_up = True
+
+    async def _in_thread(self, read: Callable[..., T], *arguments: Any) -> T:
+        """What a reader makes of a prompt.
+
+        Raises:
+          BusyError: as many wait as may.
         """
         if self._reading >= self._limits.waiting + _READERS:
             raise BusyError
         self._reading += 1
         try:
-            prompt, reply = await asyncio.get_running_loop().run_in_executor(self._readers, self._read, wanted.turns)
+            return await asyncio.get_running_loop().run_in_executor(self._readers, read, *arguments)
         finally:
             self._reading -= 1
-        # Who is in a crisis hears the gate, before any model.
-        if reply is not None:
-            return Answer(len(prompt), reply, _fixed(reply.text, wanted.choices))
-        # Each choice is a row with a seed of its own: the same seed gives the same choices again.
-        own = [turn.content for turn in wanted.turns if turn.role == "user"]
-        room = self._places - len(prompt)
-        longest = min(wanted.max_new_tokens or self._limits.new_tokens, self._limits.new_tokens, room)
-        seed = secrets.randbits(32) if wanted.seed is None else wanted.seed % 2**32
-        settings = [
-            RowSettings(longest, wanted.temperature, wanted.top_p, (seed + choice * 0x9E3779B1) % 2**32)
-            for choice in range(wanted.choices)
-        ]
-        # The batcher's thread hands pieces over to this event loop, and may outlive it by a moment.
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
 
-        def deliver(piece: Piece | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+    def _plain_tokens(self, place: int, prompt: str | Sequence[int]) -> list[int]:
+        """A prompt's tokens: its text as the tokenizer reads it, control tokens too; or the ids that it is."""
+        if isinstance(prompt, str) and len(prompt.encode()) > self._most_bytes:
+            raise TooLongError(f"prompt {place} has {len(prompt.encode())} bytes: too long for {self._places} tokens")
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise UserError(f"prompt {place} is empty")
+        if (largest := max(tokens)) >= len(self._bytes):
+            raise UserError(f"prompt {place} holds token {largest}; the model has {len(self._bytes)}")
+        return tokens
 
-        job = Job(prompt, settings, wanted.alternatives or 0, deliver)
-        language = language_of(own[-1]) if own else None
-        speeches = [
-            Speech(
-                self.tokenizer,
-                wanted.stop,
-                OutputFilter(self.gate, language) if self.gate else None,
-                wanted.alternatives is not None,
-                self._opened,
-            )
-            for _ in settings
-        ]
-        self._batcher.submit(job)
-        return Answer(len(prompt), None, _speak(job, speeches, pieces))
+    def _read_plain(self, place: int, prompt: str | Sequence[int]) -> _Read:
+        """A prompt that is continued. All of it counts as a message of a person's: who wrote what, nobody says."""
+        tokens = self._plain_tokens(place, prompt)
+        if len(tokens) >= self._places:
+            raise TooLongError(f"prompt {place} has {len(tokens)} tokens: no room to go on in {self._places}")
+        text = prompt if isinstance(prompt, str) else decoded_text(self.tokenizer, prompt)
+        return _Read(tokens, text, self.gate.reply([text]) if self.gate else None)
 
-    def _read(self, turns: Sequence[Message]) -> tuple[list[int], GateReply | None]:
-        """The prompt's tokens, and the gate's reply if there is one. The gate reads no message that is too long.
+    def _read(self, turns: Sequence[Message]) -> _Read:
+        """A conversation. The gate reads no message that is too long.
 
         A short one in a long conversation it does read: who is in a crisis gets its answer and no error.
         """
@@ -283,7 +391,8 @@ class Service:
             raise TooLongError(
                 f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
             )
-        return prompt, reply
+        own = [turn.content for turn in turns if turn.role == "user"]
+        return _Read(prompt, own[-1] if own else "", reply)
 
 
 def _last_said(turns: Sequence[Message]) -> list[str]:
@@ -300,24 +409,26 @@ def _last_said(turns: Sequence[Message]) -> list[str]:
     return said
 
 
-async def _fixed(text: str, choices: int) -> AsyncIterator[Said]:
-    for choice in range(choices):
-        yield Said(choice, Delta(text, finish="stop"), 0)
-
-
-async def _speak(job: Job, speeches: Sequence[Speech], pieces: "asyncio.Queue[Piece | None]") -> AsyncIterator[Said]:
+async def _speak(
+    fixed: Sequence[Said], voices: Mapping[int, tuple[Job, Speech]], pieces: "asyncio.Queue[tuple[int, Piece | None]]"
+) -> AsyncIterator[Said]:
+    """`voices`: by choice; `pieces`: with the first choice of their job."""
     try:
-        while not all(speech.finish is not None for speech in speeches):
-            piece = await pieces.get()
+        for said in fixed:
+            yield said
+        while not all(speech.finish is not None for _, speech in voices.values()):
+            first, piece = await pieces.get()
             if piece is None:
                 raise FailedError
-            speech = speeches[piece.row]
+            choice = first + piece.row
+            job, speech = voices[choice]
             if speech.finish is not None:
                 continue
             delta = speech.feed(piece)
             if delta.finish is not None:
                 job.give_up(piece.row)
             if delta.text or delta.log_probs or delta.finish is not None:
-                yield Said(piece.row, delta, speech.tokens)
+                yield Said(choice, delta, speech.tokens)
     finally:
-        job.give_up()
+        for job, _ in voices.values():
+            job.give_up()

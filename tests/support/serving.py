@@ -40,7 +40,7 @@ def start_server(model: Path, *arguments: str, **environment: str) -> Server:
     """`psyche serve` on a free port, once it answers."""
     variables = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu", **environment}
     process = subprocess.Popen(
-        [sys.executable, "-m", "psyche_jax.cli", "serve", str(model), "--port", "0", *arguments],
+        [sys.executable, "-m", "psyche_jax.cli", "serve", str(model), "--port", "0", "--set", "warm=false", *arguments],
         stderr=subprocess.PIPE,
         text=True,
         env=variables,
