@@ -70,7 +70,7 @@ def test_a_conversation_is_streamed_kept_and_deleted(page: Any) -> None:
     done(page)
     turns = page.locator(".turn")
     assert turns.count() == 2
-    assert turns.nth(0).inner_text().endswith("怎样准备考试？")
+    assert turns.nth(0).locator(".text").inner_text() == "怎样准备考试？"
     answer = turns.nth(1).locator(":scope > .text").text_content()
     assert answer
     page.reload()
@@ -79,8 +79,64 @@ def test_a_conversation_is_streamed_kept_and_deleted(page: Any) -> None:
     page.on("dialog", lambda dialog: dialog.accept())
     page.get_by_role("button", name="New chat").click()
     assert page.locator(".turn").count() == 0
+    reply_with(page, answers("好。"))
+    send(page, "另一件事")
+    done(page)
     page.reload()
-    assert page.locator(".turn").count() == 0
+    page.get_by_text("tiny", exact=True).wait_for()
+    assert page.locator(".turn.user > .text").inner_text() == "另一件事", "a tab stays in its conversation"
+    page.get_by_label("Conversations").select_option(label="怎样准备考试？")
+    assert page.locator(".turn").nth(1).locator(":scope > .text").text_content() == answer
+    page.get_by_role("button", name="Delete").click()
+    assert page.locator(".turn.user > .text").inner_text() == "另一件事"
+    page.get_by_role("button", name="Delete").click()
+    page.reload()
+    page.get_by_text("tiny", exact=True).wait_for()
+    assert page.locator(".turn").count() == 0 and not page.get_by_label("Conversations").is_visible()
+
+
+def test_answers_are_given_again_and_messages_edited(page: Any) -> None:
+    asked = reply_with(page, answers("早点睡。"))
+    send(page, "怎么睡得好？")
+    done(page)
+    page.unroute("**/v1/chat/completions")
+    asked = reply_with(page, answers("少喝咖啡。"))
+    page.get_by_role("button", name="Answer again").click()
+    page.get_by_text("少喝咖啡。").wait_for()
+    assert [message["content"] for message in asked[0]["messages"]] == ["怎么睡得好？"]
+    assert page.get_by_text("早点睡。").count() == 0
+    send(page, "还有呢？")
+    page.locator(".turn").nth(3).get_by_text("少喝咖啡。").wait_for()
+    page.unroute("**/v1/chat/completions")
+    asked = reply_with(page, '{"error": {"message": "the server is busy"}}', 429)
+    page.get_by_role("button", name="Edit").first.click()
+    assert page.get_by_label("Message", exact=True).input_value() == "怎么睡得好？"
+    send(page, "怎么早起？")
+    done(page, "the server is busy")
+    assert page.locator(".turn").count() == 4, "where nothing comes, all is as it was"
+    assert [message["content"] for message in asked[0]["messages"]] == ["怎么早起？"]
+    assert page.get_by_label("Message", exact=True).input_value() == "怎么早起？"
+
+
+def test_a_little_markdown_and_only_that(page: Any) -> None:
+    text = (
+        "## 计划\n先**放松**，*慢慢*来：\n第二行\n\n3. 走路 `x<y`\n4. 睡觉\n- 2 * 3 * 4\n"
+        "```\n**a** <b>\n```\n[a](javascript:b) **c"
+    )
+    reply_with(page, answers(text))
+    send(page, "**不是**")
+    done(page)
+    html = page.locator(".turn.assistant > .text").inner_html()
+    assert html == (
+        "<h3>计划</h3><p>先<strong>放松</strong>，<em>慢慢</em>来：\n第二行</p>"
+        '<ol><li value="3">走路 <code>x&lt;y</code></li><li value="4">睡觉</li></ol><ul><li>2 * 3 * 4</li></ul>'
+        "<pre>**a** &lt;b&gt;\n</pre><p>[a](javascript:b) **c</p>"
+    )
+    assert page.locator(".turn.user > .text").inner_text() == "**不是**"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator(".turn.assistant").get_by_role("button", name="Copy").click()
+    done(page, "Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == text
 
 
 class Endless(http.server.BaseHTTPRequestHandler):
@@ -122,12 +178,26 @@ def test_a_long_answer_can_be_stopped(page: Any) -> None:
     endless.shutdown()
 
 
+def test_it_says_that_it_waits_and_why(page: Any) -> None:
+    held: list[Any] = []
+    page.route("**/v1/chat/completions", held.append)
+    send(page, "你好")
+    page.locator(".waiting").filter(has_text=re.compile(r"\d s")).wait_for()
+    done(page, "Still preparing")
+    held[0].fulfill(status=200, body=answers("好"), content_type="text/event-stream")
+    done(page)
+    assert page.locator(".waiting").count() == 0
+
+
 def test_somebody_in_a_crisis_sees_the_fixed_text(page: Any) -> None:
     assert "12356" in page.get_by_role("note").inner_text() and "AI" in page.get_by_role("note").inner_text()
     send(page, "我不想活了")
     done(page)
     turn = page.locator(".turn.assistant.care")
-    assert "12356" in turn.inner_text() and "Safety message" in turn.inner_text()
+    assert "Safety message" in turn.inner_text()
+    links = "one => one.map(link => [link.textContent, link.href])"
+    assert ["12356", "tel:12356"] in turn.locator("a").evaluate_all(links)
+    assert page.get_by_role("note").locator("a").evaluate_all(links) == [["12356", "tel:12356"]]
     assert page.get_by_label("Message", exact=True).is_editable(), "the conversation stays open"
 
 
