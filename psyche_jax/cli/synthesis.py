@@ -37,6 +37,11 @@ def add_verbs(add: AddVerb) -> None:
         "store", type=Path, metavar="STORE", help="the folder of a synth or select run, or its review.sqlite"
     )
     verb.add_argument("--who", help="the reviewer's name, stored with each decision (default: the login name)")
+    verb.add_argument(
+        "--blind",
+        action="store_true",
+        help="a second review: hides what others decided, so that agreement says something",
+    )
     verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     verb.add_argument("--port", type=int, default=0, help="default: a free one")
     files = verb.add_mutually_exclusive_group()
@@ -109,4 +114,4 @@ def _review(arguments: argparse.Namespace) -> None:
     else:
         from psyche_jax.synth.review import serve_review
 
-        serve_review(store, who, arguments.host, arguments.port)
+        serve_review(store, who, arguments.host, arguments.port, arguments.blind)

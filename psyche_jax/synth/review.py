@@ -3,10 +3,12 @@
 import json
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -15,10 +17,11 @@ from fastapi import FastAPI, HTTPException
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
-from psyche_jax.data.records import Kind, Question, record_from_json, record_to_json
+from psyche_jax.data.records import Kind, Passage, Question, record_from_json, record_to_json
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.private import private_app, serve_private
 from psyche_jax.storage.files import read_jsonl, write_text
+from psyche_jax.synth.stages import iterate
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
 STORE = "review.sqlite"
@@ -32,11 +35,15 @@ CREATE TABLE IF NOT EXISTS decisions (
 );
 CREATE INDEX IF NOT EXISTS of_item ON decisions (item);
 """
+_BLIND = "ALTER TABLE decisions ADD COLUMN blind INTEGER NOT NULL DEFAULT 0"  # stores of before lack it
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What a reviewer decided. `edited` goes with `edit`; `number` is the place in the history, from 1."""
+    """What a reviewer decided. `edited` goes with `edit`; `number` is the place in the history, from 1.
+
+    `blind`: without seeing what others had decided.
+    """
 
     item: str
     verdict: Verdict
@@ -45,6 +52,7 @@ class Decision:
     note: Annotated[str, pydantic.Field(max_length=2000)] = ""
     time: float = 0.0
     number: int = 0
+    blind: bool = False
 
     def __post_init__(self) -> None:
         if (self.verdict == "edit") != (self.edited is not None):
@@ -72,7 +80,7 @@ class ReviewConflictError(UserError):
 
 
 class ReviewStore:
-    """Nothing is ever overwritten: the last decision on an item counts, and `undo` takes it back."""
+    """Nothing is ever overwritten: the last decision on an item counts; `undo` takes it back, to the one before."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / STORE if path.is_dir() else path
@@ -80,6 +88,8 @@ class ReviewStore:
             self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.executescript(_SCHEMA)
+            if "blind" not in [row[1] for row in self._database.execute("PRAGMA table_info (decisions)")]:
+                self._database.execute(_BLIND)
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path}: is no store of reviews ({error})") from None
 
@@ -95,17 +105,21 @@ class ReviewStore:
 
     def items(self) -> Iterator[Item]:
         """All items in the order in which they came."""
-        decisions = {decision.item: decision for decision in self.history()}
+        decisions = standing(self.history())
         for name, text in self._database.execute("SELECT id, question FROM items ORDER BY number").fetchall():
-            decision = decisions.get(name)
-            yield Item(
-                record_from_json(Question, text), None if decision is None or decision.verdict == "undo" else decision
-            )
+            yield Item(record_from_json(Question, text), decisions.get(name))
+
+    def passages(self) -> dict[str, str]:
+        """The texts that the items were made from, by id, where the store lies in the folder of its run."""
+        path = self.path.parent / "clean" / "passages.jsonl"
+        wanted = {item.question.meta.get("passage") for item in self.items()}
+        found = (passage for passage in iterate(Passage, path) if passage.id in wanted) if path.is_file() else ()
+        return {passage.id: passage.text for passage in found}
 
     def history(self) -> list[Decision]:
         """All decisions in their order."""
         rows = self._database.execute(
-            "SELECT item, verdict, who, edited, note, time, number FROM decisions ORDER BY number"
+            "SELECT item, verdict, who, edited, note, time, number, blind FROM decisions ORDER BY number"
         )
         return [
             Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest)
@@ -131,8 +145,8 @@ class ReviewStore:
                 raise ReviewConflictError(f"item {decision.item} was decided by someone else in the meantime")
             decided = replace(decision, time=decision.time or time.time())
             edited = _dumped(decided.edited) if decided.edited else None
-            row = (decided.item, decided.verdict, edited, decided.note, decided.who, decided.time)
-            sql = "INSERT INTO decisions (item, verdict, edited, note, who, time) VALUES (?, ?, ?, ?, ?, ?)"
+            row = (decided.item, decided.verdict, edited, decided.note, decided.who, decided.time, decided.blind)
+            sql = "INSERT INTO decisions (item, verdict, edited, note, who, time, blind) VALUES (?, ?, ?, ?, ?, ?, ?)"
             number = self._database.execute(sql, row).lastrowid
         return replace(decided, number=number or 0)
 
@@ -189,6 +203,50 @@ class ReviewStore:
         self._database.execute("COMMIT")
 
 
+def standing(history: Iterable[Decision]) -> dict[str, Decision]:
+    """The decision on each item that counts, by its id: the last one that no `undo` took back."""
+    made: dict[str, list[Decision]] = {}
+    for decision in history:
+        own = made.setdefault(decision.item, [])
+        if decision.verdict != "undo":
+            own.append(decision)
+        elif own:
+            own.pop()
+    return {item: own[-1] for item, own in made.items() if own}
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two reviewers on the items that both decided, one of them blind. `kappa`: Cohen's; None where it has no value."""
+
+    who: tuple[str, str]
+    both: int
+    same: int
+    kappa: float | None
+
+
+def agreement(history: Sequence[Decision]) -> list[Agreement]:
+    """How each two reviewers agree on accept, edit and reject.
+
+    Whoever sees what another decided only decides what seems wrong: that says nothing, so the later of two decisions
+    must be blind. Kappa: J. Cohen, A coefficient of agreement for nominal scales, 1960.
+    """
+    names = sorted({decision.who for decision in history})
+    own = {name: standing(decision for decision in history if decision.who == name) for name in names}
+    found = []
+    for pair in combinations(names, 2):
+        shared = [(own[pair[0]][item], own[pair[1]][item]) for item in own[pair[0]] if item in own[pair[1]]]
+        verdicts = [(a.verdict, b.verdict) for a, b in shared if max(a, b, key=lambda one: one.number).blind]
+        if not verdicts:
+            continue
+        both, same = len(verdicts), sum(a == b for a, b in verdicts)
+        first, second = (Counter(side) for side in zip(*verdicts, strict=True))
+        chance = sum(first[verdict] * second[verdict] for verdict in first) / both**2
+        kappa = None if chance == 1 else round((same / both - chance) / (1 - chance), 3)
+        found.append(Agreement(pair, both, same, kappa))
+    return found
+
+
 def reviewed(question: Question, decision: Decision) -> Question | None:
     """The question as a decision leaves it, with who and when in its meta; None if it was rejected."""
     if decision.verdict == "reject":
@@ -232,24 +290,35 @@ class Decided(BaseModel):
     after: int = 0
 
 
-def review_app(store: ReviewStore, who: str, token: str, hosts: Sequence[str]) -> FastAPI:
-    """The application. The page itself is public; whatever is read or written wants the token."""
+def review_app(store: ReviewStore, who: str, token: str, hosts: Sequence[str], blind: bool = False) -> FastAPI:
+    """The application. The page itself is public; whatever is read or written wants the token.
+
+    `blind`: `who` sees only what they decided themselves.
+    """
     app, allowed = private_app("psyche review", token, hosts)
 
     # What the page reads, and what it writes.
     @app.get("/api/items", dependencies=[allowed])
     def items() -> dict[str, Any]:
-        last = {decision.item: decision.number for decision in store.history()}
-        return {
-            "who": who,
-            "items": [{**item.as_json(), "after": last.get(item.question.id, 0)} for item in store.items()],
-        }
+        history = store.history()
+        last = {decision.item: decision.number for decision in history}
+        reviewers = dict.fromkeys(decision.who for decision in history)
+        own = {name: standing(one for one in history if one.who == name) for name in reviewers}
+        shown = []
+        for item in store.items():
+            name = item.question.id
+            mine = replace(item, decision=own.get(who, {}).get(name)) if blind else item
+            by = [] if blind else [as_json(decided[name]) for decided in own.values() if name in decided]
+            shown.append({**mine.as_json(), "by": by, "after": last.get(name, 0)})
+        pairs = [] if blind else [asdict(pair) for pair in agreement(history)]
+        return {"who": who, "blind": blind, "items": shown, "passages": store.passages(), "agreement": pairs}
 
     @app.post("/api/decisions", dependencies=[allowed])
     def decide(decided: Decided) -> dict[str, Any]:
         try:
             edited = _edited(store, decided)
-            decision = store.decide(Decision(decided.item, decided.verdict, who, edited, decided.note), decided.after)
+            made = Decision(decided.item, decided.verdict, who, edited, decided.note, blind=blind)
+            decision = store.decide(made, None if blind else decided.after)
         except ReviewConflictError as error:
             raise HTTPException(409, str(error)) from None
         except (UserError, ValueError) as error:
@@ -272,6 +341,6 @@ def _edited(store: ReviewStore, decided: Decided) -> Question | None:
     return Question(new.stem, new.options, new.answer, kind, new.rationale or None, old.source, old.meta)
 
 
-def serve_review(store: ReviewStore, who: str, host: str, port: int) -> None:
+def serve_review(store: ReviewStore, who: str, host: str, port: int, blind: bool = False) -> None:
     """Serve until interrupted."""
-    serve_private("review", host, port, lambda token, hosts: review_app(store, who, token, hosts))
+    serve_private("review", host, port, lambda token, hosts: review_app(store, who, token, hosts, blind))

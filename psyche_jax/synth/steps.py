@@ -5,6 +5,7 @@ dialogues), `select` (SFT or RL).
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import re
 from collections import Counter
@@ -159,24 +160,25 @@ async def control(item: tuple[Question, Twin | None], asker: Asker, section: Con
         return outcome.drop(f"{'exact' if twin.exact else 'near'} duplicate: of {twin.id}", question)
     # A duplicate with another key is no reason to drop either: one of the keys is wrong, and a person sees which.
     flags = [f"another key than {twin.id}, which reads the same"] if twin is not None else []
+    voters = [llm for llm in section.llms for _ in range(section.votes)]
     votes = [
-        await asker.ask(llm, "filter", _values(question), read_json(Vote), sample)
-        for llm in section.llms
-        for sample in range(section.votes)
+        await asker.ask(llm, "filter", _values(question), read_json(Vote), number % section.votes)
+        for number, llm in enumerate(voters)
     ]
     if votes:
         scores = {name: round(fmean(getattr(vote, name) for vote in votes), 3) for name in CRITERIA}
         question = _made_by(question, asker, {"filter": list(section.llms)}, ["filter"], scores=scores)
         against = [vote.reason for vote in votes if vote.lowest < section.least_score]
         ayes = len(votes) - len(against)
-        said = f"{ayes} of {len(votes)} votes for it; {next(iter(against), '')}"
+        summary = f"{ayes} of {len(votes)} votes for it; {next(iter(against), '')}"
         if 2 * ayes <= len(votes):
-            return outcome.drop(f"filter: {said}", question)
+            return outcome.drop(f"filter: {summary}", question)
         if ayes < len(votes):
-            flags.append(said)
+            flags.append(summary)
     # What is left is kept, or waits for a person.
     if section.review == "all" or (flags and section.review == "flagged"):
-        return outcome.keep("review", replace(question, meta={**question.meta, "flags": flags}))
+        said = [{"llm": llm, **dataclasses.asdict(vote)} for llm, vote in zip(voters, votes, strict=True)]
+        return outcome.keep("review", replace(question, meta={**question.meta, "flags": flags, "votes": said}))
     if twin is not None:
         return outcome.drop(f"conflicting key: {flags[0]}", question)
     return outcome.keep("questions", question)

@@ -1,5 +1,6 @@
 """The review page in a real browser: decisions by keyboard, an edit in the middle of which the page is reloaded."""
 
+import json
 import re
 import subprocess
 import sys
@@ -9,23 +10,31 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.testclient import TestClient
 
-from psyche_jax.data.records import Question
-from psyche_jax.synth.review import ReviewStore
+from psyche_jax.data.records import Passage, Question, record_to_json
+from psyche_jax.synth.review import Decision, ReviewStore, agreement, review_app
 
+PASSAGE = Passage("人们常把成功归于自己，把失败归于环境，这叫作自我服务偏差。", "书", "CC0")
 EVIL = "<img src=x onerror=\"document.title='owned'\">"
 
 
 def make_question(number: int) -> Question:
     options = {"A": "内部归因", "B": "外部归因", "C": "自我服务", "D": f"第{number}种"}
-    return Question(
-        f"第{number}题：把成功归于自己，这属于什么？{EVIL}", options, "C", "single", meta={"flags": ["2 of 3 votes"]}
-    )
+    scores = {"correct": 5, "clear": 2, "options": 4, "worth": 4}
+    meta = {
+        "flags": ["1 of 2 votes for it; 题意不清" if number else "all LLMs answer B, the key is C"],
+        "passage": PASSAGE.id,
+        "votes": [{"llm": "judge", **scores, "reason": f"题意不清{EVIL}"}],
+    }
+    return Question(f"第{number}题：把成功归于自己，这属于什么？{EVIL}", options, "C", "single", meta=meta)
 
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """The command with six questions in the queue; its address, and the store."""
+    (tmp_path / "clean").mkdir()
+    (tmp_path / "clean" / "passages.jsonl").write_text(json.dumps(record_to_json(PASSAGE)) + "\n", encoding="utf-8")
     store = ReviewStore(tmp_path)
     store.add(make_question(number) for number in range(6))
     store.close()
@@ -55,6 +64,7 @@ def test_a_whole_review_by_keyboard(browser: Any, address: tuple[str, Path]) -> 
     page.keyboard.press("a")
     page.get_by_text("Item 2 of 6").wait_for()
     page.keyboard.press("r")
+    page.keyboard.press("2")
     page.get_by_text("Item 3 of 6").wait_for()
     page.keyboard.press("e")  # an edit, and in the middle of it the page is loaded again
     page.locator("#edit-stem").fill("改过的题干是什么？")
@@ -82,9 +92,69 @@ def test_a_whole_review_by_keyboard(browser: Any, address: tuple[str, Path]) -> 
     assert edited is not None and edited.edited is not None
     assert (edited.edited.stem, edited.edited.answer) == ("改过的题干是什么？", "D")
     assert [decision.verdict for decision in store.history()] == ["accept", "reject", "edit", "accept", "undo"]
+    assert store.history()[1].note == "Not clear"
     store.close()
     assert page.title() == "psyche review" and not faults, "a stem is text, not markup"
     page.close()
+
+
+def test_what_a_reviewer_needs_is_there_in_chinese_too(browser: Any, address: tuple[str, Path]) -> None:
+    page = browser.new_page(locale="zh-CN")
+    page.goto(address[0])
+    page.get_by_text("6 题中已审 0 题").wait_for()
+    assert page.locator("#flags").inner_text() == "各模型都答 B，而答案是 C"
+    page.keyboard.press("j")
+    assert page.locator("#flags").inner_text() == "2 票中 1 票赞成；题意不清"
+    page.get_by_text("出题所依据的材料").click()
+    assert page.get_by_text(PASSAGE.text).is_visible()
+    assert page.locator("#scores tr").nth(1).locator("td").all_inner_texts() == [
+        "judge",
+        "5",
+        "2",
+        "4",
+        "4",
+        f"题意不清{EVIL}",
+    ]
+    page.keyboard.press("r")
+    page.get_by_label("退回的理由").fill("材料里没有这样说")
+    page.keyboard.press("Enter")
+    page.get_by_text("6 题中已审 1 题").wait_for()
+    page.get_by_label("筛选").select_option(label="退回的")
+    page.get_by_text("第 1 题，共 1 题").wait_for()
+    assert "材料里没有这样说" in page.locator("#verdict").inner_text()
+    page.get_by_label("筛选").select_option(label="全部")
+    page.get_by_label("查找").fill("第3题")
+    assert (
+        page.locator("#stem").inner_text().startswith("第3题")
+        and page.locator("#place").inner_text() == "第 1 题，共 1 题"
+    )
+    page.get_by_role("button", name="English").click()
+    assert page.locator("#flags").inner_text() == "1 of 2 votes for it; 题意不清"
+    page.close()
+
+
+def test_two_reviewers_agreement_is_counted_where_the_second_was_blind(tmp_path: Path) -> None:
+    store = ReviewStore(tmp_path)
+    names = [make_question(number).id for number in range(6)]
+    store.add(make_question(number) for number in range(6))
+    for name, verdict in zip(names, ["accept", "accept", "reject", "reject", "accept"], strict=False):
+        store.decide(Decision(name, verdict, "李"))  # type: ignore[arg-type]
+    headers = {"Authorization": "Bearer token"}
+    blind = TestClient(review_app(store, "王", "token", (), blind=True), headers=headers)
+    assert all(item["decision"] is None and item["by"] == [] for item in blind.get("/api/items").json()["items"])
+    for name, verdict in zip(names, ["accept", "reject", "reject", "reject"], strict=False):
+        assert blind.post("/api/decisions", json={"item": name, "verdict": verdict}).status_code == 200
+    store.decide(Decision(names[4], "reject", "王"))  # having seen the other's: not counted
+    (pair,) = agreement(store.history())
+    assert (pair.who, pair.both, pair.same, pair.kappa) == (("李", "王"), 4, 3, 0.5)
+    seen = TestClient(review_app(store, "李", "token", ()), headers=headers).get("/api/items").json()
+    assert seen["agreement"][0]["same"] == 3
+    assert [one["verdict"] for one in seen["items"][1]["by"]] == ["accept", "reject"]
+    assert seen["items"][1]["decision"]["who"] == "王", "the last decision counts"
+    blind.post("/api/decisions", json={"item": names[1], "verdict": "undo"})
+    decision = list(store.items())[1].decision
+    assert decision is not None and decision.who == "李", "an undo brings back the one before"
+    store.close()
 
 
 def test_two_reviewers_do_not_overwrite_each_other(browser: Any, address: tuple[str, Path]) -> None:
@@ -108,8 +178,11 @@ def test_the_page_fits_a_phone_and_can_be_used_without_a_mouse(browser: Any, add
     page.goto(address[0])
     page.get_by_text("0 of 6 decided").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    page.keyboard.press("Tab")
-    assert page.evaluate("document.activeElement.id") == "accept"
+    reached = []
+    for _ in range(6):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+    assert reached == ["language", "filter", "search", "SUMMARY", "SUMMARY", "accept"]
     page.close()
 
 
