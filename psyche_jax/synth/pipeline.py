@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import shutil
+import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing, contextmanager
@@ -58,6 +59,9 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
     with _open_workshop(config, "synth") as shop:
         for name in STAGES if stage is None else (stage,):
             shop.do(name, _synth_stage(shop, config, name))
+            if name == "clean" and stage is None:
+                shop.expected = partial(_synth_calls, shop, config)
+        shop.say_what_waits()
         return shop.reports
 
 
@@ -66,9 +70,29 @@ def run_select(config: SelectConfig) -> dict[str, Any]:
     check_place(config.out)
     with _open_workshop(config, "select") as shop:
         states = [_state_of(location) for location in config.questions]
+        shop.expected = partial(_select_calls, config)
         shop.do("selection", _selection(shop, states, shop.decided(_sources(config))))
         shop.do("publish", _publication(shop, ["selection"]))
+        shop.say_what_waits()
         return shop.reports
+
+
+# Tokens of a request and of its reply, a character being one: guesses, until calls of this run say better. To
+# `questions` comes the passage.
+_GUESSED = {
+    "questions": (1200, 1000), "filter": (900, 80), "twins": (1100, 60), "rationale": (600, 400), "improve": (1100, 80),
+    "judge": (1500, 60), "dialogue": (900, 300), "check": (1100, 60), "answer": (500, 400),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Expected:
+    """So many calls of one prompt to one LLM, at most, with `longer` tokens beside what is guessed of each."""
+
+    llm: str
+    prompt: str
+    calls: int
+    longer: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +107,7 @@ class _Stage:
     run: Callable[[Asker], AsyncGenerator[Outcome, None]]
     total: int | None = None
     after: Callable[[Path], None] = lambda folder: None
+    asks: bool = False
 
 
 @contextmanager
@@ -108,6 +133,57 @@ class _Workshop:
         self.folder = Path(config.run.dir)
         self.reports: dict[str, Any] = {}
         self._names: dict[str, Names] = {}
+        self.expected: Callable[[], list[Expected]] = list  # what this run will ask
+        self.cost: float | None = None  # of all of it, as far as prices are known
+
+    def forecast(self) -> None:
+        """Say on stderr what is still to be asked, and what that costs; before the first call of this start."""
+        if not (expected := self.expected()):
+            return
+        self.expected = list
+        llms = {llm.name: llm for llm in self.config.llms}
+        usage = self.store.usage()
+
+        def cost(llm: str, calls: int, asked: float, said: float) -> float:
+            prices = (llms[llm].input_price, llms[llm].output_price) if llm in llms else (0.0, 0.0)
+            return calls * (asked * prices[0] + said * prices[1]) / 1e6
+
+        by_prompt: Counter[str] = Counter()
+        left, tokens, to_come = 0, 0.0, 0.0
+        for one in expected:
+            made = [row for row in usage if row.prompt.partition("@")[0] == one.prompt]
+            asked, said = (float(guess) for guess in _GUESSED[one.prompt])
+            asked += one.longer
+            if count := sum(row.calls for row in made):
+                asked = sum(row.prompt_tokens for row in made) / count
+                said = sum(row.completion_tokens for row in made) / count
+            missing = max(one.calls - sum(row.calls for row in made if row.llm == one.llm), 0)
+            by_prompt[one.prompt] += one.calls
+            left += missing
+            tokens += missing * (asked + said)
+            to_come += cost(one.llm, missing, asked, said)
+        # What was spent before counts in the budget, and in the cost that progress shows.
+        spent = sum(cost(row.llm, 1, row.prompt_tokens, row.completion_tokens) for row in usage)
+        used = sum(row.prompt_tokens + row.completion_tokens for row in usage)
+        self.cost = spent + to_come or None
+        line = f"{self.verb}: forecast: at most {by_prompt.total()} calls ("
+        line += ", ".join(f"{prompt} {count}" for prompt, count in by_prompt.items()) + ")"
+        line += f", {by_prompt.total() - left} of them made before" if left < by_prompt.total() else ""
+        line += f"; about {tokens:,.0f} tokens to come" + ("" if usage else ", by guess")
+        line += f", which cost {to_come:.4g}" if self.cost else "; the llms have no prices, so no cost"
+        budget = self.config.budget
+        for name, limit, total in (("tokens", budget.tokens, used + tokens), ("cost", budget.cost, spent + to_come)):
+            line += f"; budget.{name} of {limit:g} may not suffice" if limit is not None and total > limit else ""
+        print(line, file=sys.stderr, flush=True)
+
+    def say_what_waits(self) -> None:
+        """Say on stderr what people are to decide."""
+        if waiting := sum(item.decision is None for item in self.review.items()):
+            print(
+                f"{self.verb}: {waiting} questions wait for review: psyche review {self.folder} --who NAME; "
+                "then start again, with another out",
+                file=sys.stderr,
+            )
 
     def do(self, name: str, stage: _Stage) -> None:
         """Make a stage's folder, unless it is there and depends on the same."""
@@ -117,6 +193,8 @@ class _Workshop:
         if report is None or report["fingerprint"] != fingerprint:
             if folder.exists():
                 shutil.rmtree(folder)
+            if stage.asks:
+                self.forecast()
             report = asyncio.run(self._run(name, stage, fingerprint))
         self.reports[name] = report
         stage.after(folder)
@@ -125,7 +203,7 @@ class _Workshop:
         client = Client(self.config.llms, self.config.calls, self.config.budget, self.store, self._names)
         asker = Asker(client, self.prompts, self.config.calls.reasks, self.config.calls.give_up_after)
         try:
-            progress = Progress(self.verb, name, stage.total, asker)
+            progress = Progress(self.verb, name, stage.total, asker, self.cost)
             async with aclosing(stage.run(asker)) as results:
                 return await write_stage(self.folder / name, fingerprint, stage.files, results, progress)
         except UserError:
@@ -166,7 +244,7 @@ class _Workshop:
                     yield outcome
             asker.check(kept)
 
-        return _Stage((dataclasses.asdict(section), *asked, *inputs), files, run, total, after)
+        return _Stage((dataclasses.asdict(section), *asked, *inputs), files, run, total, after, True)
 
     def input(self, stage: str, file: str) -> Path:
         """A file that an earlier stage made.
@@ -201,6 +279,30 @@ class _Workshop:
     def decisions(self) -> list[Any]:
         """The decisions of reviewers, as what a stage depends on."""
         return [[d.number, d.item, d.verdict] for d in self.review.history()]
+
+
+def _select_calls(config: SelectConfig) -> list[Expected]:
+    count = sum(isinstance(found, Question) for found in _sources(config))
+    return [Expected(llm, "answer", config.selection.samples * count) for llm in config.selection.llms]
+
+
+def _synth_calls(shop: _Workshop, config: SynthConfig) -> list[Expected]:
+    """What the stages after `clean` ask if nothing is skipped, and nothing asked again."""
+    passages, dialogues = (_lines(shop.input("clean", file)) for file in ("passages", "dialogues"))
+    size = shop.input("clean", "passages").stat().st_size // 3 // max(passages, 1)  # a character has three bytes
+    count = passages * (config.questions.single + config.questions.multi)
+    rounds, votes = config.rationales.rounds * count, config.control.votes * count
+    judges = [Expected(config.rationales.judge, "judge", rounds)] if config.rationales.judge else []
+    return [
+        Expected(config.questions.llm, "questions", passages, size),
+        *(Expected(llm, "filter", votes) for llm in config.control.llms),
+        Expected(config.rationales.llm, "rationale", count + rounds),
+        Expected(config.rationales.llm, "improve", rounds),
+        *judges,
+        Expected(config.dialogues.llm, "dialogue", dialogues),
+        Expected(config.dialogues.checker, "check", dialogues),
+        *(Expected(llm, "answer", config.selection.samples * count) for llm in config.selection.llms),
+    ]
 
 
 def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stage:

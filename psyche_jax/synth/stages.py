@@ -177,12 +177,15 @@ def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:
 class Progress:
     """Says how far a stage is: a line that is written over on a terminal, plain lines elsewhere.
 
-    `pause`: seconds between two lines.
+    `pause`: seconds between two lines. `expected_cost`: of the whole run.
     """
 
-    def __init__(self, verb: str, stage: str, total: int | None, asker: Asker | None) -> None:
+    def __init__(
+        self, verb: str, stage: str, total: int | None, asker: Asker | None, expected_cost: float | None = None
+    ) -> None:
         self._name = f"{verb}: {stage}"
         self._total = total
+        self._expected_cost = expected_cost
         self._client = asker.client if asker else None
         self._terminal = sys.stderr.isatty()
         self.pause = 0.2 if self._terminal else 5.0
@@ -215,7 +218,8 @@ class Progress:
         if client := self._client:
             sent = client.sent - self._sent
             line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"
-            line += f", cost {client.cost:.4g}" if client.cost else ""
+            of = f" of about {self._expected_cost:.4g}" if self._expected_cost else ""
+            line += f", cost {client.cost:.4g}{of}" if client.cost else ""
             line += f"; last fault: {client.last_fault}" if client.last_fault else ""
         width = shutil.get_terminal_size().columns - 1
         return f"{line[:width]:<{width}}" if self._terminal else line

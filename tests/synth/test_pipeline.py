@@ -1,6 +1,8 @@
 """The pipeline as a whole, with the canned replies of the demo: what it leaves, what it does again and what not."""
 
 import asyncio
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -51,11 +53,18 @@ def url(asked):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, url):
+def spoken():
+    """What the run of `made` said on stderr."""
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, url, spoken):
     """A whole run and the config that made it."""
     folder = tmp_path_factory.mktemp("made")
     config = canned_config(folder / "run", folder / "out", url, 0)
-    return config, run_synth(config)
+    with contextlib.redirect_stderr(spoken):
+        return config, run_synth(config)
 
 
 @pytest.fixture
@@ -74,6 +83,26 @@ def test_every_stage_did_something(made):
     assert counts["dialogues"]["out/crisis"] == 2
     tracks = [counts["selection"][f"out/{track}"] for track in ("sft", "rl", "review")]
     assert all(tracks) and sum(tracks) == counts["rationales"]["out/questions"] == 32
+
+
+def test_calls_and_cost_are_forecast_and_what_waits_is_told(made, copy, spoken, capsys):
+    config, reports = made
+    card = json.loads(Path(config.out, "card.json").read_text(encoding="utf-8"))
+    calls = sum(use["calls"] for use in card["calls"])
+    lines = spoken.getvalue().splitlines()
+    (line,) = (line for line in lines if "forecast" in line)
+    assert calls <= int(re.search(r"at most (\d+) calls", line)[1]) <= 1.3 * calls, (line, calls)
+    assert line.endswith("tokens to come, by guess; the llms have no prices, so no cost")
+    assert lines.index(line) < next(n for n, one in enumerate(lines) if one.startswith("synth: questions"))
+    waiting = reports["selection"]["counts"]["out/review"] + reports["control"]["counts"]["out/review"]
+    assert lines[-1].startswith(f"synth: {waiting} questions wait for review: psyche review {config.run.dir} --who")
+    # Started again with prices: lengths are known, calls that were made cost nothing more, and the budget is looked at.
+    shutil.rmtree(Path(copy.run.dir, "selection"))
+    llms = tuple(replace(llm, input_price=10.0, output_price=10.0) for llm in copy.llms)
+    run_synth(replace(copy, llms=llms, budget=BudgetSection(cost=99.0)))
+    said = capsys.readouterr().err
+    assert re.search(rf"forecast: .*, {calls} of them made before; about [\d,]+ tokens to come, which cost \d", said)
+    assert re.search(r"cost [\d.]+ of about [\d.]+", said)
 
 
 def test_published_records_can_be_trained_on(made):
