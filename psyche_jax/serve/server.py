@@ -449,6 +449,8 @@ def _plain_log_probs(unscored: list[int], entries: Sequence[TokenLogProb], servi
 
     def name(token: int) -> str:  # alternatives are told apart by their names, so bytes are spelled out
         text, own = service.token_text(token)
+        if own is None and not text:  # an id that the tokenizer does not know
+            return f"token_id:{token}"
         broken = own is not None and text.encode() != bytes(own)
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in own or []) if broken else text
 

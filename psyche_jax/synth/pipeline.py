@@ -287,11 +287,18 @@ def _select_calls(config: SelectConfig) -> list[Expected]:
 
 
 def _synth_calls(shop: _Workshop, config: SynthConfig) -> list[Expected]:
-    """What the stages after `clean` ask if nothing is skipped, and nothing asked again."""
+    """What the stages after `clean` ask if those that were not run yet skip nothing, and nothing is asked again."""
     passages, dialogues = (_lines(shop.input("clean", file)) for file in ("passages", "dialogues"))
     size = shop.input("clean", "passages").stat().st_size // 3 // max(passages, 1)  # a character has three bytes
-    count = passages * (config.questions.single + config.questions.multi)
-    rounds, votes = config.rationales.rounds * count, config.control.votes * count
+
+    def known(stage: str, files: Sequence[str], otherwise: int) -> int:
+        done = stage_report(shop.folder / stage) is not None
+        return sum(_lines(shop.input(stage, file)) for file in files) if done else otherwise
+
+    written = known("questions", ["questions"], passages * (config.questions.single + config.questions.multi))
+    count = known("control", ["questions", "review"], written)
+    explained = known("rationales", ["questions"], count)
+    rounds, votes = config.rationales.rounds * count, config.control.votes * written
     judges = [Expected(config.rationales.judge, "judge", rounds)] if config.rationales.judge else []
     return [
         Expected(config.questions.llm, "questions", passages, size),
@@ -301,7 +308,7 @@ def _synth_calls(shop: _Workshop, config: SynthConfig) -> list[Expected]:
         *judges,
         Expected(config.dialogues.llm, "dialogue", dialogues),
         Expected(config.dialogues.checker, "check", dialogues),
-        *(Expected(llm, "answer", config.selection.samples * count) for llm in config.selection.llms),
+        *(Expected(llm, "answer", config.selection.samples * explained) for llm in config.selection.llms),
     ]
 
 

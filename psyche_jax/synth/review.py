@@ -122,8 +122,8 @@ class ReviewStore:
             "SELECT item, verdict, who, edited, note, time, number, blind FROM decisions ORDER BY number"
         )
         return [
-            Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest)
-            for item, verdict, who, edited, *rest in rows
+            Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest, bool(blind))
+            for item, verdict, who, edited, *rest, blind in rows
         ]
 
     def decide(self, decision: Decision, after: int | None = None) -> Decision:
