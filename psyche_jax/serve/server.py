@@ -19,7 +19,6 @@ import fastapi
 import uvicorn
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from starlette.exceptions import HTTPException
 
@@ -163,7 +162,8 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
             return StreamingResponse(_events(answer, about, service, body, limit), media_type="text/event-stream")
         return JSONResponse(await _whole(answer, about, service, body, request, limit))
 
-    @app.post("/v1/completions", response_model=Completion, responses=_ERRORS)
+    # (`openai.types.Completion` has no null among its log-probs, which the first token of a prompt has.)
+    @app.post("/v1/completions", responses={**_ERRORS, 200: {"description": "The completion"}})
     async def complete(body: protocol.CompletionRequest, request: fastapi.Request) -> Response:
         """Continue prompts as they stand, or score them."""
         limit = config.limits.request_seconds
