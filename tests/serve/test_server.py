@@ -1,6 +1,7 @@
 """The endpoint through the real `openai` client."""
 
 import json
+import re
 import threading
 from types import SimpleNamespace
 
@@ -276,6 +277,19 @@ def test_the_gate_can_be_off(another_server):
         assert getattr(completion, "crisis", None) is None
         assert completion.usage.prompt_tokens < 40, "nothing was added to the message"
     assert running.stop() == 0
+
+
+def test_what_a_conversation_begins_with_is_compiled_before_serving(another_server):
+    running = another_server("--plain", "--set", "warm=true", JAX_LOG_COMPILES="1")
+    programs = re.compile(r"Finished XLA compilation of jit\(_(?:read|grown|enter|advance)\)")
+    compiled = len(programs.findall(running.log))
+    assert compiled >= 4 and "compiling for conversations" in running.log
+    with openai.OpenAI(base_url=f"{running.address}/v1", api_key="none") as client:
+        for words in ("你好", "怎样准备考试？" * 3):
+            with ask(client, words, max_tokens=None, stream=True) as stream:
+                assert any(chunk.choices[0].delta.content for chunk in stream)
+    assert running.stop() == 0
+    assert len(programs.findall(running.log)) == compiled
 
 
 def test_a_client_that_leaves_frees_its_place(server):
