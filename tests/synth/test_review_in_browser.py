@@ -116,7 +116,7 @@ def test_what_a_reviewer_needs_is_there_in_chinese_too(browser: Any, address: tu
         f"题意不清{EVIL}",
     ]
     page.keyboard.press("r")
-    page.get_by_label("退回的理由").fill("材料里没有这样说")
+    page.locator("#reason").fill("材料里没有这样说")
     page.keyboard.press("Enter")
     page.get_by_text("6 题中已审 1 题").wait_for()
     page.get_by_label("筛选").select_option(label="退回的")

@@ -345,7 +345,7 @@ document.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) saveEdit();
     return;
   }
-  if (event.ctrlKey || event.metaKey || event.altKey || ["INPUT", "SELECT"].includes(event.target.tagName)) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || ["search", "filter"].includes(event.target.id)) return;
   if (!items.some(matches)) return;
   if (event.key === "n") { nextUndecided(); show(); return; }
   if (keys[event.key]) { event.preventDefault(); actions[keys[event.key]](); }
