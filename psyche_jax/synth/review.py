@@ -122,7 +122,7 @@ class ReviewStore:
             "SELECT item, verdict, who, edited, note, time, number, blind FROM decisions ORDER BY number"
         )
         return [
-            Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest, bool(blind))
+            Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest, blind=bool(blind))
             for item, verdict, who, edited, *rest, blind in rows
         ]
 
