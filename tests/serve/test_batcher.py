@@ -225,6 +225,7 @@ def test_a_chunk_that_fails_fails_its_own_batch_only(engine, batcher):
         batcher.submit(wanted)
     while len(engine.begun) < 2:
         engine.may_advance.release(1)
+        time.sleep(0.01)
     broken.append(next(iter(engine.slots)))
     engine.may_advance.release(1000)
     assert everything(first_pieces)[1] == "failed"
