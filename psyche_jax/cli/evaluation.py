@@ -135,6 +135,11 @@ def add_verbs(add: AddVerb) -> None:
         "--dialogues", type=Path, metavar="FILE", help="JSONL of dialogues: how often ordinary talk is interrupted"
     )
     verb.add_argument("--rules-alone", action="store_true", help="measure the gate without its classifier")
+    verb.add_argument(
+        "--second-opinion",
+        metavar="URL#MODEL",
+        help="ask an endpoint's model about what the gate lets pass, as serving does with crisis.second_opinion",
+    )
     verb.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
     verb = add(
@@ -329,10 +334,15 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
 
 
 def _safety(arguments: argparse.Namespace) -> None:
+    from psyche_jax.serve.config import CrisisSection
     from psyche_jax.serve.crisis.measure import measure_safety, safety_lines
 
+    if (endpoint := CrisisSection(second_opinion=arguments.second_opinion).second_opinion) == "served":
+        raise UsageError("--second-opinion: nothing is served here; give URL#MODEL")
+    if endpoint:
+        warn_of_gates({endpoint.partition("#")[0]: os.environ.get("OPENAI_API_KEY")})
     measured, bad = measure_safety(
-        arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone
+        arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone, endpoint
     )
     for line in bad:
         print(f"skipped: {line}", file=sys.stderr)

@@ -74,6 +74,7 @@ class Reply:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     stored: bool = False
+    likeliest: tuple[tuple[str, float], ...] = ()  # of the first token, with log-probs, where they were asked for
 
     @property
     def whole(self) -> str:
@@ -125,7 +126,16 @@ def read_reply(content: str | bytes, whole: bool = True) -> Reply:
         return replace(about, **texts, finish=finish)
     if not texts["text"] and (message.get("tool_calls") or message.get("function_call")):
         finish = "tool_calls"  # which nobody offered
-    return joined([replace(about, **texts, finish=finish or "stop")])
+    return joined([replace(about, **texts, finish=finish or "stop", likeliest=_likeliest(own[0]))])
+
+
+def _likeliest(choice: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    """What might have been said first; empty where the server does not tell."""
+    try:
+        first = choice["logprobs"]["content"][0]
+        return tuple((str(one["token"]), float(one["logprob"])) for one in first.get("top_logprobs") or [first])
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+        return ()
 
 
 def joined(parts: Sequence[Reply]) -> Reply:
@@ -150,6 +160,7 @@ def joined(parts: Sequence[Reply]) -> Reply:
         served_by=last("served_by"),
         prompt_tokens=last("prompt_tokens"),
         completion_tokens=last("completion_tokens"),
+        likeliest=next((part.likeliest for part in parts if part.likeliest), ()),
     )
 
 

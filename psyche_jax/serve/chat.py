@@ -21,6 +21,7 @@ from psyche_jax.llm.server import SCHEMES, Names, Server
 from psyche_jax.rewards.reference import CLOSE, OPEN, split_thought
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.crisis.gate import OutputFilter, language_of
+from psyche_jax.serve.crisis.opinion import SERVED, ask_endpoint
 from psyche_jax.serve.service import FailedError, Service, TooLongError, Wanted, open_gate, overlap
 from psyche_jax.storage.files import write_json
 
@@ -83,7 +84,11 @@ class RemoteModel:
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
         """As `LocalModel.answer`."""
         own = [turn.content for turn in turns if turn.role == "user"]
-        if self.gate and (reply := self.gate.reply(own)):
+        reply = self.gate.reply(own) if self.gate else None
+        if reply is None and self.gate and (asked := self._config.crisis.second_opinion):
+            opinion = await ask_endpoint(f"{self._url}#{self.name}" if asked == SERVED else asked, own[-1])
+            reply = self.gate.reply(own, opinion) if opinion else None
+        if reply:
             yield reply.text
             return
         output = OutputFilter(self.gate, language_of(own[-1])) if self.gate else None

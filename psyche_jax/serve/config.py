@@ -1,5 +1,6 @@
 """How `psyche serve` serves: where, with which limits, with or without the crisis gate."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +39,15 @@ class CrisisSection(Section):
     gate: bool = True  # off: every message goes to the model
     region: str = "CN"  # whose hotline
     log: str | None = None  # a file for events, which hold no text
-    classifier: bool = True  # asked where rules find no crisis
+    classifier: bool = True  # decides where rules say nothing explicit
+    second_opinion: str | None = (
+        None  # on what the gate lets pass: `served`, the model itself; or an endpoint, URL#MODEL
+    )
+
+    def __post_init__(self) -> None:
+        other = self.second_opinion
+        if other not in (None, "served") and not re.fullmatch(r"https?://[^#]+#.+", str(other)):
+            raise UsageError(f"second_opinion must be served, or URL#MODEL of an endpoint, not {other!r}")
 
 
 @dataclass(frozen=True)

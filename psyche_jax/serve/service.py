@@ -15,10 +15,13 @@ from psyche_jax.data.records import Message
 from psyche_jax.data.streams import length_bucket
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.rewards.reference import CLOSE, OPEN
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.serve.batcher import Batcher, BusyError, Job, Piece, ScoreJob
 from psyche_jax.serve.config import CrisisSection, ServeConfig
+from psyche_jax.serve.crisis import Assessment
 from psyche_jax.serve.crisis.gate import Gate, GateReply, OutputFilter, language_of
+from psyche_jax.serve.crisis.opinion import CANDIDATES, SERVED, ask_endpoint, question, read_opinion
 from psyche_jax.serve.engine import PromptScores, RowSettings, load_engine
 from psyche_jax.train.checkpoints import open_model
 
@@ -187,10 +190,10 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Read:
-    """A prompt's tokens, what a person has said in it (for the language of a reply), and the gate's reply, if any."""
+    """A prompt's tokens, a person's turns in it, and the gate's reply, if any."""
 
     tokens: list[int]
-    said: str
+    said: list[str]
     reply: GateReply | None
 
 
@@ -226,6 +229,9 @@ class Service:
         self._bytes = token_bytes_from_tokenizer(self.tokenizer, stored.config.vocab_size)
         self._opened = opened_text(self.tokenizer, self._prompt.thinking)  # a broken template is an error now
         self._most_bytes = self._places * max(len(token or b"") for token in self._bytes)  # of a message that may fit
+        self._opinion = config.crisis.second_opinion
+        thought = f"\n{CLOSE}\n\n" if OPEN in self._opened and CLOSE not in self._opened else ""
+        self._verdict = self.tokenizer.encode(f"{thought}答案：", add_special_tokens=False)  # how an opinion begins
         self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="read")
         self._reading = 0
         engine = load_engine(stored, config.compute_dtype, config.mesh)
@@ -275,6 +281,7 @@ class Service:
             prompts, opened = [await self._in_thread(self._read, wanted.asked)], self._opened
         else:
             prompts, opened = [await self._in_thread(self._read_plain, *one) for one in enumerate(wanted.asked)], ""
+        prompts = [await self._with_opinion(prompt) for prompt in prompts]
         # The batcher's thread hands pieces over to this event loop, and may outlive it by a moment.
         pieces: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -301,7 +308,7 @@ class Service:
                 for choice in range(wanted.choices)
             ]
             job = Job(prompt.tokens, settings, wanted.alternatives or 0, partial(deliver, first_choice))
-            language = language_of(prompt.said) if prompt.said else None
+            language = language_of(prompt.said[-1]) if prompt.said else None
             for choice in choices:
                 output = OutputFilter(self.gate, language) if self.gate else None
                 speech = Speech(self.tokenizer, wanted.stop, output, wanted.alternatives is not None, opened)
@@ -353,6 +360,40 @@ class Service:
         finally:
             self._reading -= 1
 
+    async def _with_opinion(self, prompt: _Read) -> _Read:
+        """What the gate lets pass is shown to whoever is asked for a second opinion, if anybody is."""
+        if not (self.gate and self._opinion and prompt.said) or prompt.reply is not None:
+            return prompt
+        last = prompt.said[-1]
+        opinion = await (self._own_opinion(last) if self._opinion == SERVED else ask_endpoint(self._opinion, last))
+        return replace(prompt, reply=self.gate.reply(prompt.said, opinion)) if opinion else prompt
+
+    async def _own_opinion(self, message: str) -> Assessment | None:
+        """What the model thinks of a message, asked for its class; None: it answers by no letter.
+
+        Raises:
+          BusyError, ClosingError: the question is refused.
+        """
+        turns = [Message("user", question(message))]
+        prompt = prompt_tokens(self.tokenizer, turns, replace(self._prompt, system="", instruction="")) + self._verdict
+        if len(prompt) >= self._places:
+            return None
+        loop = asyncio.get_running_loop()
+        said: asyncio.Future[Piece | None] = loop.create_future()
+
+        def deliver(piece: Piece | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(lambda: said.done() or said.set_result(piece))
+
+        job = Job(prompt, [RowSettings(1, 0.0, 1.0, 0)], CANDIDATES, deliver)
+        self._batcher.submit(job)
+        try:
+            piece = await said
+        finally:
+            job.give_up()
+        best = piece.best[0] if piece is not None and piece.best else []
+        return read_opinion((self.token_text(token)[0], log_prob) for token, log_prob in best)
+
     def _plain_tokens(self, place: int, prompt: str | Sequence[int]) -> list[int]:
         """A prompt's tokens: its text as the tokenizer reads it, control tokens too; or the ids that it is."""
         if isinstance(prompt, str) and len(prompt.encode()) > self._most_bytes:
@@ -370,7 +411,7 @@ class Service:
         if len(tokens) >= self._places:
             raise TooLongError(f"prompt {place} has {len(tokens)} tokens: no room to go on in {self._places}")
         text = prompt if isinstance(prompt, str) else decoded_text(self.tokenizer, prompt)
-        return _Read(tokens, text, self.gate.reply([text]) if self.gate else None)
+        return _Read(tokens, [text], self.gate.reply([text]) if self.gate else None)
 
     def _read(self, turns: Sequence[Message]) -> _Read:
         """A conversation. The gate reads no message that is too long.
@@ -391,8 +432,7 @@ class Service:
             raise TooLongError(
                 f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
             )
-        own = [turn.content for turn in turns if turn.role == "user"]
-        return _Read(prompt, own[-1] if own else "", reply)
+        return _Read(prompt, said, reply)
 
 
 def _last_said(turns: Sequence[Message]) -> list[str]:

@@ -37,6 +37,15 @@ def test_every_class_has_its_text_with_the_regions_numbers(risk, language, regio
     assert reply.text.rstrip().endswith(("？", "?", "。", ".")) and len(reply.text) < 1200
 
 
+def test_the_ambulance_and_the_police_are_told_apart():
+    for said, language in ((0, "急救"), (1, "ambulance")):
+        texts = {risk: Gate("CN").reply([SAYS[risk][said]]).text for risk in SAYS}
+        assert "120" in texts[Risk.ATTEMPT] and "110" not in texts[Risk.ATTEMPT]
+        for risk in (Risk.PLAN_OR_PREPARATION, Risk.HARM_TO_OTHERS):
+            assert "120" in texts[risk] and "110" in texts[risk] and language in texts[risk]
+    assert "911" in Gate("US").fill("{medical} {police} {emergency}", "en")
+
+
 def test_all_texts_differ_by_class():
     assert len({Gate().reply([said[0]]).text for said in SAYS.values()}) == len(SAYS)
 

@@ -1,8 +1,8 @@
-"""Crisis classes of a message: written rules, then a small classifier over characters."""
+"""Crisis classes of a message: written rules, and a small classifier over characters and what the rules say."""
 
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -14,88 +14,10 @@ import numpy as np
 import yaml
 
 WEIGHTS = "classifier.npz"
-_LONGEST = 5  # characters of an n-gram
+_LONGEST = 4  # characters of an n-gram
 _APART = 4  # places between the two characters of a pair, at most
-_PIECE = 150  # characters of a long text that are looked at together: what it was trained on is seldom longer
-_STEP = 100
 SEPARATOR = "\n"  # between n-grams in the file: no n-gram holds it
 _GAP = "\0"  # between the characters of a pair
-
-
-@dataclass(frozen=True)
-class Classifier:
-    """Multinomial logistic regression: `classes` from the least to the most urgent, the first `harmless` no crisis."""
-
-    classes: tuple[str, ...]
-    harmless: int
-    vocabulary: dict[str, int]
-    rarity: np.ndarray  # of each n-gram: its inverse document frequency
-    weights: np.ndarray  # n-grams x classes
-    bias: np.ndarray
-    threshold: float  # least probability of all crisis classes together that counts
-    data: str  # hash of what it was trained on
-
-    def decide(self, text: str) -> tuple[str, float] | None:
-        """The likeliest crisis class and the probability that it is any, if that reaches the threshold.
-
-        `text` is normalized as rules read it. A long one is looked at in overlapping pieces; the likeliest counts.
-        """
-        found = max((self.probabilities(piece) for piece in pieces(text)), key=self.crisis)
-        probability = self.crisis(found)
-        if probability < self.threshold:
-            return None
-        return self.classes[self.harmless + int(found[self.harmless :].argmax())], probability
-
-    def crisis(self, probabilities: np.ndarray) -> float:
-        """The probability of all crisis classes together."""
-        return float(probabilities[self.harmless :].sum())
-
-    def probabilities(self, text: str) -> np.ndarray:
-        """Of each class, for a text that is not cut."""
-        rows = [row for gram in ngrams(text) if (row := self.vocabulary.get(gram)) is not None]
-        scores = self.bias.copy()
-        if rows:
-            values = self.rarity[rows]
-            scores += values @ self.weights[rows] / np.sqrt(values @ values)
-        exponentials = np.exp(scores - scores.max())
-        return exponentials / exponentials.sum()
-
-
-def ngrams(text: str) -> set[str]:
-    """All runs of up to five characters, and pairs with up to three others between; the ends count as characters."""
-    text = f"^{text.replace(SEPARATOR, ' ')}$"
-    runs = {text[start : start + size] for size in range(1, _LONGEST + 1) for start in range(len(text) - size + 1)}
-    pairs = (zip(text, text[apart:], strict=False) for apart in range(2, _APART + 1))
-    return runs.union(*({f"{first}{_GAP}{second}" for first, second in pair} for pair in pairs))
-
-
-def pieces(text: str) -> Iterator[str]:
-    """Overlapping parts of a text that are no longer than what the classifier knows."""
-    for start in range(0, max(len(text) - (_PIECE - _STEP), 1), _STEP):
-        yield text[start : start + _PIECE]
-
-
-def load(path: Path) -> Classifier:
-    """A model that `scripts/crisis/train_classifier.py` wrote. No code is run from the file."""
-    with np.load(path, allow_pickle=False) as file:
-        grams = file["vocabulary"].tobytes().decode().split(SEPARATOR)
-        return Classifier(
-            tuple(file["classes"].tolist()),
-            int(file["harmless"]),
-            {gram: row for row, gram in enumerate(grams)},
-            file["rarity"].astype(np.float32),
-            file["weights"].astype(np.float32),
-            file["bias"],
-            float(file["threshold"]),
-            str(file["data"]),
-        )
-
-
-@cache
-def classifier() -> Classifier:
-    """The one in the package, read once."""
-    with as_file(files("psyche_jax.serve.crisis") / WEIGHTS) as path:
-        return load(path)
 
 
 _BLANK = "□"
@@ -126,6 +48,9 @@ class Risk(StrEnum):
         return list(Risk).index(self)
 
 
+EXPLICIT = Risk.ACTIVE_IDEATION  # from here on what a rule says stands
+
+
 @dataclass(frozen=True)
 class Rule:
     """One named pattern of the data file and sentences that it is held to."""
@@ -148,47 +73,133 @@ class RuleBook:
 
 @dataclass(frozen=True)
 class Assessment:
-    """The class of a message and what says so: names of rules, or `classifier` with a band; empty for none."""
+    """The class of a message and what says so: names of rules, or a model and a band of probability; empty: none."""
 
     risk: Risk
     rules: tuple[str, ...] = ()
-    learned: bool = False  # the classifier says so
+    learned: bool = False  # a model says so, and no rule
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Logistic regressions over runs of characters and the classes whose rules match.
+
+    The first column of `weights` [n-grams and classes, 1 + classes] says whether a message is answered by a fixed text,
+    the others by which: that of the highest score. `classes` are all but none.
+    """
+
+    classes: tuple[Risk, ...]
+    vocabulary: dict[str, int]
+    rarity: np.ndarray  # of each n-gram: its inverse document frequency
+    weights: np.ndarray
+    bias: np.ndarray
+    threshold: float  # least probability that a message is to be answered
+    data: tuple[str, str]  # hashes of the written sentences and of the posts that it was trained on
+
+    def scores(self, text: str, hits: Iterable[Risk]) -> np.ndarray:
+        """Float [1 + classes], for a text as `rule_hits` leaves it and the classes whose rules match it."""
+        rows = [row for gram in ngrams(text) if (row := self.vocabulary.get(gram)) is not None]
+        rules = [len(self.vocabulary) + self.classes.index(risk) for risk in hits]
+        values = self.rarity[rows]
+        norm = np.sqrt(values @ values) or 1.0
+        return self.bias + values @ self.weights[rows] / norm + self.weights[rules].sum(axis=0)
+
+    def decide(self, text: str, hits: Iterable[Risk]) -> tuple[Risk, float]:
+        """The likeliest class (none below the threshold), and the probability that the message is to be answered."""
+        scores = self.scores(text, hits)
+        probability = float(1 / (1 + np.exp(-scores[0])))
+        likeliest = self.classes[int(scores[1:].argmax())]
+        return likeliest if probability >= self.threshold else Risk.NONE, probability
+
+
+def ngrams(text: str) -> set[str]:
+    """All runs of up to four characters, and pairs with up to three others between; the ends count as characters."""
+    text = f"^{text.replace(SEPARATOR, ' ')}$"
+    runs = {text[start : start + size] for size in range(1, _LONGEST + 1) for start in range(len(text) - size + 1)}
+    pairs = (zip(text, text[apart:], strict=False) for apart in range(2, _APART + 1))
+    return runs.union(*({f"{first}{_GAP}{second}" for first, second in pair} for pair in pairs))
+
+
+def load(path: Path) -> Classifier:
+    """A model that `scripts/crisis/train_classifier.py` wrote. No code is run from the file."""
+    with np.load(path, allow_pickle=False) as file:
+        grams = file["vocabulary"].tobytes().decode().split(SEPARATOR)
+        sentences, posts = file["data"].tolist()
+        return Classifier(
+            tuple(map(Risk, file["classes"].tolist())),
+            {gram: row for row, gram in enumerate(grams)},
+            file["rarity"].astype(np.float32),
+            file["weights"].astype(np.float32),
+            file["bias"],
+            float(file["threshold"]),
+            (sentences, posts),
+        )
+
+
+@cache
+def classifier() -> Classifier:
+    """The one in the package, read once."""
+    with as_file(files("psyche_jax.serve.crisis") / WEIGHTS) as path:
+        return load(path)
 
 
 def classify(text: str, learned: bool = True) -> Assessment:
     """The class of what somebody wrote. Local, and quick enough for every message.
 
-    Rules come first. Where they find no crisis, the classifier may (`learned`); it never takes one back.
+    What rules say of attempts, plans and a wish to kill oneself stands. Of anything else the classifier decides, which
+    knows what rules said (without `learned`: they alone).
     A long text is read in overlapping parts, so that its cost grows with its length only, and has the class of its most
     urgent part.
     """
-    text = normalize(text)
-    parts = (text[start : start + _PART] for start in range(0, max(len(text) - _OVERLAP, 1), _PART - _OVERLAP))
-    found = max(map(_classify_part, parts), key=lambda assessment: assessment.risk.severity)
-    if learned and found.risk.severity <= Risk.EXPLORATION.severity and (decided := classifier().decide(text)):
-        name, probability = decided
-        band = min(int(probability * 10), 9) / 10
-        return Assessment(Risk(name), (f"classifier, {band:.1f} to {band + 0.1:.1f}",), learned=True)
-    return found
+    model = classifier() if learned else None
+    return max((assess(part, model) for part in parts(normalize(text))), key=lambda one: one.risk.severity)
 
 
-def _classify_part(text: str) -> Assessment:
+def parts(text: str) -> Iterator[str]:
+    """What of a text is looked at together."""
+    for start in range(0, max(len(text) - _OVERLAP, 1), _PART - _OVERLAP):
+        yield text[start : start + _PART]
+
+
+def assess(text: str, model: Classifier | None) -> Assessment:
+    """The class of a normalized text that is not cut; None: by the rules alone."""
+    said, hits = rule_hits(text)
+    risk = max(hits, key=lambda risk: risk.severity, default=Risk.NONE)
+    by_rules = Assessment(risk, hits.get(risk, ()))
+    if model is None or risk.severity >= EXPLICIT.severity:
+        return by_rules
+    likeliest, probability = model.decide(said, hits)
+    if likeliest is Risk.NONE:
+        return Assessment(Risk.NONE)
+    if likeliest is risk or risk.severity > Risk.EXPLORATION.severity:
+        return by_rules
+    return Assessment(likeliest, (f"classifier, {band(probability)}",), learned=True)
+
+
+def band(probability: float) -> str:
+    """The tenth in which a probability lies, for the log."""
+    low = min(int(probability * 10), 9) / 10
+    return f"{low:.1f} to {low + 0.1:.1f}"
+
+
+def rule_hits(text: str) -> tuple[str, dict[Risk, tuple[str, ...]]]:
+    """A normalized text without what is set aside, and the classes whose rules match it, with their names."""
     book = rule_book()
     for rule in book.set_aside:
         text = rule.pattern.sub(_BLANK, text)
-    subjects = []
+    kept, subjects = text, []
     for rule in book.check_in:
         text, count = rule.pattern.subn(_BLANK, text)
         if count:
             subjects.append(rule.name)
-    for risk in sorted(book.crisis, key=lambda risk: -risk.severity):
+    hits = {Risk.EXPLORATION: tuple(subjects)}
+    for risk, rules in book.crisis.items():
         said = text
         if risk is Risk.PASSIVE_IDEATION:  # what is wished on others is not wished for oneself
             for rule in book.crisis[Risk.HARM_TO_OTHERS]:
                 said = rule.pattern.sub(_BLANK, said)
-        if found := tuple(rule.name for rule in book.crisis[risk] if rule.pattern.search(said)):
-            return Assessment(risk, found)
-    return Assessment(Risk.EXPLORATION, tuple(subjects)) if subjects else Assessment(Risk.NONE)
+        hits[risk] = tuple(rule.name for rule in rules if rule.pattern.search(said))
+    return kept, {risk: names for risk, names in hits.items() if names}
 
 
 def normalize(text: str) -> str:

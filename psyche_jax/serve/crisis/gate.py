@@ -33,8 +33,7 @@ class GateReply:
 class Gate:
     """The gate of one region.
 
-    `log`: a file to which each event is appended as one JSON line, besides the logger. `learned`: the classifier is
-    asked where rules find no crisis.
+    `log`: a file to which each event is appended as one JSON line, besides the logger. `learned`: with the classifier.
     """
 
     region: str = "CN"
@@ -45,14 +44,15 @@ class Gate:
         if self.region not in (known := regions()):
             raise UsageError(f"region {self.region!r} has no hotline in the table; known: {', '.join(known)}")
 
-    def reply(self, user_turns: Sequence[str]) -> GateReply | None:
+    def reply(self, user_turns: Sequence[str], opinion: Assessment | None = None) -> GateReply | None:
         """The fixed answer to the last of a person's turns, or None where the model may answer.
 
-        Earlier turns only decide whether the first text was given already.
+        Earlier turns only decide whether the first text was given already. `opinion`: of which class the last turn is,
+        where somebody else was asked.
         """
         if not user_turns:
             return None
-        assessment = classify(user_turns[-1], self.learned)
+        assessment = opinion or classify(user_turns[-1], self.learned)
         if assessment.risk is Risk.NONE:
             return None
         self.record("message", risk=assessment.risk, rules=assessment.rules)
@@ -73,9 +73,14 @@ class Gate:
         return self.fill(_texts()["withheld"][action][language], language)
 
     def fill(self, text: str, language: Language) -> str:
-        """`text` with this region's hotline and emergency number."""
+        """`text` with this region's hotline and emergency numbers."""
         hotline = _texts()["hotlines"][self.region]
-        return text.format(hotline=hotline[language], emergency=hotline["emergency"])
+        numbers = hotline["emergency"]  # one for all, or each by what it is for
+        if isinstance(numbers, str):
+            numbers = {"medical": numbers, "police": numbers, "emergency": numbers}
+        else:
+            numbers = {**numbers, "emergency": _texts()["apart"][language].format(**numbers)}
+        return text.format(hotline=hotline[language], **numbers)
 
     def record(self, event: str, **what: Any) -> None:
         """Log that something was answered by a fixed text or withheld: when and by what, never what was said."""

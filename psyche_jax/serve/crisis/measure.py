@@ -1,5 +1,6 @@
 """How well the gate does: `psyche safety`, on given sentences, by class."""
 
+import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from psyche_jax.serve.crisis.gate import check_output
 from psyche_jax.storage.files import read_json, read_jsonl, write_json
 
 Item = TypeVar("Item")
+NO_OPINION = "no second opinion"
+_AT_ONCE = 16  # questions to an endpoint
 HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD without a class of the gate
 PSYGUARD = {  # its labels
     "自杀未遂": Risk.ATTEMPT,
@@ -98,14 +101,39 @@ def read_turns(path: Path) -> tuple[list[Turn], list[str]]:
     return [turn for turns in dialogues for turn in turns], bad
 
 
-def measure_posts(posts: Sequence[Post], learned: bool = True) -> dict[str, Any]:
+def assessments(texts: Sequence[str], learned: bool = True, second_opinion: str | None = None) -> list[Assessment]:
+    """The class of each text. `second_opinion`: an endpoint's model, `URL#MODEL`, asked of what the gate lets pass.
+
+    A text of which it has no opinion has the rule `no second opinion`.
+    """
+    found = [classify(text, learned) for text in texts]
+    if second_opinion is None:
+        return found
+    from psyche_jax.serve.crisis.opinion import ask_endpoint  # which needs the library of a client
+
+    at_once = asyncio.Semaphore(_AT_ONCE)
+
+    async def second(text: str, first: Assessment) -> Assessment:
+        if first.risk is not Risk.NONE:
+            return first
+        async with at_once:
+            return await ask_endpoint(second_opinion, text) or Assessment(Risk.NONE, (NO_OPINION,))
+
+    async def ask() -> list[Assessment]:
+        return await asyncio.gather(*map(second, texts, found))
+
+    return asyncio.run(ask())
+
+
+def measure_posts(posts: Sequence[Post], learned: bool = True, second_opinion: str | None = None) -> dict[str, Any]:
     """Of each class how many posts are answered by a fixed text, by one for a crisis, and by that of their own class.
 
     `answered` of class `none` are the false alarms. `confusion` has rows as labelled and columns as classed. `decided`
-    counts the answered posts by what decided, the bands of the classifier apart; without it if not `learned`.
+    counts the answered posts by what decided, the bands of models apart, and those without a second opinion. `learned`,
+    `second_opinion`: see `assessments`.
     """
-    assessments = [classify(post.text, learned) for post in posts]
-    pairs = [(post.label, found.risk.value) for post, found in zip(posts, assessments, strict=True)]
+    assessed = assessments([post.text for post in posts], learned, second_opinion)
+    pairs = [(post.label, found.risk.value) for post, found in zip(posts, assessed, strict=True)]
     groups = [("plan, preparation, attempt", _URGENT), *((name, (name,)) for name in ROWS)]
     classes = {}
     for name, members in groups:
@@ -121,16 +149,17 @@ def measure_posts(posts: Sequence[Post], learned: bool = True) -> dict[str, Any]
     return {
         "count": len(pairs),
         "classes": classes,
-        "decided": _deciders(assessments),
+        "decided": _deciders(assessed),
         "columns": COLUMNS,
         "confusion": {row: [confusion[row, column] for column in COLUMNS] for row in ROWS if row in dict(pairs)},
     }
 
 
-def measure_turns(turns: Sequence[Turn], learned: bool = True) -> dict[str, Any]:
+def measure_turns(turns: Sequence[Turn], learned: bool = True, second_opinion: str | None = None) -> dict[str, Any]:
     """How much of ordinary talk is answered by a fixed text, and how much of what counsellors say is withheld."""
     own = [turn for turn in turns if turn.own]
-    found = [(turn, classify(turn.text, learned)) for turn in own]
+    assessed = assessments([turn.text for turn in own], learned, second_opinion)
+    found = list(zip(own, assessed, strict=True))
     flagged = [(turn, assessment) for turn, assessment in found if assessment.risk is not Risk.NONE]
     dialogues = {turn.dialogue for turn in turns}
     return {
@@ -139,7 +168,7 @@ def measure_turns(turns: Sequence[Turn], learned: bool = True) -> dict[str, Any]
         "flagged_turns": share(len(flagged), len(own)),
         "flagged_dialogues": share(len({turn.dialogue for turn, _ in flagged}), len(dialogues)),
         "by_class": dict(Counter(assessment.risk.value for _, assessment in flagged).most_common()),
-        "decided": _deciders(assessment for _, assessment in flagged),
+        "decided": _deciders(assessed),
         "counsellors": measure_replies(turn.text for turn in turns if not turn.own),
     }
 
@@ -154,8 +183,12 @@ def measure_replies(replies: Iterable[str]) -> dict[str, Any]:
     }
 
 
-def _deciders(assessments: Iterable[Assessment]) -> dict[str, int]:
-    names = [found.rules[0] if found.learned else "rules" for found in assessments if found.risk is not Risk.NONE]
+def _deciders(assessed: Iterable[Assessment]) -> dict[str, int]:
+    names = [
+        "rules" if found.risk is not Risk.NONE and not found.learned else found.rules[0]
+        for found in assessed
+        if found.rules
+    ]
     return dict(sorted(Counter(names).items()))
 
 
@@ -218,7 +251,11 @@ OWN = "the package's own sentences, by which its rules were widened and its clas
 
 
 def measure_safety(
-    posts: Path | None, dialogues: Path | None, run: Path | None, learned: bool = True
+    posts: Path | None,
+    dialogues: Path | None,
+    run: Path | None,
+    learned: bool = True,
+    second_opinion: str | None = None,
 ) -> tuple[dict[str, Any], list[str]]:
     """Measure, and write the figures into the folder `run` if there is one. Returns them and the bad lines.
 
@@ -227,6 +264,7 @@ def measure_safety(
       dialogues: dialogues (see `read_turns`).
       run: a run, whose evaluations hold what its models answered.
       learned: with the gate's classifier, or by its rules alone.
+      second_opinion: the endpoint that is asked about what the gate lets pass, `URL#MODEL`.
 
     Raises:
       UserError: a file cannot be read, or `run` is not a run.
@@ -235,11 +273,12 @@ def measure_safety(
         raise UserError(f"{run}: is not a run (it has no state.json); give a folder made by psyche sft or psyche grpo")
     labelled, bad = read_posts(posts) if posts is not None else (own_sentences(), [])
     source = posts.name if posts is not None else OWN
-    measured: dict[str, Any] = {"posts": {"source": source, "set_aside": len(bad), **measure_posts(labelled, learned)}}
+    by = (learned, second_opinion)
+    measured: dict[str, Any] = {"posts": {"source": source, "set_aside": len(bad), **measure_posts(labelled, *by)}}
     if dialogues is not None:
         turns, faulty = read_turns(dialogues)
         bad += faulty
-        measured["dialogues"] = {"source": dialogues.name, "set_aside": len(faulty), **measure_turns(turns, learned)}
+        measured["dialogues"] = {"source": dialogues.name, "set_aside": len(faulty), **measure_turns(turns, *by)}
     if run is not None:
         measured["replies"] = measure_replies(_answers(run))
         write_json(run / SAFETY, measured)
