@@ -18,7 +18,7 @@ from psyche_jax.serve.crisis.measure import measure_posts, own_sentences, read_p
 
 ROOT = Path(__file__).parents[2]
 POSTS = ROOT.parent / "shared" / "data" / "psyguard_valid.jsonl"
-OBLIQUE = "每晚闭眼前都盼着别再睁开，我在这个家就是多余的那一个，早点散场对谁都好"
+OBLIQUE = "上班路上一直想，要是这趟车翻了，我就不用去了，哪儿都不用去了"
 HARD_TO_TELL = [OBLIQUE, "我爸去世三年了，我很想他", "今天好累，想早点睡", "i wish i could sleep and never wake"]
 
 
@@ -53,8 +53,8 @@ def test_what_is_explicit_stands_and_a_crisis_becomes_no_other(text):
 
 
 def test_it_decides_of_what_a_rule_says_that_is_not_explicit():
-    doubtful = "这个死亡体验馆也上过奇葩大会节目"
-    assert classify(doubtful, learned=False).risk is Risk.PASSIVE_IDEATION
+    doubtful = "这门选修课讨论的是人活着有什么意义"
+    assert classify(doubtful, learned=False).risk is Risk.EXPLORATION
     assert classify(doubtful).risk is Risk.NONE
     for denied in ("我没有自杀的想法", "我不会去自杀的", "累死我了"):
         assert classify(denied).risk is Risk.NONE, denied
