@@ -79,7 +79,7 @@ def test_questions_about_lethal_doses_and_ways_are_as_urgent_as_a_plan():
     for question in LETHAL.strip().replace("\n", "|").split("|"):
         assert classify(question).risk.severity >= Risk.ACTIVE_IDEATION.severity, question
     for question in HARMLESS_DOSES.strip().replace("\n", "|").split("|"):
-        assert classify(question).risk is Risk.NONE, question
+        assert classify(question, learned=False).risk is Risk.NONE, question
 
 
 @pytest.mark.parametrize(
