@@ -381,9 +381,13 @@ class Service:
         loop = asyncio.get_running_loop()
         said: asyncio.Future[Piece | None] = loop.create_future()
 
+        def settle(piece: Piece | None) -> None:
+            if not said.done():
+                said.set_result(piece)
+
         def deliver(piece: Piece | None) -> None:
             if not loop.is_closed():
-                loop.call_soon_threadsafe(lambda: said.done() or said.set_result(piece))
+                loop.call_soon_threadsafe(settle, piece)
 
         job = Job(prompt, [RowSettings(1, 0.0, 1.0, 0)], CANDIDATES, deliver)
         self._batcher.submit(job)

@@ -121,10 +121,11 @@ class ReviewStore:
         rows = self._database.execute(
             "SELECT item, verdict, who, edited, note, time, number, blind FROM decisions ORDER BY number"
         )
-        return [
-            Decision(item, verdict, who, record_from_json(Question, edited) if edited else None, *rest, blind=bool(blind))
-            for item, verdict, who, edited, *rest, blind in rows
-        ]
+        decisions = []
+        for item, verdict, who, text, note, at, number, blind in rows:
+            edited = record_from_json(Question, text) if text else None
+            decisions.append(Decision(item, verdict, who, edited, note, at, number, bool(blind)))
+        return decisions
 
     def decide(self, decision: Decision, after: int | None = None) -> Decision:
         """Store a decision; returns it with its time and number.

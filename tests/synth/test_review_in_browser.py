@@ -85,7 +85,7 @@ def test_a_whole_review_by_keyboard(browser: Any, address: tuple[str, Path]) -> 
     page.keyboard.press("k")
     page.get_by_text("accepted by 李老师").wait_for()
     page.keyboard.press("u")
-    page.get_by_text("not decided").wait_for()
+    page.locator("#verdict", has_text="not decided").wait_for()
     assert items(folder) == [("accept", "李老师"), ("reject", "李老师"), ("edit", "李老师"), *[(None, None)] * 3]
     store = ReviewStore(folder)
     edited = list(store.items())[2].decision
