@@ -279,8 +279,6 @@ def test_the_command(place, tmp_path, capsys):
 
 def test_the_command_used_wrongly(tmp_path, bucket, capsys):
     cases = {
-        ("copy", "a"): (2, "copy needs two addresses"),
-        ("ls", "a", "b"): (2, "too many addresses"),
         ("cat", "a", "--limit", "0"): (2, "--limit must be at least 1"),
         ("verify", "a", "--deadline", "nan"): (2, "--deadline must be positive"),
         ("verify", str(tmp_path / "none")): (1, "none: is no data set (nothing is there)"),

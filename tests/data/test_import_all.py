@@ -208,6 +208,11 @@ def test_each_action_has_help_of_its_own(capsys):
         with pytest.raises(SystemExit):
             parser().parse_args(["data", action, "--help"])
         assert option in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        parser().parse_args(["data", "ls", "a", "--report", "x"])
-    assert "unrecognized arguments: --report x" in capsys.readouterr().err
+    for wrong, message in (
+        (["ls", "a", "--report", "x"], "unrecognized arguments: --report x"),
+        (["ls", "a", "b"], "unrecognized arguments: b"),
+        (["copy", "a"], "the following arguments are required: TO"),
+    ):
+        with pytest.raises(SystemExit):
+            parser().parse_args(["data", *wrong])
+        assert message in capsys.readouterr().err
