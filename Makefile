@@ -29,6 +29,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 demo: environment
 	$(BIN)/psyche demo --out runs/demo
+	@echo "source $(BIN)/activate   # puts psyche on the PATH; then:"
+	@echo "psyche chat runs/demo/grpo"
+	@echo "psyche --help"
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile

@@ -17,8 +17,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 benchmark=${1:?the folder or zip of PCEB, which the model is measured on}
 
-# 1. The base: weights and tokenizer of Qwen2.5-7B-Instruct as a checkpoint.
-psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/base
+# 1. The base: weights and tokenizer of Qwen2.5-7B-Instruct as a checkpoint, where the configs look for it.
+psyche import hub:Qwen/Qwen2.5-7B-Instruct models/Qwen2.5-7B-Instruct
 
 # 2. Records: questions with rationales and empathetic dialogues; questions that every LLM gets wrong go to RL, the rest to SFT.
 psyche synth --config configs/synth.yaml
@@ -29,10 +29,10 @@ psyche decontaminate --train data/synth/sft --eval data/pceb --out data/sft
 psyche decontaminate --train data/synth/rl --eval data/pceb --out data/rl
 
 # 4. SFT: two epochs on rationales and dialogues. The model learns to think, to answer, and to listen.
-psyche sft --config configs/sft_7b_v5e16.yaml --set model.path=checkpoints/base --set data.train=data/sft
+psyche sft --config configs/sft_7b_v5e16.yaml --set data.train=data/sft
 
 # 5. GRPO on what was too hard: eight answers to each question, rewarded for their format and for being right.
-psyche grpo --config configs/grpo_7b_v5e16.yaml --set model.path=runs/sft_7b --set data.train=data/rl
+psyche grpo --config configs/grpo_7b_v5e16.yaml --set data.train=data/rl
 
 # 6. The benchmark; what the SFT data may still hold of it is reported apart.
 psyche eval runs/grpo_7b --bench "pceb:$benchmark" --train data/sft --max-new-tokens 2048

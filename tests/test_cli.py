@@ -83,15 +83,18 @@ def test_help_shows_an_example_that_works(verb, capsys):
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md", "scripts/psyche_r1.sh"])
 def test_commands_that_are_written_down_are_accepted(page):
-    """All of a page's; with the settings that they change, the configs that they name load."""
+    """All of a page's; with the settings that they change, the configs that they name load, and read what is imported."""
     lines = (ROOT / page).read_text().splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("psyche ")]
     assert len(commands) >= 7
     for _, *arguments in commands:
         parsed = cli.parser().parse_args(arguments)
         kind = {"sft": SftConfig, "grpo": GrpoConfig, "synth": SynthConfig}.get(parsed.verb)
+        if parsed.verb == "import":
+            imported = parsed.checkpoint
         if kind is not None:
-            load_config(kind, ROOT / parsed.config, parsed.overrides)
+            config = load_config(kind, ROOT / parsed.config, parsed.overrides)
+            assert kind is not SftConfig or config.model.path == str(imported)
 
 
 def test_help_of_the_whole(capsys):

@@ -22,7 +22,7 @@ def add_verbs(add: AddVerb) -> None:
         "import",
         _import,
         "Write a Hugging Face folder of a Qwen or Llama model, or a peft folder of adapters, as a checkpoint.",
-        "psyche import hub:Qwen/Qwen2.5-7B-Instruct checkpoints/qwen2.5-7b --dtype bfloat16",
+        "psyche import hub:Qwen/Qwen2.5-7B-Instruct models/Qwen2.5-7B-Instruct --dtype bfloat16",
     )
     verb.add_argument(
         "source", metavar="HF_DIR", help="the Hugging Face folder, or hub:NAME[@REVISION] to download from the hub"
