@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -22,6 +23,7 @@ from tqdm import tqdm
 import psyche_jax
 from psyche_jax.config import LINEAR_MAPS, AdapterSection, Dtype, PromptSection, StoredDtype
 from psyche_jax.config_files import config_to_dict, dump_yaml, parse_config, parse_yaml_mapping
+from psyche_jax.data.dataset import MANIFEST
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.adapters import adapters_of, as_trained, num_trained
 from psyche_jax.model.config import SHAPE
@@ -40,6 +42,7 @@ from psyche_jax.storage import hub
 from psyche_jax.storage.arrays import Index, all_finite
 from psyche_jax.storage.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
 from psyche_jax.train.checkpoints import (
+    ORIGIN,
     PROMPT_FILE,
     Base,
     StoredModel,
@@ -83,7 +86,7 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: StoredDtype,
       UserError: the source is broken or cannot be had, the checkpoint exists or cannot be written.
     """
     on_hub = isinstance(source, str) and source.startswith(hub.PREFIX)
-    folder = hub.download(str(source), MODEL_FILES) if on_hub else as_path(source)
+    folder = hub.download(str(source), ("README.md", *MODEL_FILES)) if on_hub else as_path(source)
     target = as_path(checkpoint)
     if (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file():
         if dtype == "int8":
@@ -105,9 +108,12 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: StoredDtype,
     read = in_int8(as_it_is, stored.config) if dtype == "int8" else as_it_is
     parameters = streamed_parameters(stored.config, kind, lambda path, index: progress.add(read(path, index)))
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(parameters))
+    origin = hub.license_and_language(folder)
+    if (name := hub.repository(str(source))) is not None:
+        origin["base_model"] = name
     with _Progress("import", target, stored.config.num_parameters, dtype, size) as progress:
         try:
-            save_imported(target, stored, parameters)
+            save_imported(target, stored, parameters, origin)
         except ValueError as error:  # what TensorStore raises when a disk is full or a bucket forbids
             raise UserError(f"{checkpoint}: cannot be written: {error}") from None
     return progress.result(stored)
@@ -329,14 +335,17 @@ def model_card(stored: StoredModel, name: str, adapters_only: bool = False, orig
     """
     template = (files("psyche_jax") / "model_card.md.jinja").read_text(encoding="utf-8")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["dumped"] = dump_yaml
     try:
+        stages = _stages(stored.weights)
         return environment.from_string(template).render(
             name=name,
+            head=_head(stored, stages),
             model=stored.config,
             base=stored.base.model.weights if adapters_only and stored.base is not None else None,
             int8=_about_int8(stored, adapters_only, original),
             prompt=stored.prompt or PromptSection(),
-            stages=_stages(stored.weights),
+            stages=stages,
             version=psyche_jax.__version__,
             commit=code_version(),
         )
@@ -344,6 +353,22 @@ def model_card(stored: StoredModel, name: str, adapters_only: bool = False, orig
         raise UserError(
             f"{_run_of(stored.weights)}: its config, state or evaluations were changed by hand ({error})"
         ) from None
+
+
+def _head(stored: StoredModel, stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The part of the card's YAML that says whence the model comes, as far as its base and its data tell."""
+    begun = as_path(stages[-1]["config"]["model"]["path"]) if stages else stored.origin.weights
+    facts = hub.license_and_language(begun)
+    for folder in (begun, begun.parent):  # a checkpoint, or a step of it
+        if (folder / ORIGIN).is_file():
+            facts = read_json(folder / ORIGIN)
+    trained = [stage["config"]["data"]["train"] for stage in stages]
+    places = [place for train in trained for place in ([train] if isinstance(train, str) else train)]
+    manifests = [Path(place) / MANIFEST for place in places if not in_bucket(place)]
+    sources = [str(read_json(file)["config"].get("source", "")) for file in manifests if file.is_file()]
+    if datasets := sorted({name for source in sources if (name := hub.repository(source))}):
+        facts["datasets"] = datasets
+    return facts
 
 
 def _about_int8(stored: StoredModel, adapters_only: bool, original: StoredModel | None) -> str:

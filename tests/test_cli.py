@@ -83,7 +83,7 @@ def test_help_shows_an_example_that_works(verb, capsys):
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh.md", "scripts/psyche_r1.sh"])
 def test_commands_that_are_written_down_are_accepted(page):
-    """All of a page's; with the settings that they change, the configs that they name load, and read what is imported."""
+    """All of a page's; with the settings that they change, the configs they name load and read what is imported."""
     lines = (ROOT / page).read_text().splitlines()
     commands = [shlex.split(line, comments=True) for line in lines if line.startswith("psyche ")]
     assert len(commands) >= 7

@@ -214,6 +214,17 @@ def test_the_card(exported, tmp_path):
         assert str(private) not in card
 
 
+def test_the_card_says_of_base_and_data_what_they_say_themselves(runs):
+    Path("base/README.md").write_text("---\nlicense: other\nlicense_name: its-own\nbase_model: org/older\n---\n")
+    Path("data/sft.jsonl").mkdir(parents=True)
+    manifest = {"config": {"source": "hub:org/talks@v1"}}
+    Path("data/sft.jsonl/manifest.json").write_text(json.dumps(manifest))
+    psyche("export", "runs/grpo", "model")
+    head = yaml.safe_load(Path("model/README.md").read_text().split("---\n")[1])
+    assert (head["license"], head["license_name"], head["datasets"]) == ("other", "its-own", ["org/talks"])
+    assert "base_model" not in head  # the base's name is not in its card
+
+
 def test_which_run_a_checkpoint_belongs_to(runs, tmp_path):
     for source in ("runs/grpo", "runs/grpo/checkpoints", "runs/grpo/checkpoints/40"):
         psyche("export", source, "model")

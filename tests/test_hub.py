@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from support.hub_server import NO_TOKENS, READER, SHA, WRITER, running_hub
 from support.tiny import save_model
 
@@ -28,7 +29,8 @@ def hub(tmp_path, monkeypatch):
         folder = save_model(tmp_path / "model")
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         code = {"modeling.py": b"raise SystemExit('was run')", "pytorch_model.bin": b"pickle", "sub/x.json": b"{}"}
-        server.repos["org/model"] = {**files, **code}
+        card = b"---\nlicense: apache-2.0\nlanguage: [zh, en]\nbase_model: org/older\n---\n# A model\n"
+        server.repos["org/model"] = {**files, **code, "README.md": card}
         yield server
 
 
@@ -71,7 +73,10 @@ def test_from_the_hub_and_back(hub, tmp_path):
     pushed = hub.repos["org/mine"]
     assert set(pushed) == {path.name for path in (tmp_path / "exported").iterdir()}
     assert pushed["model.safetensors"] == hub.repos["org/model"]["model.safetensors"]
-    assert "README.md" in pushed
+    # The card says of its base what the base's own card says, and how the hub names it.
+    head = yaml.safe_load(pushed["README.md"].decode().split("---\n")[1])
+    assert (head["base_model"], head["license"], head["language"]) == ("org/model", "apache-2.0", ["zh", "en"])
+    assert json.loads((tmp_path / "again/origin.json").read_text())["base_model"] == "org/mine"
     (created,) = hub.created
     assert created["name"] == "mine"
     assert created.get("private") or created.get("visibility") == "private"

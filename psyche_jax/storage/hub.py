@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from psyche_jax.errors import UserError, first_reason
 
 PREFIX = "hub:"
@@ -35,6 +37,22 @@ def download(source: str, patterns: Sequence[str]) -> Path:
     with _one_line(name, revision):
         token = _token() or False  # False: none at all
         return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(patterns), token=token))
+
+
+def repository(source: str) -> str | None:
+    """NAME of `hub:NAME` or `hub:NAME@REVISION`; None of what is not on the hub."""
+    return _name_and_revision(source)[0] if source.startswith(PREFIX) else None
+
+
+def license_and_language(folder: Path) -> dict[str, Any]:
+    """What the head of a model's card says of them, by the hub's keys; empty where there is no card or no head."""
+    from huggingface_hub import metadata_load
+
+    try:
+        head = metadata_load(folder / "README.md") or {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {key: head[key] for key in ("license", "license_name", "license_link", "language") if head.get(key)}
 
 
 def stream_rows(source: str, subset: str | None, split: str) -> Iterator[dict[str, Any]]:

@@ -42,7 +42,7 @@ from psyche_jax.model.qwen2 import Parameters, build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.storage import buckets
 from psyche_jax.storage.arrays import Index, ReadPart, all_finite
-from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json
+from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json, write_json
 from psyche_jax.train.run_changes import changes, differences, refused
 from psyche_jax.train.state import TrainState
 from psyche_jax.train.step_folders import (
@@ -131,6 +131,7 @@ def _describe(array: Any) -> str:
     return f"{array.dtype}{list(array.shape)}"
 
 
+ORIGIN = "origin.json"  # in an imported checkpoint: its name on the hub, licence, language, by the keys of cards there
 PROMPT_FILE = "psyche_prompt.json"  # in an exported folder: the system prompt and instruction it was trained with
 
 
@@ -447,19 +448,24 @@ def checkpoint_metadata(model: ModelConfig, prompt: PromptSection | None, **more
     return {"model": dataclasses.asdict(model), "prompt": prompt_values, **more}
 
 
-def save_imported(folder: Path, model: StoredModel, parameters: Parameters) -> None:
+def save_imported(
+    folder: Path, model: StoredModel, parameters: Parameters, origin: dict[str, Any] | None = None
+) -> None:
     """Write a model as a new checkpoint folder, at step 0, without optimizer state.
 
     Args:
       folder: local or in a bucket.
       model: whose tokenizer, config and prompt it gets.
       parameters: a tree of `streaming.StreamedArray`s, which are read while they are written.
+      origin: what cards of models that are trained from it will say of it.
 
     Raises:
       UserError: the folder exists, or its bucket cannot be used.
     """
     with new_folder(folder) as partial:
         (partial / "tokenizer").mkdir(parents=True)
+        if origin:
+            write_json(partial / ORIGIN, origin)
         write_tokenizer(model.tokenizer_folder, partial / "tokenizer")
         more = {} if model.base is None else {"base": model.base.as_metadata()}
         metadata = {**checkpoint_metadata(model.config, model.prompt, **more), "format": FORMAT, "step": 0}
