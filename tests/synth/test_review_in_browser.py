@@ -166,6 +166,7 @@ def test_two_reviewers_do_not_overwrite_each_other(browser: Any, address: tuple[
     one.keyboard.press("a")
     one.get_by_text("1 of 6 decided").wait_for()
     other.keyboard.press("r")
+    other.keyboard.press("1")
     other.get_by_role("alert").filter(has_text="someone else").wait_for()
     other.get_by_text("1 of 6 decided").wait_for()
     assert items(folder)[0] == ("accept", "李老师")
