@@ -179,11 +179,12 @@ def test_the_page_fits_a_phone_and_can_be_used_without_a_mouse(browser: Any, add
     page.goto(address[0])
     page.get_by_text("0 of 6 decided").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
-    reached = []
-    for _ in range(6):
+    reached: list[str] = []
+    while "accept" not in reached and len(reached) < 8:
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
-    assert reached == ["language", "filter", "search", "SUMMARY", "SUMMARY", "accept"]
+    # A text that is long enough to scroll is a stop too.
+    assert [name for name in reached if name != "DIV"] == ["language", "filter", "search", "SUMMARY", "SUMMARY", "accept"]
     page.close()
 
 
