@@ -42,6 +42,7 @@ _TITLES = {"adapters": "adapters of rank 32", "int8": "adapters of rank 32 over 
 
 # The paper's data: 75,000 questions and 73,000 dialogues. How many of them GRPO had is not published.
 _RECORDS = {"sft": 148_000, "grpo": 10_000}
+_PROMPTS = (128, 32, 8)  # a step of GRPO; fewer where more do not fit
 _TRIES = 3  # and then the least setting
 _ROWS = {"sft": 4, "grpo": 8}  # at most so many of a micro-batch on a device
 _LEAST_SLOTS = 32  # of the responses at least this part is decoded at once
@@ -64,8 +65,8 @@ class Cell:
         """What it is compiled for."""
         return parse_topology(self.chip)
 
-    def config(self) -> PlanConfig:
-        """The paper's run with the mesh of the slice; micro-batch and slots are tried."""
+    def config(self, prompts: int = _PROMPTS[0]) -> PlanConfig:
+        """The paper's run with the mesh of the slice; micro-batch and slots are tried. `prompts`: a step of GRPO."""
         architecture, chips = published_architecture(MODELS[self.model]), self.slice_.device_count
         values = [
             f"model.architecture={MODELS[self.model]}",
@@ -82,7 +83,9 @@ class Cell:
         share = 2 * architecture.num_parameters / (self.slice_.chip.hbm_gib * GIB / 4)
         tensor = next((n for n in possible if n >= share), possible[-1])
         return load_config(
-            GrpoConfig, Path("grpo_7b"), [*values, f"rollout.tensor={tensor}", "reference_dtype=bfloat16"]
+            GrpoConfig,
+            Path("grpo_7b"),
+            [*values, f"rollout.tensor={tensor}", "reference_dtype=bfloat16", f"prompts_per_step={prompts}"],
         )
 
     def key(self) -> str:
@@ -135,22 +138,25 @@ def make_table(cells: Sequence[Cell], out: Path) -> None:
 
 
 def compile_cell(cell: Cell) -> Record:
-    """What is known of a cell, after as many compilations as it needs."""
-    config, slice_ = cell.config(), cell.slice_
-    steps = count_steps(config)
+    """What is known of a cell, after as many compilations as it needs: where the paper's step does not fit, of fewer
+    prompts."""
+    slice_ = cell.slice_
+    plan: Plan | None = None
     try:
-        tries = settings(config, slice_)
-        if not tries:
-            least = min(peak for peak, _ in _variants(config, slice_))
-            return {"fits": False, "compiled": False, "peak_gib": round(least / GIB, 2)}
-        failed: list[PlanConfig] = []
-        for tried in not_larger(tries, failed):
-            plan = make_plan(tried, slice_, Wishes(steps=steps))
-            if plan.fits:
-                return _as_record(plan)
-            failed.append(tried)
-            _say(f"  {describe(tried)} does not fit {slice_.name}")
-        return _as_record(plan)
+        for prompts in _PROMPTS if cell.program == "grpo" else _PROMPTS[:1]:
+            config = cell.config(prompts)
+            tries = settings(config, slice_)
+            failed: list[PlanConfig] = []
+            for tried in not_larger(tries, failed):
+                plan = make_plan(tried, slice_, Wishes(steps=count_steps(config)))
+                if plan.fits:
+                    return _as_record(plan) | ({"prompts": prompts} if cell.program == "grpo" else {})
+                failed.append(tried)
+                _say(f"  {describe(tried)} does not fit {slice_.name}")
+        if plan is not None:
+            return _as_record(plan)
+        least = min(peak for peak, _ in _variants(config, slice_))
+        return {"fits": False, "compiled": False, "peak_gib": round(least / GIB, 2)}
     except (UsageError, jax.errors.JaxRuntimeError) as error:  # the mesh divides something it must not; a compiler bug
         return {"fits": False, "compiled": False, "peak_gib": None, "reason": first_reason(error)}
 
@@ -250,7 +256,8 @@ def page(records: Sequence[Record], out: Path) -> str:
         f"  dialogues, as if all were for SFT): {count_steps(Cell('sft', 'full', 'v6e-8', '7B').config()):,} steps.",
         "- GRPO: 128 prompts × 8 responses a step, 512 + 1,024 tokens, all of full length, 2 epochs of 10,000 prompts",
         "  (how many the paper had is not published):",
-        f"  {count_steps(Cell('grpo', 'full', 'v6e-8', '7B').config()):,} steps.",
+        f"  {count_steps(Cell('grpo', 'full', 'v6e-8', '7B').config()):,} steps. Where that does not fit, more steps of 32",
+        "  or 8 prompts, as the cell says.",
         f"- Prices: {PRICE_SOURCE}.",
         "- Settings, by one rule: `model.remat: full`; `mesh.fsdp` over all devices; weights for decoding split over",
         "  as few devices as keep them under a quarter of the memory. Of micro-batches (GRPO: at most 8 rows a device,",
@@ -275,8 +282,9 @@ def _shown(record: Record) -> str:
     if not record["fits"]:
         return f"**no**, {peak}" if record["compiled"] else f"**no** ({peak})"
     (fast, slow), hours, price = record["seconds"], record["hours"], record["price"]
+    fewer = f"{record['prompts']} prompts<br>" if record.get("prompts", _PROMPTS[0]) != _PROMPTS[0] else ""
     return (
-        f"{peak}<br>{fast:.3g} to {slow:.3g} s<br>{hours[0]:,.0f} to {hours[1]:,.0f} h"
+        f"{fewer}{peak}<br>{fast:.3g} to {slow:.3g} s<br>{hours[0]:,.0f} to {hours[1]:,.0f} h"
         f"<br>${price[0]:,.0f} to ${price[1]:,.0f}"
     )
 
@@ -306,7 +314,8 @@ def _is_record(value: Any) -> bool:
 
 
 def _is_possible(cell: Cell) -> bool:
-    return min(peak for peak, _ in _variants(cell.config(), cell.slice_)) <= cell.slice_.chip.hbm_gib * GIB
+    config = cell.config(_PROMPTS[-1])
+    return min(peak for peak, _ in _variants(config, cell.slice_)) <= cell.slice_.chip.hbm_gib * GIB
 
 
 def _mesh(slice_: Slice) -> dict[str, int]:

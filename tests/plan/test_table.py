@@ -1,6 +1,7 @@
 """`psyche plan --table`: cells that are compiled once, whatever interrupts it, and the page of them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.tiny_plans import MODEL, needs_libtpu
@@ -120,6 +121,18 @@ def test_what_cannot_fit_is_not_compiled(monkeypatch):
     record = table.compile_cell(table.Cell("sft", "full", "v5e-1", "7B"))
     assert (record["fits"], record["compiled"]) == (False, False)
     assert record["peak_gib"] > 12 * 7.6e9 / GIB, "parameters and two moments in float32"
+
+
+def test_fewer_prompts_where_the_paper_s_do_not_fit(monkeypatch):
+    def planned(config, slice_, wishes):
+        fits = config.prompts_per_step <= 32
+        return SimpleNamespace(fits=fits, peak_bytes=GIB, config=config, mesh={}, compile_seconds=1, forecast=None)
+
+    monkeypatch.setattr(table, "make_plan", planned)
+    record = table.compile_cell(table.Cell("grpo", "adapters", "v6e-1", "7B"))
+    assert (record["fits"], record["prompts"]) == (True, 32)
+    shown = table._shown(record | {"seconds": [4.0, 8.0], "hours": [1.0, 2.0], "price": [2.0, 4.0]})
+    assert shown.startswith("32 prompts<br>1.0 GiB")
 
 
 @pytest.mark.parametrize("program", table.PROGRAMS)
