@@ -82,10 +82,11 @@ class Cell:
         possible = [n for n in (1, 2, 4, 8) if chips % n == 0 and architecture.num_key_value_heads % n == 0]
         share = 2 * architecture.num_parameters / (self.slice_.chip.hbm_gib * GIB / 4)
         tensor = next((n for n in possible if n >= share), possible[-1])
+        step = [f"prompts_per_step={prompts}", f"minibatch_prompts={min(prompts, 32)}"]
         return load_config(
             GrpoConfig,
             Path("grpo_7b"),
-            [*values, f"rollout.tensor={tensor}", "reference_dtype=bfloat16", f"prompts_per_step={prompts}"],
+            [*values, f"rollout.tensor={tensor}", "reference_dtype=bfloat16", *step],
         )
 
     def key(self) -> str:
@@ -256,8 +257,8 @@ def page(records: Sequence[Record], out: Path) -> str:
         f"  dialogues, as if all were for SFT): {count_steps(Cell('sft', 'full', 'v6e-8', '7B').config()):,} steps.",
         "- GRPO: 128 prompts × 8 responses a step, 512 + 1,024 tokens, all of full length, 2 epochs of 10,000 prompts",
         "  (how many the paper had is not published):",
-        f"  {count_steps(Cell('grpo', 'full', 'v6e-8', '7B').config()):,} steps. Where that does not fit, more steps of 32",
-        "  or 8 prompts, as the cell says.",
+        f"  {count_steps(Cell('grpo', 'full', 'v6e-8', '7B').config()):,} steps. Where that does not fit, more steps",
+        "  of 32 or 8 prompts, as the cell says.",
         f"- Prices: {PRICE_SOURCE}.",
         "- Settings, by one rule: `model.remat: full`; `mesh.fsdp` over all devices; weights for decoding split over",
         "  as few devices as keep them under a quarter of the memory. Of micro-batches (GRPO: at most 8 rows a device,",
