@@ -89,13 +89,13 @@ class Manifest(Strict):
 
     def __str__(self) -> str:
         size = sum(shard.bytes for shard in self.shards) / 2**20
-        packed = ""
+        packed, shards = "", "shard" if len(self.shards) == 1 else "shards"
         if (packing := self.packing) is not None:
             packed = (
                 f": {packing.examples} examples, {packing.tokens} tokens in rows of {packing.length}, "
                 f"{packing.padding_share:.2%} padding"
             )
-        return f"{self.records} records of {self.kind} in {len(self.shards)} shards, {size:.1f} MiB{packed}"
+        return f"{self.records} records of {self.kind} in {len(self.shards)} {shards}, {size:.1f} MiB{packed}"
 
 
 class Dataset:

@@ -438,7 +438,7 @@ def test_the_command(tmp_path, capsys):
     command = ["data", "import", str(source), str(tmp_path / "out"), "--config", str(tmp_path / "import.yaml")]
     assert main([*command, "--report", str(tmp_path / "report.json")]) == 0
     captured = capsys.readouterr()
-    assert f"{tmp_path / 'out'}: 3 records of RlPrompt in 1 shards" in captured.out
+    assert f"{tmp_path / 'out'}: 3 records of RlPrompt in 1 shard" in captured.out
     assert captured.out.endswith("skipped 2 rows:\n       2 the answer is not A to C\n")
     assert captured.err == "".join(
         f"skipped: {source}:{line}: the answer is not A to C ({letter})\n" for line, letter in ((5, "F"), (6, "E"))
