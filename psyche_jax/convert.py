@@ -41,7 +41,9 @@ from psyche_jax.model.qwen2 import build
 from psyche_jax.storage import hub
 from psyche_jax.storage.arrays import Index, all_finite
 from psyche_jax.storage.files import as_path, in_bucket, new_folder, read_json, write_json, write_text
-from psyche_jax.train.checkpoints import (
+from psyche_jax.train.run_files import read_state
+from psyche_jax.train.step_folders import PEFT_CONFIG
+from psyche_jax.train.stored_models import (
     ORIGIN,
     PROMPT_FILE,
     Base,
@@ -51,8 +53,6 @@ from psyche_jax.train.checkpoints import (
     open_model,
     save_imported,
 )
-from psyche_jax.train.run_files import read_state
-from psyche_jax.train.step_folders import PEFT_CONFIG
 from psyche_jax.train.streaming import StreamedArray, streamed_parameters
 
 _SECONDS_A_LINE = 10.0

@@ -57,10 +57,10 @@ from psyche_jax.storage.files import new_folder, read_json, write_json
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.pipeline import run_synth
 from psyche_jax.synth.publish import CARD_JSON
-from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.run_files import read_lines, read_state
 from psyche_jax.train.sft import train_sft
+from psyche_jax.train.stored_models import open_model
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Qwen2's split, from its published tokenizer.json.

@@ -29,9 +29,9 @@ from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.train import checkpoints
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train import stored_models
 from psyche_jax.train.step_folders import write_checksums
+from psyche_jax.train.stored_models import open_model
 
 PROMPT = PromptSection("你是专家。", "先想。\n")
 STOPS = (299, 297)
@@ -365,7 +365,7 @@ def test_a_failing_export_leaves_nothing(place, runs, monkeypatch, capsys, tmp_p
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints if place == "StoredArrays" else convert, place, full)
+    monkeypatch.setattr(stored_models if place == "StoredArrays" else convert, place, full)
     capsys.readouterr()
     assert cli.main(["export", "runs/grpo", "model"]) == 1
     assert capsys.readouterr() == ("", "psyche export: No space left on device\n")
@@ -379,7 +379,7 @@ def test_a_failing_import_leaves_nothing(monkeypatch, capsys, tmp_path):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(stored_models.ocp.CheckpointManager, "save", full)
     assert cli.main(["import", "base", "checkpoint"]) == 1
     assert capsys.readouterr().err == "psyche import: No space left on device\n"
     assert sorted(tmp_path.iterdir()) == before

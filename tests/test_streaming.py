@@ -30,10 +30,11 @@ from psyche_jax.storage import arrays
 from psyche_jax.storage.arrays import blocks, read_ahead
 from psyche_jax.storage.files import as_path
 from psyche_jax.train import streaming
-from psyche_jax.train.checkpoints import Checkpoints, abstract_parameters, checkpoint_metadata, open_model
+from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 from psyche_jax.train.setup import prepare
 from psyche_jax.train.state import initial_state, make_optimizer, make_schedule, state_shardings
 from psyche_jax.train.step_folders import write_checksums
+from psyche_jax.train.stored_models import abstract_parameters, open_model
 from psyche_jax.train.streaming import StoredArrays, streamed_parameters
 
 QWEN_7B = ModelConfig(152064, 3584, 18944, 28, 28, 4, 128)

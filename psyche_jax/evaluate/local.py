@@ -21,8 +21,8 @@ from psyche_jax.model.decode import Rollout, Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.train.checkpoints import identity as identity_of
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import identity as identity_of
+from psyche_jax.train.stored_models import open_model
 
 _MOST_BATCHES = 4  # so many are read at once, to be answered one batch after the other
 

@@ -18,11 +18,11 @@ from psyche_jax.model.config import ModelConfig, check_architecture, published_a
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
 from psyche_jax.rewards.score import compile_rules
-from psyche_jax.train.checkpoints import abstract_parameters, open_model
 from psyche_jax.train.grpo import Iteration
 from psyche_jax.train.setup import abstract_train_state, check_grpo_rows, check_rows
 from psyche_jax.train.sft import make_sft_step
 from psyche_jax.train.state import make_optimizer, make_schedule
+from psyche_jax.train.stored_models import abstract_parameters, open_model
 
 PlanConfig: TypeAlias = SftConfig | GrpoConfig
 FULL_LENGTH = "every response is as long as max_new_tokens"

@@ -21,7 +21,7 @@ from psyche_jax.model.decode import keep_nucleus
 from psyche_jax.model.log_probs import LikeliestScores, likeliest_scores
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, take_rows
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
-from psyche_jax.train.checkpoints import StoredModel
+from psyche_jax.train.stored_models import StoredModel
 
 MOST_ALTERNATIVES = 20  # the most likely tokens of a step whose log-probs can be asked for
 _SHORTEST = 64  # a cache has places for prompts and for responses of so many tokens, or a power of two times as many

@@ -23,7 +23,7 @@ from psyche_jax.serve.crisis import Assessment
 from psyche_jax.serve.crisis.gate import Gate, GateReply, OutputFilter, language_of
 from psyche_jax.serve.crisis.opinion import CANDIDATES, SERVED, ask_endpoint, question, read_opinion
 from psyche_jax.serve.engine import PromptScores, RowSettings, load_engine
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 Finish = Literal["stop", "length", "content_filter"]
 _USUAL = 128  # tokens that a conversation may have beyond a greeting for its shapes to be compiled before serving

@@ -19,18 +19,18 @@ from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, build
 from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
 from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
-from psyche_jax.train.checkpoints import (
+from psyche_jax.train.checkpoints import abstract_like
+from psyche_jax.train.runs import Run
+from psyche_jax.train.state import TrainState, state_shardings, trained_shapes
+from psyche_jax.train.stored_models import (
     Base,
     StoredModel,
-    abstract_like,
     holds_tokenizer,
     identity,
     open_model,
     with_stop_tokens_of,
     write_tokenizer,
 )
-from psyche_jax.train.runs import Run
-from psyche_jax.train.state import TrainState, state_shardings, trained_shapes
 
 
 @dataclass(frozen=True)

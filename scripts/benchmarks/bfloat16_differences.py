@@ -24,7 +24,7 @@ from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.log_probs import response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 # Qwen2.5-1.5B with a small vocabulary.
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY = 28, 1536, 8960, 12, 2, 128, 16384

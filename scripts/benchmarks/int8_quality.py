@@ -21,7 +21,7 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 
 def measured(exact: np.ndarray, found: np.ndarray, row: list[int]) -> tuple[float, ...]:

@@ -46,8 +46,8 @@ from psyche_jax.rewards.reference import score_response
 from psyche_jax.rewards.score import compile_rules, score
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 from psyche_jax.storage.files import new_folder, read_json, write_json
-from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.stored_models import open_model
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SFT_CONFIG, GRPO_CONFIG = (REPOSITORY / "configs" / f"smollm2_{name}.yaml" for name in ("sft", "grpo"))

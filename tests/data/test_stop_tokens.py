@@ -13,7 +13,7 @@ from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
 from psyche_jax.model import huggingface
 from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 TEXT, START, TURN = 297, 298, 299
 

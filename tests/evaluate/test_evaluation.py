@@ -23,7 +23,7 @@ from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 NEW_TOKENS = 24
 PROMPTS = ["问", "为什么", "what is it?", "x" * 20, "答", "心理", "B", "长" * 6, "A", "为"]

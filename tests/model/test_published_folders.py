@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from psyche_jax.data.chat import end_of_turn_id, opened_text
 from psyche_jax.model.config import hf_config, model_config_from_hf
 from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 

@@ -13,7 +13,7 @@ from psyche_jax.model.decode import Sampling, generate, keep_nucleus
 from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.serve.engine import MOST_ALTERNATIVES, Batch, Chunk, Engine, RowSettings
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 PROMPTS = [[5, 6, 7], [9], [30, 40, 50, 60, 70, 80, 90], [11, 12], [200, 3]]
 GREEDY = RowSettings(24, 0.0, 1.0, 0)

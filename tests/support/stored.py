@@ -15,7 +15,7 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.qwen2 import Execution, Parameters, bind
 from psyche_jax.model.sharding import DECODE_RULES
 from psyche_jax.serve.engine import Batch, Engine, RowSettings
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 FLOAT32 = jnp.dtype("float32")
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 300, (3, 17)), jnp.int32)

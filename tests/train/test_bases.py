@@ -14,7 +14,7 @@ from psyche_jax.convert import export_model, import_model
 from psyche_jax.errors import UserError
 from psyche_jax.model import huggingface
 from psyche_jax.train import grpo_run, sft
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 
 def spoil(folder, name):

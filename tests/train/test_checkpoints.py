@@ -24,15 +24,9 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import read_parameters
 from psyche_jax.model.qwen2 import build
 from psyche_jax.train import checkpoints as checkpoints_module
-from psyche_jax.train.checkpoints import (
-    Checkpoints,
-    EverySoOften,
-    abstract_like,
-    checkpoint_metadata,
-    open_model,
-    write_tokenizer,
-)
+from psyche_jax.train.checkpoints import Checkpoints, EverySoOften, abstract_like, checkpoint_metadata
 from psyche_jax.train.state import initial_state, make_optimizer, make_schedule, state_shardings
+from psyche_jax.train.stored_models import open_model, write_tokenizer
 
 FLOAT32 = jnp.dtype("float32")
 SECTION = OptimizerSection()

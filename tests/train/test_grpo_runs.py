@@ -20,9 +20,10 @@ from psyche_jax.model.huggingface import load_tokenizer, read_parameters
 from psyche_jax.rewards import FunctionReward, LengthRule, PatternRule, ThinkFormatRule
 from psyche_jax.rewards.functions import LoadedFunction
 from psyche_jax.rewards.score import score
-from psyche_jax.train import checkpoints, grpo_run, loop
-from psyche_jax.train.checkpoints import identity, open_model, read_checkpoint_metadata
+from psyche_jax.train import grpo_run, loop, stored_models
+from psyche_jax.train.checkpoints import read_checkpoint_metadata
 from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.stored_models import identity, open_model
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")
 NAMES = ("tokens", "mask", "answers")
@@ -117,7 +118,7 @@ def test_a_run_knows_how_sft_ends_turns(base, train, root):
 def test_a_run_of_an_older_version_keeps_its_stop_tokens(base, train, root, monkeypatch):
     """It knew only those of the config; a change would make it another run, of another reference."""
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "with_stop_tokens", lambda config, _: config)
+        patch.setattr(stored_models, "with_stop_tokens", lambda config, _: config)
         train("run", fail_at=4)
     stored = [root / "run/checkpoints" / step / "metadata/metadata" for step in ("2", "8")]
     assert json.loads(stored[0].read_text())["model"]["stop_token_ids"] == [base[0]]

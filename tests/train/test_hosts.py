@@ -17,7 +17,7 @@ from support.training_fixtures import execution, grpo_config, metrics_of, sft_co
 
 from psyche_jax.config import CheckpointSection, OptimizerSection
 from psyche_jax.convert import export_model
-from psyche_jax.train.checkpoints import open_model
+from psyche_jax.train.stored_models import open_model
 
 DEVICES = 8
 

@@ -31,8 +31,8 @@ from psyche_jax.config import (
     ObjectiveSection,
 )
 from psyche_jax.rewards import FunctionReward
-from psyche_jax.train.checkpoints import open_model
 from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.stored_models import open_model
 
 
 class Command:
