@@ -99,7 +99,7 @@ def _in_cells(records: Sequence[BaseRecord], part: str = "") -> list[Task]:
         if isinstance(record, Question):
             name = part or str(record.meta.get("part", ""))
             cell = f"{name}_{kinds[record.kind]}".lstrip("_")
-            tasks.append(choice_task(record, cell, str(record.meta.get("case", ""))))
+            tasks.append(choice_task(record, cell))
     return tasks
 
 

@@ -77,8 +77,11 @@ class Benchmark:
         return dataclasses.replace(self, name=name, tasks=tuple(tasks))
 
 
-def choice_task(question: Question, cell: str = "", group: str = "") -> Task:
-    """A choice question; its cell is `smcq` or `mmcq` (one right answer, several) unless it is given."""
+def choice_task(question: Question, cell: str = "") -> Task:
+    """A choice question; its cell is `smcq` or `mmcq` (one right answer, several) unless it is given.
+
+    Those with the same `meta["case"]` are a group.
+    """
     text = question_text(question)
     cell = cell or ("smcq" if question.kind == "single" else "mmcq")
     return Task(
@@ -89,7 +92,7 @@ def choice_task(question: Question, cell: str = "", group: str = "") -> Task:
         text,
         question.answer,
         "".join(question.options),
-        group or question.id,
+        str(question.meta.get("case") or question.id),
         question,
     )
 

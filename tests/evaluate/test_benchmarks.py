@@ -224,6 +224,9 @@ def test_files_of_another_shape(
 def test_a_data_set_of_questions_is_a_benchmark(tmp_path: Path) -> None:
     write_dataset(str(tmp_path / "set"), [Question("问", OPTIONS, "A", "single")], {})
     assert [task.gold for task in read_benchmark(str(tmp_path / "set")).tasks] == ["A"]
+    two = [Question(f"某人怕狗。{text}", OPTIONS, "A", "single", meta={"case": "某人怕狗。"}) for text in ("甲", "乙")]
+    write_dataset(str(tmp_path / "case"), two, {})
+    assert len({task.group for task in read_benchmark(str(tmp_path / "case")).tasks}) == 1, "scored with one interval"
     write_dataset(str(tmp_path / "sft"), [question_to_sft(Question("问", OPTIONS, "A", "single", "因为"))], {})
     with pytest.raises(UserError, match=SftExample.__name__):
         read_benchmark(str(tmp_path / "sft"))

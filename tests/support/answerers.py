@@ -1,7 +1,7 @@
 """Models that answer by rule, for scores that are known beforehand."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from psyche_jax.data.records import Message, Question
@@ -51,5 +51,6 @@ def six_cells(count: int) -> Benchmark:
     for index, question in enumerate(questions(count)):
         part = ("case", "moral", "theory")[index // 2 % 3]
         cell = f"{part}_{'smcq' if question.kind == 'single' else 'mmcq'}"
-        tasks.append(choice_task(question, cell, f"case {index // 12}" if part == "case" else ""))
+        case = {"case": f"case {index // 12}"} if part == "case" else {}
+        tasks.append(choice_task(replace(question, meta=case), cell))
     return Benchmark("six", tuple(tasks))
