@@ -45,12 +45,12 @@ from psyche_jax.model.adapters import adapters_of, initial_adapters, joined
 from psyche_jax.model.decode import Sampling, generate
 from psyche_jax.model.huggingface import load_tokenizer, tensor_names
 from psyche_jax.storage.files import read_json
-from psyche_jax.train.checkpoints import array_differences, find_checkpoint
+from psyche_jax.train.checkpoints import array_differences
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.setup import prepare
 from psyche_jax.train.sft import next_token_loss, train_sft
 from psyche_jax.train.state import make_optimizer
-from psyche_jax.train.step_folders import write_checksums
+from psyche_jax.train.step_folders import find_checkpoint, write_checksums
 from psyche_jax.train.stored_models import open_model
 
 pytestmark = pytest.mark.usefixtures("optimized")

@@ -21,8 +21,8 @@ from psyche_jax.rewards import FunctionReward, LengthRule, PatternRule, ThinkFor
 from psyche_jax.rewards.functions import LoadedFunction
 from psyche_jax.rewards.score import score
 from psyche_jax.train import grpo_run, loop, stored_models
-from psyche_jax.train.checkpoints import read_checkpoint_metadata
 from psyche_jax.train.run_files import read_lines
+from psyche_jax.train.step_folders import read_checkpoint_metadata
 from psyche_jax.train.stored_models import identity, open_model
 
 NUMBERS = ("loss", "grad_norm", "num_tokens", "reward", "kl", "completions/mean_length", "frac_reward_zero_std")

@@ -21,10 +21,11 @@ from psyche_jax.model.adapters import adapters_of, as_trained, initial_adapters,
 from psyche_jax.model.huggingface import write_weights
 from psyche_jax.model.products import weighted_int8
 from psyche_jax.model.qwen2 import bind
-from psyche_jax.train.checkpoints import array_differences, find_checkpoint
+from psyche_jax.train.checkpoints import array_differences
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.setup import prepare
 from psyche_jax.train.sft import next_token_loss, train_sft
+from psyche_jax.train.step_folders import find_checkpoint
 from psyche_jax.train.stored_models import open_model
 
 ADAPTER = AdapterSection(rank=4, alpha=8.0)

@@ -35,12 +35,12 @@ from psyche_jax.config import (
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import FunctionReward
-from psyche_jax.train.checkpoints import find_checkpoint, read_checkpoint_metadata
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.preemption import Stop
 from psyche_jax.train.run_changes import changes
 from psyche_jax.train.runs import PreemptedError
 from psyche_jax.train.sft import train_sft
+from psyche_jax.train.step_folders import find_checkpoint, read_checkpoint_metadata
 from psyche_jax.train.stored_models import identity, open_model
 
 

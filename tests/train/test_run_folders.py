@@ -25,11 +25,11 @@ from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, Op
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.train import sft
-from psyche_jax.train.checkpoints import find_checkpoint, read_checkpoint_metadata
 from psyche_jax.train.run_files import read_lines
 from psyche_jax.train.runs import PreemptedError, Run, open_run
 from psyche_jax.train.sft import tokenized
 from psyche_jax.train.state import make_schedule
+from psyche_jax.train.step_folders import find_checkpoint, read_checkpoint_metadata
 from psyche_jax.train.stored_models import open_model
 
 CONFIG = {"run": {"dir": "somewhere", "seed": 1}, "rewards": [{"rule": "length"}, {"rule": "pattern"}], "rate": 1e-5}

@@ -12,10 +12,11 @@ from support.training_fixtures import metrics_of, sft_config, state_of
 from psyche_jax import cli
 from psyche_jax.config import CheckpointSection, OptimizerSection, RunSection, SftDataSection
 from psyche_jax.errors import UserError
-from psyche_jax.train.checkpoints import Checkpoints, find_checkpoint
+from psyche_jax.train.checkpoints import Checkpoints
 from psyche_jax.train.preemption import Stop
 from psyche_jax.train.runs import PreemptedError, Run
 from psyche_jax.train.sft import train_sft
+from psyche_jax.train.step_folders import find_checkpoint
 from psyche_jax.train.stored_models import open_model
 
 
