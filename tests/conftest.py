@@ -39,12 +39,15 @@ hypothesis.settings.load_profile("psyche")
 def optimized() -> Iterator[None]:
     """Programs compiled as users', each anew: for figures that rest on the compiler."""
     import jax
+    from jax.experimental.compilation_cache import compilation_cache
 
     values = {"jax_disable_most_optimizations": False, "jax_enable_compilation_cache": False}
     for name, value in values.items():
         jax.config.update(name, value)
     jax.clear_caches()
+    compilation_cache.reset_cache()  # else it stays in use
     yield
+    compilation_cache.reset_cache()
     for name, value in values.items():
         jax.config.update(name, not value)
 

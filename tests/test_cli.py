@@ -36,6 +36,7 @@ VERBS = (
     "data",
     "decontaminate",
     "report",
+    "watch",
     "safety",
     "serve",
     "plan",

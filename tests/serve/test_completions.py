@@ -106,7 +106,7 @@ def test_lm_eval_itself(server: Any, tiny_model: Any, monkeypatch: pytest.Monkey
     model = models.LocalCompletionsAPI(
         base_url=f"{server.address}/v1/completions", model="tiny", tokenizer=str(tiny_model), batch_size=2
     )
-    pairs = [("单项选择题：", "答案：A"), ("单项选择题：", "答案：B"), ("多项选择题：想一想\n", "答案：AC")]
+    pairs = [("单项选择题：", "答案：A"), ("单项选择题：", "答案：B"), ("多项选择题：想一想", "\n答案：AC")]
     found = model.loglikelihood([instance("loglikelihood", {}, pair, 0) for pair in pairs])
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
