@@ -41,15 +41,16 @@ def optimized() -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    values = {"jax_disable_most_optimizations": False, "jax_enable_compilation_cache": False}
-    for name, value in values.items():
-        jax.config.update(name, value)
+    def compile_otherwise(quickly: bool, cached: bool) -> None:
+        jax.config.update("jax_disable_most_optimizations", quickly)
+        jax.config.update("jax_enable_compilation_cache", cached)
+        compilation_cache.reset_cache()  # else it is used, or not used, as before
+
+    before = jax.config.read("jax_disable_most_optimizations"), jax.config.jax_enable_compilation_cache
+    compile_otherwise(False, False)
     jax.clear_caches()
-    compilation_cache.reset_cache()  # else it stays in use
     yield
-    compilation_cache.reset_cache()
-    for name, value in values.items():
-        jax.config.update(name, not value)
+    compile_otherwise(*before)
 
 
 @pytest.fixture(scope="session")

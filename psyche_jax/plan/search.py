@@ -49,7 +49,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     candidates.sort(key=lambda candidate: (seconds(candidate), [-size for size in _size(candidate)]))
     limit = slice_.chip.hbm_gib * GIB
     possible = [c for c in candidates if least_peak(c, model, shape) <= limit]
-    _say(f"{len(candidates)} variants, {len(candidates) - len(possible)} of them too large by arithmetic")
+    say(f"{len(candidates)} variants, {len(candidates) - len(possible)} of them too large by arithmetic")
     failed: list[PlanConfig] = []
     fitting: list[tuple[float, Plan]] = []
     for candidate in itertools.islice(not_larger(possible, failed), _MOST_TRIES):
@@ -57,7 +57,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
         peak = "?" if plan.peak_bytes is None else f"{plan.peak_bytes / GIB:.2f}"
         result = "fits" if plan.fits else "does not fit"
         by_cycles = "" if plan.forecast is None else f" to {plan.forecast.totals[1]:.4g}"
-        _say(f"{describe(candidate)}: {result}, {peak} GiB, {plan.seconds:.4g}{by_cycles} s")
+        say(f"{describe(candidate)}: {result}, {peak} GiB, {plan.seconds:.4g}{by_cycles} s")
         if plan.fits and plan.forecast is not None:
             fitting.append((plan.forecast.totals[1], plan))
         else:
@@ -117,5 +117,6 @@ def roofline_seconds(
     return sum(phase.seconds(slice_) for phase in count_phases(config, model, mesh, decoding).values())
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """What is going on, on stderr: a search or a table takes long."""
     print(line, file=sys.stderr, flush=True)

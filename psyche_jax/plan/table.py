@@ -9,7 +9,6 @@ import json
 import math
 import os
 import signal
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from psyche_jax.errors import RowError, UsageError, first_reason
 from psyche_jax.model.config import published_architecture
 from psyche_jax.plan.compile import GIB, PlanConfig, batch_places, decoding_mesh, find_architecture, least_peak
 from psyche_jax.plan.report import Plan, Wishes, describe, make_plan
-from psyche_jax.plan.search import candidates_of, not_larger, roofline_seconds
+from psyche_jax.plan.search import candidates_of, not_larger, roofline_seconds, say
 from psyche_jax.plan.slices import PRICE_SOURCE, Slice, find_compiler, parse_topology
 from psyche_jax.storage.files import read_jsonl, write_text
 
@@ -127,7 +126,7 @@ def make_table(cells: Sequence[Cell], out: Path) -> None:
     done = {record["key"] for record in read_records(out)}
     missing = [cell for cell in cells if cell.key() not in done]
     missing.sort(key=_is_possible)  # first what arithmetic decides, in no time
-    _say(f"{len(cells)} cells, {len(cells) - len(missing)} of them in {out}")
+    say(f"{len(cells)} cells, {len(cells) - len(missing)} of them in {out}")
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for the compiler
     write_text(out.with_suffix(".md"), page(read_records(out), out))
     for cell in missing:
@@ -135,7 +134,7 @@ def make_table(cells: Sequence[Cell], out: Path) -> None:
         record |= {"date": f"{datetime.date.today()}", "compiler": _compiler(), "jax": jax.__version__}
         append(out, record)
         write_text(out.with_suffix(".md"), page(read_records(out), out))
-        _say(f"{cell.model} {cell.mode} {cell.program} on {cell.chip}: {_shown(record).replace('<br>', ', ')}")
+        say(f"{cell.model} {cell.mode} {cell.program} on {cell.chip}: {_shown(record).replace('<br>', ', ')}")
 
 
 def compile_cell(cell: Cell) -> Record:
@@ -153,7 +152,7 @@ def compile_cell(cell: Cell) -> Record:
                 if plan.fits:
                     return _as_record(plan) | ({"prompts": prompts} if cell.program == "grpo" else {})
                 failed.append(tried)
-                _say(f"  {describe(tried)} does not fit {slice_.name}")
+                say(f"  {describe(tried)} does not fit {slice_.name}")
         if plan is not None:
             return _as_record(plan)
         least = min(peak for peak, _ in _variants(config, slice_))
@@ -229,7 +228,7 @@ def read_records(out: Path) -> list[Record]:
     records = []
     for place, value in read_jsonl(out):
         if isinstance(value, RowError) or not _is_record(value):
-            _say(f"{place}: is no cell of a table, skipped")
+            say(f"{place}: is no cell of a table, skipped")
         else:
             records.append(value)
     return records
@@ -333,10 +332,4 @@ def _find(name: str, text: str) -> str:
 
 
 def _compiler() -> str:
-    if not find_compiler():
-        return "none"
     return importlib.metadata.version("libtpu")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

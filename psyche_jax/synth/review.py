@@ -109,10 +109,10 @@ class ReviewStore:
         for name, text in self._database.execute("SELECT id, question FROM items ORDER BY number").fetchall():
             yield Item(record_from_json(Question, text), decisions.get(name))
 
-    def passages(self) -> dict[str, str]:
-        """The texts that the items were made from, by id, where the store lies in the folder of its run."""
+    def passages(self, items: Iterable[Item]) -> dict[str, str]:
+        """The texts that items were made from, by id, where the store lies in the folder of its run."""
         path = self.path.parent / "clean" / "passages.jsonl"
-        wanted = {item.question.meta.get("passage") for item in self.items()}
+        wanted = {item.question.meta.get("passage") for item in items}
         found = (passage for passage in iterate(Passage, path) if passage.id in wanted) if path.is_file() else ()
         return {passage.id: passage.text for passage in found}
 
@@ -305,14 +305,14 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: Sequence[str], b
         last = {decision.item: decision.number for decision in history}
         reviewers = dict.fromkeys(decision.who for decision in history)
         own = {name: standing(one for one in history if one.who == name) for name in reviewers}
-        shown = []
-        for item in store.items():
+        shown, queue = [], list(store.items())
+        for item in queue:
             name = item.question.id
             mine = replace(item, decision=own.get(who, {}).get(name)) if blind else item
             by = [] if blind else [as_json(decided[name]) for decided in own.values() if name in decided]
             shown.append({**mine.as_json(), "by": by, "after": last.get(name, 0)})
         pairs = [] if blind else [asdict(pair) for pair in agreement(history)]
-        return {"who": who, "blind": blind, "items": shown, "passages": store.passages(), "agreement": pairs}
+        return {"who": who, "blind": blind, "items": shown, "passages": store.passages(queue), "agreement": pairs}
 
     @app.post("/api/decisions", dependencies=[allowed])
     def decide(decided: Decided) -> dict[str, Any]:
