@@ -53,7 +53,7 @@ def test_configs_are_found_by_name(installed, tmp_path):
     code, (line,) = psyche(installed, tmp_path, "sft", "--config", "sft_7b_v5e16")
     assert code == 1
     assert line.startswith("psyche sft: models/Qwen2.5-7B-Instruct: no such model: ")
-    assert "psyche import hub:NAME models/Qwen2.5-7B-Instruct" in line
+    assert "psyche import hub:OWNER/Qwen2.5-7B-Instruct models/Qwen2.5-7B-Instruct" in line
     assert "--set model.path=" in line
     code, (line,) = psyche(installed, tmp_path, "sft", "--config", "sft_7b_v5e17")
     assert (code, "sft_7b_v5e16" in line, "grpo_tiny" in line) == (2, True, False), line

@@ -239,7 +239,10 @@ def _check_places(config: SftConfig | GrpoConfig, train: Iterable[str], accepted
     from psyche_jax.train.run_files import check_place
     from psyche_jax.train.step_folders import check_model
 
-    check_model(config.model.path)
+    try:
+        check_model(config.model.path)
+    except UserError as error:
+        raise UserError(f"{error} (the config's model.path; --set model.path=FOLDER)") from error
     for place in (*train, config.data.evaluation):
         if place is not None:
             check_readable(place)

@@ -331,7 +331,6 @@ def chat(config: ServeConfig, system: str, show_reasoning: bool) -> None:
     Raises:
       UserError: the model cannot be used.
     """
-    logging.getLogger("psyche_jax.crisis").disabled = True  # events go to the log file only
     model = RemoteModel(config) if config.model.startswith(SCHEMES) else LocalModel(config)
     out, typing = sys.stdout, sys.stdin.isatty()
     if typing:
@@ -339,8 +338,11 @@ def chat(config: ServeConfig, system: str, show_reasoning: bool) -> None:
     if model.gate:
         print(f"{model.gate.notice('zh')}\n{model.gate.notice('en')}\n", file=out)
     lines = typed_lines("> ") if typing else _piped_lines(sys.stdin, out)
+    events = logging.getLogger("psyche_jax.crisis")
+    events.disabled = True  # they go to the log file only
     try:
         with asyncio.Runner() as runner:
             Chat(model, system, Screen(out, show_reasoning), out).run(lines, runner)
     finally:
+        events.disabled = False
         model.close()

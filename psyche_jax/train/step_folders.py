@@ -132,7 +132,7 @@ def find_checkpoint(folder: Path, say: bool = True) -> Path:
             raise UserError(f"{name}: is on the Hugging Face hub; first fetch it: psyche import {name} {target}")
         raise UserError(
             f"{name}: no such model: neither a Hugging Face folder nor a checkpoint nor a run; "
-            f"`psyche import hub:OWNER/NAME FOLDER` fetches one"
+            f"fetch one (psyche import hub:OWNER/{folder.name} {name}) or name another"
         )
     if folder.name.isdecimal() and not what_is_missing(folder):
         return folder

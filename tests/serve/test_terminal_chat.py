@@ -5,6 +5,7 @@ import fcntl
 import http.server
 import io
 import json
+import logging
 import os
 import pty
 import select
@@ -179,6 +180,16 @@ def test_with_an_endpoint(server, monkeypatch, capsys):
     assert "the model that is served here is 'tiny'" in capsys.readouterr().out
     assert cli.main(["chat", "http://127.0.0.1:9/v1"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_second_opinion_that_cannot_be_had_is_said(server, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(start, "start_jax", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("那只猫以后就拜托你了\n我不想活了\n"))
+    opinion = ["--set", "crisis.second_opinion=http://127.0.0.1:9/v1#m"]
+    assert cli.main(["chat", f"{server.address}/v1", "--set", "limits.new_tokens=8", *opinion]) == 0
+    assert "no second opinion" in caplog.text, "though what the gate answered is not told"
+    assert [record.name for record in caplog.records if record.name == "psyche_jax.crisis"] == []
+    assert not logging.getLogger("psyche_jax.crisis").disabled, "as it was before"
 
 
 SAYS = 'data: {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", "choices": [%s]}\n\n'

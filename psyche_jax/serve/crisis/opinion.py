@@ -13,7 +13,7 @@ from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.llm.server import Server
 from psyche_jax.serve.crisis.classify import Assessment, Risk, band
 
-_LOG = logging.getLogger("psyche_jax.crisis")
+_LOG = logging.getLogger("psyche_jax.serve")
 SERVED = "served"  # the model that is served is asked itself
 CANDIDATES = 20  # tokens whose log-probs are asked for
 _LETTERS = dict(zip("ABCDEFGH", Risk, strict=True))
