@@ -166,6 +166,15 @@ _BOUNDS = {
     "less_than_equal": "must be at most {le:.10g}",
 }
 
+_TYPES = {
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "must be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "must be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "must be true or false"),
+    "string_type": "must be text",
+    **dict.fromkeys(("dataclass_type", "dict_type", "model_type"), "must be a section of keys and values"),
+    **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
+}
+
 
 def _describe(kind: type, error: Any) -> str:
     location = error["loc"]
@@ -175,7 +184,8 @@ def _describe(kind: type, error: Any) -> str:
     name = ".".join(parts)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         siblings = _field_names(_section_at(kind, location[:-1]))
-        nearest = [".".join([*parts[:-1], key]) for key in difflib.get_close_matches(parts[-1], siblings, 1)]
+        alike = difflib.get_close_matches(parts[-1], siblings, 1) or _by_initials(parts[-1], siblings)
+        nearest = [".".join([*parts[:-1], key]) for key in alike]
         elsewhere = [key for key in _keys(kind) if key.rpartition(".")[2] == parts[-1]]
         hints = [f"did you mean {key!r}?" for key in nearest or elsewhere]
         return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
@@ -183,9 +193,20 @@ def _describe(kind: type, error: Any) -> str:
         return f"the key {name!r} is missing"
     if bound := _BOUNDS.get(error["type"]):
         return f"{name} {bound.format(**error['ctx'])}, not {error['input']!r}"
-    message = error["msg"].removeprefix("Value error, ")
     where = f"{name}: " if name else ""
-    return f"{where}{message}" if error["type"] == "value_error" else f"{where}{message}, not {error['input']!r}"
+    if error["type"] == "value_error":
+        return where + error["msg"].removeprefix("Value error, ")
+    return f"{where}{_TYPES.get(error['type']) or _must(error['msg'])}, not {error['input']!r}"
+
+
+def _must(message: str) -> str:
+    """A message of pydantic in our words; behind its comma it repeats why."""
+    return message.replace("Input should be", "must be", 1).partition(", unable")[0]
+
+
+def _by_initials(name: str, keys: Sequence[str]) -> list[str]:
+    """The keys that `name` abbreviates: lr is learning_rate."""
+    return [key for key in keys if "".join(word[0] for word in key.split("_")) == name]
 
 
 def _section_at(kind: Any, location: Sequence[str | int]) -> Any:

@@ -1,9 +1,12 @@
 """The whole way, tiny, on a CPU: a random model with its own tokenizer, synthesis, SFT, GRPO, scores, report.
 
-The model has a few million random parameters and learns from the sample data that comes with the package. It shows
-that every stage works and that GRPO raises the reward on the prompts it trains on; it knows no psychology.
+The model has a few million random parameters. It can learn in a minute which of 32 symptoms is of which of four kinds,
+and to say of what kind two of three symptoms are. SFT shows it some such questions, GRPO asks others, and it is scored
+on combinations of symptoms that it has never seen. Beside them stand the sample exam questions that come with the
+package, of which it can learn nothing but the form of an answer: there it stays at chance.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator
@@ -112,6 +115,13 @@ VOCAB_SIZE = 4096
 MAX_NEW_TOKENS = 48
 PROMPT = PromptSection(system="你是心理学专家。", instruction="先在<think></think>中推理，再作答。\n")
 TITLE = "Demo: a tiny random model; the replies in its synthesis are canned"
+# What the made-up questions are about, by kind.
+SYMPTOMS = {
+    "情绪": ("焦虑", "抑郁", "易怒", "恐惧", "悲伤", "绝望", "羞愧", "欣快"),
+    "认知": ("妄想", "幻觉", "健忘", "多疑", "走神", "反刍", "偏执", "自责"),
+    "行为": ("回避", "自伤", "暴食", "酗酒", "退缩", "缄默", "攻击", "囤积"),
+    "躯体": ("失眠", "心悸", "头痛", "胸闷", "多汗", "手抖", "恶心", "疲乏"),
+}
 LAST_STEPS = 10  # over which the reward at the end is averaged
 
 
@@ -168,21 +178,43 @@ def synthesize(out: Path, seed: int) -> None:
 
 
 def make_data(folder: Path, seed: int) -> None:
-    """Split the sample questions: most of them and some dialogues for SFT, 16 to GRPO, 24 held out."""
+    """Questions on symptoms and sample exam questions, split: for SFT, with some dialogues; for GRPO; held out."""
     samples = Path(str(files("psyche_jax.data") / "samples"))
     questions = read_records(Question, samples / "questions.jsonl").good
     dialogues = read_records(Dialogue, samples / "dialogues.jsonl").good
     order = np.random.default_rng(seed).permutation(len(questions))
     shuffled = [questions[index] for index in order]
-    held_out, rl, sft = shuffled[:24], shuffled[24:40], shuffled[40:]
+    held_out, sft = shuffled[:24], shuffled[24:]
+    symptoms = make_symptom_questions(1400, seed)
+    held_out_symptoms, rl, sft_symptoms = symptoms[:200], symptoms[200:1000], [*map(question_to_sft, symptoms[1000:])]
     with new_folder(folder) as partial:
-        write_records(partial / "heldout.jsonl", held_out)
+        write_records(partial / "exam.jsonl", held_out)
+        write_records(partial / "symptoms.jsonl", held_out_symptoms)
         write_records(partial / "rl.jsonl", [question_to_rl(question) for question in rl])
         examples = [question_to_sft(_with_short_rationale(question)) for question in sft]
         shortest = sorted(dialogues, key=lambda dialogue: sum(len(turn.content) for turn in dialogue.turns))[:8]
         examples += [SftExample(dialogue.turns, dialogue.source, dialogue.meta) for dialogue in shortest]
-        write_records(partial / "sft.jsonl", examples[8:])
-        write_records(partial / "sft_evaluation.jsonl", examples[:8])
+        write_records(partial / "sft.jsonl", sft_symptoms[8:] + examples[8:])
+        write_records(partial / "sft_evaluation.jsonl", sft_symptoms[:8] + examples[:8])
+
+
+def make_symptom_questions(count: int, seed: int) -> list[Question]:
+    """Different questions: of what kind are two of three symptoms? No two have the same three symptoms."""
+    generator = np.random.default_rng(seed)
+    options = dict(zip("ABCD", (f"{kind}症状" for kind in SYMPTOMS), strict=True))
+    possible = [
+        (letter, *two, other)
+        for letter, kind in zip(options, SYMPTOMS, strict=True)
+        for two in itertools.combinations(SYMPTOMS[kind], 2)
+        for other in itertools.chain(*(SYMPTOMS[name] for name in SYMPTOMS if name != kind))
+    ]
+    questions = []
+    for index in generator.permutation(len(possible))[:count]:
+        letter, *symptoms = possible[index]
+        told = "、".join(symptoms[place] for place in generator.permutation(3))
+        stem = f"来访者的症状是{told}。其中多数是哪一类？"
+        questions.append(Question(stem, options, letter, "single", f"多数是{options[letter]}。", "made up"))
+    return questions
 
 
 def make_model(out: Path, seed: int) -> None:
@@ -206,16 +238,16 @@ def make_model(out: Path, seed: int) -> None:
 
 
 def sft_config(out: Path, seed: int) -> SftConfig:
-    """SFT of the random model: the response format, and what can be learned of the answers."""
+    """SFT of the random model: the form of a response, and a beginning of the answers."""
     return SftConfig(
         run=RunSection(f"{out}/sft", seed),
         model=ModelSection(f"{out}/checkpoint"),
         data=SftDataSection(f"{out}/data/sft.jsonl", f"{out}/data/sft_evaluation.jsonl", 256),
-        epochs=18,
-        batch_size=8,
+        epochs=4,
+        batch_size=16,
         evaluate_every_steps=100,
         prompt=PROMPT,
-        optimizer=OptimizerSection(learning_rate=2e-3, beta2=0.99),
+        optimizer=OptimizerSection(learning_rate=1e-3, beta2=0.99),
         checkpoints=CheckpointSection(every_steps=100),
     )
 
@@ -226,33 +258,37 @@ def grpo_config(out: Path, seed: int) -> GrpoConfig:
         run=RunSection(f"{out}/grpo", seed),
         model=ModelSection(f"{out}/sft"),
         data=GrpoDataSection(f"{out}/data/rl.jsonl", 256),
-        epochs=30,
+        epochs=1,
         prompts_per_step=16,
         generations_per_prompt=8,
         micro_batch_prompts=4,
         max_new_tokens=MAX_NEW_TOKENS,
         rewards=(ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0)),
         prompt=PROMPT,
-        optimizer=OptimizerSection(learning_rate=1e-3, schedule="constant", warmup=3),
+        optimizer=OptimizerSection(learning_rate=3e-4, schedule="constant", warmup=3),
         checkpoints=CheckpointSection(every_steps=20),
         logging=LoggingSection(samples_every_steps=20),
     )
 
 
-def evaluate_stages(out: Path) -> dict[str, dict[str, float]]:
-    """Strict and elastic accuracy on the held-out questions before SFT, after it and after GRPO."""
-    benchmark = read_benchmark(f"{out}/data/heldout.jsonl")
+def evaluate_stages(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
+    """Scores on what is held out, by benchmark and stage: before SFT, after it and after GRPO."""
+    benchmarks = [read_benchmark(f"{out}/data/{name}.jsonl") for name in ("symptoms", "exam")]
     sampling = Sampling(MAX_NEW_TOKENS, temperature=0.0)
-    scores = {}
+    scores: dict[str, dict[str, dict[str, Any]]] = {benchmark.name: {} for benchmark in benchmarks}
     for label, model, run in (
         ("base", out / "checkpoint", out / "sft"),
         ("sft", out / "sft", out / "sft"),
         ("grpo", out / "grpo", out / "grpo"),
     ):
-        file = evaluation_file(run, benchmark.name, label)
-        if not file.is_file():
-            evaluate(LocalModel(str(model), sampling, prompt=PROMPT), benchmark, label=label, files=[file])
-        scores[label] = {name: read_json(file)["scores"][name] for name in ("strict", "elastic", "chance")}
+        files = {benchmark.name: evaluation_file(run, benchmark.name, label) for benchmark in benchmarks}
+        if due := [benchmark for benchmark in benchmarks if not files[benchmark.name].is_file()]:
+            answering = LocalModel(str(model), sampling, prompt=PROMPT)
+            for benchmark in due:
+                evaluate(answering, benchmark, label=label, files=[files[benchmark.name]])
+        for name, file in files.items():
+            marks = read_json(file)["scores"]
+            scores[name][label] = {key: marks[key] for key in ("strict", "interval", "elastic", "chance")}
     return scores
 
 
@@ -318,7 +354,7 @@ def _texts(folder: Path) -> Iterator[str]:
         yield PROMPT.system
         for message in record.messages:
             yield PROMPT.instruction + message.content if message.role == "user" else message.content
-    for question in read_records(Question, folder / "heldout.jsonl").good:
+    for question in read_records(Question, folder / "exam.jsonl").good:
         yield question_text(question)
 
 
@@ -351,11 +387,13 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     made = ", ".join(f"{count} {name}" for name, count in summary["synthesis"]["records"].items())
     print(f"synthesis, with canned replies: {made} records")
     print(f"SFT loss {sft['loss_first']:.2f} to {sft['loss_last']:.2f} in {sft['steps']} steps")
-    print(
-        f"GRPO reward {grpo['reward_first']:.2f} to {grpo['reward_last']:.2f} in {grpo['steps']} steps, "
-        "on the prompts it trains on"
-    )
-    for label, scores in summary["eval"].items():
-        print(f"held-out, {label}: strict {scores['strict']:.2f}, chance {scores['chance']:.2f}")
+    print(f"GRPO reward {grpo['reward_first']:.2f} to {grpo['reward_last']:.2f} in {grpo['steps']} steps")
+    for name, by_stage in summary["eval"].items():
+        for label, scores in by_stage.items():
+            low, high = scores["interval"]
+            print(
+                f"held-out {Path(name).stem}, {label}: {scores['strict']:.2f} ({low:.2f} to {high:.2f}), "
+                f"guessing {scores['chance']:.2f}"
+            )
     print(f"trained model: {summary['export']['path']}")
     print(f"report: {out / 'report.html'}")

@@ -16,7 +16,6 @@ from psyche_jax import cli
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.config_files import load_config
 from psyche_jax.data.dataset import load_records
-from psyche_jax.data.mapping import ImportConfig
 from psyche_jax.data.records import Question, RlPrompt, SftExample
 from psyche_jax.model.config import ARCHITECTURES
 from psyche_jax.plan.slices import parse_topology
@@ -26,8 +25,9 @@ from psyche_jax.train.run_files import read_state
 PATH = Path(__file__).parents[1] / "scripts" / "notebooks" / "exam_to_model.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CELLS = [cell.source for cell in NOTEBOOK.cells if cell.cell_type == "code"]
+TERMS = ("条件反射", "短时记忆", "依恋", "共情", "移情", "自我效能", "从众", "系统脱敏", "信度", "韦氏量表")
 WITHOUT_EXPLANATIONS = "题目,选项A,选项B,选项C,选项D,答案,题型\n" + "".join(
-    f"第{number}题？,甲,乙,丙,丁,A,单选题\n" for number in range(10)
+    f"谁提出了{term}？,{term}甲,{term}乙,{term}丙,{term}丁,A,单选题\n" for term in TERMS
 )
 
 
@@ -81,14 +81,12 @@ def test_verbs_options_and_settings_are_there(chips, tmp_path, monkeypatch):
             architecture = config.model.architecture
             assert (architecture is None) == (chips == "cpu 1 cpu")
             assert architecture is None or f"hub:Qwen/{architecture}-Instruct" == rehearsal.names["MODEL"]
-        elif parsed.verb == "data" and parsed.action == "import":
-            load_config(ImportConfig, parsed.config, parsed.overrides)
         elif parsed.verb == "chat":
             serve_config(None, parsed.overrides, {"model": parsed.model})
     assert architecture is None or architecture in ARCHITECTURES
     verbs = [command[0] for command in rehearsal.commands]
     plans = "" if chips == "cpu 1 cpu" else "plan plan"
-    expected = f"--version data data data data import {plans} sft grpo eval eval report chat export export export"
+    expected = f"--version data data import {plans} sft grpo eval eval report chat export export export"
     assert verbs == expected.split()
 
 
@@ -104,9 +102,9 @@ def test_another_model_is_taken_as_it_is(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("exam", "questions"), [("zh", 12), ("en", 5)])
 def test_both_samples_become_records(exam, questions, tmp_path, monkeypatch, capfd):
     rehearsal = Rehearsal(tmp_path, monkeypatch, "cpu 1", EXAM=f"psyche/sample_{exam}.csv")
-    kinds = {"sft": SftExample, "grpo": RlPrompt, "held_out": Question}
+    kinds = {"sft": SftExample, "rl": RlPrompt, "held_out": Question}
     records = {name: load_records(kind, str(tmp_path / "psyche" / "data" / name)) for name, kind in kinds.items()}
-    assert sum(len(read.good) for read in records.values()) == questions
+    assert len(records["sft"].good) == len(records["rl"].good) == questions - len(records["held_out"].good)
     assert all(read.good and not read.set_aside for read in records.values())
     assert "skipped:" not in capfd.readouterr().err
     assert rehearsal.names["explained"]
@@ -118,7 +116,7 @@ def test_an_exam_without_explanations_begins_with_grpo(tmp_path, monkeypatch):
     assert "sft" not in [command[0] for command in rehearsal.commands]
     (grpo,) = [command for command in rehearsal.commands if command[0] == "grpo"]
     assert f"model.path={tmp_path}/psyche/base" in grpo
-    assert len(load_records(RlPrompt, str(tmp_path / "psyche/data/grpo")).good) == 8
+    assert len(load_records(RlPrompt, str(tmp_path / "psyche/data/rl")).good) == 8
     assert not [command for command in rehearsal.commands if any("runs/sft" in argument for argument in command)]
 
 

@@ -187,10 +187,8 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.samples > 1 and arguments.temperature == 0:
         raise UsageError("--samples above 1 needs a --temperature above 0: greedy answers are all alike")
     check_seed(arguments.seed)
-    if arguments.out is not None:
-        if arguments.out.is_dir():
-            raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    if arguments.out is not None and arguments.out.is_dir():
+        raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
     from psyche_jax.data.dataset import check_readable
     from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
     from psyche_jax.storage.files import as_path, bucket_errors
@@ -202,6 +200,9 @@ def _eval(arguments: argparse.Namespace) -> None:
         check_readable(arguments.train)
     if arguments.against != "reference" and not Path(arguments.against).is_file():
         raise UsageError(f"--against {arguments.against}: there is no such file")
+
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
 
     # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)

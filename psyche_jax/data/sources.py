@@ -168,20 +168,23 @@ def _no_text(values: Sequence[str]) -> bool:
 
 
 def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
-    """The rows of all sheets, each under a header of its own; as text, as CSV would have them."""
+    """The rows of all sheets, each under a header of its own; as text, as CSV would have them.
+
+    What is merged downwards (a case beside all its questions) stands in each of its rows.
+    """
     try:
         import openpyxl
     except ImportError:
         how = "pip install openpyxl, or save it as CSV (UTF-8)"
         raise UserError(f"{name}: Excel files are read by openpyxl, which is absent; {how}") from None
     try:
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True)
+        book = openpyxl.load_workbook(path, data_only=True)  # read_only would not know what is merged
         for sheet in book.worksheets:
-            sheet.reset_dimensions()  # some programs write wrong ones
-            rows = enumerate(sheet.iter_rows(values_only=True), start=1)
-            cells = [(f"{name} {sheet.title}: row {number}", [*map(_cell, row)]) for number, row in rows]
-            width = max((len(values) for _, values in cells), default=0)
-            yield from _under_header((where, values + [""] * (width - len(values))) for where, values in cells)
+            rows = [[*map(_cell, row)] for row in sheet.iter_rows(min_row=1, min_col=1, values_only=True)]
+            for block in sheet.merged_cells.ranges:
+                for row in rows[block.min_row : block.max_row]:
+                    row[block.min_col - 1] = rows[block.min_row - 1][block.min_col - 1]
+            yield from _under_header((f"{name} {sheet.title}: row {n}", row) for n, row in enumerate(rows, start=1))
     except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
         raise UserError(f"{name}: is broken, or no Excel file ({first_reason(error)})") from None
 

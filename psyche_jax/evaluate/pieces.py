@@ -37,9 +37,9 @@ def environment(say: Speaker) -> jinja2.Environment:
 
 
 def names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest ends of the paths that tell what they lead to apart."""
     paths = [folder.resolve().parts for folder in folders]
-    for length in range(1, max(map(len, paths)) + 1):
+    for length in range(1, max(map(len, paths), default=0) + 1):
         found = ["/".join(parts[-length:]) for parts in paths]
         if len(set(found)) == len(found):
             return found

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -186,7 +186,9 @@ def render(runs: Sequence[RunRecord], title: str = "", markdown: bool = False, l
     """
     say = Speaker(language, markup=not markdown)
     plain = Speaker(language)
-    benches = read_benches([evaluation for run in runs for evaluation in run.evaluations])
+    read = read_benches([evaluation for run in runs for evaluation in run.evaluations])
+    ends = names([Path(bench.name) for bench in read])
+    benches = [replace(bench, name=end) for bench, end in zip(read, ends, strict=True)]
     css = (files("psyche_jax.evaluate") / "report.css").read_text(encoding="utf-8")
     try:
         return (

@@ -24,7 +24,7 @@ from psyche_jax.model.config import published_architecture
 from psyche_jax.plan.compile import GIB, PlanConfig, batch_places, decoding_mesh, find_architecture, least_peak
 from psyche_jax.plan.report import Plan, Wishes, describe, make_plan
 from psyche_jax.plan.search import candidates_of, not_larger, roofline_seconds, say
-from psyche_jax.plan.slices import PRICE_SOURCE, Slice, find_compiler, parse_topology
+from psyche_jax.plan.slices import PRICE_SOURCE, PRICES, Slice, find_compiler, parse_topology
 from psyche_jax.storage.files import read_jsonl, write_text
 
 MODELS = {
@@ -63,6 +63,11 @@ class Cell:
     def slice_(self) -> Slice:
         """What it is compiled for."""
         return parse_topology(self.chip)
+
+    @property
+    def prompts(self) -> tuple[int, ...]:
+        """Of a step, in the order in which they are tried; SFT has none, which one entry stands for."""
+        return _PROMPTS if self.program == "grpo" else _PROMPTS[:1]
 
     def config(self, prompts: int = _PROMPTS[0]) -> PlanConfig:
         """The paper's run with the mesh of the slice; micro-batch and slots are tried. `prompts`: a step of GRPO."""
@@ -143,22 +148,43 @@ def compile_cell(cell: Cell) -> Record:
     slice_ = cell.slice_
     plan: Plan | None = None
     try:
-        for prompts in _PROMPTS if cell.program == "grpo" else _PROMPTS[:1]:
+        for prompts in cell.prompts:
             config = cell.config(prompts)
-            tries = settings(config, slice_)
             failed: list[PlanConfig] = []
-            for tried in not_larger(tries, failed):
+            for tried in not_larger(settings(config, slice_), failed):
                 plan = make_plan(tried, slice_, Wishes(steps=count_steps(config)))
                 if plan.fits:
                     return _as_record(plan) | ({"prompts": prompts} if cell.program == "grpo" else {})
                 failed.append(tried)
                 say(f"  {describe(tried)} does not fit {slice_.name}")
-        if plan is not None:
-            return _as_record(plan)
-        least = min(peak for peak, _ in _variants(config, slice_))
-        return {"fits": False, "compiled": False, "peak_gib": round(least / GIB, 2)}
+        return by_arithmetic(cell) if plan is None else _as_record(plan)
     except (UsageError, jax.errors.JaxRuntimeError) as error:  # the mesh divides something it must not; a compiler bug
         return {"fits": False, "compiled": False, "peak_gib": None, "reason": first_reason(error)}
+
+
+def by_arithmetic(cell: Cell) -> Record:
+    """Lower bounds of a cell, without a compiler: of the first setting that would be tried.
+
+    `fits` is None where it may fit, and False where it cannot.
+    """
+    slice_ = cell.slice_
+    for prompts in cell.prompts:
+        config = cell.config(prompts)
+        if tries := settings(config, slice_):
+            model, _ = find_architecture(config)
+            seconds = roofline_seconds(tries[0], model, _mesh(slice_), slice_, None)
+            hours = seconds * count_steps(config) / 3600
+            return {
+                "fits": None,
+                "compiled": False,
+                "peak_gib": round(least_peak(tries[0], model, _mesh(slice_)) / GIB, 2),
+                "seconds": seconds,
+                "hours": hours,
+                "price": hours * slice_.chips * PRICES[slice_.chip.name],
+                **({"prompts": prompts} if cell.program == "grpo" else {}),
+            }
+    least = min(peak for peak, _ in _variants(config, slice_))
+    return {"fits": False, "compiled": False, "peak_gib": round(least / GIB, 2)}
 
 
 def settings(config: PlanConfig, slice_: Slice) -> list[PlanConfig]:
@@ -248,9 +274,9 @@ def page(records: Sequence[Record], out: Path) -> str:
         + (f", {dates[0]} to {dates[-1]}, by the compiler of {'; '.join(compilers)}." if dates else "."),
         "No figure was measured on a TPU; [plan.md](plan.md) says what a plan is worth and what it leaves out.",
         "",
-        "A cell: the peak of memory of a device; seconds a step, at least and by the compiler's cycles; hours and",
-        "dollars of the paper's run. **no**: does not fit, with what it would take; in brackets by arithmetic alone, a",
-        "lower bound. –: not compiled yet.",
+        "A cell: peak memory of a device; seconds a step, at least and by the compiler's cycles; hours and dollars of",
+        "the paper's run. **no**: it does not fit, with what it would take. With ≥: not compiled; by arithmetic alone",
+        "nothing is against it, but its figures are lower bounds, and it may not fit.",
         "",
         "- SFT: 256 examples of 2,048 tokens a step, 2 epochs of 148,000 (the paper's 75,000 questions and 73,000",
         f"  dialogues, as if all were for SFT): {count_steps(Cell('sft', 'full', 'v6e-8', '7B').config()):,} steps.",
@@ -270,8 +296,9 @@ def page(records: Sequence[Record], out: Path) -> str:
             lines += ["", f"## {program.upper()}, {_TITLES[mode]}", "", f"| | {' | '.join(CHIPS)} |"]
             lines.append("| --- " * (len(CHIPS) + 1) + "|")
             for model, architecture in MODELS.items():
-                row = (by_cell.get(Cell(program, mode, chip, model)) for chip in CHIPS)
-                lines.append(f"| {architecture} | {' | '.join('–' if r is None else _shown(r) for r in row)} |")
+                row = (Cell(program, mode, chip, model) for chip in CHIPS)
+                shown = (_shown(by_cell[cell] if cell in by_cell else by_arithmetic(cell)) for cell in row)
+                lines.append(f"| {architecture} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -279,10 +306,14 @@ def _shown(record: Record) -> str:
     if "reason" in record:
         return f"no: {record['reason'].replace('|', '/')}"
     peak = "" if record["peak_gib"] is None else f"{record['peak_gib']:.1f} GiB"
-    if not record["fits"]:
-        return f"**no**, {peak}" if record["compiled"] else f"**no** ({peak})"
-    (fast, slow), hours, price = record["seconds"], record["hours"], record["price"]
+    if record["fits"] is False:
+        return f"**no**, {peak}" if record["compiled"] else f"**no**, ≥ {peak}"
     fewer = f"{record['prompts']} prompts<br>" if record.get("prompts", _PROMPTS[0]) != _PROMPTS[0] else ""
+    if not record["compiled"]:
+        return (
+            f"{fewer}≥ {peak}<br>≥ {record['seconds']:.3g} s<br>≥ {record['hours']:,.0f} h<br>≥ ${record['price']:,.0f}"
+        )
+    (fast, slow), hours, price = record["seconds"], record["hours"], record["price"]
     return (
         f"{fewer}{peak}<br>{fast:.3g} to {slow:.3g} s<br>{hours[0]:,.0f} to {hours[1]:,.0f} h"
         f"<br>${price[0]:,.0f} to ${price[1]:,.0f}"

@@ -176,7 +176,7 @@ def test_near_copies_of_what_is_held_out_are_left_out_of_training(tmp_path, caps
 
 
 def test_excel(tmp_path):
-    """Two sheets, each with a header; numbers, ticks and empty cells as Excel has them."""
+    """Two sheets, each with a header; numbers, ticks, empty and merged cells as Excel has them."""
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
     sheet = book.active
@@ -190,10 +190,12 @@ def test_excel(tmp_path):
     other = book.create_sheet("多选")
     other.append(HEADER[1:8])
     other.append(["哪些？", "a", "b", "c", None, "ABC", "多选题"])
+    other.append(["又哪些？", "c", "d", "e", None, None, "多选题"])
+    other.merge_cells("F2:F3")
     book.save(tmp_path / "a.xlsx")
     assert main(["data", "import", str(tmp_path / "a.xlsx"), str(tmp_path / "out"), "--hold-out", "0"]) == 0
     questions = load_records(Question, str(tmp_path / "out" / "questions")).good
-    assert [question.answer for question in questions] == ["B", "A", "ABC"]
+    assert [question.answer for question in questions] == ["B", "A", "ABC", "ABC"]
     assert questions[0].options == {"A": "5", "B": "7", "C": "9.5"}
 
 

@@ -92,7 +92,18 @@ def test_the_page(tmp_path, compiled):
     assert len(rows) == 6
     cells = rows[0].split(" | ")
     assert cells[1 + table.CHIPS.index("v6e-1")] == "12.5 GiB<br>40 to 80.5 s<br>10 to 20 h<br>$27 to $54"
-    assert cells.count("–") == 6 and rows[0].count("–") == 7
+    others = [cell for number, cell in enumerate(cells[1:]) if number != table.CHIPS.index("v6e-1")]
+    assert all(cell.startswith(("≥", "**no**, ≥", "8 prompts<br>≥", "32 prompts<br>≥")) for cell in others), others
+
+
+def test_what_was_not_compiled_is_bounded_by_arithmetic():
+    assert table.by_arithmetic(table.Cell("grpo", "full", "v5e-1", "14B"))["fits"] is False
+    small, large = (table.by_arithmetic(table.Cell("sft", "full", "v5e-16", model)) for model in ("0.5B", "7B"))
+    assert small["fits"] is None and small["peak_gib"] < large["peak_gib"] < 15.75
+    # 256 × 2,048 tokens on 16 × 197 TFLOP/s: at least six FLOPs a parameter and token, eight with remat.
+    flops = 256 * 2048 * 7.6e9 / (16 * 197e12)
+    assert 6 * flops < large["seconds"] < 12 * flops
+    assert large["price"] == pytest.approx(16 * 1.2 * large["hours"])
 
 
 @pytest.mark.parametrize(
