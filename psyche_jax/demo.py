@@ -188,7 +188,7 @@ def make_data(folder: Path, seed: int) -> None:
     symptoms = make_symptom_questions(1400, seed)
     held_out_symptoms, rl, sft_symptoms = symptoms[:200], symptoms[200:1000], [*map(question_to_sft, symptoms[1000:])]
     with new_folder(folder) as partial:
-        write_records(partial / "exam.jsonl", held_out)
+        write_records(partial / "textbook.jsonl", held_out)
         write_records(partial / "symptoms.jsonl", held_out_symptoms)
         write_records(partial / "rl.jsonl", [question_to_rl(question) for question in rl])
         examples = [question_to_sft(_with_short_rationale(question)) for question in sft]
@@ -273,7 +273,7 @@ def grpo_config(out: Path, seed: int) -> GrpoConfig:
 
 def evaluate_stages(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """Scores on what is held out, by benchmark and stage: before SFT, after it and after GRPO."""
-    benchmarks = [read_benchmark(f"{out}/data/{name}.jsonl") for name in ("symptoms", "exam")]
+    benchmarks = [read_benchmark(f"{out}/data/{name}.jsonl") for name in ("symptoms", "textbook")]
     sampling = Sampling(MAX_NEW_TOKENS, temperature=0.0)
     scores: dict[str, dict[str, dict[str, Any]]] = {benchmark.name: {} for benchmark in benchmarks}
     for label, model, run in (
@@ -354,7 +354,7 @@ def _texts(folder: Path) -> Iterator[str]:
         yield PROMPT.system
         for message in record.messages:
             yield PROMPT.instruction + message.content if message.role == "user" else message.content
-    for question in read_records(Question, folder / "exam.jsonl").good:
+    for question in read_records(Question, folder / "textbook.jsonl").good:
         yield question_text(question)
 
 
