@@ -66,7 +66,7 @@ class AdapterSection(Section):
         for target in self.targets:
             if target not in LINEAR_MAPS:
                 nearest = difflib.get_close_matches(target, LINEAR_MAPS, 1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(LINEAR_MAPS)}"
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(LINEAR_MAPS)}"
                 raise ValueError(f"targets: no layer has a linear map {target!r}; {hint}")
 
     @property
@@ -244,7 +244,7 @@ class ObjectiveSection(Section):
     def __post_init__(self) -> None:
         if self.clip_delta is not None:
             _require(
-                self.name != "cispo", "clip_delta", self.clip_delta, "does nothing with name: cispo; must be absent"
+                self.name != "cispo", "clip_delta", self.clip_delta, "has no effect with name: cispo; must be null"
             )
         if self.kl_coefficient == 0:
             _require(not self.kl_unbiased, "kl_unbiased", self.kl_unbiased, "needs a kl_coefficient above 0")
@@ -340,7 +340,7 @@ class GrpoConfig(Section):
         values = dict(values)
         waves, section = values.pop("rollout_waves"), values.get("rollout") or {}
         if isinstance(section, dict) and section.get("slots") is not None:
-            raise UsageError("rollout_waves is the old name of rollout.slots, and both are there: remove rollout_waves")
+            raise UsageError("rollout_waves is the old name of rollout.slots, and both are set: remove rollout_waves")
         counts = [values.get(name, getattr(cls, name)) for name in ("prompts_per_step", "generations_per_prompt")]
         if not all(isinstance(count, int) for count in counts) or not isinstance(section, dict):
             return values, ""  # an error of its own
@@ -443,7 +443,7 @@ def _keeps_small_updates(model: ModelSection, adapter: AdapterSection | None) ->
         model.dtype != "int8" or adapter is not None,
         "model.dtype",
         model.dtype,
-        "must be float32 to train all weights: those of int8 cannot change; to train adapters over them set adapter",
+        "must be float32 to train all weights: int8 weights cannot be trained; to train adapters over them set adapter",
     )
     _require(
         model.dtype == "float32" or adapter is not None,

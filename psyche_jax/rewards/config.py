@@ -120,11 +120,11 @@ class AnswerSetRule(_Rule):
         if self.forms is not None:
             self._to_tuple("forms")
             self._check_named("forms", self.forms, FORMS)
-        self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, none empty")
+        self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, and none may be empty")
         if self.answer_after is not None:
             self._require(bool(self.answer_after), "answer_after", "must not be empty (use null for none)")
             clash = [m for m in self.markers if self.answer_after in m or m in self.answer_after]
-            self._require(not clash, "answer_after", f"must neither hold nor be part of a marker ({clash})")
+            self._require(not clash, "answer_after", f"must not contain a marker or be part of one ({clash})")
         letters = LETTERS if self.letters is None else self.letters
         options = set(letters)
         self._require(
@@ -144,7 +144,7 @@ class AnswerSetRule(_Rule):
         for name in names:
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            self._require(name in known, field, f"has no {name!r}; {hint}there are {', '.join(known)}")
+            self._require(name in known, field, f"has no {name!r}; {hint}known: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ class LimitsSection(Section):
 
     def __post_init__(self) -> None:
         if self.choices > self.rows:
-            raise UsageError(f"choices {self.choices} are more than the {self.rows} rows decoded at once")
+            raise UsageError(f"choices {self.choices} exceed the {self.rows} rows decoded at once")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class CrisisSection(Section):
     def __post_init__(self) -> None:
         other = self.second_opinion
         if other not in (None, "served") and not re.fullmatch(r"https?://[^#]+#.+", str(other)):
-            raise UsageError(f"second_opinion must be served, or URL#MODEL of an endpoint, not {other!r}")
+            raise UsageError(f"second_opinion must be `served`, or URL#MODEL of an endpoint, not {other!r}")
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,9 @@ class LlmSection(Section):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url must begin with http:// or https://, not {self.base_url!r}")
         if parts.username or parts.password or parts.query:
-            raise ValueError("base_url must hold no key; put it into the environment and name that in key_env")
+            raise ValueError("base_url must not contain a key; name an environment variable with the key in key_env")
         if unknown := [name for name in self.parameters if name not in PARAMETERS]:
-            raise ValueError(f"parameters: we send no {unknown[0]!r}, only {', '.join(PARAMETERS)}")
+            raise ValueError(f"parameters: cannot send {unknown[0]!r}, only {', '.join(PARAMETERS)}")
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class SelectionSection(Section):
         if not self.llms:
             raise ValueError("llms is empty; name at least one")
         if len(set(self.llms)) < len(self.llms):
-            raise ValueError("llms names one twice; use samples for several answers of one LLM")
+            raise ValueError("llms names one twice; use samples for several answers from one LLM")
 
 
 @dataclass(frozen=True)

@@ -254,8 +254,8 @@ def test_visits_to_the_host_are_seen():
             "rollout --lengths mean=80,p99=100",
             "--lengths mean=80,p99=100: lengths are at least 1, and the mean at most max_new_tokens 64",
         ),
-        ("grpo --lengths mean=8,p99=7", "--lengths mean=8,p99=7: no log-normal distribution is like that"),
-        ("grpo --vocab 40 --lengths mean=8,p99=20", "--lengths: needs a vocabulary of 64 tokens or more, not 40"),
+        ("grpo --lengths mean=8,p99=7", "--lengths mean=8,p99=7: no log-normal distribution has these"),
+        ("grpo --vocab 40 --lengths mean=8,p99=20", "--lengths needs a vocabulary of at least 64 tokens, not 40"),
         ("sft --config nowhere", "nowhere: the config cannot be read"),
         (
             "grpo --config sft_7b_v5e16",
@@ -273,12 +273,12 @@ def test_visits_to_the_host_are_seen():
         ("sft --set batch=3", "options: unknown key 'batch'; did you mean"),
         (
             "grpo --config grpo_7b_v5e16 --layers 2",
-            "--layers: the config says which shape the model has; leave out the one or the other",
+            "--layers: the config already sets the model's shape; leave out one of the two",
         ),
         ("grpo --config grpo_7b", "runs/sft_7b: no such model, and the config names no architecture"),
         (
             "grpo --config grpo_7b_v5e16",
-            "mesh: data 1, fsdp 16, tensor 1 does not divide the 8 devices there are",
+            "mesh: data 1, fsdp 16, tensor 1 does not divide the 8 devices",
         ),
         (
             "sft --set mesh.data=2 --set mesh.fsdp=2",

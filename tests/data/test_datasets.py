@@ -168,7 +168,7 @@ def test_without_a_manifest_there_is_no_data_set(place):
 
     with pytest.raises(KeyboardInterrupt):
         write_dataset(place, killed(), shard_bytes=300)
-    with pytest.raises(UserError, match=r"is no data set \(\d+ files but no manifest.json: it was not written to its"):
+    with pytest.raises(UserError, match=r"is not a data set \(\d+ files but no manifest.json: writing it was"):
         open_dataset(place)
     write_dataset(place, examples(20), shard_bytes=300)  # what was left is no hindrance
     assert load_records(SftExample, place).good == tuple(examples(20))
@@ -325,7 +325,7 @@ def test_what_is_not_there_and_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     for command, message in [
         (["data", "ls", str(tmp_path / "none")], "none: there is no data set here (no such folder)"),
-        (["data", "cat", str(tmp_path / "rows.jsonl")], "rows.jsonl: is a file, no data set; `psyche data import`"),
+        (["data", "cat", str(tmp_path / "rows.jsonl")], "rows.jsonl: is a file, not a data set; convert it with `psyche data import`"),
     ]:
         assert main(command) == 1
         assert message in capsys.readouterr().err

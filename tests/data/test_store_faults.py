@@ -124,7 +124,7 @@ def test_no_permission_for_a_shard(bucket):
         dataset = open_dataset(f"{bucket}/shut")
         with pytest.raises(UserError, match=f"{name}: no permission"):
             list(dataset)
-        with pytest.raises(UserError, match=f"{name}: nothing can be read of it"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read; do you"):
             dataset.read(range(40))
 
 

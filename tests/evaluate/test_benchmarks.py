@@ -201,7 +201,7 @@ def test_the_command_with_leaks_and_examples(
     ("bench", "expected"),
     [
         ("pceb", "--bench pceb: its files do not come with the package"),
-        ("pceb:none", "none: holds nothing of PCEB"),
+        ("pceb:none", "none: holds no PCEB questions"),
         ("cpsyexam:none", "none: "),
         ("cpsyexam:other.jsonl", "other.jsonl"),
         ("pceb:bad", "bad"),

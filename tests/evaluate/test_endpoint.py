@@ -146,7 +146,7 @@ def test_an_endpoint_that_never_answers_is_given_up_early() -> None:
     ):
         with chat_server(lambda *_, fault=fault: {"text": "答案：A", **fault}) as server:
             endpoint = Endpoint(f"{server.url}#tiny", max_new_tokens=9, temperature=0.0, concurrency=4)
-            with pytest.raises(UserError, match=f"20 times in a row there was no answer: {reason}"):
+            with pytest.raises(UserError, match=f"no answer 20 times in a row: {reason}"):
                 evaluation.evaluate(endpoint, Benchmark("b", tasks), label="x")
             assert len(server.requests) < 28 < len(tasks)
 
@@ -336,14 +336,14 @@ def test_killed_without_warning_it_asks_only_for_the_rest(tmp_path: Path) -> Non
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["count"] == 40
     assert 40 <= len(server.requests) <= 42, "two were in flight"
-    assert "of 40 answers are there already" in done.stderr
+    assert "of 40 answers are already done" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_which_model_is_meant() -> None:
     with chat_server(right, models=("a", "b")) as server, pytest.raises(UserError, match=r"has 2 models \(a, b\)"):
         evaluate(server.url)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1: names no model"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1: lists no model"):
         evaluate("http://127.0.0.1:9/v1")
 
 

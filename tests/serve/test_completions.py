@@ -75,7 +75,7 @@ def test_prompts_are_continued_as_they_stand(server: Any) -> None:
         ({"prompt": [["a"]]}, "prompt: is no text"),
         ({"prompt": ["a", [5, 999_999]]}, "prompt 1 holds token 999999; the model has 304"),
         ({"prompt": [5] * 1025, "echo": True, "max_tokens": 0}, "1025 tokens, more than the context of 1024"),
-        ({"prompt": [5] * 1024}, "no room to go on in 1024"),
+        ({"prompt": [5] * 1024}, "no room left in a context of 1024"),
         ({"prompt": "a" * 99_999}, "too long for 1024 tokens"),
         ({"max_tokens": 0}, "max_tokens of 0 needs echo"),
         ({"echo": True, "max_tokens": 5}, "echo scores a prompt"),

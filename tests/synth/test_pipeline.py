@@ -101,7 +101,7 @@ def test_calls_and_cost_are_forecast_and_what_waits_is_told(made, copy, spoken, 
     llms = tuple(replace(llm, input_price=10.0, output_price=10.0) for llm in copy.llms)
     run_synth(replace(copy, llms=llms, budget=BudgetSection(cost=99.0)))
     said = capsys.readouterr().err
-    assert re.search(r"forecast: .*, \d+ of them made before; about [\d,]+ tokens to come, which cost \d", said)
+    assert re.search(r"forecast: .*, \d+ of them already made; about [\d,]+ tokens to come, which cost \d", said)
     assert re.search(r"cost [\d.]+ of about [\d.]+", said)
 
 

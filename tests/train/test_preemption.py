@@ -262,7 +262,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_is_busy(presses, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to resume" in said
+    assert "quit by Ctrl-C; work after step 3 is not saved; start the same command again to resume" in said
     assert "Traceback" not in said
     assert (state_of(tmp_path / "run")["status"], state_of(tmp_path / "run")["step"]) == ("preempted", 3)
     assert not list((tmp_path / "run").glob("*.partial"))
