@@ -177,7 +177,7 @@ def test_what_an_import_says_of_dialogues(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("record: SftExample\ncolumns: {messages: m}\n")
     command = ["data", "import", str(tmp_path / "b.jsonl"), str(tmp_path / "sft"), "--config", str(tmp_path / "c.yaml")]
     assert main(command) == 0
-    assert "look here: 2 dialogues share their first turn with another, in 1 groups" in capsys.readouterr().out
+    assert "warning: 2 dialogues share their first turn with another, in 1 groups" in capsys.readouterr().out
 
 
 def test_duplicates(tmp_path):

@@ -224,7 +224,7 @@ def test_selection_of_few_questions_says_where_no_llm_gives_letters(tmp_path, ca
         config = SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection)
         counts = run_select(config)["selection"]["counts"]
     assert counts["out/rl"] == 3
-    assert len(re.findall(r"look here: .*: none of 3 replies .*: no letters", capsys.readouterr().err)) == 2, (
+    assert len(re.findall(r"warning: .*: none of 3 replies .*: no letters", capsys.readouterr().err)) == 2, (
         "of each solver"
     )
 
