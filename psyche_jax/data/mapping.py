@@ -67,28 +67,28 @@ _TRUTH = {  # what is ticked of a statement: whether it is right
 
 @dataclass(frozen=True)
 class ColumnsSection(Section):
-    """The column that holds each part of a record. Exactly one of question, user and messages must be named."""
+    """The column that holds each part of a record. Exactly one of question, user and messages must be set."""
 
     question: str | None = None  # the stem of an exam question
     options: str | tuple[str, ...] | None = None  # a column for each, or one with a list, {letter: text} or "A. … B. …"
     answer: str | None = None  # the key; `answer_is` says how it is written
-    case: str | None = None  # what several questions are about; comes before the stem
-    kind: str | None = None  # single or multi, in the words of `kinds`; without it the number of letters decides
+    case: str | None = None  # the case that several questions share; put before the stem
+    kind: str | None = None  # single or multi, in the words of `kinds`; otherwise by the number of letters
     rationale: str | None = None  # the reasoning
-    user: str | tuple[str, ...] | None = None  # of dialogues of one turn: what is asked, of several columns by lines
-    assistant: str | None = None  # and the reply
-    system: str | None = None  # a system prompt of the row's own
-    messages: str | None = None  # of dialogues: a list of turns; `turns` says what they look like
-    meta: tuple[str, ...] = ()  # kept with the record as they are
+    user: str | tuple[str, ...] | None = None  # in one-turn dialogues: the request; several columns are joined by lines
+    assistant: str | None = None  # in one-turn dialogues: the reply
+    system: str | None = None  # the row's own system prompt
+    messages: str | None = None  # dialogues as a list of turns; `turns` says what they look like
+    meta: tuple[str, ...] = ()  # columns kept unchanged with the record
 
 
 @dataclass(frozen=True)
 class TurnsSection(Section):
     """What one turn of `columns.messages` looks like."""
 
-    role: str = "role"  # the key of who speaks; ShareGPT: from
-    content: str = "content"  # the key of what is said; ShareGPT: value
-    # How the column calls the three who speak.
+    role: str = "role"  # the key of the speaker; ShareGPT: from
+    content: str = "content"  # the key of the text; ShareGPT: value
+    # The column's names for the three roles.
     roles: dict[str, Literal["system", "user", "assistant"]] = field(
         default_factory=lambda: {"system": "system", "user": "user", "assistant": "assistant"}
     )
@@ -112,10 +112,10 @@ class ImportConfig(Section):
     """How the rows of a source become records."""
 
     columns: ColumnsSection
-    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"] | None = None  # null: all that the rows give
+    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"] | None = None  # null: all that the rows yield
     turns: TurnsSection = field(default_factory=TurnsSection)
     answer_is: Literal["letters", "index", "number", "text"] = "letters"  # "A,C"; 0 for A; 1 for A; the option's text
-    kinds: dict[str, Kind] = field(default_factory=lambda: dict(KINDS))  # how the column of `columns.kind` calls them
+    kinds: dict[str, Kind] = field(default_factory=lambda: dict(KINDS))  # the words used in `columns.kind`
     reading: ReadingSection = field(default_factory=ReadingSection)
 
     def __post_init__(self) -> None:
