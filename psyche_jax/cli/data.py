@@ -142,9 +142,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     config = _import_config(arguments)
     if share is not None and (config is None or config.record is not None):
-        raise UsageError(
-            "--hold-out splits a table into sft, rl and held_out; leave out --format and `record`"
-        )
+        raise UsageError("--hold-out splits a table into sft, rl and held_out; leave out --format and `record`")
     try:
         if config is None:
             from psyche_jax.data.public import import_public

@@ -46,9 +46,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--label", help="the model's name in reports (default: the last part of MODEL)")
     verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    verb.add_argument(
-        "--train", metavar="URI", help="training data: also score without the questions found in it"
-    )
+    verb.add_argument("--train", metavar="URI", help="training data: also score without the questions found in it")
     verb.add_argument("--shots", type=int, metavar="N", help="worked examples before each choice question")
     verb.add_argument(
         "--shots-from", metavar="NAME|FILE", help="where to take them from: a benchmark with the same cells, not scored"

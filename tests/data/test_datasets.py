@@ -325,7 +325,10 @@ def test_what_is_not_there_and_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     for command, message in [
         (["data", "ls", str(tmp_path / "none")], "none: there is no data set here (no such folder)"),
-        (["data", "cat", str(tmp_path / "rows.jsonl")], "rows.jsonl: is a file, not a data set; convert it with `psyche data import`"),
+        (
+            ["data", "cat", str(tmp_path / "rows.jsonl")],
+            "rows.jsonl: is a file, not a data set; convert it with `psyche data import`",
+        ),
     ]:
         assert main(command) == 1
         assert message in capsys.readouterr().err

@@ -189,7 +189,12 @@ def test_made_for_another_run(made):
     packed = str(made / "packed")
     assert len(open_examples(packed, tokenizer, PROMPT, 2048).items) == len(open_dataset(packed))
     cases = [
-        (PromptSection("专家。", "想"), tokenizer, 2048, "packed with a different chat template or prompt than this run's"),
+        (
+            PromptSection("专家。", "想"),
+            tokenizer,
+            2048,
+            "packed with a different chat template or prompt than this run's",
+        ),
         (PROMPT, tokenizer, 2047, "rows have 2048 tokens, over data.max_length 2047"),
     ]
     other = load_tokenizer(made / "tokenizer")

@@ -248,9 +248,7 @@ def test_what_serves_takes_a_run_and_a_checkpoint_as_they_are(runs, tmp_path):
 
 def test_adapters_alone_are_exported_as_ever(runs, tmp_path):
     export_model(str(runs / "sft"), tmp_path / "adapters", "float32", adapters_only=True)
-    assert (
-        "trained over the base in int8 (one scale per output)." in (tmp_path / "adapters" / "README.md").read_text()
-    )
+    assert "trained over the base in int8 (one scale per output)." in (tmp_path / "adapters" / "README.md").read_text()
     import_model(tmp_path / "adapters", tmp_path / "again", "float32", str(runs / "int8"))
     assert leaves(parameters_at(tmp_path / "again")[1]) == leaves(parameters_at(runs / "sft")[1])
 
