@@ -224,7 +224,7 @@ def test_meshes(psyche):
     for verb, overrides, expected in (
         ("sft", ["mesh.data=3"], "mesh: data 3, fsdp -1, tensor 1 does not divide the 8 devices"),
         ("grpo", ["mesh.data=3"], "mesh: data 3, fsdp -1, tensor 1 does not divide the 8 devices"),
-        ("sft", ["mesh.data=2", "mesh.fsdp=2"], "takes 4 devices and there are 8"),
+        ("sft", ["mesh.data=2", "mesh.fsdp=2"], "needs 4 devices, and there are 8"),
         ("sft", ["mesh.data=16"], "does not divide the 8 devices"),
         ("sft", ["mesh.data=0"], "must be positive"),
         ("sft", ["mesh.data=-1"], "at most one may be -1"),
@@ -303,7 +303,7 @@ def test_data_that_cannot_be_used(place, psyche):
     of_eval = ["eval", "model", "--bench", "full"]
     for arguments in (of_eval, with_set("sft", "data.train=full"), with_set("grpo", "data.train=full")):
         code, line = psyche(*arguments)
-        assert (code, "full: is no data set (1 files but no manifest.json" in line) == (1, True), line
+        assert (code, "full: is not a data set (1 files but no manifest.json" in line) == (1, True), line
 
 
 def test_records_that_are_too_long(place, psyche):

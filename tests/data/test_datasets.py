@@ -179,7 +179,7 @@ def test_nothing_to_write(place):
         write_dataset(place, [])
     with pytest.raises(UserError, match="nothing is there"):
         open_dataset(place)
-    with pytest.raises(UserError, match="there is no data set here"):
+    with pytest.raises(UserError, match="there is not a data set here"):
         find_datasets(place)
 
 
@@ -281,12 +281,12 @@ def test_the_command_used_wrongly(tmp_path, bucket, capsys):
     cases = {
         ("cat", "a", "--limit", "0"): (2, "--limit must be at least 1"),
         ("verify", "a", "--deadline", "nan"): (2, "--deadline must be positive"),
-        ("verify", str(tmp_path / "none")): (1, "none: is no data set (nothing is there)"),
+        ("verify", str(tmp_path / "none")): (1, "none: is not a data set (nothing is there)"),
         ("ls", "s3://bucket/a"): (1, "must be a local folder or gs://bucket/prefix"),
         ("ls", "gs://"): (1, "names no bucket"),
         ("ls", "gs://none/a"): (1, "gs://none/a: the bucket or the object does not exist"),
         ("verify", "gs://none/a"): (1, "gs://none/a: the bucket or the object does not exist"),
-        ("verify", f"{bucket}/nothing"): (1, "nothing: is no data set (nothing is there)"),
+        ("verify", f"{bucket}/nothing"): (1, "nothing: is not a data set (nothing is there)"),
     }
     for arguments, (expected, text) in cases.items():
         code, out, err = run(capsys, *arguments)
@@ -324,7 +324,7 @@ def test_a_damaged_shard_on_a_disk_is_called_damaged(tmp_path, capsys):
 def test_what_is_not_there_and_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     for command, message in [
-        (["data", "ls", str(tmp_path / "none")], "none: there is no data set here (no such folder)"),
+        (["data", "ls", str(tmp_path / "none")], "none: there is not a data set here (no such folder)"),
         (
             ["data", "cat", str(tmp_path / "rows.jsonl")],
             "rows.jsonl: is a file, not a data set; convert it with `psyche data import`",

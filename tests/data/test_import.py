@@ -384,7 +384,7 @@ def test_a_source_that_ends_in_the_middle_leaves_no_data_set(tmp_path, monkeypat
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"a.parquet: is broken after row \d+"):
         imported(tmp_path / "a.parquet", tmp_path / "out", config())
-    with pytest.raises(UserError, match="is no data set"):
+    with pytest.raises(UserError, match="is not a data set"):
         open_dataset(str(tmp_path / "out"))
 
 

@@ -92,7 +92,7 @@ def test_calls_and_cost_are_forecast_and_what_waits_is_told(made, copy, spoken, 
     lines = spoken.getvalue().splitlines()
     (line,) = (line for line in lines if "forecast" in line)
     assert calls <= int(re.search(r"at most (\d+) calls", line)[1]) <= 2 * calls, (line, calls)
-    assert line.endswith("tokens to come, by guess; the llms have no prices, so no cost")
+    assert line.endswith("tokens to come (a guess); the llms have no prices, so no cost")
     assert lines.index(line) < next(n for n, one in enumerate(lines) if one.startswith("synth: questions"))
     waiting = reports["selection"]["counts"]["out/review"] + reports["control"]["counts"]["out/review"]
     assert lines[-1].startswith(f"synth: {waiting} questions wait for review: psyche review {config.run.dir} --who")
@@ -341,7 +341,7 @@ def test_export_and_import_of_reviews(tmp_path, capsys):
     file.write_text(text + "no JSON\n", encoding="utf-8")
     assert cli.main(["review", str(tmp_path), "--import", str(file), "--who", "我"]) == 0
     out, err = capsys.readouterr()
-    assert "2 decisions taken, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    assert "2 decisions imported, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
     found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
     assert found == [("accept", "远方"), ("edit", "我"), None, None]
     store.export(file)
