@@ -130,7 +130,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
         said = _continued(content, opened)
         if said is None:
             if index == spoken[-1]:
-                raise UserError(f"the last turn must begin with {opened!r}, as the chat template does")
+                raise UserError(f"the last turn does not continue {opened!r}, which the chat template puts first")
             continue
         if not before.startswith(done):
             tokens, mask, done = [], [], ""

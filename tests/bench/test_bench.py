@@ -194,7 +194,7 @@ def test_readable_text(known_device, capsys):
     assert cli.main(["bench", "rollout", *flags(values)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("rollout on 8 × cpu: ") and "None" not in lines[0]
-    assert lines[3] == "responses of 3 tokens on average, the longest of 3, in 3 steps of decoding"
+    assert lines[3] == "responses of 3 tokens on average, the longest 3, in 3 decoding steps"
     assert "of the published bfloat16 peak" in lines[4] and lines[4].endswith("of the bandwidth bound")
 
 
@@ -282,7 +282,7 @@ def test_visits_to_the_host_are_seen():
         ),
         (
             "sft --set mesh.data=2 --set mesh.fsdp=2",
-            "mesh: data 2, fsdp 2, tensor 1 takes 4 devices and there are 8; set one axis to -1 to take what is left",
+            "mesh: data 2, fsdp 2, tensor 1 needs 4 devices, and there are 8; set one axis to -1 to take what is left",
         ),
     ],
 )

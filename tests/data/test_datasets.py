@@ -140,9 +140,9 @@ def test_a_copy_is_the_same(place, tmp_path):
 
 def test_there_is_one_data_set_in_a_place(place):
     manifest = write_dataset(place, examples(3))
-    with pytest.raises(UserError, match="a data set already"):
+    with pytest.raises(UserError, match="already holds a data set"):
         write_dataset(place, examples(4))
-    with pytest.raises(UserError, match="a data set already"):
+    with pytest.raises(UserError, match="already holds a data set"):
         copy_dataset(place, place)
     assert open_dataset(place).manifest == manifest
 
@@ -179,7 +179,7 @@ def test_nothing_to_write(place):
         write_dataset(place, [])
     with pytest.raises(UserError, match="nothing is there"):
         open_dataset(place)
-    with pytest.raises(UserError, match="there is not a data set here"):
+    with pytest.raises(UserError, match="there is no data set here"):
         find_datasets(place)
 
 
@@ -324,7 +324,7 @@ def test_a_damaged_shard_on_a_disk_is_called_damaged(tmp_path, capsys):
 def test_what_is_not_there_and_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     for command, message in [
-        (["data", "ls", str(tmp_path / "none")], "none: there is not a data set here (no such folder)"),
+        (["data", "ls", str(tmp_path / "none")], "none: there is no data set here (no such folder)"),
         (
             ["data", "cat", str(tmp_path / "rows.jsonl")],
             "rows.jsonl: is a file, not a data set; convert it with `psyche data import`",

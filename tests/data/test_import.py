@@ -148,7 +148,7 @@ BAD_ROWS = {
     "an answer beyond the options": ({"答案": "D"}, "the answer is not A to C (D)"),
     "one option": ({"乙": "", "丙": None}, "fewer than two options, or more than 26 (1)"),
     "a gap": ({"乙": ""}, "option B is empty and a later one is not"),
-    "half a surrogate pair": ({"题目": "\ud800"}, "holds characters that are no text"),
+    "half a surrogate pair": ({"题目": "\ud800"}, "holds characters that are not valid text"),
     "a missing cell": ({"甲": float("nan")}, "option A is empty and a later one is not"),
 }
 
@@ -452,14 +452,14 @@ def test_the_command(tmp_path, capsys):
         ([*command, "--set", "columns.kinds=x"], "unknown key 'columns.kinds'; did you mean 'columns.kind'?"),
         ([*command, "--format", "smile"], "--format sets the columns itself; leave out --config and --set"),
         ([*command, "--hold-out", "0.2"], "--hold-out splits a table into sft, rl and held_out; leave out"),
-        ([*command[:4], "--hold-out", "1"], "--hold-out must be from 0 to below 1, not 1"),
+        ([*command[:4], "--hold-out", "1"], "--hold-out must be at least 0 and below 1, not 1"),
     ):
         assert main(wrong) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
     assert main(command) == 1
-    assert "there is a data set already" in capsys.readouterr().err
+    assert "already holds a data set" in capsys.readouterr().err
 
 
 RUN = """

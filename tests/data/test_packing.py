@@ -220,7 +220,7 @@ def test_the_command_from_bucket_to_bucket(made, tmp_path, capsys):
         assert "holds packed tokens, not text" in capsys.readouterr().err
         assert main(["data", "verify", f"{bucket}/packed"]) == 0
         assert main(["pack", "--config", str(tmp_path / "pack.yaml")]) == 1
-        assert "there is a data set already" in capsys.readouterr().err
+        assert "already holds a data set" in capsys.readouterr().err
     for override, expected in (("max_length=1", "must be at least 2"), ("too_long=x", "too_long"), ("a=1", "'a'")):
         assert main(["pack", "--config", str(tmp_path / "pack.yaml"), "--set", override]) == 2
         assert expected in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_no_bucket_and_nothing_in_it(bucket, tmp_path, capsys):
         ("report", "gs://none/a"): "gs://none/a: is not a run",
         ("report", f"{bucket}/empty"): "empty: is not a run",
         ("data", "verify", f"{bucket}/empty"): "empty: is not a data set (nothing is there)",
-        ("data", "ls", f"{bucket}/empty"): "empty: there is not a data set here",
+        ("data", "ls", f"{bucket}/empty"): "empty: there is no data set here",
         ("decontaminate", "--train", f"{bucket}/empty", "--eval", "x", "--out", "y"): "nothing is there",
     }
     for command, message in cases.items():

@@ -234,7 +234,7 @@ def test_the_token_that_ends_a_turn(tiny, r1, qwq, qwen):
     assert end_of_turn_id(tiny) == end_of_turn_id(qwq) == tiny.convert_tokens_to_ids("<|im_end|>")
     assert end_of_turn_id(qwen) == 151645
     assert r1.convert_ids_to_tokens(end_of_turn_id(r1)) == "<｜end▁of▁sentence｜>"
-    with pytest.raises(UserError, match="writes no special token right after what the assistant says"):
+    with pytest.raises(UserError, match="writes no special token right after the assistant's text"):
         end_of_turn_id(with_template(tiny, chat_template().replace("<|im_end|>", "</s>")))
 
 

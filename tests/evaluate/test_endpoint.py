@@ -305,7 +305,7 @@ def test_the_rest_is_asked_when_a_dead_server_is_back(tmp_path: Path, monkeypatc
         return {"status": 500} if dead[0] else right(request, again)
 
     with chat_server(dies) as server:
-        with pytest.raises(UserError, match=r"does not answer any more \(HTTP 500: .*\); run the command again"):
+        with pytest.raises(UserError, match=r"no longer answers \(HTTP 500: .*\); run the command again"):
             evaluate(f"{server.url}#tiny", (tmp_path / "e.json",))
         assert not (tmp_path / "e.json").exists()
         server.requests.clear()

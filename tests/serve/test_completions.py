@@ -71,8 +71,8 @@ def test_prompts_are_continued_as_they_stand(server: Any) -> None:
     ("change", "message"),
     [
         ({"prompt": ""}, "prompt 0 is empty"),
-        ({"prompt": []}, "prompt: is no text"),
-        ({"prompt": [["a"]]}, "prompt: is no text"),
+        ({"prompt": []}, "prompt: is not a text"),
+        ({"prompt": [["a"]]}, "prompt: is not a text"),
         ({"prompt": ["a", [5, 999_999]]}, "prompt 1 holds token 999999; the model has 304"),
         ({"prompt": [5] * 1025, "echo": True, "max_tokens": 0}, "1025 tokens, more than the context of 1024"),
         ({"prompt": [5] * 1024}, "no room left in a context of 1024"),

@@ -361,7 +361,7 @@ def test_the_command_and_its_mistakes(tmp_path, url, capsys, monkeypatch):
     assert "did you mean 'questions.single'" in failed("--set", "questions.singel=1")[1]
     assert failed("--stage", "cleaning") == (
         2,
-        "psyche synth: --stage cleaning: there is no such stage; known: "
+        "psyche synth: --stage cleaning: no such stage; known: "
         "clean, questions, control, rationales, dialogues, selection, publish",
     )
     assert "there is no LLM 'nobody'" in failed("--set", "questions.llm=nobody")[1]

@@ -211,10 +211,10 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
     """The original weights where they are known, else int8 times scales; that is the model of the run."""
     adapters = adapters_of(parameters_at(runs / "sft")[1])
     for source, base, line in (
-        ("sft", None, f"merged into the original weights, of `{runs / 'model'}`."),
-        ("over", str(runs / "model"), f"merged into the original weights, of `{runs / 'model'}`."),
+        ("sft", None, f"merged into the original weights of `{runs / 'model'}`."),
+        ("over", str(runs / "model"), f"merged into the original weights of `{runs / 'model'}`."),
         ("over", None, "merged into these weights, dequantized."),
-        ("next", None, f"merged into the original weights, of `{runs / 'model'}`."),
+        ("next", None, f"merged into the original weights of `{runs / 'model'}`."),
         ("int8", None, "The weights of its linear layers are dequantized from int8."),
     ):
         folder = tmp_path / f"{source} {base is None}"

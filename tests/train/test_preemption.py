@@ -140,7 +140,7 @@ def test_a_run_says_what_it_does_and_its_state_follows(tmp_path, monkeypatch, ca
     # Again: there is nothing to do, which is said.
     toy_training(tmp_path / "run")
     (again,) = capsys.readouterr().err.splitlines()
-    assert again.startswith(f"toy: all 5 steps are done already; {tmp_path}/run; next: ")
+    assert again.startswith(f"toy: all 5 steps are already done; {tmp_path}/run; next: ")
 
 
 def test_compiling_is_announced_with_what_it_took_last_time(tmp_path, capsys):

@@ -350,7 +350,7 @@ def test_the_flag_of_the_command(root, verb, capsys, monkeypatch):
     assert state_of(root / f"{verb}-run")["reason"] == "far enough"
     with pytest.raises(SystemExit):
         cli.main([*command, "--accept-changed", "weather"])
-    assert "'weather' is none of config, data" in capsys.readouterr().err
+    assert "'weather' is not one of config, data" in capsys.readouterr().err
 
 
 def test_every_byte_of_a_model_counts(tiny_root, tmp_path):
