@@ -38,7 +38,7 @@ def add_verbs(add: AddVerb) -> None:
     ):
         example = f"psyche {name} --config configs/{name}_tiny.yaml --set run.dir=runs/my_{name}"
         verb = add(name, run, text, example)
-        add_config(verb, f"of the run, such as {name}_7b_v5e16")
+        add_config(verb, f"settings of the run, such as {name}_7b_v5e16")
         verb.add_argument(
             "--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into the run's `profile`"
         )
@@ -84,7 +84,7 @@ def add_verbs(add: AddVerb) -> None:
         "Compile a training program for a TPU slice, without a TPU: does it fit, what does it send, how long?",
         "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
     )
-    add_config(verb, "of SFT or GRPO, such as sft_7b_v5e16", False)
+    add_config(verb, "settings of SFT or GRPO, such as sft_7b_v5e16", False)
     verb.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
     verb.add_argument("--program", choices=("sft", "grpo"), help="default: recognized by the config's keys")
     verb.add_argument(
@@ -149,7 +149,7 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
         )
         add_config(
             parser,
-            f"of {'SFT' if name == 'sft' else 'GRPO'}, such as {'sft' if name == 'sft' else 'grpo'}_7b_v5e16",
+            f"settings of {'SFT' if name == 'sft' else 'GRPO'}, such as {'sft' if name == 'sft' else 'grpo'}_7b_v5e16",
             False,
         )
         for option_name, option in {**OPTIONS[name], **MODEL}.items():

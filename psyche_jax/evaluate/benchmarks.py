@@ -60,7 +60,7 @@ def with_shots(benchmark: Benchmark, examples: Benchmark, shots: int) -> Benchma
             one for one in examples.tasks if one.cell == task.cell and one.id != task.id and one.group != task.group
         ]
         if len(others) < shots:
-            raise UserError(f"{examples.name}: has {len(others)} examples of {task.cell}, and --shots asks for {shots}")
+            raise UserError(f"{examples.name}: has {len(others)} examples of {task.cell}, not {shots}")
         tasks.append(with_examples(task, others[:shots]))
     return dataclasses.replace(benchmark, name=f"{benchmark.name}-{shots}-shot", tasks=tuple(tasks))
 

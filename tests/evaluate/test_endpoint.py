@@ -209,7 +209,7 @@ def test_a_deployment_that_answers_under_its_models_name_is_accepted_if_one_says
 
 def test_a_server_that_names_no_model_is_accepted_if_one_says_so() -> None:
     with chat_server(lambda *_: {"text": "答案：A", "model": ""}) as server:
-        with pytest.raises(UserError, match="'' for 'm'; --served-as '' accepts it"):
+        with pytest.raises(UserError, match="'', not 'm'; --served-as '' accepts it"):
             evaluate(f"{server.url}#m")
         assert evaluate(f"{server.url}#m", served_as=("",))["set_aside"] == []
 
@@ -268,7 +268,7 @@ def test_one_question_that_is_refused_does_not_stop_the_others() -> None:
 
 
 def test_another_models_name() -> None:
-    expected = "answered none of 12 questions: another model answered: 'cheaper' for 'm'"
+    expected = "answered none of 12 questions: another model answered: 'cheaper', not 'm'"
     lies = {"text": "答案：A", "model": "cheaper"}
     with chat_server(lambda *_: lies) as server, pytest.raises(UserError, match=expected):
         evaluate(f"{server.url}#m")

@@ -113,7 +113,7 @@ def test_a_server_is_waited_for_only_so_long_and_that_is_said_once(ask, capsys, 
     said = [line for line in capsys.readouterr().err.splitlines() if "asks to wait" in line]
     if wait in ("1e9", "Fri, 31 Dec 9999 23:59:59 GMT"):
         (line,) = said
-        assert line.startswith("LLM llm at http://") and "waits 0.3 s, see calls.longest_rest_seconds" in line
+        assert line.startswith("LLM llm at http://") and "waiting 0.3 s, see calls.longest_rest_seconds" in line
         assert wait != "1e9" or "asks to wait 1,000,000,000 s;" in line
     else:
         assert said == []
