@@ -42,11 +42,11 @@ class ModelSection(Section):
     """Which model, and how it computes."""
 
     path: str  # a Hugging Face folder, an imported checkpoint or a run
-    dtype: StoredDtype = "float32"  # of parameters; others than float32 are for a base of adapters (which are float32)
-    compute_dtype: Dtype = "float32"  # of activations and matrix products: those of float32 are float32 everywhere
-    remat: Literal["none", "full", "dots"] = "none"  # what backward computes again instead of keeping
+    dtype: StoredDtype = "float32"  # of parameters; anything but float32 is only for the base of adapters
+    compute_dtype: Dtype = "float32"  # of activations and matrix products; float32 is true float32 on every backend
+    remat: Literal["none", "full", "dots"] = "none"  # what the backward pass recomputes
     attention: Literal["auto", "xla", "blocked", "splash", "cudnn"] = "auto"  # the kernel; auto: by device and shape
-    architecture: str | None = None  # for example Qwen2.5-7B: what `path` must be; `psyche plan` needs no more
+    architecture: str | None = None  # for example Qwen2.5-7B; `path` must match it, and `psyche plan` needs only this
 
 
 LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -54,11 +54,11 @@ LINEAR_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True)
 class AdapterSection(Section):
-    """Low-rank adapters (LoRA, arXiv 2106.09685): what is trained in place of the weights, which stay as they are."""
+    """Low-rank adapters (LoRA, arXiv 2106.09685): trained instead of the weights, which stay fixed."""
 
-    rank: Count = 16  # of the two matrices of an adapter
-    alpha: PositiveFloat = 32.0  # an adapter's product counts alpha / rank times
-    targets: tuple[str, ...] = LINEAR_MAPS  # the linear maps of each layer that have one
+    rank: Count = 16  # rank of the adapters' two matrices
+    alpha: PositiveFloat = 32.0  # an adapter's product is scaled by alpha / rank
+    targets: tuple[str, ...] = LINEAR_MAPS  # the linear layers that get an adapter
 
     def __post_init__(self) -> None:
         _require(bool(self.targets), "targets", list(self.targets), "must name at least one linear map")
@@ -66,7 +66,7 @@ class AdapterSection(Section):
         for target in self.targets:
             if target not in LINEAR_MAPS:
                 nearest = difflib.get_close_matches(target, LINEAR_MAPS, 1)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"there are {', '.join(LINEAR_MAPS)}"
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(LINEAR_MAPS)}"
                 raise ValueError(f"targets: no layer has a linear map {target!r}; {hint}")
 
     @property
@@ -79,9 +79,9 @@ class AdapterSection(Section):
 class MeshSection(Section):
     """Sizes of the mesh's axes; -1 takes the devices that are left."""
 
-    data: int = 1  # groups of devices that hold the same weights and read other rows
-    fsdp: int = -1  # weights and rows are split over these
-    tensor: int = 1  # heads and widths are split over these
+    data: int = 1  # groups of devices with the same weights and different rows
+    fsdp: int = -1  # devices over which weights and rows are split
+    tensor: int = 1  # devices over which heads and hidden sizes are split
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,11 @@ class DistributedSection(Section):
     """How processes on several hosts find each other; on a TPU slice nothing need be set."""
 
     initialize: Literal["auto", "always", "never"] = "auto"  # auto: if the environment names several hosts
-    timeout_seconds: Count = 300  # how long to wait for the others
+    timeout_seconds: Count = 300  # how long to wait for the other hosts
     coordinator_port: int | None = None  # on TPUs; None: JAX's own
     coordinator: str | None = None  # elsewhere: address:port of the first process
     num_processes: int | None = None  # elsewhere: how many processes there are
-    process_id: int | None = None  # elsewhere: which of them this one is, from 0
+    process_id: int | None = None  # elsewhere: this process's number, from 0
 
     def __post_init__(self) -> None:
         given = [self.coordinator is not None, self.num_processes is not None, self.process_id is not None]
@@ -110,44 +110,44 @@ class PromptSection(Section):
     """How turns become a prompt: what `render_prompt` adds to bare ones (the published recipe has both parts; the words
     are ours), and how the chat template is set."""
 
-    system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"  # before turns that bring none
+    system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"  # system prompt for conversations without one
     instruction: str = (  # before each user turn
         "请先在<think></think>中写出推理过程，再给出回答。若是选择题，请在回答的最后写“答案：”和选项字母。\n"
     )
-    thinking: bool | None = None  # `enable_thinking` of a chat template that has it (Qwen3's); None: not set
+    thinking: bool | None = None  # sets `enable_thinking` of a chat template that has it (Qwen3's); None: not set
 
 
 @dataclass(frozen=True)
 class OptimizerSection(Section):
     """AdamW, a warm-up, a schedule and clipping."""
 
-    learning_rate: PositiveFloat = 1e-5  # the highest, after the warm-up
-    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up: falling to 0 or staying
-    warmup: NonNegativeFloat = 0.1  # below 1: a share of all steps; else: a number of steps (of the run, not updates)
-    beta1: Decay = 0.9  # decay of the mean of gradients
-    beta2: Decay = 0.999  # decay of the mean of their squares
-    epsilon: PositiveFloat = 1e-8  # added to the root of the latter
-    weight_decay: NonNegativeFloat = 0.0  # of matrices; norms and biases have none
-    max_grad_norm: PositiveFloat = 1.0  # longer gradients are cut to this norm
-    max_skipped_steps: Count = 3  # in a row: steps whose gradient is not finite change nothing; then stop
+    learning_rate: PositiveFloat = 1e-5  # the peak, after the warm-up
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up: decay to 0, or constant
+    warmup: NonNegativeFloat = 0.1  # below 1: share of all steps; otherwise number of steps (of the run, not updates)
+    beta1: Decay = 0.9  # decay of the gradients' mean
+    beta2: Decay = 0.999  # decay of the squared gradients' mean
+    epsilon: PositiveFloat = 1e-8  # added to the denominator
+    weight_decay: NonNegativeFloat = 0.0  # for matrices; norms and biases have none
+    max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
+    max_skipped_steps: Count = 3  # stop after this many steps in a row with a non-finite gradient (they are skipped)
 
 
 @dataclass(frozen=True)
 class CheckpointSection(Section):
     """When checkpoints are written and how many are kept. The last step always is written, the best one kept."""
 
-    every_steps: Count = 100  # of the run
-    every_seconds: PositiveFloat | None = 600.0  # also before so much work could be lost, by the last step's length
-    keep: Count = 2  # the latest ones
-    keep_every_hours: PositiveFloat | None = None  # and, for good, one of every so many hours
+    every_steps: Count = 100  # save every this many steps of the run
+    every_seconds: PositiveFloat | None = 600.0  # and before more seconds of work than this could be lost
+    keep: Count = 2  # how many of the latest are kept
+    keep_every_hours: PositiveFloat | None = None  # also keep one every this many hours, permanently
 
 
 @dataclass(frozen=True)
 class LoggingSection(Section):
     """Where metrics go beside `metrics.jsonl`."""
 
-    tensorboard: bool = False  # into the run's folder, which must be on a disk
-    wandb_project: str | None = None  # of Weights & Biases; None: not there
+    tensorboard: bool = False  # write TensorBoard logs into the run's folder, which must be on a disk
+    wandb_project: str | None = None  # log to this Weights & Biases project; None: off
     samples_every_steps: Count = 10  # GRPO: how often completions are written to samples.jsonl
 
 
@@ -156,7 +156,7 @@ class RunSection(Section):
     """The folder of the run and the seed of everything random in it."""
 
     dir: str  # on a disk that all hosts see, or gs://bucket/prefix
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42  # of the order of data, of sampling, of new adapters
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42  # for data order, sampling, new adapters
 
     def __post_init__(self) -> None:
         _require(
@@ -171,10 +171,10 @@ class RunSection(Section):
 class SftDataSection(Section):
     """Chat records: JSONL files of `SftExample`, data sets of them, or packed data sets (`psyche pack`)."""
 
-    train: str | dict[str, float]  # one place, or several with the share of each in every batch
+    train: str | dict[str, float]  # one source, or several with the share of each in every batch
     evaluation: str | None = None  # held-out examples, not packed
     max_length: Count = 2048  # tokens of an example; longer ones are skipped
-    prefetch_batches: Count = 4  # packed ones and others: how many wait in memory
+    prefetch_batches: Count = 4  # how many batches are prepared ahead in memory
 
     def __post_init__(self) -> None:
         if isinstance(self.train, dict):  # not in its type: of two types pydantic would name the faults of the first
@@ -192,9 +192,9 @@ class SftConfig(Section):
     data: SftDataSection
     adapter: AdapterSection | None = None  # train low-rank adapters; None: all weights
     epochs: PositiveFloat = 2.0  # passes over all examples
-    batch_size: Count = 256  # examples a step; of a packed data set: rows
-    micro_batch_size: Count | None = None  # as many at once; None: the whole batch
-    evaluate_every_steps: Count = 100  # the loss on data.evaluation
+    batch_size: Count = 256  # examples per step; of a packed data set, rows
+    micro_batch_size: Count | None = None  # examples per forward and backward pass; None: the whole batch
+    evaluate_every_steps: Count = 100  # how often to measure the loss on data.evaluation
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
@@ -218,7 +218,7 @@ class GrpoDataSection(Section):
 
     train: str  # JSONL or a data set
     max_prompt_length: Count = 512  # tokens; longer prompts are skipped
-    evaluation: str | None = None  # prompts that are held out: never trained on
+    evaluation: str | None = None  # held-out prompts, never trained on
 
 
 @dataclass(frozen=True)
@@ -226,25 +226,25 @@ class ObjectiveSection(Section):
     """What GRPO optimizes; the formulas are in `train/objectives.py` and docs/grpo.md."""
 
     name: ObjectiveName = "grpo"  # how token losses are clipped and averaged
-    scale: Scale = "group"  # the std that advantages are divided by
-    clip_low: Share = 0.2  # the ratio to the old policy counts from 1 - clip_low (1: no limit)
-    clip_high: PositiveFloat = 0.2  # to 1 + clip_high
+    scale: Scale = "group"  # which standard deviation advantages are divided by
+    clip_low: Share = 0.2  # the ratio to the old policy is clipped below 1 - clip_low (1: no limit)
+    clip_high: PositiveFloat = 0.2  # and above 1 + clip_high
     clip_delta: Annotated[float, Field(gt=1)] | None = (
-        None  # two-sided clip: the largest ratio where the advantage is negative
+        None  # two-sided clip: the largest ratio when the advantage is negative
     )
     kl_coefficient: NonNegativeFloat = 0.001  # of the KL to the reference policy; 0: no reference is loaded
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"  # docs/grpo.md has the three formulas
-    kl_unbiased: bool = False  # times the ratio: makes the gradient of k1 and k3 that of the KL
-    entropy_coefficient: NonNegativeFloat = 0.0  # of a bonus for entropy
-    top_entropy: Share = 1.0  # below 1: learn only from that share of tokens, those of the highest entropy
+    kl_unbiased: bool = False  # multiply k1 or k3 by the ratio, so that its gradient is the KL's
+    entropy_coefficient: NonNegativeFloat = 0.0  # of an entropy bonus
+    top_entropy: Share = 1.0  # below 1: learn only from this share of tokens, those with the highest entropy
     mask_truncated: bool = False  # responses without a stop token are not learned from
-    # Weigh tokens by the trainer's probability over the sampler's, at most this; None: do not.
+    # Weight tokens by the trainer's probability over the sampler's, at most this; None: off.
     sampler_cap: Annotated[float, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
         if self.clip_delta is not None:
             _require(
-                self.name != "cispo", "clip_delta", self.clip_delta, "does nothing with name: cispo; must be absent"
+                self.name != "cispo", "clip_delta", self.clip_delta, "has no effect with name: cispo; must be null"
             )
         if self.kl_coefficient == 0:
             _require(not self.kl_unbiased, "kl_unbiased", self.kl_unbiased, "needs a kl_coefficient above 0")
@@ -256,7 +256,7 @@ class ObjectiveSection(Section):
 class DynamicSamplingSection(Section):
     """DAPO's dynamic sampling: prompts whose responses are equally right teach nothing, and others take their place."""
 
-    candidate_prompts: int | None = None  # what a step may sample from, a multiple of prompts_per_step; None: off
+    candidate_prompts: int | None = None  # prompts a step may sample from, a multiple of prompts_per_step; None: off
     rule: str = "answer_set"  # name of the reward rule that says how right a response is
 
 
@@ -264,8 +264,8 @@ class DynamicSamplingSection(Section):
 class RolloutSection(Section):
     """How responses are decoded: memory and speed only, the tokens are the same."""
 
-    slots: Count | None = None  # so many responses at once, a multiple of data × fsdp; the others wait; None: all
-    tensor: Count | None = None  # over so many devices of the mesh's fsdp axis weights are split; None: mesh.tensor
+    slots: Count | None = None  # responses decoded at once, a multiple of data × fsdp; None: all
+    tensor: Count | None = None  # devices of the fsdp axis that split weights while decoding; None: mesh.tensor
 
 
 @dataclass(frozen=True)
@@ -273,26 +273,26 @@ class GrpoConfig(Section):
     """Group-relative policy optimization (DeepSeekMath, arXiv 2402.03300)."""
 
     run: RunSection
-    model: ModelSection  # also the reference policy: the point where GRPO starts
+    model: ModelSection  # where GRPO starts; also the reference policy
     data: GrpoDataSection
     adapter: AdapterSection | None = None  # train low-rank adapters; None: all weights
     epochs: PositiveFloat = 2.0  # passes over all prompts
     prompts_per_step: Count = 128  # each with generations_per_prompt responses
     generations_per_prompt: Annotated[int, Field(ge=2)] = 8  # the advantage compares the responses to one prompt
-    minibatch_prompts: Count | None = None  # prompts of one optimizer update; None: all of a step
-    passes_per_step: Count = 1  # how often the updates go through what a step has sampled (μ)
-    micro_batch_prompts: Count | None = None  # prompts at once in forward and backward; None: the minibatch
-    max_new_tokens: Count = 1024  # of a response; longer ones are cut there
-    share_prompt: bool = True  # learning reads a prompt once for all its responses, where micro-batches allow it
+    minibatch_prompts: Count | None = None  # prompts per optimizer update; None: all of the step
+    passes_per_step: Count = 1  # how often a step's samples are used for updates (μ)
+    micro_batch_prompts: Count | None = None  # prompts per forward and backward pass; None: the minibatch
+    max_new_tokens: Count = 1024  # the longest response; longer ones are cut
+    share_prompt: bool = True  # training reads a prompt once for all its responses, if micro-batches allow it
     rollout: RolloutSection = field(default_factory=RolloutSection)
-    temperature: PositiveFloat = 1.0  # of the rollout; policy, old, reference and entropy use the same
+    temperature: PositiveFloat = 1.0  # of sampling; policy, old policy, reference and entropy use the same
     objective: ObjectiveSection = field(default_factory=ObjectiveSection)
     # Of the reference policy's weights; bfloat16 halves them. With an adapter they are the base, in model.dtype.
     reference_dtype: Dtype = "float32"
     # Rules and functions; the sum of their values times their weights is what GRPO maximizes.
     rewards: tuple[RewardConfig, ...] = (ThinkFormatRule(weight=0.5), AnswerSetRule(weight=1.0))
     dynamic_sampling: DynamicSamplingSection = field(default_factory=DynamicSamplingSection)
-    evaluate_every_steps: Count = 100  # the reward on data.evaluation
+    evaluate_every_steps: Count = 100  # how often to measure the reward on data.evaluation
     mesh: MeshSection = field(default_factory=MeshSection)
     distributed: DistributedSection = field(default_factory=DistributedSection)
     prompt: PromptSection = field(default_factory=PromptSection)
@@ -340,7 +340,7 @@ class GrpoConfig(Section):
         values = dict(values)
         waves, section = values.pop("rollout_waves"), values.get("rollout") or {}
         if isinstance(section, dict) and section.get("slots") is not None:
-            raise UsageError("rollout_waves is the old name of rollout.slots, and both are there: remove rollout_waves")
+            raise UsageError("rollout_waves is the old name of rollout.slots, and both are set: remove rollout_waves")
         counts = [values.get(name, getattr(cls, name)) for name in ("prompts_per_step", "generations_per_prompt")]
         if not all(isinstance(count, int) for count in counts) or not isinstance(section, dict):
             return values, ""  # an error of its own
@@ -397,7 +397,7 @@ class PackConfig(Section):
     out: str  # a new folder or gs://bucket/prefix
     tokenizer: str  # a model folder, checkpoint or run, or a folder with tokenizer.json
     max_length: int = 2048  # tokens of a row
-    too_long: Literal["set_aside", "cut"] = "set_aside"  # what becomes of examples that are longer
+    too_long: Literal["set_aside", "cut"] = "set_aside"  # whether longer examples are skipped or cut
     shard_mib: int = 256  # content of a shard before compression
     prompt: PromptSection = field(default_factory=PromptSection)
 
@@ -443,7 +443,7 @@ def _keeps_small_updates(model: ModelSection, adapter: AdapterSection | None) ->
         model.dtype != "int8" or adapter is not None,
         "model.dtype",
         model.dtype,
-        "must be float32 to train all weights: those of int8 cannot change; to train adapters over them set adapter",
+        "must be float32 to train all weights: int8 weights cannot be trained; to train adapters over them set adapter",
     )
     _require(
         model.dtype == "float32" or adapter is not None,

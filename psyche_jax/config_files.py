@@ -122,7 +122,7 @@ def parse_yaml_mapping(path: Path) -> dict[str, Any]:
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
-        raise UsageError(f"{path}: `extends` comes back to itself")
+        raise UsageError(f"{path}: `extends` leads back to this file")
     values = parse_yaml_mapping(path)
     parent = values.pop("extends", None)
     if parent is None:

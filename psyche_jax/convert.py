@@ -90,13 +90,13 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: StoredDtype,
     target = as_path(checkpoint)
     if (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file():
         if dtype == "int8":
-            raise UsageError(f"--dtype int8: {source} holds adapters, which are never int8; leave it out")
+            raise UsageError(f"--dtype int8: {source} holds adapters, which cannot be int8; leave it out")
         return _import_adapters(folder, target, np.dtype(jnp.dtype(dtype)), base)
     if base is not None:
         raise UsageError(f"--base is for a folder of adapters; {source} has no {PEFT_CONFIG}")
     stored = open_model(str(folder))
     if stored.weights != folder:
-        raise UserError(f"{source}: is a checkpoint already; `psyche import` takes a Hugging Face folder")
+        raise UserError(f"{source}: is already a checkpoint; `psyche import` takes a Hugging Face folder")
     weights = WeightFiles(folder)
     weights.check(stored.config)
     stored = replace(stored, config=as_trained(stored.config, dtype, None))
@@ -180,11 +180,11 @@ def _original(source: str, stored: StoredModel, base: str, adapters_only: bool) 
     """
     over = None if stored.base is None else stored.base.model
     if adapters_only or over is None or over.base is not None or not over.config.int8:
-        raise UsageError(f"--base is for merging adapters over a checkpoint of int8, which {source} does not hold")
+        raise UsageError(f"--base is for merging adapters over an int8 checkpoint, which {source} does not hold")
     original = open_model(base)
     for field in SHAPE:
         if getattr(original.config, field) != getattr(stored.config, field):
-            raise UserError(f"--base: {base} is another model than {source} was trained on: its {field} differs")
+            raise UserError(f"--base: {base} is not the model that {source} was trained on: its {field} differs")
     return original
 
 
@@ -229,7 +229,7 @@ def _export_adapters(stored: StoredModel, folder: Path, kind: np.dtype, progress
 def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | None) -> Conversion:
     values = read_json(folder / PEFT_CONFIG)
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise UserError(f"{folder / PEFT_CONFIG}: is not of low-rank adapters (peft_type LORA)")
+        raise UserError(f"{folder / PEFT_CONFIG}: does not describe low-rank adapters (peft_type LORA)")
     if extras := [name for name in _PEFT_EXTRAS if values.get(name)]:
         raise UserError(f"{folder / PEFT_CONFIG}: {', '.join(extras)} is set, which is not supported; train without it")
     if values.get("bias", "none") != "none":
@@ -238,7 +238,7 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
     try:
         model = open_model(place)
     except UserError as error:
-        raise UserError(f"{folder}: its base cannot be opened: {error}; name it with --base") from None
+        raise UserError(f"{folder}: its base cannot be opened: {error}; give it with --base") from None
     tensors = _peft_tensors(folder / _PEFT_WEIGHTS)
     layers = model.config.num_hidden_layers
     targets = [name for name in LINEAR_MAPS if any(f".{name}." in tensor for tensor in tensors)]
@@ -252,7 +252,7 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
             raise UserError(
                 f"{folder}: the adapters do not fit the base {model.weights}: {name} is "
                 f"{found.get(name, 'missing')}, and {expected.get(name, 'no such tensor')} is expected; "
-                "name their own base with --base"
+                "give their own base with --base"
             )
     number = num_trained(config)
     with _Progress("import", target, number, str(kind), number * kind.itemsize) as progress:
@@ -260,7 +260,7 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
         def leaf(path: str) -> StreamedArray:
             stacked = np.stack([tensors[name] for name in tensor_names(path, layers)]).astype(kind)
             if not all_finite(stacked):
-                raise UserError(f"{folder}: {path} holds values that are not finite in {kind}; get sound adapters")
+                raise UserError(f"{folder}: {path} has values that are not finite in {kind}; use other adapters")
             return StreamedArray(stacked.shape, kind, stacked.shape, lambda index: progress.add(stacked[index]))
 
         parameters = traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
@@ -375,13 +375,13 @@ def _about_int8(stored: StoredModel, adapters_only: bool, original: StoredModel 
     """What the card says of a model that is, or was trained over, int8; of another one nothing."""
     de_quantized = stored.origin.config.int8 and original is None
     if stored.base is None or not stored.config.int8:
-        return "The weights of its linear maps are de-quantized from int8." if de_quantized else ""
-    trained = "The adapters were trained over the base in int8 (a scale for each output)"
+        return "The weights of its linear layers are dequantized from int8." if de_quantized else ""
+    trained = "The adapters were trained over the base in int8 (one scale per output)"
     if adapters_only:
         return f"{trained}."
     if de_quantized:
-        return f"{trained}, and are merged into these weights, de-quantized."
-    return f"{trained}, and are merged into the original weights, of `{(original or stored.origin).weights}`."
+        return f"{trained} and are merged into these weights, dequantized."
+    return f"{trained} and are merged into the original weights of `{(original or stored.origin).weights}`."
 
 
 def _stages(weights: Path) -> list[dict[str, Any]]:

@@ -37,12 +37,12 @@ CONFIGS = {
 }
 HEAD = """# Every config key
 
-Written by `scripts/config_page.py` from the dataclasses that check the configs; a test holds the page to them.
+Written by `scripts/config_page.py` from the dataclasses that check the configs; a test keeps the page up to date.
 
-A config is YAML. `extends: sft_7b` takes the keys of another config and changes some; `--set a.b=c` on the command line
-changes one key, and `a.0.b=c` one of the first entry of a list. A key that does not exist is an error, which names the
-nearest one that does. *required*: there is no default. `null` is YAML's word for none; the explanations call it None. A
-section has the defaults of its own table, but for those that stand beside its name. What may change when a run resumes:
+A config is YAML. `extends: sft_7b` starts from another config and changes some keys; `--set a.b=c` on the command line
+sets one key, and `a.0.b=c` a key in the first entry of a list. An unknown key is an error that names the nearest valid
+one. *required*: there is no default. `null` is YAML's word for none; the explanations call it None. A section has the
+defaults of its own table, except for those beside its name. What may change when a run resumes:
 [checkpoints](checkpoints.md#what-may-change).
 """
 BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}

@@ -165,7 +165,7 @@ def test_broken_tokenizers_and_templates(place, psyche):
 
 
 def test_thinking_that_nothing_switches(psyche):
-    said = "prompt.thinking is False, and the chat template has no enable_thinking; leave the setting out"
+    said = "prompt.thinking is False, but the chat template has no enable_thinking; leave the setting out"
     for arguments in (
         [*EVAL, "--thinking", "off"],
         ["serve", "model", "--thinking", "off", "--port", "0"],
@@ -179,13 +179,13 @@ def test_thinking_that_nothing_switches(psyche):
         ["chat", "http://127.0.0.1:9/v1#m", "--thinking", "on"],
     ):
         code, line = psyche(*arguments)
-        assert (code, "thinking: is for the endpoint's server to set" in line) == (2, True), line
+        assert (code, "thinking: the endpoint's server sets this" in line) == (2, True), line
 
 
 def test_broken_checkpoints(place, psyche):
     assert cli.main(["import", "model", "checkpoint"]) == 0
     code, line = psyche("import", "checkpoint", "new")
-    assert (code, "is a checkpoint already" in line) == (1, True)
+    assert (code, "is already a checkpoint" in line) == (1, True)
     for file in (place / "checkpoint/0/parameters").rglob("*"):
         if file.is_file():
             file.write_bytes(b"x")
@@ -224,10 +224,10 @@ def test_meshes(psyche):
     for verb, overrides, expected in (
         ("sft", ["mesh.data=3"], "mesh: data 3, fsdp -1, tensor 1 does not divide the 8 devices"),
         ("grpo", ["mesh.data=3"], "mesh: data 3, fsdp -1, tensor 1 does not divide the 8 devices"),
-        ("sft", ["mesh.data=2", "mesh.fsdp=2"], "takes 4 devices and there are 8"),
+        ("sft", ["mesh.data=2", "mesh.fsdp=2"], "needs 4 devices, and there are 8"),
         ("sft", ["mesh.data=16"], "does not divide the 8 devices"),
         ("sft", ["mesh.data=0"], "must be positive"),
-        ("sft", ["mesh.data=-1"], "one at most may be -1"),
+        ("sft", ["mesh.data=-1"], "at most one may be -1"),
         ("sft", ["mesh.tensor=8"], "tensor 8 does not divide the model's num_attention_heads 4"),
         ("sft", ["mesh.tensor=4"], "tensor 4 does not divide the model's num_key_value_heads 2"),
         ("sft", ["batch_size=4"], "4 rows cannot be spread over data × fsdp = 8 devices"),
@@ -303,7 +303,7 @@ def test_data_that_cannot_be_used(place, psyche):
     of_eval = ["eval", "model", "--bench", "full"]
     for arguments in (of_eval, with_set("sft", "data.train=full"), with_set("grpo", "data.train=full")):
         code, line = psyche(*arguments)
-        assert (code, "full: is no data set (1 files but no manifest.json" in line) == (1, True), line
+        assert (code, "full: is not a data set (1 files but no manifest.json" in line) == (1, True), line
 
 
 def test_records_that_are_too_long(place, psyche):
@@ -323,7 +323,7 @@ def test_a_bad_record_among_good_ones_is_set_aside_and_named(place, capsys):
     assert cli.main(with_set("sft")) == 0
     err = capsys.readouterr().err
     assert "skipped: sft.jsonl:9: turns must go user, assistant" in err
-    assert "1 record skipped, named in run/set_aside.txt" in err
+    assert "1 record skipped, listed in run/set_aside.txt" in err
     assert Path("run/set_aside.txt").read_text().startswith("sft.jsonl:9: ")
 
 

@@ -254,10 +254,10 @@ def test_extends_replaces_lists_and_scalars_whole(tmp_path):
 
 
 def test_extends_gone_wrong(tmp_path):
-    assert "c.yaml: `extends` comes back to itself" in failure(SftConfig, tmp_path, "extends: c.yaml\n")
+    assert "c.yaml: `extends` leads back to this file" in failure(SftConfig, tmp_path, "extends: c.yaml\n")
     (tmp_path / "a.yaml").write_text("extends: ./b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: ../" + tmp_path.name + "/a.yaml\n")
-    assert "comes back to itself" in failure(SftConfig, tmp_path, "extends: a.yaml\n")
+    assert "leads back to this file" in failure(SftConfig, tmp_path, "extends: a.yaml\n")
     assert "none.yaml: the config cannot be read" in failure(SftConfig, tmp_path, "extends: none.yaml\n")
     assert "`extends` must be the path" in failure(SftConfig, tmp_path, "extends: [a.yaml]\n")
     # A parent's mistake is found too.
@@ -444,7 +444,7 @@ def test_waves_are_an_old_name_of_slots(tmp_path, capsys):
     assert capsys.readouterr().err.endswith("c.yaml: rollout_waves: 3 is an old name; write rollout: {slots: 16}\n")
     assert load(GrpoConfig, tmp_path, values, "rollout_waves=1").slots == 48
     assert load(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 100}}).slots == 48
-    assert "and both are there" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 8}}, "rollout_waves=2")
+    assert "and both are set" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 8}}, "rollout_waves=2")
     for wrong in (5, 0, "x", None, 2.0):
         message = failure(GrpoConfig, tmp_path, {**values, "rollout_waves": wrong})
         assert f"rollout_waves must divide prompts_per_step 12, not {wrong!r}" in message

@@ -351,7 +351,7 @@ def test_weights_that_are_no_numbers(tmp_path, capsys):
     save_file(arrays, "base/model.safetensors")
     assert cli.main(["import", "base", "checkpoint"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{name} holds values that are not finite in float32" in line
+    assert f"{name} has values that are not finite in float32" in line
     assert not Path("checkpoint").exists()
     assert cli.main(["export", "base", "copy"]) == 1
     assert name in capsys.readouterr().err

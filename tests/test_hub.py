@@ -95,7 +95,7 @@ def test_one_line_says_what_is_wrong(hub, tmp_path):
     assert "hub:org/none: there is no such repository, or it is private" in absent
     assert "hub:org/model: has no revision 'v9'" in revision
     assert "hub:org/gated: is gated" in gated
-    assert "hub:a/b/c: is no name of a repository" in name
+    assert "hub:a/b/c: is not the name of a repository" in name
     absent, forbidden = failures(hub, "import hub:org/none new", "export model new --push org/mine", token=READER)
     assert "hub:org/none: there is no such repository, or it is private" in absent
     assert "hub:org/mine: HF_TOKEN is not set, or gives no permission" in forbidden
@@ -119,8 +119,8 @@ def test_a_mirror_whose_xet_store_does_not_work(hub):
         addresses = (f"{hub.url}/cas", "http://127.0.0.1:9", f"http://127.0.0.1:{silent.getsockname()[1]}", NO_TOKENS)
         for hub.xet in addresses:
             (line,) = failures(hub, "import hub:org/model new", **patience, HF_HOME=f"home{addresses.index(hub.xet)}")
-            assert line.startswith("psyche import: hub:org/model: its files cannot be had from their Xet store (")
-            assert line.endswith("set HF_HUB_DISABLE_XET=1 to go without it")
+            assert line.startswith("psyche import: hub:org/model: its files cannot be fetched from their Xet store (")
+            assert line.endswith("set HF_HUB_DISABLE_XET=1 to do without it")
     ((code, _, err),) = commands(hub, "import hub:org/model new", HF_HUB_DISABLE_XET="1")
     assert code == 0, err
 

@@ -222,8 +222,8 @@ def test_a_checkpoint_of_another_model(capsys):
     metadata = Path("checkpoint/0/metadata/metadata")
     values = json.loads(metadata.read_text())
     for key, value, expected in (
-        ("intermediate_size", 64, "other shapes than the model has: layers/down_proj/kernel, layers/gate_proj/kernel"),
-        ("tie_word_embeddings", False, "other parameters than the model has: head"),
+        ("intermediate_size", 64, "its shapes are not the model's: layers/down_proj/kernel, layers/gate_proj/kernel"),
+        ("tie_word_embeddings", False, "its parameters are not the model's: head"),
     ):
         metadata.write_text(json.dumps({**values, "model": {**values["model"], key: value}}))
         write_checksums(Path("checkpoint/0"))

@@ -71,7 +71,7 @@ def make_case(
         model = as_trained(model, config.model.dtype, config.adapter)
     elif sizes:
         flag = f"--{next(iter(sizes)).replace('_', '-')}"
-        raise UsageError(f"{flag}: the config says which shape the model has; leave out the one or the other")
+        raise UsageError(f"{flag}: the config already sets the model's shape; leave out one of the two")
     else:
         model = find_architecture(config)[0]
 
@@ -81,7 +81,7 @@ def make_case(
     assert isinstance(config, GrpoConfig)
     if model.vocab_size < _SMALLEST_VOCABULARY:
         raise UsageError(
-            f"--lengths: needs a vocabulary of {_SMALLEST_VOCABULARY} tokens or more, not {model.vocab_size}"
+            f"--lengths needs a vocabulary of at least {_SMALLEST_VOCABULARY} tokens, not {model.vocab_size}"
         )
     responses = config.prompts_per_step * config.generations_per_prompt
     drawn = tuple(draw_lengths(lengths, responses, config.max_new_tokens))

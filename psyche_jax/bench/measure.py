@@ -312,8 +312,8 @@ def as_text(outcome: dict[str, Any]) -> str:
     ]
     if "mean_length" in outcome:
         lines.append(
-            f"responses of {outcome['mean_length']:.4g} tokens on average, the longest of {outcome['max_length']}, in "
-            f"{outcome['decoding_steps']:.5g} steps of decoding"
+            f"responses of {outcome['mean_length']:.4g} tokens on average, the longest {outcome['max_length']}, in "
+            f"{outcome['decoding_steps']:.5g} decoding steps"
         )
     shares = {"mfu": "MFU {:.1%} (of the published bfloat16 peak)", "bandwidth_share": "{:.1%} of the bandwidth bound"}
     if known := [text.format(outcome[name]) for name, text in shares.items() if name in outcome]:

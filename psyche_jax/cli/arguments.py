@@ -23,7 +23,7 @@ def add_config(verb: argparse.ArgumentParser, what: str, required: bool = True) 
         "--config",
         type=Path,
         required=required,
-        help=f"{what}: a YAML file, or the name of one that comes with psyche_jax, as in configs/",
+        help=f"{what}: a YAML file, or the name of a config that comes with psyche_jax",
     )
     add_set(verb)
 
@@ -36,7 +36,7 @@ def add_set(verb: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change one key of the config, for example optimizer.learning_rate=1e-6; may be repeated",
+        help="set one config key, for example optimizer.learning_rate=1e-6; may be repeated",
     )
 
 
@@ -45,7 +45,7 @@ def add_thinking(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--thinking",
         choices=("on", "off"),
-        help="set enable_thinking of the chat template, if it has that (default: as the model was trained)",
+        help="set the chat template's enable_thinking, if it has one (default: as in training)",
     )
 
 
@@ -66,4 +66,4 @@ def warn_of_gates(servers: Mapping[str, str | None]) -> None:
     from psyche_jax.llm.server import gate_warnings
 
     for line in gate_warnings(servers):
-        print(f"look here: {line}", file=sys.stderr)
+        print(f"warning: {line}", file=sys.stderr)

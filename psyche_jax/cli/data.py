@@ -24,7 +24,7 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "data",
         _data,
-        "Make data sets (folders of ArrayRecord files with a manifest) of your data; list, check, print, copy them.",
+        "Turn your data into data sets (folders of ArrayRecord files with a manifest); list, verify, print, copy them.",
         "psyche data import exam.csv data/exam",
     )
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
@@ -40,53 +40,53 @@ def add_verbs(add: AddVerb) -> None:
         action.add_argument("uri", metavar="URI", help=what)
         return action
 
-    rows = "JSONL, JSON, CSV, TSV, Excel or Parquet: a file or a folder, in a bucket too, or hub:NAME[@REVISION]"
-    action = add_action("import", "make records of a table, dialogues or public data", "exam.csv data/exam", rows)
-    action.add_argument("to", metavar="TO", help="where the records are written, a new folder or gs://bucket/prefix")
-    what = "which column is what (default: guessed from the header); such as import"
+    rows = "a file or folder of JSONL, JSON, CSV, TSV, Excel or Parquet, local or gs://…; or hub:NAME[@REVISION]"
+    action = add_action("import", "turn a table, dialogues or public data into records", "exam.csv data/exam", rows)
+    action.add_argument("to", metavar="TO", help="where to write the records: a new folder or gs://bucket/prefix")
+    what = "which column holds what, such as import (default: guessed from the header)"
     add_config(action, what, required=False)
     action.add_argument(
         "--hold-out",
         type=float,
         metavar="SHARE",
-        help="of the questions, kept from training for `psyche eval` (0.1; 0 for none); a case is kept as a whole",
+        help="share of questions to hold out for `psyche eval` (default 0.1; 0: none); cases are never split",
     )
     action.add_argument(
         "--format",
         choices=("cpsyexam", "pceb", "smile"),
-        help="public data as published: a JSON or JSONL file, a folder or a zip of them",
+        help="of a published data set: a JSON or JSONL file, or a folder or zip of them",
     )
-    action.add_argument("--report", type=Path, metavar="FILE", help="also write what is skipped and why, as JSON")
+    action.add_argument("--report", type=Path, metavar="FILE", help="also write what was skipped and why, as JSON")
     add_action("ls", "list the data sets at or under URI", "gs://my-bucket/data")
     add_action("verify", "read every byte and compare checksums", "gs://my-bucket/data/sft")
-    action = add_action("cat", "print records, one JSON object a line", "data/exam/sft --limit 3")
+    action = add_action("cat", "print records, one JSON object per line", "data/exam/sft --limit 3")
     action.add_argument("--limit", type=int, metavar="N", help="only the first N records")
     action = add_action("copy", "copy a data set, its manifest last", "data/exam/sft gs://my-bucket/sft")
     action.add_argument("to", metavar="TO", help="a new folder or gs://bucket/prefix")
     for action in actions.choices.values():
         action.add_argument(
-            "--deadline", type=float, metavar="SECONDS", help="give up on a file in a bucket after that long (300)"
+            "--deadline", type=float, metavar="SECONDS", help="give up on a file in a bucket after this (default 300)"
         )
 
     verb = add(
         "pack",
         _pack,
-        "Tokenize chat records once and pack them into rows of one length, as SFT reads them fastest.",
+        "Tokenize chat records once and pack them into rows of equal length, which SFT reads fastest.",
         "psyche pack --config configs/pack.yaml --set out=gs://my-bucket/packed",
     )
-    add_config(verb, "what is packed, such as pack")
+    add_config(verb, "what to pack, such as pack")
 
     verb = add(
         "decontaminate",
         _decontaminate,
-        "Take out of training data what a benchmark asks: exact and near copies, and questions on its cases.",
+        "Remove from training data what a benchmark asks: exact and near copies, and questions on its cases.",
         "psyche decontaminate --train data/cpsyexam --eval data/pceb --out data/clean",
     )
     verb.add_argument("--train", required=True, metavar="URI", help="records of any kind: a data set or a JSONL file")
     verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
     verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
     verb.add_argument(
-        "--near", type=float, default=0.3, metavar="SHARE", help="of common text that makes a near copy (default 0.3)"
+        "--near", type=float, default=0.3, metavar="SHARE", help="common text that makes a near copy (default 0.3)"
     )
     verb.add_argument("--json", action="store_true", help="print counts and examples as one JSON object")
 
@@ -110,7 +110,7 @@ def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
         manifest, others = dataset.verify_dataset(uri)
         print(f"{uri}: whole: {manifest}")
         for name in others:
-            print(f"{uri}: {name} is not part of it and may be removed")
+            print(f"{uri}: {name} is not part of the data set; you can remove it")
     elif action == "cat":
         check_at_least("limit", arguments.limit, 1)
         for content in dataset.first_records(uri, arguments.limit):
@@ -124,11 +124,11 @@ def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
 def _import(arguments: argparse.Namespace) -> None:
     uri, to, share = arguments.uri, arguments.to, arguments.hold_out
     if arguments.format is not None and (arguments.config is not None or arguments.overrides):
-        raise UsageError("--format knows the columns; leave out --config and --set")
+        raise UsageError("--format sets the columns itself; leave out --config and --set")
     if arguments.format is not None and ("://" in uri or uri.startswith("hub:")):
         raise UsageError(f"{uri}: --format reads local files; copy them here first, or leave --format out")
     if share is not None and not 0 <= share < 1:
-        raise UsageError(f"--hold-out must be from 0 to below 1, not {share:g}")
+        raise UsageError(f"--hold-out must be at least 0 and below 1, not {share:g}")
     from psyche_jax.data.imports import Imported, NoRecordsError
     from psyche_jax.data.mapping import import_rows
     from psyche_jax.data.parts import SKIPPED, Parts, import_parts
@@ -142,9 +142,7 @@ def _import(arguments: argparse.Namespace) -> None:
 
     config = _import_config(arguments)
     if share is not None and (config is None or config.record is not None):
-        raise UsageError(
-            "--hold-out parts what a table gives into sft, rl and held_out: leave out --format and `record`"
-        )
+        raise UsageError("--hold-out splits a table into sft, rl and held_out; leave out --format and `record`")
     try:
         if config is None:
             from psyche_jax.data.public import import_public
@@ -164,14 +162,14 @@ def _import(arguments: argparse.Namespace) -> None:
     for line in shown:
         print(f"skipped: {line}", file=sys.stderr)
     if len(shown) < len(imported.set_aside):
-        print(f"all {len(imported.set_aside)} are named in {to}/{SKIPPED}", file=sys.stderr)
+        print(f"all {len(imported.set_aside)} are listed in {to}/{SKIPPED}", file=sys.stderr)
     rows = len(imported.set_aside)
-    mended = "; faults seen, mended ones among them" if config is None else ""
+    mended = "; faults, including repaired ones" if config is None else ""
     print(f"skipped {rows} row{'' if rows == 1 else 's'}{mended}{':' if imported.faults else ''}")
     for fault, count in imported.faults.most_common():
         print(f"{count:8} {fault}")
     for remark in imported.remarks:
-        print(f"look here: {remark}")
+        print(f"warning: {remark}")
     if isinstance(imported, Parts):
         verb = "sft" if "sft" in manifests else "grpo"
         train = f"{to}/{'sft' if verb == 'sft' else 'rl'}"

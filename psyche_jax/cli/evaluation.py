@@ -43,15 +43,13 @@ def add_verbs(add: AddVerb) -> None:
         help="samples, dialogues, pceb:FOLDER, cpsyexam:FILE, or a JSONL file of questions or dialogues",
     )
     # Which questions.
-    verb.add_argument("--label", help="what reports call the model (default: the last part of MODEL)")
+    verb.add_argument("--label", help="the model's name in reports (default: the last part of MODEL)")
     verb.add_argument("--cells", metavar="NAME,NAME", help="only these parts of the benchmark")
     verb.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
-    verb.add_argument(
-        "--train", metavar="URI", help="training data: what they hold of the benchmark is scored apart, too"
-    )
+    verb.add_argument("--train", metavar="URI", help="training data: also score without the questions found in it")
     verb.add_argument("--shots", type=int, metavar="N", help="worked examples before each choice question")
     verb.add_argument(
-        "--shots-from", metavar="NAME|FILE", help="where they are from: a benchmark with the same cells, not scored"
+        "--shots-from", metavar="NAME|FILE", help="where to take them from: a benchmark with the same cells, not scored"
     )
     # How they are asked.
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
@@ -59,13 +57,13 @@ def add_verbs(add: AddVerb) -> None:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"longest answer (default: of a GRPO run the one that it trained with, else {MAX_NEW_TOKENS})",
+        help=f"longest answer, in tokens (default: max_new_tokens of a GRPO run, else {MAX_NEW_TOKENS})",
     )
-    verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) always takes the likeliest token")
+    verb.add_argument("--temperature", type=float, default=0.0, help="0 (the default) takes the most likely token")
     verb.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens with so much probability (default 1)"
+        "--top-p", type=float, default=1.0, help="sample from the top tokens with this total probability (default 1)"
     )
-    verb.add_argument("--batch-size", type=int, metavar="N", help="questions at once (default 64; of an endpoint 16)")
+    verb.add_argument("--batch-size", type=int, metavar="N", help="questions at once (default 64; for an endpoint 16)")
     verb.add_argument(
         "--bare", action="store_true", help="ask without system prompt and instruction, for a model that has its own"
     )
@@ -82,39 +80,38 @@ def add_verbs(add: AddVerb) -> None:
         "--against",
         default="reference",
         metavar="FILE",
-        help="judge against the replies in this evaluation (default: against the dialogues' own replies)",
+        help="compare with the replies in this evaluation (default: with the dialogues' own replies)",
     )
     verb.add_argument(
         "--parameter",
         action="append",
         default=[],
         metavar="NAME=ITS",
-        help="what the endpoints call max_tokens, temperature, top_p or seed (max_tokens=max_completion_tokens); "
-        "nothing behind the = leaves it out; several may be given",
+        help="an endpoint's own name for max_tokens, temperature, top_p or seed (max_tokens=max_completion_tokens); "
+        "nothing after the = leaves it out; several may be given",
     )
     verb.add_argument(
         "--served-as",
         action="append",
         default=[],
         metavar="NAME",
-        help="accept answers under this model's name, too (a deployment often answers under its model's); "
-        "several may be given",
+        help="also accept answers under this model name (a deployment often reports its model's); several may be given",
     )
     # How it is computed, and where the result goes.
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")
-    verb.add_argument("--seed", type=int, default=0, help="of sampling (default 0)")
+    verb.add_argument("--seed", type=int, default=0, help="for sampling (default 0)")
     verb.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="also write scores and answers to a JSON file; one that was killed resumes from what is kept beside it",
+        help="also write scores and answers to a JSON file; a killed evaluation resumes from the answers beside it",
     )
     verb.add_argument("--json", action="store_true", help="print the scores as one JSON object")
 
     verb = add(
         "safety",
         _safety,
-        "Measure the crisis gate on labelled messages, and the output filter on what a run's models answered.",
+        "Measure the crisis gate on labelled messages, and the output filter on a run's answers.",
         "psyche safety runs/demo/grpo",
     )
     verb.add_argument(
@@ -122,30 +119,30 @@ def add_verbs(add: AddVerb) -> None:
         type=Path,
         nargs="?",
         metavar="RUN",
-        help="a run: the answers in its evaluations are looked at too, and the figures are kept for `psyche report`",
+        help="a run: the answers in its evaluations are measured too, and the figures are kept for `psyche report`",
     )
     verb.add_argument(
         "--posts",
         type=Path,
         metavar="FILE",
-        help='JSONL of {"text", "labels"}, labels being the classes of docs/crisis.md or PsyGUARD\'s '
+        help='JSONL of {"text", "labels"}, where labels are classes of docs/crisis.md or PsyGUARD\'s '
         "(default: the package's own sentences)",
     )
     verb.add_argument(
-        "--dialogues", type=Path, metavar="FILE", help="JSONL of dialogues: how often ordinary talk is interrupted"
+        "--dialogues", type=Path, metavar="FILE", help="JSONL of dialogues: how often the gate interrupts ordinary talk"
     )
     verb.add_argument("--rules-alone", action="store_true", help="measure the gate without its classifier")
     verb.add_argument(
         "--second-opinion",
         metavar="URL#MODEL",
-        help="ask an endpoint's model about what the gate lets pass, as serving does with crisis.second_opinion",
+        help="ask an endpoint's model about messages that the gate lets pass, as crisis.second_opinion does in serving",
     )
     verb.add_argument("--json", action="store_true", help="print the figures as one JSON object")
 
     verb = add(
         "report",
         _report,
-        "Write one offline HTML page about one or several runs, or Markdown for a model card.",
+        "Write one offline HTML page about one or more runs, or Markdown for a model card.",
         "psyche report runs/demo/sft runs/demo/grpo --out report.html",
     )
     verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; may be gs://…")
@@ -154,24 +151,24 @@ def add_verbs(add: AddVerb) -> None:
         type=Path,
         default=Path("report.html"),
         metavar="FILE",
-        help="default: report.html; one that ends with .md gets the figures as Markdown for a model card",
+        help="default: report.html; a name that ends with .md gets the figures as Markdown for a model card",
     )
     _add_language(verb)
 
     verb = add(
         "watch",
         _watch,
-        "Serve a page on this machine that shows runs while they run: curves over each other, samples, settings.",
+        "Serve a page on this machine that follows runs as they train: curves, samples, settings.",
         "psyche watch runs/demo/sft runs/demo/grpo",
     )
-    verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, begun or not; may be gs://…")
+    verb.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, started or not; may be gs://…")
     verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
-    verb.add_argument("--port", type=int, default=0, help="default: a free one")
+    verb.add_argument("--port", type=int, default=0, help="default: any free port")
     _add_language(verb)
 
 
 def _add_language(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--language", choices=("en", "zh"), default="en", help="of the page (default: en)")
+    verb.add_argument("--language", choices=("en", "zh"), default="en", help="language of the page (default: en)")
 
 
 def _eval(arguments: argparse.Namespace) -> None:
@@ -185,7 +182,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.top_p <= 1:
         raise UsageError(f"--top-p must be above 0 and at most 1, not {arguments.top_p}")
     if arguments.samples > 1 and arguments.temperature == 0:
-        raise UsageError("--samples above 1 needs a --temperature above 0: greedy answers are all alike")
+        raise UsageError("--samples above 1 needs a --temperature above 0: greedy answers are all the same")
     check_seed(arguments.seed)
     if arguments.out is not None and arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
@@ -199,7 +196,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.train and ":" not in arguments.train:  # else in a bucket, or cpsyexam:FILE
         check_readable(arguments.train)
     if arguments.against != "reference" and not Path(arguments.against).is_file():
-        raise UsageError(f"--against {arguments.against}: there is no such file")
+        raise UsageError(f"--against {arguments.against}: no such file")
 
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +266,7 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
         raise UsageError(f"--judge: {arguments.bench} holds no dialogues; try --bench dialogues")
     for address in arguments.judge:
         if not address.startswith(SCHEMES):
-            raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; psyche serve makes one of a model")
+            raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; `psyche serve` makes one")
     concurrency = arguments.batch_size or 16
     return [
         Endpoint(
@@ -291,7 +288,7 @@ def _parameters(arguments: argparse.Namespace) -> dict[str, str | None]:
         ours, equals, its = given.partition("=")
         if not equals or ours not in ("max_tokens", "temperature", "top_p", "seed"):
             raise UsageError(
-                f"--parameter {given}: must be NAME=ITS or NAME=, NAME being max_tokens, temperature, top_p or seed"
+                f"--parameter {given}: must be NAME=ITS or NAME=, where NAME is max_tokens, temperature, top_p or seed"
             )
         names[ours] = its or None
     return names
@@ -306,7 +303,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
     prompt = PromptSection(system="", instruction="") if arguments.bare else None
     if arguments.model.startswith(SCHEMES):
         if arguments.thinking is not None:
-            raise UsageError("--thinking: is for the endpoint's server to set; leave it out")
+            raise UsageError("--thinking: the endpoint's server sets this; leave it out")
         return Endpoint(
             arguments.model,
             max_new_tokens=arguments.max_new_tokens or MAX_NEW_TOKENS,
@@ -339,7 +336,7 @@ def _safety(arguments: argparse.Namespace) -> None:
     from psyche_jax.serve.crisis.measure import measure_safety, safety_lines
 
     if (endpoint := CrisisSection(second_opinion=arguments.second_opinion).second_opinion) == "served":
-        raise UsageError("--second-opinion: nothing is served here; give URL#MODEL")
+        raise UsageError("--second-opinion: `served` works only in psyche serve; give URL#MODEL")
     if endpoint:
         warn_of_gates({endpoint.partition("#")[0]: os.environ.get("OPENAI_API_KEY")})
     measured, bad = measure_safety(
@@ -360,7 +357,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from psyche_jax.evaluate.report import write_report
 
     if arguments.language != "en" and arguments.out.suffix == ".md":
-        raise UsageError("--language: Markdown for a model card is English only; leave it out, or write .html")
+        raise UsageError("--language: Markdown for a model card is in English only; leave it out, or write .html")
     write_report([as_path(run) for run in arguments.runs], arguments.out, language=arguments.language)
     print(arguments.out)
 

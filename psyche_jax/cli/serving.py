@@ -13,13 +13,13 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "chat",
         _chat,
-        "Talk with a model in the terminal.",
+        "Chat with a model in the terminal.",
         "psyche chat runs/demo/grpo --show-reasoning",
     )
     verb.add_argument(
         "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run, or an endpoint: URL[#MODEL]"
     )
-    verb.add_argument("--config", type=Path, help="a YAML file as for serve; see docs/serve.md")
+    verb.add_argument("--config", type=Path, help="settings, a YAML file as for serve; see docs/serve.md")
     add_set(verb)
     verb.add_argument("--system", default="", metavar="TEXT", help="a system prompt in place of the model's own")
     verb.add_argument("--show-reasoning", action="store_true", help="do not fold <think>…</think>")
@@ -28,15 +28,15 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "serve",
         _serve,
-        "Serve a model behind an OpenAI-compatible endpoint, with a web page, on this machine.",
+        "Serve a model on this machine: an OpenAI-compatible endpoint and a web page.",
         "psyche serve runs/demo/grpo --port 8000",
     )
     verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
-    verb.add_argument("--config", type=Path, help="a YAML file of serving; see docs/serve.md")
+    verb.add_argument("--config", type=Path, help="settings, a YAML file; see docs/serve.md")
     add_set(verb)
-    verb.add_argument("--host", help="default 127.0.0.1; another needs a token in PSYCHE_SERVE_TOKEN")
-    verb.add_argument("--port", type=int, metavar="N", help="default 8000; 0 takes any that is free")
-    verb.add_argument("--name", help="what clients call the model (default: the last part of MODEL)")
+    verb.add_argument("--host", help="default 127.0.0.1; any other address needs a token in PSYCHE_SERVE_TOKEN")
+    verb.add_argument("--port", type=int, metavar="N", help="default 8000; 0 takes any free port")
+    verb.add_argument("--name", help="the model's name for clients (default: the last part of MODEL)")
     _add_conversation(verb)
 
 
@@ -44,9 +44,9 @@ def _add_conversation(verb: argparse.ArgumentParser) -> None:
     """Options of whatever talks with people."""
     verb.add_argument("--plain", action="store_true", help="add no system prompt and no instruction to the messages")
     add_thinking(verb)
-    verb.add_argument("--region", metavar="CODE", help="whose hotline people in a crisis are given (default CN)")
-    verb.add_argument("--crisis-log", metavar="FILE", help="where crisis events are noted, without any text")
-    verb.add_argument("--no-crisis-gate", action="store_true", help="answer people in a crisis by the model alone")
+    verb.add_argument("--region", metavar="CODE", help="region whose hotline people in a crisis are given (default CN)")
+    verb.add_argument("--crisis-log", metavar="FILE", help="log crisis events to this file, without any text")
+    verb.add_argument("--no-crisis-gate", action="store_true", help="let the model alone answer people in a crisis")
 
 
 def _chat(arguments: argparse.Namespace) -> None:

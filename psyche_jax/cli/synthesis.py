@@ -19,18 +19,18 @@ def add_verbs(add: AddVerb) -> None:
     """Put this module's verbs into the parser."""
     for name, run, text in (
         ("synth", _synth, "Make training records from source texts, with LLMs behind the OpenAI protocol."),
-        ("select", _select, "Let LLMs answer questions: those that one gets right go to SFT, the others to RL."),
+        ("select", _select, "Let LLMs answer questions: those that any LLM gets right go to SFT, the others to RL."),
     ):
         verb = add(name, run, text, f"psyche {name} --config configs/{name}.yaml --set run.dir=runs/my_{name}")
-        add_config(verb, f"of the run, such as {name}")
+        add_config(verb, f"settings of the run, such as {name}")
         if name == "synth":
-            verb.add_argument("--stage", metavar="S", help="only this stage; those before it must be there")
+            verb.add_argument("--stage", metavar="S", help="run only this stage; the stages before it must be done")
         verb.add_argument("--json", action="store_true", help="print the stages' reports as one JSON object")
 
     verb = add(
         "review",
         _review,
-        "Serve a page on this machine on which a person accepts, edits or rejects questions, by keyboard.",
+        "Serve a page on this machine where a person accepts, edits or rejects questions by keyboard.",
         "psyche review runs/synth --who Li",
     )
     verb.add_argument(
@@ -40,16 +40,16 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--blind",
         action="store_true",
-        help="a second review: hides what others decided, so that agreement says something",
+        help="hide the others' decisions, for an independent second review",
     )
     verb.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
-    verb.add_argument("--port", type=int, default=0, help="default: a free one")
+    verb.add_argument("--port", type=int, default=0, help="default: any free port")
     files = verb.add_mutually_exclusive_group()
     files.add_argument(
         "--export", type=Path, metavar="FILE", help="write the queue as JSONL instead, to review elsewhere"
     )
     files.add_argument(
-        "--import", type=Path, metavar="FILE", dest="load", help="take decisions from such a file instead"
+        "--import", type=Path, metavar="FILE", dest="load", help="read decisions from such a file instead"
     )
 
 
@@ -61,7 +61,7 @@ def _synth(arguments: argparse.Namespace) -> None:
     from psyche_jax.synth.pipeline import STAGES, run_synth
 
     if arguments.stage is not None and arguments.stage not in STAGES:
-        raise UsageError(f"--stage {arguments.stage}: there is no such stage; known: {', '.join(STAGES)}")
+        raise UsageError(f"--stage {arguments.stage}: no such stage; known: {', '.join(STAGES)}")
     warn_of_gates(_servers(config.llms))
     _print_stages(run_synth(config, arguments.stage), arguments.json)
 
@@ -108,9 +108,9 @@ def _review(arguments: argparse.Namespace) -> None:
         taken, faults = store.load(arguments.load, who)
         for line in faults:
             print(f"skipped: {line}", file=sys.stderr)
-        print(f"{path}: {taken} decisions taken, {len(faults)} skipped")
+        print(f"{path}: {taken} decisions imported, {len(faults)} skipped")
         if faults and not taken:
-            raise UserError(f"{arguments.load}: holds no decision that could be taken")
+            raise UserError(f"{arguments.load}: holds no usable decision")
     else:
         from psyche_jax.synth.review import serve_review
 

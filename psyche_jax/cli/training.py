@@ -21,15 +21,15 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "import",
         _import,
-        "Write a Hugging Face folder of a Qwen or Llama model, or a peft folder of adapters, as a checkpoint.",
+        "Turn a Hugging Face folder of a Qwen or Llama model, or a peft folder of adapters, into a checkpoint.",
         "psyche import hub:Qwen/Qwen2.5-7B-Instruct models/Qwen2.5-7B-Instruct --dtype bfloat16",
     )
     verb.add_argument(
         "source", metavar="HF_DIR", help="the Hugging Face folder, or hub:NAME[@REVISION] to download from the hub"
     )
     verb.add_argument("checkpoint", metavar="CHECKPOINT", help="the new checkpoint folder; may be gs://…")
-    verb.add_argument("--base", metavar="MODEL", help="what adapters are for (default: what their folder names)")
-    _add_dtype(verb, "; int8 (of linear maps; the rest is bfloat16) for a base of adapters", "int8")
+    verb.add_argument("--base", metavar="MODEL", help="base model of adapters (default: the one their folder names)")
+    _add_dtype(verb, "; int8 (linear layers; the rest is bfloat16) for a base of adapters", "int8")
 
     # SFT and GRPO take the same options.
     for name, run, text in (
@@ -38,9 +38,9 @@ def add_verbs(add: AddVerb) -> None:
     ):
         example = f"psyche {name} --config configs/{name}_tiny.yaml --set run.dir=runs/my_{name}"
         verb = add(name, run, text, example)
-        add_config(verb, f"of the run, such as {name}_7b_v5e16")
+        add_config(verb, f"settings of the run, such as {name}_7b_v5e16")
         verb.add_argument(
-            "--profile", type=int, default=0, metavar="STEPS", help="trace that many steps into the run's `profile`"
+            "--profile", type=int, default=0, metavar="STEPS", help="trace this many steps into the run's `profile`"
         )
         verb.add_argument(
             "--accept-changed",
@@ -54,7 +54,7 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "export",
         _export,
-        "Write a checkpoint, or a run's latest one, as a Hugging Face folder.",
+        "Turn a checkpoint, or a run's latest one, into a Hugging Face folder.",
         "psyche export runs/demo/grpo models/my-model --dtype bfloat16",
     )
     verb.add_argument(
@@ -64,47 +64,49 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "--push",
         metavar="NAME",
-        help="also put it into this repository of the Hugging Face hub, made as a private one if it is new; "
-        "HF_TOKEN must be set",
+        help="also upload it to this Hugging Face repository, created as private if it is new; needs HF_TOKEN",
     )
     verb.add_argument(
         "--adapters",
         action="store_true",
-        help="write the adapters alone, as a folder that peft loads over their base; without it they are merged",
+        help="write only the adapters, as a folder for peft (default: merge them into the base)",
     )
     verb.add_argument(
         "--base",
         metavar="MODEL",
-        help="of adapters over a checkpoint in int8: the model that it was imported from, to merge them into",
+        help="for adapters over an int8 checkpoint: merge them into this model, from which it was imported",
     )
     _add_dtype(verb)
 
     verb = add(
         "plan",
         _plan,
-        "Compile a training program for a TPU slice without having one: does it fit, what does it send, how long?",
+        "Compile a training program for a TPU slice, without a TPU: does it fit, what does it send, how long?",
         "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
     )
-    add_config(verb, "of SFT or GRPO, such as sft_7b_v5e16", False)
+    add_config(verb, "settings of SFT or GRPO, such as sft_7b_v5e16", False)
     verb.add_argument("--topology", metavar="CHIP:SHAPE", help="v5e:4x4, v6e:2x4, v5p:2x2x2, ...")
-    verb.add_argument("--program", choices=("sft", "grpo"), help="default: by the keys of the config")
+    verb.add_argument("--program", choices=("sft", "grpo"), help="default: recognized by the config's keys")
     verb.add_argument(
         "--search", action="store_true", help="try micro-batches, remat and slots; show the fastest plan that fits"
     )
     verb.add_argument(
         "--lengths",
         metavar="LENGTHS",
-        help="of responses, for the forecast: mean=400,p99=2048 (log-normal), or the folder of a run (default: all are "
-        "as long as max_new_tokens)",
+        help="response lengths for the forecast: mean=400,p99=2048 (log-normal), or the folder of a run (default: all "
+        "are max_new_tokens long)",
     )
-    verb.add_argument("--steps", type=int, metavar="N", help="of the run whose hours and price are forecast")
-    verb.add_argument("--price", type=float, metavar="DOLLARS", help="of an hour of one chip")
+    verb.add_argument("--steps", type=int, metavar="N", help="steps of the run, for its hours and price")
+    verb.add_argument("--price", type=float, metavar="DOLLARS", help="price of one chip for an hour")
     verb.add_argument("--json", action="store_true", help="print the plan as one JSON object")
     verb.add_argument(
-        "--table", action="store_true", help="in place of one plan: compile all usual models for all usual slices"
+        "--table", action="store_true", help="instead of one plan: compile all common models for all common slices"
     )
     verb.add_argument(
-        "--out", type=Path, metavar="FILE.jsonl", help="of --table: a line a cell, kept; the page is beside it, as .md"
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="with --table: one line per cell, kept between runs; the page is beside it, as .md",
     )
     for name, example in (
         ("models", "0.5B,7B"),
@@ -112,7 +114,7 @@ def add_verbs(add: AddVerb) -> None:
         ("modes", "adapters,int8,full"),
         ("programs", "grpo,sft"),
     ):
-        verb.add_argument(f"--{name}", metavar="LIST", help=f"of --table: only these, as {example} (default: all)")
+        verb.add_argument(f"--{name}", metavar="LIST", help=f"with --table: only these: {example} (default: all)")
 
     verb = add(
         "bench",
@@ -126,11 +128,11 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "demo",
         _demo,
-        "The whole way on a CPU with a tiny random model: tokenizer, SFT, GRPO, export, evaluation, report.",
+        "Run the whole pipeline on a CPU with a tiny random model: tokenizer, SFT, GRPO, export, evaluation, report.",
         "psyche demo --out runs/demo",
     )
     verb.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder, or an unfinished demo's")
-    verb.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
+    verb.add_argument("--seed", type=int, default=0, help="for everything random (default 0)")
 
 
 def _add_bench(verb: argparse.ArgumentParser) -> None:
@@ -142,12 +144,12 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
             name,
             help=text,
             description=f"Time {text}, with random weights and tokens.",
-            epilog="An option sets the key of a config that is named beside it, with --config that of the file. "
+            epilog="Each option sets the config key named beside it; with --config it changes the file's value. "
             "docs/measurements/benchmarks.md says what is measured and printed.",
         )
         add_config(
             parser,
-            f"of {'SFT' if name == 'sft' else 'GRPO'}, such as {'sft' if name == 'sft' else 'grpo'}_7b_v5e16",
+            f"settings of {'SFT' if name == 'sft' else 'GRPO'}, such as {'sft' if name == 'sft' else 'grpo'}_7b_v5e16",
             False,
         )
         for option_name, option in {**OPTIONS[name], **MODEL}.items():
@@ -165,12 +167,12 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
             parser.add_argument(
                 "--lengths",
                 metavar="LENGTHS",
-                help="of responses, which end by a stop token: mean=400,p99=2048 (log-normal), or the folder of a run "
-                "(default: none ends early)",
+                help="lengths at which responses stop: mean=400,p99=2048 (log-normal), or the folder of a run "
+                "(default: none stops early)",
             )
         parser.add_argument("--steps", type=int, default=10, metavar="N", help="timed steps (default 10)")
         parser.add_argument("--warmup", type=int, default=3, metavar="N", help="steps before those (default 3)")
-        parser.add_argument("--seed", type=int, default=0, help="of weights and tokens (default 0)")
+        parser.add_argument("--seed", type=int, default=0, help="for weights and tokens (default 0)")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -181,7 +183,7 @@ def _add_dtype(verb: argparse.ArgumentParser, more_help: str = "", *more: str) -
         type=lambda name: short.get(name, name),
         choices=("float32", "bfloat16", *more),
         default="float32",
-        help=f"of the weights written: float32 (f32, the default) or bfloat16 (bf16){more_help}",
+        help=f"dtype of the weights written: float32 (f32, the default) or bfloat16 (bf16){more_help}",
     )
 
 
@@ -189,7 +191,7 @@ def _changes(text: str) -> list[str]:
     """Some of `CHANGES`, from a list with commas."""
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in CHANGES]:
-        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(CHANGES)}")
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is not one of {', '.join(CHANGES)}")
     return names
 
 

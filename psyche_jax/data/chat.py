@@ -130,7 +130,7 @@ def tokenize_example(tokenizer: Any, turns: Sequence[Message], prompt: PromptSec
         said = _continued(content, opened)
         if said is None:
             if index == spoken[-1]:
-                raise UserError(f"the last turn does not continue {opened!r}, with which the chat template begins it")
+                raise UserError(f"the last turn does not continue {opened!r}, which the chat template puts first")
             continue
         if not before.startswith(done):
             tokens, mask, done = [], [], ""
@@ -155,7 +155,7 @@ def _check_written(content: str, closed: str, head: str, end: str) -> None:
         same_thought = kept.removeprefix(OPEN).strip() in ("", thought.removeprefix(OPEN).strip())
         if (thinks or shows) and not content[:1].isspace() and same_thought and shown.lstrip() == answer.lstrip():
             return
-    raise UserError("the chat template changes what was said (white space at its ends, say)")
+    raise UserError("the chat template changes the text (for example, trims white space)")
 
 
 def _continued(content: str, opened: str) -> str | None:
@@ -179,7 +179,7 @@ def _end_of_turn(tokenizer: Any) -> str:
     after = _template(tokenizer, turns, False, None).rpartition(said)[2]
     found = _spellings(tokenizer).control.match(after)
     if found is None:
-        raise UserError("the chat template writes no special token right after what the assistant says; use Qwen2.5's")
+        raise UserError("the chat template writes no special token right after the assistant's text; use Qwen2.5's")
     return found[0]
 
 
@@ -242,7 +242,7 @@ def _template(tokenizer: Any, messages: Sequence[dict[str, str]], opening: bool,
     if not tokenizer.chat_template:
         raise UserError("the tokenizer has no chat template; put Qwen2.5's chat_template.jinja into its folder")
     if thinking is not None and _SWITCH not in tokenizer.chat_template:
-        raise UserError(f"prompt.thinking is {thinking}, and the chat template has no {_SWITCH}; leave the setting out")
+        raise UserError(f"prompt.thinking is {thinking}, but the chat template has no {_SWITCH}; leave the setting out")
     switch = {} if thinking is None else {_SWITCH: thinking}
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opening, **switch)

@@ -85,7 +85,7 @@ class Manifest(Strict):
 
     def __post_init__(self) -> None:
         if self.records != sum(shard.records for shard in self.shards):
-            raise ValueError("its shards hold another number of records")
+            raise ValueError("its shards hold a different number of records")
 
     def __str__(self) -> str:
         size = sum(shard.bytes for shard in self.shards) / 2**20
@@ -148,9 +148,9 @@ class Dataset:
         reader = _open_reader(path, path)
         found = reader.num_records()
         if not found and in_bucket(path):  # what ArrayRecord makes of a refusal
-            raise UserError(f"{path}: nothing can be read of it; is there a permission to (storage.objects.get)?")
+            raise UserError(f"{path}: cannot be read; do you have permission (storage.objects.get)?")
         if found != shard.records:
-            raise _damaged(path, f"{found} records can be read of it, the manifest says {shard.records}")
+            raise _damaged(path, f"only {found} records can be read, but the manifest says {shard.records}")
         return reader
 
     def _read(self, place: tuple[int, int]) -> bytes:
@@ -319,7 +319,7 @@ def verify_dataset(uri: str) -> tuple[Manifest, list[str]]:
     """
     dataset = open_dataset(uri)
     if sum(1 for _ in dataset) != len(dataset):
-        raise UserError(f"{uri}: holds another number of records than its manifest says")
+        raise UserError(f"{uri}: holds a different number of records than its manifest says")
     listed = {MANIFEST, *(shard.name for shard in dataset.manifest.shards)}
     return dataset.manifest, [stored.name for stored in dataset.store.objects() if stored.name not in listed]
 
@@ -333,7 +333,7 @@ def first_records(uri: str, limit: int | None = None) -> Iterator[str]:
     dataset = open_dataset(uri)
     contents = iter(dataset) if limit is None else (dataset[index] for index in range(min(limit, len(dataset))))
     if dataset.manifest.packing is not None:
-        raise UserError(f"{uri}: holds packed tokens, which are no text; look at what was packed")
+        raise UserError(f"{uri}: holds packed tokens, not text; look at the data that was packed")
     for content in contents:
         yield content.decode("utf-8")
 
@@ -372,7 +372,7 @@ def find_datasets(uri: str) -> list[tuple[str, Manifest]]:
 def _new_place(uri: str) -> Store:
     store = open_store(uri)
     if store.read(MANIFEST) is not None:
-        raise UserError(f"{uri}: there is a data set already; choose another place or remove it first")
+        raise UserError(f"{uri}: already holds a data set; choose another place or remove it first")
     return store
 
 
@@ -409,17 +409,17 @@ def _read_manifest(store: Store) -> Manifest:
     content = store.read(MANIFEST)
     if content is None:
         if not in_bucket(store.address) and Path(store.address).is_file():
-            raise UserError(f"{store.address}: is a file, no data set; `psyche data import` makes one of it")
+            raise UserError(f"{store.address}: is a file, not a data set; convert it with `psyche data import`")
         count = len(store.objects())
-        what = f"{count} files but no {MANIFEST}: it was not written to its end" if count else "nothing is there"
-        raise UserError(f"{store.address}: is no data set ({what})")
+        what = f"{count} files but no {MANIFEST}: writing it was interrupted" if count else "nothing is there"
+        raise UserError(f"{store.address}: is not a data set ({what})")
     try:
         values = json.loads(content)
         checksum = values.pop("crc32c")
         if isinstance(version := values.get("format"), int) and version > FORMAT:
             raise UserError(f"{where}: was written by a newer version of psyche_jax (format {version}); upgrade it")
         if checksum != seal(values):
-            raise ValueError("its CRC32C is another: it was changed")
+            raise ValueError("its CRC32C does not match: it was changed")
         return pydantic.TypeAdapter(Manifest).validate_python(values)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: the manifest is broken ({fault_of(error)})") from None

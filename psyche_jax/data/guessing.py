@@ -200,7 +200,7 @@ def _forms(columns: Mapping[str, Any], head: Sequence[Mapping[str, Any]]) -> dic
         most = len(options) if isinstance(options, list) else max(len(row.get(f"{options}") or ()) for row in head)
         if 0 not in numbers and most not in numbers:
             how = "--set answer_is=number if 1 is A, --set answer_is=index if 0 is"
-            raise UsageError(f"columns.answer: {columns['answer']!r} holds numbers; say {how}")
+            raise UsageError(f"columns.answer: {columns['answer']!r} holds numbers; use {how}")
         values["answer_is"] = "index" if 0 in numbers else "number"
     if column := columns.get("messages"):
         turns = [turn for row in head for turn in _turns(row.get(column)) if isinstance(turn, Mapping)]

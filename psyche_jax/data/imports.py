@@ -109,7 +109,7 @@ class DialogueRemarks:
         found = []
         if self._mixed:
             found.append(
-                f"{self._mixed_turns} turns in {len(self._mixed)} dialogues hold the other side's words "
+                f"{self._mixed_turns} turns in {len(self._mixed)} dialogues contain the other speaker's words "
                 f"(a label such as 来访者： in a reply, or its turn repeated); the first is {self._mixed[0]}"
             )
         shared = {text: count for text, count in self._first_turns.items() if count > 1}
@@ -118,7 +118,7 @@ class DialogueRemarks:
             shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
             found.append(
                 f"{sum(shared.values())} dialogues share their first turn with another, in {len(shared)} groups; "
-                f"the commonest, of {count}: {' '.join(shown.split())}"
+                f"the most common, {count} times: {' '.join(shown.split())}"
             )
         return tuple(found)
 

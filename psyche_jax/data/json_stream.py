@@ -174,7 +174,7 @@ class _Text:
         if following == ",":
             self.step()
         elif following not in ("]", ""):
-            raise ValueError("there is no comma behind the item")
+            raise ValueError("there is no comma after the item")
 
     def pass_end_of_array(self) -> None:
         """Pass over the bracket."""

@@ -67,28 +67,28 @@ _TRUTH = {  # what is ticked of a statement: whether it is right
 
 @dataclass(frozen=True)
 class ColumnsSection(Section):
-    """The column that holds each part of a record. Exactly one of question, user and messages must be named."""
+    """The column that holds each part of a record. Exactly one of question, user and messages must be set."""
 
     question: str | None = None  # the stem of an exam question
     options: str | tuple[str, ...] | None = None  # a column for each, or one with a list, {letter: text} or "A. … B. …"
     answer: str | None = None  # the key; `answer_is` says how it is written
-    case: str | None = None  # what several questions are about; comes before the stem
-    kind: str | None = None  # single or multi, in the words of `kinds`; without it the number of letters decides
+    case: str | None = None  # the case that several questions share; put before the stem
+    kind: str | None = None  # single or multi, in the words of `kinds`; otherwise by the number of letters
     rationale: str | None = None  # the reasoning
-    user: str | tuple[str, ...] | None = None  # of dialogues of one turn: what is asked, of several columns by lines
-    assistant: str | None = None  # and the reply
-    system: str | None = None  # a system prompt of the row's own
-    messages: str | None = None  # of dialogues: a list of turns; `turns` says what they look like
-    meta: tuple[str, ...] = ()  # kept with the record as they are
+    user: str | tuple[str, ...] | None = None  # in one-turn dialogues: the request; several columns are joined by lines
+    assistant: str | None = None  # in one-turn dialogues: the reply
+    system: str | None = None  # the row's own system prompt
+    messages: str | None = None  # dialogues as a list of turns; `turns` says what they look like
+    meta: tuple[str, ...] = ()  # columns kept unchanged with the record
 
 
 @dataclass(frozen=True)
 class TurnsSection(Section):
     """What one turn of `columns.messages` looks like."""
 
-    role: str = "role"  # the key of who speaks; ShareGPT: from
-    content: str = "content"  # the key of what is said; ShareGPT: value
-    # How the column calls the three who speak.
+    role: str = "role"  # the key of the speaker; ShareGPT: from
+    content: str = "content"  # the key of the text; ShareGPT: value
+    # The column's names for the three roles.
     roles: dict[str, Literal["system", "user", "assistant"]] = field(
         default_factory=lambda: {"system": "system", "user": "user", "assistant": "assistant"}
     )
@@ -112,10 +112,10 @@ class ImportConfig(Section):
     """How the rows of a source become records."""
 
     columns: ColumnsSection
-    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"] | None = None  # null: all that the rows give
+    record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"] | None = None  # null: all that the rows yield
     turns: TurnsSection = field(default_factory=TurnsSection)
     answer_is: Literal["letters", "index", "number", "text"] = "letters"  # "A,C"; 0 for A; 1 for A; the option's text
-    kinds: dict[str, Kind] = field(default_factory=lambda: dict(KINDS))  # how the column of `columns.kind` calls them
+    kinds: dict[str, Kind] = field(default_factory=lambda: dict(KINDS))  # the words used in `columns.kind`
     reading: ReadingSection = field(default_factory=ReadingSection)
 
     def __post_init__(self) -> None:
@@ -129,9 +129,9 @@ class ImportConfig(Section):
         given = dict(self.named_columns())
         for name, column in given.items():
             if name not in (self.form, "meta", *must, *may):
-                raise ValueError(f"columns.{name}: {column!r} has no place in {self.base} with columns.{self.form}")
+                raise ValueError(f"columns.{name}: {column!r} is not part of a {self.base} with columns.{self.form}")
         if absent := [name for name in must if name not in given]:
-            raise ValueError(f"columns.{absent[0]} must be named for {self.base} with columns.{self.form}")
+            raise ValueError(f"columns.{absent[0]} must be set for {self.base} with columns.{self.form}")
         if self.answer_is == "text" and self.columns.options is None:
             raise ValueError("answer_is: text needs columns.options to find it in")
 
@@ -188,7 +188,7 @@ def import_rows(source: str, target: str, config: ImportConfig) -> Imported:
 
 def no_record(source: str, config: ImportConfig, notes: Notes) -> str:
     """What is said where no row gives one."""
-    return f"{source}: no row gives a {config.base}{first_of(notes.set_aside) or ': it holds no rows'}"
+    return f"{source}: no row yields a {config.base}{first_of(notes.set_aside) or ': it holds no rows'}"
 
 
 def records_of(source: str, config: ImportConfig, notes: Notes) -> Iterator[tuple[str, BaseRecord]]:
@@ -207,7 +207,7 @@ def records_of(source: str, config: ImportConfig, notes: Notes) -> Iterator[tupl
             identity, key = record.id, getattr(record, "answer", None)  # type: ignore[attr-defined]
             earlier, its_key = seen.setdefault(identity, (where, key))
             if earlier != where:
-                other = "" if key == its_key else " with another answer"
+                other = "" if key == its_key else " with a different answer"
                 raise RowError(f"repeats an earlier row{other}", earlier)
         except ValueError as error:
             notes.leave_out(where, error)
@@ -234,7 +234,7 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
     try:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is not text
-        raise RowError("holds characters that are no text") from None
+        raise RowError("holds characters that are not valid text") from None
     columns = config.columns
     meta = {name: _plain(row.get(name)) for name in columns.meta}
     if config.form == "question":
@@ -287,7 +287,7 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
     if not _is_filled(value) and not isinstance(value, list):
         value = []
     if not isinstance(value, list):
-        raise RowError("options are no list and no mapping of letters", repr(value)[:80])
+        raise RowError("options are neither a list nor a mapping of letters", repr(value)[:80])
     texts = list(value)
     while texts and not _is_filled(texts[-1]):
         texts.pop()
@@ -328,7 +328,7 @@ def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, 
         elif config.answer_is in ("index", "number"):
             first = int(config.answer_is == "number")
             if not re.fullmatch("[0-9]{1,2}", str(part)) or not first <= int(part) < len(_LETTERS) + first:
-                raise RowError(f"the answer is no {config.answer_is} of an option", repr(part)[:80])
+                raise RowError(f"the answer is not the {config.answer_is} of an option", repr(part)[:80])
             letters.add(_LETTERS[int(part) - first])
         else:
             letters |= _letters(part, options)
@@ -373,7 +373,7 @@ def _kind(row: Mapping[str, Any], config: ImportConfig, answer: str) -> Kind:
     if kind is None:
         raise RowError("the kind is neither single nor multiple choice", repr(written)[:80])
     if kind == "single" and len(answer) > 1:
-        raise RowError("several letters answer a question of one answer", answer)
+        raise RowError("several letters answer a single-answer question", answer)
     return kind
 
 
@@ -434,7 +434,7 @@ def _json(text: str, column: Any) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        raise RowError(f"no list and no JSON of one in {column!r}", repr(text)[:80]) from None
+        raise RowError(f"neither a list nor JSON of one in {column!r}", repr(text)[:80]) from None
 
 
 def _plain(value: Any) -> Any:

@@ -170,7 +170,7 @@ def unpacked_rows(contents: Sequence[bytes], length: int) -> Batch:
     for row, content in enumerate(contents):
         size, examples = np.frombuffer(content, "<i4", 2)
         if len(content) != 8 + 4 * (size + examples) + -(-size // 8) or size > length:
-            raise ValueError(f"{len(content)} bytes are no packed row of {length} tokens")
+            raise ValueError(f"{len(content)} bytes are not a packed row of {length} tokens")
         lengths = np.frombuffer(content, "<i4", examples, 8 + 4 * size)
         starts = np.cumsum(lengths) - lengths
         batch["tokens"][row, :size] = np.frombuffer(content, "<i4", size, 8)
@@ -208,7 +208,7 @@ def check_packing(where: str, manifest: Manifest, tokenizer: Any, prompt: Prompt
         ("chat template or prompt", packing.template_sha256, template_hash(tokenizer, prompt)),
     ):
         if theirs != ours:
-            raise UserError(f"{where}: was packed with another {what} than this run's; pack it anew (psyche pack)")
+            raise UserError(f"{where}: was packed with a different {what} than this run's; pack it again (psyche pack)")
     if packing.length > max_length:
         raise UserError(f"{where}: its rows have {packing.length} tokens, over data.max_length {max_length}")
     return packing

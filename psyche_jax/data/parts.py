@@ -55,14 +55,14 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
         said = list(_fewer_options(records, config))
         held, train = hold_out(records, share)
         if share and not held:
-            said.append("nothing is held out: all rows are on one case, or begin alike")
+            said.append("nothing is held out: all rows are about one case, or begin the same way")
         if held and isinstance(held[0], Question):
             found = decontaminate(train, [record for record in held if isinstance(record, Question)])
             left_out = {leak.train_id for leak in found.leaks}
             train = list(found.clean)
             for where, record in placed:
                 if record.id in left_out:  # type: ignore[attr-defined]
-                    notes.note(where, "nearly the same as a question that is held out")
+                    notes.note(where, "nearly the same as a held-out question")
         if not train:
             raise UserError(f"{source}: nothing is left to train on; set --hold-out 0")
         for record in records:
@@ -70,7 +70,7 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
         parts = {**_training_parts(train), "held_out": held}
         if isinstance(train[0], Question) and (without := len(train) - len(parts["sft"])):
             said.append(
-                f"sft holds {len(parts['sft'])} of {len(train)} questions: {without} have no rationale to learn"
+                f"sft holds {len(parts['sft'])} of {len(train)} questions: {without} have no rationale to learn from"
             )
         origin = {"source": source, "import": config_to_dict(config), "hold_out": share}
         manifests = {name: write_dataset(str(folder / name), part, origin) for name, part in parts.items() if part}
@@ -136,4 +136,4 @@ def _fewer_options(records: Sequence[BaseRecord], config: ImportConfig) -> list[
     counts = [len(record.options) for record in records if isinstance(record, Question)]
     empty = {column: sum(count <= place for count in counts) for place, column in enumerate(columns)}
     named = ", ".join(f"{column} in {count}" for column, count in empty.items() if count)
-    return [f"empty options, taken as absent: {named} of {len(counts)} questions"] if named else []
+    return [f"empty options, ignored: {named} of {len(counts)} questions"] if named else []

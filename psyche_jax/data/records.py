@@ -163,7 +163,7 @@ def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any
     set_aside = []
     for where, found in checked(kind, values):
         if isinstance(found, NotTextError):
-            raise UserError(f"{location}: is not UTF-8 text (the first such bytes are at {where})")
+            raise UserError(f"{location}: is not UTF-8 text (first at {where})")
         if isinstance(found, ValueError):
             set_aside.append(f"{where}: {fault_of(found)}")
         else:
@@ -285,7 +285,7 @@ def _check_answer(answer: str, kind: str, letters: str) -> None:
     if list(answer) != sorted(set(answer)):
         raise ValueError(f"the answer {answer!r} must name each letter once, in order")
     if kind == "single" and len(answer) != 1:
-        raise ValueError(f"the question has one answer and its key {answer!r} names {len(answer)}")
+        raise ValueError(f"the question has one answer, but its key {answer!r} names {len(answer)}")
 
 
 def _check_turns(turns: Sequence[Message], last: str) -> None:

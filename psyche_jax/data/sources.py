@@ -44,7 +44,7 @@ class ReadingSection(Section):
         try:
             "".encode(self.encoding)
         except LookupError:
-            raise ValueError(f"encoding: Python knows none of the name {self.encoding!r}") from None
+            raise ValueError(f"encoding: Python does not know {self.encoding!r}") from None
 
 
 def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
@@ -72,7 +72,7 @@ def read_rows(source: str, reading: ReadingSection) -> Iterator[Row]:
             unchecked.append(name)
     if unchecked:
         which = unchecked[0] if len(unchecked) == 1 else f"{unchecked[0]} and {len(unchecked) - 1} more"
-        print(f"{which}: has no page checksums, so damage can look like data (pyarrow: write_page_checksum=True)",
+        print(f"{which}: has no page checksums, so damage may go unnoticed (pyarrow: write_page_checksum=True)",
               file=sys.stderr)  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def _files(source: str) -> Iterator[tuple[str, Path]]:
         name = source.rpartition("/")[2]
         folder, names = source.removesuffix(name), [name]
         if _ending(name) not in _READERS:
-            raise UsageError(f"{source}: is read by the end of its name, which must be one of {known}")
+            raise UsageError(f"{source}: its name must end with one of {known}")
     store = open_store(folder)
     for name in names:
         with store.local(name) as path:
@@ -176,7 +176,7 @@ def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
         import openpyxl
     except ImportError:
         how = "pip install openpyxl, or save it as CSV (UTF-8)"
-        raise UserError(f"{name}: Excel files are read by openpyxl, which is absent; {how}") from None
+        raise UserError(f"{name}: reading Excel files needs openpyxl; {how}") from None
     try:
         book = openpyxl.load_workbook(path, data_only=True)  # read_only would not know what is merged
         for sheet in book.worksheets:
@@ -186,7 +186,7 @@ def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
                     row[block.min_col - 1] = rows[block.min_row - 1][block.min_col - 1]
             yield from _under_header((f"{name} {sheet.title}: row {n}", row) for n, row in enumerate(rows, start=1))
     except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{name}: is broken, or no Excel file ({first_reason(error)})") from None
+        raise UserError(f"{name}: is broken, or not an Excel file ({first_reason(error)})") from None
 
 
 def _cell(value: Any) -> str:
@@ -205,7 +205,7 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
     if not head:
         return
     if isinstance(first := head[0][1], RowError):
-        how = "; set reading.encoding (gb18030, say)" if first.reason != "not CSV" else ""
+        how = "; set reading.encoding (for example gb18030)" if first.reason != "not CSV" else ""
         raise UserError(f"{head[0][0]}: the header is {first.reason}{how or f' ({first})'}")
     wide = (number for number, (_, row) in enumerate(head) if not isinstance(row, RowError) and len(_filled(row)) > 1)
     start = next(wide, 0)
@@ -220,7 +220,7 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
         if isinstance(row, RowError):
             yield where, row
         elif len(row) < len(header) or _filled(row[len(header) :]):
-            yield where, RowError("another number of columns than the header", f"{len(row)}, not {len(header)}")
+            yield where, RowError("a different number of columns than the header", f"{len(row)}, not {len(header)}")
         else:
             yield where, {name: value for name, value in zip(header, row, strict=False) if name}
 
@@ -242,7 +242,7 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
                     yield f"{name}: row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         after = f" after row {number}" if number else ""
-        raise UserError(f"{name}: is broken{after}, or no Parquet file ({first_reason(error)})") from None
+        raise UserError(f"{name}: is broken{after}, or not a Parquet file ({first_reason(error)})") from None
 
 
 def _has_page_checksums(path: Path) -> bool:

@@ -58,7 +58,7 @@ class Answers:
                 key = (line["id"], line["sample"])
                 self.known[key] = Completion(line["text"], line["tokens"], line["finished"])
         except (KeyError, TypeError):
-            raise UserError(f"{self._file.path}: holds something else than answers; remove it") from None
+            raise UserError(f"{self._file.path}: does not hold answers; remove it") from None
         if lines:  # a last line cut short by a crash would spoil the next one
             self._file.replace([json.dumps(line) + "\n" for line in lines])
         return self

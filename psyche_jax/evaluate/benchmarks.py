@@ -33,7 +33,7 @@ def read_benchmark(bench: str) -> Benchmark:
     if name == CPSYEXAM and where:
         return _cpsyexam(Path(where))
     if bench in (PCEB, CPSYEXAM):
-        raise UsageError(f"--bench {bench}: its files do not come with the package; say where they are: {bench}:PATH")
+        raise UsageError(f"--bench {bench}: its files do not come with the package; give their path: {bench}:PATH")
     packaged = {SAMPLES: "questions.jsonl", DIALOGUES: "dialogues.jsonl"}
     place = str(files("psyche_jax.data") / "samples" / packaged[bench]) if bench in packaged else bench
     if kind_at(place) == Dialogue.__name__:
@@ -75,7 +75,7 @@ def _pceb(folder: Path) -> Benchmark:
             tasks += _in_cells(loaded.good, name)
             set_aside += loaded.set_aside
     if not tasks:
-        raise UserError(f"{folder}: holds nothing of PCEB; give its folder with cases, moral and theory in it")
+        raise UserError(f"{folder}: holds no PCEB questions; give the folder that contains cases, moral and theory")
     if any((folder / "cases").rglob("*.json")):
         for number, essay in enumerate(load_pceb_essays(folder / "cases", set_aside)[0], start=1):
             text = f"{essay.case}\n{essay.question}"
@@ -87,7 +87,7 @@ def _pceb(folder: Path) -> Benchmark:
 def _cpsyexam(file: Path) -> Benchmark:
     loaded = load_cpsyexam(file)
     if not loaded.good:
-        raise UserError(f"{file}: holds no usable question of CPsyExam")
+        raise UserError(f"{file}: holds no usable CPsyExam question")
     return Benchmark(CPSYEXAM, tuple(_in_cells(loaded.good)), loaded.set_aside)
 
 

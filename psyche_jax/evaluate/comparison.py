@@ -186,7 +186,7 @@ def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
     for cell in cells if len(cells) > 2 else ():  # two are the kinds
         chosen.append((cell_name(cell), [one.scores.get("cells", {}).get(cell) for one in evaluations]))
     clean = [one.scores.get("decontaminated") for one in evaluations]
-    chosen.append(("Without what the training data hold too", clean))
+    chosen.append(("Without questions that are in the training data", clean))
     groups = [{"name": title, "rows": rows} for title, scores in chosen if (rows := _rows(evaluations, names, scores))]
 
     # Answers are set side by side for the first model and the last few.

@@ -102,10 +102,10 @@ SFT_METRICS = (
     Metric("Gradient norm", "norm", (("grad_norm", "before clipping"),)),
     Metric("Learning rate", "rate", (("learning_rate", "learning rate"),)),
     Metric("Throughput", "tokens per second", (("tokens_per_second", "tokens per second"),)),
-    Metric("Time of a step", "seconds", (("step_time", "step"),)),
+    Metric("Step time", "seconds", (("step_time", "step"),)),
     Metric(
         "Memory",
-        "GiB, at most so far",
+        "GiB, peak so far",
         (("memory/device_gib", "fullest device"), ("memory/host_gib", "host process")),
     ),
 )
@@ -127,9 +127,9 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
         Metric(
             "Groups without signal",
             "share of groups",
-            (("frac_reward_zero_std", "all responses scored alike"),),
+            (("frac_reward_zero_std", "all responses scored equally"),),
             share=True,
-            about="Such a group has no advantage and teaches nothing.",
+            about="Such a group has advantage 0 and teaches nothing.",
         ),
         # Does the policy stay itself: near the reference, and undecided where it should be?
         Metric("Distance from the reference policy", "KL, nats per token", (("kl", "KL (k3)"),)),
@@ -142,7 +142,7 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
             band=("completions/min_length", "completions/max_length"),
         ),
         Metric(
-            "Completions cut at the limit",
+            "Truncated completions",
             "share of completions",
             (("completions/clipped_ratio", "no stop token"),),
             share=True,
@@ -159,7 +159,7 @@ def grpo_metrics(keys: Sequence[str]) -> tuple[Metric, ...]:
             "|Δ log-prob|, nats",
             (("sampling/logp_difference/mean", "mean"), ("sampling/logp_difference/max", "max")),
             log=True,
-            about="The same tokens, scored by both; near 0 is right.",
+            about="The same tokens, scored by both; should be near 0.",
         ),
         Metric("Loss", "loss", (("loss", "training"),)),
         *SFT_METRICS[1:],

@@ -87,7 +87,7 @@ def pairs_of(evaluation: Mapping[str, Any], against: str) -> list[Pair]:
         except (KeyError, TypeError):
             raise UserError(f"{against}: is not an evaluation; write it with `psyche eval --out`") from None
         if absent := [item["id"] for item in items if item["id"] not in others]:
-            raise UserError(f"{against}: has no reply to {len(absent)} dialogues, {absent[0]} first")
+            raise UserError(f"{against}: has no reply to {len(absent)} dialogues; the first is {absent[0]}")
     return [
         Pair(item["id"], item["question"], answer_part(item["response"]), answer_part(others[item["id"]]))
         for item in items

@@ -139,10 +139,10 @@ class Endpoint:
                     away = error.passing and not error.came
                     unreachable, unusable = unreachable + away, unusable + (not away)
                 if unusable >= UNUSABLE_AFTER:
-                    raise UserError(f"{self.name}: {unusable} times in a row there was no answer: {failed[key]}")
+                    raise UserError(f"{self.name}: no answer {unusable} times in a row: {failed[key]}")
                 if unreachable >= UNREACHABLE_AFTER:
                     raise UserError(
-                        f"{self.name}: does not answer any more ({failed[key]}); run the command again when it does"
+                        f"{self.name}: no longer answers ({failed[key]}); run the command again when it does"
                     )
 
         async def all_workers() -> None:
@@ -190,7 +190,7 @@ class Endpoint:
         if not same_model(self.model, served) and served not in self._served_as:
             accept = served or "''"  # some servers name no model
             raise NoReplyError(
-                f"another model answered: {served!r} for {self.model!r}; --served-as {accept} accepts it", came=True
+                f"another model answered: {served!r}, not {self.model!r}; --served-as {accept} accepts it", came=True
             )
 
     def _only_model(self) -> str:
@@ -201,7 +201,7 @@ class Endpoint:
         try:
             names = [model["id"] for model in asyncio.run(models())]
         except NoReplyError as error:
-            raise UserError(f"{self.url}: names no model ({error}); say which: {self.url}#MODEL") from None
+            raise UserError(f"{self.url}: lists no model ({error}); say which: {self.url}#MODEL") from None
         if len(names) != 1:
             shown = ", ".join(names[:5]) or "none"
             raise UsageError(f"{self.url}: has {len(names)} models ({shown}); say which: {self.url}#MODEL")

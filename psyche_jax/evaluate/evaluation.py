@@ -58,7 +58,7 @@ def evaluate(
       UserError: the model or a judge cannot be used, or answered nothing at all; there is nothing to judge.
     """
     if not benchmark.tasks:
-        raise UserError(f"{benchmark.name}: holds nothing to ask")
+        raise UserError(f"{benchmark.name}: contains no questions")
     # The answers that are kept beside the evaluation belong to exactly these questions, asked in exactly this way.
     requests = {(task.id, sample): task for sample in range(samples) for task in benchmark.tasks}
     asked = [[(turn.role, turn.content) for turn in task.turns] for task in benchmark.tasks]
@@ -162,7 +162,7 @@ def progress(label: str, total: int, done: int) -> Iterator[Callable[[], object]
             yield bar.update
         return
     if done:
-        print(f"eval {label}: {done} of {total} answers are there already", file=sys.stderr)
+        print(f"eval {label}: {done} of {total} answers are already done", file=sys.stderr)
     last = time.monotonic()
 
     def advance() -> None:
@@ -209,20 +209,20 @@ def scores_table(summary: Mapping[str, Any]) -> str:
         lines.append(f"{essays['count']} essays: {_essays(essays)} (percent)")
     if (clean := summary.get("decontaminated")) is not None:
         scores = f": strict {clean['strict']:.3f}, elastic {clean['elastic']:.3f}" if clean["count"] else ""
-        lines.append(f"{summary['leaked']} stand in the training data; without them {clean['count']} questions{scores}")
+        lines.append(f"{summary['leaked']} are in the training data; without them {clean['count']} questions{scores}")
         if summary.get("leaked_essays"):
             apart = _essays(clean["essays"]) if clean.get("essays") else "none is left"
             lines.append(f"{summary['leaked_essays']} of them are essays on a leaked case; the other essays: {apart}")
     if empathy := summary.get("empathy"):
         lines += _empathy(empathy)
     elif "dialogues" in summary:
-        lines.append(f"{summary['dialogues']} replies to dialogues; no --judge was given, so they have no marks")
+        lines.append(f"{summary['dialogues']} replies to dialogues; no --judge was given, so they are not scored")
     # What is in no score must be seen, or the scores look better than they are.
     if summary["set_aside"]:
         lines.append(f"{summary['set_aside']} records skipped")
     if unanswered := summary.get("no_answer"):
         told = ", ".join(f"{count} {reason}" for reason, count in unanswered.items())
-        lines.append(f"of these without an answer, which is not scored: {told}")
+        lines.append(f"of these, unanswered and not scored: {told}")
     return "\n".join(lines)
 
 
@@ -239,7 +239,8 @@ def _empathy(empathy: Mapping[str, Any]) -> list[str]:
     for name, judge in empathy["judges"].items():
         same, first = _share(judge["same_in_both_orders"]), _share(judge["first_preferred"])
         outcomes = ", ".join(f"{judge[key]} {title}" for key, title in _OUTCOMES.items())
-        lines.append(f"  {name}: {outcomes} of {judge['count']}; alike in both orders {same}, first preferred {first}")
+        orders = f"same verdict in both orders {same}, first preferred {first}"
+        lines.append(f"  {name}: {outcomes} of {judge['count']}; {orders}")
     for pair in empathy["agreement"]:
         who = " and ".join(pair["judges"])
         lines.append(f"  {who} agree on {_share(pair['share'])} of {pair['count']}, kappa {_share(pair['kappa'])}")

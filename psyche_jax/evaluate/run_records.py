@@ -87,7 +87,7 @@ class RunRecord:
             if (values := _values(self.metrics, key)) and not (key == "loss" and self.kind == "grpo"):
                 facts.append((name, number(values[0]) if len(values) == 1 else _change(values)))
         if times:
-            facts.append(("Time in steps", duration(sum(times), say)))
+            facts.append(("Time spent in steps", duration(sum(times), say)))
             facts.append(("Median step", duration(statistics.median(times), say)))
         if speeds := _values(self.metrics, "tokens_per_second"):
             facts.append(("Tokens per second, median", number(statistics.median(speeds))))

@@ -105,7 +105,7 @@ def read_reply(content: str | bytes, whole: bool = True) -> Reply:
         value = json.loads(content)
         no_choice = whole and not value.get("choices") and not value.keys().isdisjoint(_COMPLAINTS)
         if value.get("error") or value.get("object") == "error" or no_choice:
-            raise NoReplyError(f"an error came in place of the answer: {complaint(value)}", came=True)
+            raise NoReplyError(f"an error came instead of the answer: {complaint(value)}", came=True)
         usage = value["usage"] if isinstance(value.get("usage"), Mapping) else {}
         about = Reply(
             served_by=printable(value.get("model")),
@@ -121,7 +121,7 @@ def read_reply(content: str | bytes, whole: bool = True) -> Reply:
     except (ValueError, RecursionError):
         raise NoReplyError("the answer is not JSON", came=True) from None
     except (KeyError, IndexError, TypeError, AttributeError):
-        raise NoReplyError("the answer holds no message", came=True) from None
+        raise NoReplyError("the answer contains no message", came=True) from None
     if not whole:
         return replace(about, **texts, finish=finish)
     if not texts["text"] and (message.get("tool_calls") or message.get("function_call")):

@@ -73,8 +73,8 @@ class Pace:
         if not self._told and (seconds < asked or seconds > patience.longest_wait):
             self._told = True
             setting = f", see {patience.longest_rest_set_by}" if patience.longest_rest_set_by else ""
-            cut = f"; waits {seconds:g} s{setting}" if seconds < asked else ""
-            print(f"{self._name}: says to wait {asked:,.0f} s{cut}", file=sys.stderr, flush=True)
+            cut = f"; waiting {seconds:g} s{setting}" if seconds < asked else ""
+            print(f"{self._name}: asks to wait {asked:,.0f} s{cut}", file=sys.stderr, flush=True)
 
 
 async def ask_patiently(

@@ -123,7 +123,7 @@ class Server:
                                 await anext(events, None)
                         break
                     if event.event == "error":
-                        raise NoReplyError(f"an error came in place of the answer: {event.data}")
+                        raise NoReplyError(f"an error came instead of the answer: {event.data}")
                     # Events may be short or empty and without an end, so each counts for something.
                     came = True
                     part = read_reply(event.data, whole=False)
@@ -204,7 +204,7 @@ class Server:
             return self._line(str(error.__cause__ or error) or type(error).__name__)
         said = complaint(_body(error))
         if elsewhere := error.response.headers.get(_ELSEWHERE):
-            said = f"redirects to {elsewhere}, and what is asked is not sent there; if it may be, name that address"
+            said = f"redirects to {elsewhere}; nothing is sent there; if it may be, use that address"
         return f"HTTP {error.status_code}: {self._line(said)}"
 
     def _line(self, text: str) -> str:
@@ -318,7 +318,7 @@ def gate_warnings(servers: Mapping[str, str | None]) -> list[str]:
 
     plain = {url: key for url, key in servers.items() if url.startswith("http://")}
     return [
-        f"{url}: its crisis gate is on, and answers messages that speak of a crisis in place of the model; "
+        f"{url}: its crisis gate is on and answers messages about a crisis instead of the model; "
         "start psyche serve with --no-crisis-gate to hear the model alone"
         for url, gated in zip(plain, asyncio.run(all_gated()), strict=True)
         if gated

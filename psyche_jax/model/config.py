@@ -224,7 +224,7 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
     if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
-        raise UserError(f"config.json: {key} is not one set of values for all layers, which is all that is supported")
+        raise UserError(f"config.json: {key} differs between layers; only one set for all layers is supported")
     return rope
 
 
@@ -282,7 +282,7 @@ def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> i
 
 def _token(file: str, key: str, value: Any) -> int | None:
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-        raise UserError(f"{file}: a value has the wrong type ({key} is {_short(value)}, not a token's number)")
+        raise UserError(f"{file}: a value has the wrong type ({key} is {_short(value)}, not a token id)")
     return value
 
 

@@ -100,7 +100,7 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         index, whole = folder / _INDEX, folder / "model.safetensors"
         if (folder / _ADAPTER).is_file():
-            raise UserError(f"{folder}: {_ADAPTER} would be left out; `psyche import` it from a folder of its own")
+            raise UserError(f"{folder}: {_ADAPTER} would be left out; move it to another folder and import that")
         if index.is_file():
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -116,7 +116,7 @@ class WeightFiles:
             raise UserError(f"{folder}: has no model.safetensors and no model.safetensors.index.json")
         paths = sorted(set(files.values())) or [whole]
         if whole not in paths and whole.is_file():  # which transformers would read
-            raise UserError(f"{index}: does not name model.safetensors, which is there too; remove the one that is old")
+            raise UserError(f"{index}: does not name model.safetensors, which is there too; remove the outdated one")
         self._slices: dict[str, Any] = {}
         for path in paths:
             try:
@@ -125,7 +125,7 @@ class WeightFiles:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{path}: is broken or cut short ({error}); copy it again") from None
             if twice := sorted(found.keys() & self._slices.keys()):
-                raise UserError(f"{path}: holds tensors that another of the folder's files holds too: {_some(twice)}")
+                raise UserError(f"{path}: holds tensors that another file of the folder holds too: {_some(twice)}")
             self._slices |= found
         if missing := sorted(set(files) - set(self._slices)):
             raise UserError(f"{index}: names tensors that are in no file: {_some(missing)}")
@@ -164,7 +164,7 @@ class WeightFiles:
         if repeated and not self._equal(head, embedding):
             raise UserError(
                 f"{self.folder}: {head} differs from {embedding}, which config.json's tie_word_embeddings would use "
-                "in its place; set that to false if the head is one of its own"
+                "instead; set that to false if the head is separate"
             )
 
     def _equal(self, one: str, other: str) -> bool:
@@ -181,7 +181,7 @@ class WeightFiles:
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.folder}: {name} cannot be read ({error}); copy the files again") from None
         if not all_finite(values):
-            raise UserError(f"{self.folder}: {name} holds values that are not finite in {dtype}; get sound weights")
+            raise UserError(f"{self.folder}: {name} has values that are not finite in {dtype}; use other weights")
         return values
 
     def read(self, path: str, index: Index, dtype: np.dtype) -> np.ndarray:

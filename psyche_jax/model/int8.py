@@ -91,7 +91,7 @@ def original_of(stored: ReadPart, read: ReadPart, folder: Path) -> ReadPart:
         else:
             found = values.astype(_OTHERS)
         if not np.array_equal(found, stored(path, index)):
-            raise UserError(f"--base: {folder} is not what the int8 base was made from: its {path} is another")
+            raise UserError(f"--base: {folder} is not what the int8 base was made from: its {path} differs")
         return values
 
     return part

@@ -163,14 +163,14 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: list[jax.
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = ", ".join(f"{axis} {size}" for axis, size in sizes.items())
     if sum(size == -1 for size in sizes.values()) > 1 or any(s < 1 and s != -1 for s in sizes.values()):
-        raise UsageError(f"mesh: {asked}: sizes must be positive, and one at most may be -1 (all that is left)")
+        raise UsageError(f"mesh: {asked}: sizes must be positive, and at most one may be -1 (all that is left)")
     known = math.prod(size for size in sizes.values() if size != -1)
     if len(devices) % known:
-        raise UsageError(f"mesh: {asked} does not divide the {len(devices)} devices there are")
+        raise UsageError(f"mesh: {asked} does not divide the {len(devices)} devices")
     shape = tuple(len(devices) // known if size == -1 else size for size in sizes.values())
     if math.prod(shape) != len(devices):
         raise UsageError(
-            f"mesh: {asked} takes {math.prod(shape)} devices and there are {len(devices)}; "
+            f"mesh: {asked} needs {math.prod(shape)} devices, and there are {len(devices)}; "
             "set one axis to -1 to take what is left"
         )
     return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)

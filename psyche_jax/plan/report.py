@@ -204,7 +204,7 @@ def response_lengths(config: PlanConfig, wishes: Wishes) -> list[int] | None:
     if wishes.lengths is None:
         return None
     if isinstance(config, SftConfig):
-        raise UsageError("--lengths is of responses, which SFT has none of")
+        raise UsageError("--lengths is about responses, and SFT has none")
     return draw_lengths(wishes.lengths, config.prompts_per_step * config.generations_per_prompt, config.max_new_tokens)
 
 
@@ -283,7 +283,7 @@ def advise(
             advice.append("reference_dtype=bfloat16: halves the reference policy")
         twice = 2 * decoding["tensor"]
         if mesh["tensor"] == 1 and twice <= 4 and model.num_key_value_heads % twice == 0 and mesh["fsdp"] % twice == 0:
-            advice.append(f"rollout.tensor={twice}: decoding splits weights over so many chips, and no more")
+            advice.append(f"rollout.tensor={twice}: decoding splits weights over this many chips only")
     held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference", "base"))
     if mesh["data"] > 1:
         advice.append(f"mesh.data=1 and mesh.fsdp={places}: spread parameters and optimizer over all chips")

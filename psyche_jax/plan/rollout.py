@@ -156,5 +156,5 @@ def _log_normal(text: str, longest: int) -> tuple[float, float]:
     sigma = z - math.sqrt(root) if percentile > 50 and root >= 0 else math.sqrt(max(root, 0))
     if root < 0 or sigma < 0:
         limit = f"from the mean to {math.exp(z * z / 2):.1f} times it" if percentile > 50 else "at most the mean"
-        raise UsageError(f"--lengths {text}: no log-normal distribution is like that; p{percentile} must be {limit}")
+        raise UsageError(f"--lengths {text}: no log-normal distribution has these; p{percentile} must be {limit}")
     return math.log(mean) - sigma**2 / 2, sigma

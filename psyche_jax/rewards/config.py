@@ -39,7 +39,7 @@ class _Rule:
     rule: str
     """Which rule this is."""
     name: str = ""
-    """Under which its own value is reported; by default the rule's."""
+    """The name under which its value is reported; by default the rule's."""
     weight: float = 1.0
     """Multiplies its value in the total."""
 
@@ -62,13 +62,13 @@ class PatternRule(_Rule):
 
     rule: Literal["pattern"] = "pattern"
     pattern: str
-    """As Python's `re` writes it, with what an automaton can tell (docs/rewards.md)."""
+    """A regular expression of Python's `re`, as far as an automaton can match it (docs/rewards.md)."""
     flags: tuple[PatternFlag, ...] = ()
-    """Of `re`."""
+    """Flags of `re`."""
     require_stop: bool = False
     """Whether a truncated response (one without a stop token) gets 0."""
     max_states: int = 4096
-    """How many states the automaton over characters may have before the pattern is refused."""
+    """The most states that the automaton over characters may have."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,23 +93,23 @@ class AnswerSetRule(_Rule):
 
     rule: Literal["answer_set"] = "answer_set"
     reading: str = "strict"
-    """Which forms are known: `strict` none, `natural` all."""
+    """Which forms of answers are read: `strict` none, `natural` all."""
     forms: tuple[str, ...] | None = None
-    """The forms that are known, of FORMS, instead of those of `reading`."""
+    """The forms of answers to read, instead of those of `reading`."""
     markers: tuple[str, ...] = ("答案：", "答案:")
-    """The letters stand after the last of these."""
+    """The letters follow the last of these."""
     answer_after: str | None = "</think>"
-    """A marker before the last of these is a thought, not an answer. None: anywhere counts."""
+    """Markers before the last of these are reasoning and do not count. None: all count."""
     letters: str | None = None
-    """Which letters are options; None: A to Z, or A to G where forms are known. Any other makes the line no list."""
+    """The option letters; None: A to Z, or A to G if forms are read. A line with any other letter is not read."""
     lower_case: bool = False
     """Whether `a` counts as `A`."""
     separators: str = "、,，;；和与及 \t\u3000"
-    """Characters that may occur anywhere on the line."""
+    """Characters that may occur anywhere in the line."""
     closers: str = "。．.!！)）]】」』\"'”’*"  # noqa: RUF100
     """Characters that may come after the letters."""
     credit: Literal["strict", "elastic"] = "strict"
-    """strict: 1 for exactly the right letters; elastic: their share as long as none is wrong."""
+    """strict: 1 for exactly the right letters; elastic: the share of right letters if none is wrong."""
     require_stop: bool = False
     """Whether a truncated response (one without a stop token) gets 0."""
 
@@ -120,11 +120,11 @@ class AnswerSetRule(_Rule):
         if self.forms is not None:
             self._to_tuple("forms")
             self._check_named("forms", self.forms, FORMS)
-        self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, none empty")
+        self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, and none may be empty")
         if self.answer_after is not None:
             self._require(bool(self.answer_after), "answer_after", "must not be empty (use null for none)")
             clash = [m for m in self.markers if self.answer_after in m or m in self.answer_after]
-            self._require(not clash, "answer_after", f"must neither hold nor be part of a marker ({clash})")
+            self._require(not clash, "answer_after", f"must not contain a marker or be part of one ({clash})")
         letters = LETTERS if self.letters is None else self.letters
         options = set(letters)
         self._require(
@@ -144,7 +144,7 @@ class AnswerSetRule(_Rule):
         for name in names:
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {nearest[0]!r}? " if nearest else ""
-            self._require(name in known, field, f"has no {name!r}; {hint}there are {', '.join(known)}")
+            self._require(name in known, field, f"has no {name!r}; {hint}known: {', '.join(known)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ class LengthRule(_Rule):
     max_length: int
     """Tokens at which the penalty is -1."""
     buffer: int = 0
-    """Over so many tokens before that it falls."""
+    """The penalty falls to -1 over this many tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -176,7 +176,7 @@ class RepetitionRule(_Rule):
 
     rule: Literal["repetition"] = "repetition"
     ngram: int = 4
-    """Tokens of a run that is looked for."""
+    """Length of an n-gram, in tokens."""
     weight: float = -1.0
 
     def __post_init__(self) -> None:
@@ -186,15 +186,15 @@ class RepetitionRule(_Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionReward(_Rule):
-    """What a Python function says of responses, on the host; see `rewards/functions.py`."""
+    """A Python function that scores responses, on the host; see `rewards/functions.py`."""
 
     rule: Literal["function"] = "function"
     function: str
-    """`module:function`, importable, or in the current folder."""
+    """`module:function`, importable or in the current folder."""
     timeout_seconds: float = 60.0
     """How long one call, with all responses of a step, may take."""
     on_error: Literal["stop", "absent"] = "stop"
-    """Where it fails: end the run, or continue as if it had returned None for every response."""
+    """If it fails: end the run, or continue as if it had returned None for every response."""
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -29,11 +29,11 @@ _SECONDS = 300.0  # without a byte, after which an endpoint has failed
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 HELP = """\
 /think        show or fold the model's reasoning
-/system TEXT  begin anew with this system prompt (empty: the model's own)
-/new          begin anew
-/history      what was said so far
+/system TEXT  start over with this system prompt (empty: the model's own)
+/new          start over
+/history      show the conversation so far
 /save FILE    write the conversation as JSON
-/quit         leave; so do Ctrl-D, and Ctrl-C while nothing is being said
+/quit         leave; also Ctrl-D, or Ctrl-C while no answer is running
 Ctrl-C stops an answer. A line that ends with \\ continues in the next one."""
 
 
@@ -58,7 +58,7 @@ class LocalModel:
                 async for said in parts:
                     yield said.delta.text
         except TooLongError as error:
-            raise UserError(f"{error}; /new begins anew") from None
+            raise UserError(f"{error}; /new starts over") from None
         except FailedError:
             raise UserError("decoding failed; see the reason above") from None
 
@@ -78,7 +78,7 @@ class RemoteModel:
         self._url = endpoint.url
         self._prompt = config.prompt or PromptSection("", "")  # its own server may add one
         if config.thinking is not None or self._prompt.thinking is not None:
-            raise UsageError("thinking: is for the endpoint's server to set; leave it out")
+            raise UsageError("thinking: the endpoint's server sets this; leave it out")
         self._names: Names = {}  # of parameters, as the endpoint turns out to want them
 
     async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
@@ -259,7 +259,7 @@ class Chat:
             "history": lambda _: "\n".join(f"{turn.role}: {turn.content}" for turn in self.turns) or "nothing yet",
             "save": self._save,
         }
-        run = commands.get(name, lambda _: f"there is no /{name}; /help names what there is")
+        run = commands.get(name, lambda _: f"there is no /{name}; /help lists the commands")
         self._out.write(harmless(run(rest)) + "\n")
         self._out.flush()
 
@@ -277,9 +277,9 @@ class Chat:
     def _save(self, name: str) -> str:
         path = Path(name).expanduser()
         if not name:
-            return "say where: /save FILE"
+            return "give a file name: /save FILE"
         if path.exists():
-            return f"{path}: exists already; choose another name"
+            return f"{path}: already exists; choose another name"
         system = [Message("system", self._system)] if self._system else []
         messages = [{"role": turn.role, "content": turn.content} for turn in [*system, *self.turns]]
         try:
@@ -334,7 +334,7 @@ def chat(config: ServeConfig, system: str, show_reasoning: bool) -> None:
     model = RemoteModel(config) if config.model.startswith(SCHEMES) else LocalModel(config)
     out, typing = sys.stdout, sys.stdin.isatty()
     if typing:
-        print(f"{harmless(model.name)}. /help names the commands.", file=out)
+        print(f"{harmless(model.name)}. /help lists the commands.", file=out)
     if model.gate:
         print(f"{model.gate.notice('zh')}\n{model.gate.notice('en')}\n", file=out)
     lines = typed_lines("> ") if typing else _piped_lines(sys.stdin, out)

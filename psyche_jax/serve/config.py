@@ -15,21 +15,21 @@ from psyche_jax.errors import UsageError
 
 @dataclass(frozen=True)
 class LimitsSection(Section):
-    """What one request, one client and all of them together may take."""
+    """Limits on one request, one client and all of them together."""
 
     body_bytes: PositiveInt = 1_048_576  # of one request
-    body_seconds: PositiveFloat = 30.0  # for a request's head to arrive, and for its body
+    body_seconds: PositiveFloat = 30.0  # for the request's head to arrive, and again for its body
     new_tokens: PositiveInt = 2048  # the longest response
     choices: PositiveInt = 8  # the largest `n`
     rows: PositiveInt = 16  # responses decoded at once
-    waiting: PositiveInt = 64  # requests that may wait for their turn; the next one gets 429
-    per_minute: PositiveInt = 600  # requests of one client
+    waiting: PositiveInt = 64  # requests that may wait; further ones get 429
+    per_minute: PositiveInt = 600  # requests from one client
     request_seconds: PositiveFloat = 600.0  # from request to the end of its response
     shutdown_seconds: PositiveFloat = 30.0  # for running requests to finish once the server is told to stop
 
     def __post_init__(self) -> None:
         if self.choices > self.rows:
-            raise UsageError(f"choices {self.choices} are more than the {self.rows} rows decoded at once")
+            raise UsageError(f"choices {self.choices} exceed the {self.rows} rows decoded at once")
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class CrisisSection(Section):
     """The gate before generation and the filter after it (docs/crisis.md)."""
 
     gate: bool = True  # off: every message goes to the model
-    region: str = "CN"  # whose hotline
-    log: str | None = None  # a file for events, which hold no text
-    classifier: bool = True  # decides where rules say nothing explicit
+    region: str = "CN"  # region of the hotline
+    log: str | None = None  # file for crisis events, without any text
+    classifier: bool = True  # decides where no explicit rule matches
     second_opinion: str | None = (
-        None  # on what the gate lets pass: `served`, the model itself; or an endpoint, URL#MODEL
+        None  # about messages the gate lets pass: `served`, the model itself; or an endpoint, URL#MODEL
     )
 
     def __post_init__(self) -> None:
         other = self.second_opinion
         if other not in (None, "served") and not re.fullmatch(r"https?://[^#]+#.+", str(other)):
-            raise UsageError(f"second_opinion must be served, or URL#MODEL of an endpoint, not {other!r}")
+            raise UsageError(f"second_opinion must be `served`, or URL#MODEL of an endpoint, not {other!r}")
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,14 @@ class ServeConfig(Section):
     """One model behind an OpenAI-compatible endpoint."""
 
     model: str  # a Hugging Face folder, a checkpoint or a run
-    name: str | None = None  # what clients call it; None: the last part of `model`
-    host: str = "127.0.0.1"  # the address it listens at; 0.0.0.0: all
-    port: Annotated[int, Field(ge=0, lt=65536)] = 8000  # 0: any that is free
-    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7  # where a request says nothing; the published recipe's
+    name: str | None = None  # the model's name for clients; None: the last part of `model`
+    host: str = "127.0.0.1"  # the address to listen on; 0.0.0.0: all
+    port: Annotated[int, Field(ge=0, lt=65536)] = 8000  # 0: any free port
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.7  # default for requests; the published recipe's
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9  # the same
-    prompt: PromptSection | None = None  # None: what the model was trained with
-    thinking: bool | None = None  # `enable_thinking` of the chat template; None: as `prompt` says, or as it was trained
-    warm: bool = True  # compile what a first conversation needs before serving
+    prompt: PromptSection | None = None  # None: as the model was trained
+    thinking: bool | None = None  # `enable_thinking` of the chat template; None: as in `prompt`, or as trained
+    warm: bool = True  # compile the programs for a first conversation before serving
     compute_dtype: Dtype = "float32"  # of activations and matrix products
     mesh: MeshSection = field(default_factory=MeshSection)
     limits: LimitsSection = field(default_factory=LimitsSection)

@@ -102,7 +102,7 @@ class Guard:
     def _admit(self, scope: Scope, headers: Headers) -> None:
         host = headers.get("host", "")
         if self._local and _split(f"//{host}").hostname not in LOOPBACK:
-            raise RefusalError(403, "this server answers on this machine only", "host_not_allowed")
+            raise RefusalError(403, "this server only answers requests from this machine", "host_not_allowed")
         origin = headers.get("origin")
         if origin is not None and _split(origin).netloc != host:
             raise RefusalError(403, "requests from other web pages are refused", "origin_not_allowed")
@@ -121,7 +121,7 @@ class Guard:
         client = scope["client"][0] if scope.get("client") else ""
         if (wait := self._wait(client)) > 0:
             raise RefusalError(
-                429, "too many requests a minute", "rate_limit_exceeded", {"retry-after": str(int(wait) + 1)}
+                429, "too many requests per minute", "rate_limit_exceeded", {"retry-after": str(int(wait) + 1)}
             )
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":

@@ -54,7 +54,7 @@ def serve_private(name: str, host: str, port: int, make: Callable[[str, Sequence
     sock = listen(host, port)
     config = uvicorn.Config(make(token, names), log_level="warning", access_log=False)
     shown = f"[{host}]" if ":" in host else host
-    print(f"{name}: http://{shown}:{sock.getsockname()[1]}/#{token}  (Ctrl-C ends it)", flush=True)
+    print(f"{name}: http://{shown}:{sock.getsockname()[1]}/#{token}  (Ctrl-C to stop)", flush=True)
     if not _is_loopback(host):
         print(f"{name}: this address can be reached from other machines, without encryption", flush=True)
     with suppress(KeyboardInterrupt):

@@ -66,9 +66,9 @@ class ChatMessage(_Request):
         try:
             self.text.encode("utf-8")
         except UnicodeEncodeError:
-            raise ValueError("the content holds half of a surrogate pair, which is no text") from None
+            raise ValueError("the content has half of a surrogate pair, which is not text") from None
         if self.role == "user" and not self.text.strip():
-            raise ValueError("the message of the user is empty")
+            raise ValueError("the user's message is empty")
         return self
 
 
@@ -172,7 +172,7 @@ class CompletionRequest(_Generation):
     def _prompts(cls, value: Any) -> Any:
         prompts = value if isinstance(value, list) and not _is_prompt(value) else [value]
         if not all(map(_is_prompt, prompts)) or not prompts:
-            raise ValueError("is no text, no list of token ids, and no list of such")
+            raise ValueError("is not a text, a list of token ids, or a list of either")
         return value
 
     @model_validator(mode="after")
@@ -180,7 +180,7 @@ class CompletionRequest(_Generation):
         if not self.echo and self.max_tokens < 1:
             raise ValueError("max_tokens of 0 needs echo")
         if self.echo and (self.max_tokens > 1 or (self.max_tokens == 1 and self.temperature != 0) or (self.n or 1) > 1):
-            raise ValueError("echo scores a prompt: it wants max_tokens 0, or 1 at temperature 0, and n 1")
+            raise ValueError("echo scores a prompt: it needs max_tokens 0, or 1 at temperature 0, and n 1")
         return self
 
     @property

@@ -43,11 +43,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The request is wrong",
         401: "A token is required",
-        403: "Another host or web page asks",
+        403: "The request comes from another host or web page",
         404: "No such model",
         408: "The body did not arrive in time",
         413: "The body is too large",
-        415: "The body is no JSON",
+        415: "The body is not JSON",
         429: "Too many requests",
         500: "Decoding failed",
         503: "The server is shutting down",
@@ -73,7 +73,7 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
     listening = listen(config.host, config.port)
     service = Service(config)
     if config.warm:
-        print("compiling for conversations of a usual length (kept for the next start)", file=sys.stderr, flush=True)
+        print("compiling for conversations of typical length (kept for the next start)", file=sys.stderr, flush=True)
         service.warm()
     settings = uvicorn.Config(
         create_app(service, config, token),
@@ -206,7 +206,7 @@ def _answer_errors(app: fastapi.FastAPI) -> None:
 
 
 def _no_model(service: Service) -> RefusalError:
-    return RefusalError(404, f"the model that is served here is {service.name!r}", "model_not_found")
+    return RefusalError(404, f"this server's model is {service.name!r}", "model_not_found")
 
 
 @contextlib.contextmanager
@@ -475,5 +475,5 @@ def _plain_log_probs(unscored: list[int], entries: Sequence[TokenLogProb], servi
 
 def announce(config: ServeConfig, address: str) -> None:
     """Say on stderr where the server is, and what protects it."""
-    gate = f"on, region {config.crisis.region}" if config.crisis.gate else "OFF: nothing looks after people in a crisis"
+    gate = f"on, region {config.crisis.region}" if config.crisis.gate else "OFF: nothing protects people in a crisis"
     print(f"serving {config.model} on {address} (page at /, API at /v1); crisis gate {gate}", file=sys.stderr)

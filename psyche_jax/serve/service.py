@@ -217,7 +217,7 @@ class Service:
 
     def __init__(self, config: ServeConfig) -> None:
         if config.model.startswith(("http://", "https://")):
-            raise UserError(f"{config.model}: is served already; serve a Hugging Face folder, a checkpoint or a run")
+            raise UserError(f"{config.model}: is already a server; serve a Hugging Face folder, a checkpoint or a run")
         self.gate = open_gate(config.crisis)
         stored = open_model(config.model)
         stored.check_shapes()
@@ -413,7 +413,7 @@ class Service:
         """A prompt that is continued. All of it counts as a message of a person's: who wrote what, nobody says."""
         tokens = self._plain_tokens(place, prompt)
         if len(tokens) >= self._places:
-            raise TooLongError(f"prompt {place} has {len(tokens)} tokens: no room to go on in {self._places}")
+            raise TooLongError(f"prompt {place} has {len(tokens)} tokens: no room left in a context of {self._places}")
         text = prompt if isinstance(prompt, str) else decoded_text(self.tokenizer, prompt)
         return _Read(tokens, [text], self.gate.reply([text]) if self.gate else None)
 

@@ -149,7 +149,7 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
         elif status in (401, 403):
             why = "HF_TOKEN is not set, or gives no permission for it"
         elif isinstance(cause, errors.HFValidationError):
-            why = f"is no name of a repository ({first_reason(cause)})"
+            why = f"is not the name of a repository ({first_reason(cause)})"
         elif status is None and isinstance(cause, errors.HTTPError | ConnectionError):  # also: HF_HUB_OFFLINE
             why = f"{_site()} cannot be reached ({type(cause).__name__})"
         else:
@@ -157,7 +157,7 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
         raise UserError(f"{PREFIX}{name}: {why}") from None
 
 
-_WITHOUT_XET = "its files cannot be had from their Xet store ({}); set HF_HUB_DISABLE_XET=1 to go without it"
+_WITHOUT_XET = "its files cannot be fetched from their Xet store ({}); set HF_HUB_DISABLE_XET=1 to do without it"
 
 
 def _site() -> str:

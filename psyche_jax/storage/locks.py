@@ -189,8 +189,8 @@ class _BucketLock:
     def confirm(self) -> None:
         if not self._write():
             raise LostLockError(
-                f"{self._folder}: another process has taken this run over, since this one was silent for too long; "
-                "this one ends"
+                f"{self._folder}: another process took this run over, because this one was silent for too long; "
+                "stopping"
             )
 
     def release(self) -> None:

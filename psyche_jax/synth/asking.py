@@ -219,7 +219,7 @@ class Asker:
         for row in never:
             call, _, fault = row[-1]
             what = f"{_names(call)}: none of {len(row)} replies could be used"
-            print(f"look here: {what}, the last one for: {fault}", file=sys.stderr, flush=True)
+            print(f"warning: {what}, the last one because: {fault}", file=sys.stderr, flush=True)
 
     def _stop(self, row: list[tuple[Call, Reply, str]], what: str) -> None:
         """Show what is wrong, and forget those replies: once it is mended they are to be asked for again."""
@@ -228,7 +228,7 @@ class Asker:
         self._stopped = UserError(
             f"{_names(call)}: {what}, {count} of them: {fault}; the last one was: "
             f"{printable(reply.text, _LONGEST_SHOWN) or '(nothing)'}; "
-            "mend the LLM or its prompt and start again, or raise calls.give_up_after"
+            "fix the LLM or its prompt and start again, or raise calls.give_up_after"
         )
         self.client.stop()
         for one, _, _ in row:

@@ -87,7 +87,7 @@ class CallStore:
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(_SCHEMA)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: is no store of calls ({error}); move it away") from None
+            raise UserError(f"{path}: is not a store of calls ({error}); move it away") from None
         self._waiting: list[tuple[str, tuple[Any, ...]]] = []
         self._writing: asyncio.Task[None] | None = None
 

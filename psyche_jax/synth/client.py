@@ -160,7 +160,7 @@ class Client:
             self.failed += 1
             reason = f"{llm.name} at {llm.base_url}: {_reason(error)}"
             if self.failed >= self._give_up_after:
-                raise UserError(f"{reason}; {self.failed} calls failed in spite of retries, start again later")
+                raise UserError(f"{reason}; {self.failed} calls failed despite retries; start again later")
             raise NoReplyError(reason)
         return Reply(str(error), finish="refused", prompt_tokens=0, completion_tokens=0)
 
@@ -194,10 +194,10 @@ def _key(llm: LlmSection) -> str | None:
     key = os.environ.get(llm.key_env, "").strip()
     if not key:
         raise UsageError(
-            f"LLM {llm.name}: the environment has no {llm.key_env}; set it, or key_env to null if no key is wanted"
+            f"LLM {llm.name}: the environment has no {llm.key_env}; set it, or set key_env to null if no key is needed"
         )
     if not key.isascii() or not key.isprintable():
-        raise UsageError(f"LLM {llm.name}: {llm.key_env} holds characters that no key has; was it copied whole?")
+        raise UsageError(f"LLM {llm.name}: {llm.key_env} has characters that no key has; was it copied correctly?")
     return key
 
 

@@ -15,21 +15,21 @@ StageName: TypeAlias = Literal["clean", "questions", "control", "rationales", "d
 
 @dataclass(frozen=True)
 class LlmSection(Section):
-    """One LLM: where it is, how it is asked, what it costs."""
+    """One LLM: its server, sampling, limits and prices."""
 
-    name: str  # what the stages below call it
-    model: str  # what its server calls it
+    name: str  # its name in the stages below
+    model: str  # its name on the server
     base_url: str = "https://api.openai.com/v1"  # of an OpenAI-compatible server
-    key_env: str | None = "OPENAI_API_KEY"  # the environment variable with its key; null: it wants none
-    stream: bool = False  # some servers answer long requests only as a stream
+    key_env: str | None = "OPENAI_API_KEY"  # the environment variable with its key; null: no key
+    stream: bool = False  # stream replies; some servers need this for long requests
     temperature: NonNegativeFloat = 0.7  # of sampling
     top_p: PositiveFloat = 0.9  # of sampling
-    max_tokens: PositiveInt = 2048  # of a reply
-    parameters: Mapping[str, str | None] = field(default_factory=dict)  # its own names for ours; null: it gets none
-    timeout_seconds: PositiveFloat = 180.0  # of one whole call
+    max_tokens: PositiveInt = 2048  # of one reply
+    parameters: Mapping[str, str | None] = field(default_factory=dict)  # the server's names for ours; null: not sent
+    timeout_seconds: PositiveFloat = 180.0  # for one whole call
     requests_per_minute: PositiveFloat | None = None  # None: no limit
     tokens_per_minute: PositiveFloat | None = None  # None: no limit
-    input_price: NonNegativeFloat = 0.0  # for a million tokens, in any one currency
+    input_price: NonNegativeFloat = 0.0  # per million tokens, in any one currency
     output_price: NonNegativeFloat = 0.0  # the same
 
     def __post_init__(self) -> None:
@@ -37,9 +37,9 @@ class LlmSection(Section):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"base_url must begin with http:// or https://, not {self.base_url!r}")
         if parts.username or parts.password or parts.query:
-            raise ValueError("base_url must hold no key; put it into the environment and name that in key_env")
+            raise ValueError("base_url must not contain a key; name an environment variable with the key in key_env")
         if unknown := [name for name in self.parameters if name not in PARAMETERS]:
-            raise ValueError(f"parameters: we send no {unknown[0]!r}, only {', '.join(PARAMETERS)}")
+            raise ValueError(f"parameters: cannot send {unknown[0]!r}, only {', '.join(PARAMETERS)}")
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ class CallsSection(Section):
     """How LLMs are called."""
 
     concurrency: PositiveInt = 16  # calls at once, over all LLMs
-    retries: NonNegativeInt = 6  # of one call, after faults that pass
-    first_wait_seconds: PositiveFloat = 1.0  # doubled after each fault; a server's Retry-After goes before
+    retries: NonNegativeInt = 6  # of one call, after temporary faults
+    first_wait_seconds: PositiveFloat = 1.0  # doubled after each fault; a server's Retry-After takes precedence
     longest_wait_seconds: PositiveFloat = 60.0  # up to this
-    longest_rest_seconds: PositiveFloat = 600.0  # that a server may ask for with Retry-After; more is cut to it
-    give_up_after: PositiveInt = 20  # calls without a reply, or replies in a row without use: then the run stops
-    reasks: NonNegativeInt = 2  # times that a malformed reply is asked again, with its fault named
+    longest_rest_seconds: PositiveFloat = 600.0  # the longest Retry-After that is obeyed in full
+    give_up_after: PositiveInt = 20  # stop after this many calls without a reply, or unusable replies in a row
+    reasks: NonNegativeInt = 2  # how often to ask again after a malformed reply, naming its fault
 
 
 @dataclass(frozen=True)
 class BudgetSection(Section):
-    """Where to stop. Counts what the store holds, so over all starts of a run; calls in flight are finished."""
+    """When to stop. Counts all stored calls, over all starts of a run; calls in flight are finished."""
 
-    tokens: PositiveInt | None = None  # of prompts and replies; None: no limit
+    tokens: PositiveInt | None = None  # in prompts and replies; None: no limit
     cost: PositiveFloat | None = None  # by the prices of the LLMs; None: no limit
 
 
@@ -77,7 +77,7 @@ class SourcesSection(Section):
 
 @dataclass(frozen=True)
 class CleanSection(Section):
-    """The rules of cleaning; each can be switched off."""
+    """Cleaning rules; each can be switched off."""
 
     unicode: bool = True  # NFKC, also radicals that NFKC misses
     invisible: bool = True  # zero-width and control characters
@@ -88,8 +88,8 @@ class CleanSection(Section):
     emoji: bool = True  # removed
     emoticons: bool = True  # removed
     punctuation: bool = True  # made consistent
-    repetitions: bool = True  # sentences said twice, characters repeated many times
-    duplicates: bool = True  # texts that come twice
+    repetitions: bool = True  # repeated sentences, characters repeated many times
+    duplicates: bool = True  # texts that occur twice
     shortest: PositiveInt = 20  # characters of a passage; shorter ones are skipped
 
 
@@ -97,10 +97,10 @@ class CleanSection(Section):
 class QuestionsSection(Section):
     """Questions from passages."""
 
-    llm: str = "writer"  # that writes them
-    single: NonNegativeInt = 2  # questions a passage with one right answer
-    multi: NonNegativeInt = 2  # and with several
-    least_options: PositiveInt = 4  # of a question
+    llm: str = "writer"  # the LLM that writes them
+    single: NonNegativeInt = 2  # single-answer questions per passage
+    multi: NonNegativeInt = 2  # multiple-answer questions per passage
+    least_options: PositiveInt = 4  # the fewest options of a question
 
     def __post_init__(self) -> None:
         if self.single + self.multi < 1:
@@ -109,15 +109,15 @@ class QuestionsSection(Section):
 
 @dataclass(frozen=True)
 class ControlSection(Section):
-    """Near-duplicates, the filter by LLMs, and who sees what is left."""
+    """Near-duplicates, the filter by LLMs, and human review."""
 
     candidates: Annotated[float, Field(gt=0, lt=1)] = 0.4  # Jaccard similarity from which two are compared
     permutations: PositiveInt = 128  # of MinHash
     redis: str | None = None  # host:port, for tables that outgrow memory
-    twins: str | None = None  # an LLM that says whether two questions ask the same where the comparison leaves it open
+    twins: str | None = None  # an LLM that decides in doubtful cases whether two questions ask the same
     llms: tuple[str, ...] = ("judge",)  # empty: no filter
-    votes: PositiveInt = 3  # of each LLM
-    least_score: PositiveFloat = 3.5  # a vote is for a question if each of its scores, from 1 to 5, is at least that
+    votes: PositiveInt = 3  # votes per LLM
+    least_score: PositiveFloat = 3.5  # a vote is in favour if all its scores, from 1 to 5, are at least this
     review: Literal["none", "flagged", "all"] = "flagged"  # flagged: votes differ, or a twin has another key
 
 
@@ -125,31 +125,31 @@ class ControlSection(Section):
 class RationalesSection(Section):
     """Rationales by prompt optimization."""
 
-    llm: str = "writer"  # that writes them
+    llm: str = "writer"  # the LLM that writes them
     rounds: NonNegativeInt = 2  # T; ours: not published
-    judge: str | None = None  # an LLM that says which of two rationales is better, and so whether a round is taken
+    judge: str | None = None  # an LLM that decides which of two rationales is better
 
 
 @dataclass(frozen=True)
 class DialoguesSection(Section):
     """Warmer replies."""
 
-    llm: str = "writer"  # that rewrites replies
-    checker: str = "judge"  # that compares the new reply with the old one
+    llm: str = "writer"  # the LLM that rewrites replies
+    checker: str = "judge"  # the LLM that compares the new reply with the old one
 
 
 @dataclass(frozen=True)
 class SelectionSection(Section):
     """Which questions go to SFT and which to RL."""
 
-    llms: tuple[str, ...] = ("writer",)  # that answer every question
+    llms: tuple[str, ...] = ("writer",)  # the LLMs that answer every question
     samples: PositiveInt = 1  # answers of each LLM to each question
 
     def __post_init__(self) -> None:
         if not self.llms:
             raise ValueError("llms is empty; name at least one")
         if len(set(self.llms)) < len(self.llms):
-            raise ValueError("llms names one twice; use samples for several answers of one LLM")
+            raise ValueError("llms names one twice; use samples for several answers from one LLM")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class SynthConfig(Section):
     out: str  # where the records go: a new folder
     sources: SourcesSection
     llms: tuple[LlmSection, ...]
-    prompts: str | None = None  # a folder whose prompts take the place of the package's
+    prompts: str | None = None  # a folder with prompts that replace the package's
     calls: CallsSection = field(default_factory=CallsSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     clean: CleanSection = field(default_factory=CleanSection)
@@ -192,7 +192,7 @@ class SelectConfig(Section):
     out: str  # where the records go: a new folder
     questions: tuple[str, ...]  # JSONL files of `Question`
     llms: tuple[LlmSection, ...]
-    prompts: str | None = None  # a folder whose prompts take the place of the package's
+    prompts: str | None = None  # a folder with prompts that replace the package's
     calls: CallsSection = field(default_factory=CallsSection)
     budget: BudgetSection = field(default_factory=BudgetSection)
     selection: SelectionSection = field(default_factory=SelectionSection)

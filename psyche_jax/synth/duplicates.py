@@ -233,7 +233,7 @@ class _Redis:
         try:
             import redis
         except ImportError:
-            raise UserError("control.redis is set and redis is absent; pip install 'psyche_jax[redis]'") from None
+            raise UserError("control.redis needs the package redis: pip install 'psyche_jax[redis]'") from None
         host, _, port = address.partition(":")
         if not port.isdecimal():
             raise UserError(f"control.redis must be host:port, not {address!r}")

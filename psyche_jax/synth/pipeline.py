@@ -168,8 +168,8 @@ class _Workshop:
         self.cost = spent + to_come or None
         line = f"{self.verb}: forecast: at most {by_prompt.total()} calls ("
         line += ", ".join(f"{prompt} {count}" for prompt, count in by_prompt.items()) + ")"
-        line += f", {by_prompt.total() - left} of them made before" if left < by_prompt.total() else ""
-        line += f"; about {tokens:,.0f} tokens to come" + ("" if usage else ", by guess")
+        line += f", {by_prompt.total() - left} of them already made" if left < by_prompt.total() else ""
+        line += f"; about {tokens:,.0f} tokens to come" + ("" if usage else " (a guess)")
         line += f", which cost {to_come:.4g}" if self.cost else "; the llms have no prices, so no cost"
         budget = self.config.budget
         for name, limit, total in (("tokens", budget.tokens, used + tokens), ("cost", budget.cost, spent + to_come)):

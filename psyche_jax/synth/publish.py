@@ -57,7 +57,7 @@ def publish(
             sources[getattr(record, "source", "") or "unknown"] += 1
             licences[getattr(record, "meta", {}).get("licence") or "unknown"] += 1
     if not counts:
-        raise UserError(f"{out}: there is nothing to publish; see what was set aside in {selection.parent}")
+        raise UserError(f"{out}: there is nothing to publish; see what was skipped in {selection.parent}")
     # A data set appears as a whole, so one that is there is either this synthesis' own or another one's.
     for name in counts:
         if store.read(f"{name}/{MANIFEST}") is None:
@@ -98,7 +98,7 @@ def check_place(out: str) -> None:
         folder = Path(out).absolute()
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-            raise UserError(f"out: {out}: {nearest} is no folder that can be written to")
+            raise UserError(f"out: {out}: {nearest} is not a writable folder")
 
 
 def as_markdown(card: Mapping[str, Any]) -> str:

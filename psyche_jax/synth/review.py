@@ -56,7 +56,7 @@ class Decision:
 
     def __post_init__(self) -> None:
         if (self.verdict == "edit") != (self.edited is not None):
-            raise ValueError("an edit, and only that, comes with the edited question")
+            raise ValueError("an edit, and nothing else, comes with the edited question")
 
 
 _ADAPTER = pydantic.TypeAdapter(Decision)
@@ -91,7 +91,7 @@ class ReviewStore:
             if "blind" not in [row[1] for row in self._database.execute("PRAGMA table_info (decisions)")]:
                 self._database.execute(_BLIND)
         except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path}: is no store of reviews ({error})") from None
+            raise UserError(f"{self.path}: is not a store of reviews ({error})") from None
 
     def add(self, questions: Iterable[Question]) -> int:
         """Put questions into the queue; those that are there stay as they are. Returns how many are new."""
@@ -183,7 +183,7 @@ class ReviewStore:
                 first = error.errors()[0]
                 faults.append(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}")
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                faults.append(f"{where}: is no decision ({error!r})")
+                faults.append(f"{where}: is not a decision ({error!r})")
             except UserError as error:
                 faults.append(f"{where}: {error}")
         return taken, faults

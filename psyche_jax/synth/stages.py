@@ -149,7 +149,7 @@ def iterate(kind: type[Record], path: Path) -> Iterator[Record]:
     """The records of a file that a stage wrote, one after the other."""
     for where, found in checked(kind, read_jsonl(path)):
         if isinstance(found, ValueError):
-            raise UserError(f"{where}: was changed by hand; remove {path.parent} to make it anew")
+            raise UserError(f"{where}: was changed by hand; remove {path.parent} to make it again")
         yield found
 
 

@@ -62,7 +62,7 @@ def array_differences(folder: Path, wanted: Any, name: str) -> list[str]:
         if old is None:
             lines.append(f"{name}/{path}: {new} in this run, missing in the checkpoint")
         elif new is None:
-            lines.append(f"{name}/{path}: {old} in the checkpoint, and not in this run")
+            lines.append(f"{name}/{path}: {old} in the checkpoint, missing in this run")
         else:
             lines.append(f"{name}/{path}: {old} in the checkpoint, {new} in this run")
     return lines
@@ -204,7 +204,7 @@ class Checkpoints:
 
 
 def _of_another_run(folder: Path, found: Sequence[str]) -> UserError:
-    return UserError(f"{folder}: the checkpoint is not of this run; {len(found)} differences:", found)
+    return UserError(f"{folder}: the checkpoint does not belong to this run; {len(found)} differences:", found)
 
 
 @dataclass(frozen=True)

@@ -301,7 +301,7 @@ def judged(
         else:
             for name, result in found.items():
                 if result.fault:
-                    print(f"grpo: {result.fault}; its reward is absent in this step", file=sys.stderr, flush=True)
+                    print(f"grpo: {result.fault}; its reward is missing in this step", file=sys.stderr, flush=True)
                 failures[name] = np.float32(bool(result.fault))
                 numbers_or_nan = [math.nan if value is None else value for value in result.values]
                 values[name] = np.asarray(numbers_or_nan, np.float32).reshape(shape)
@@ -393,7 +393,7 @@ class _Warnings:
             self._steps = -sys.maxsize
             hosts.say(
                 f"grpo: in {_EQUAL_STEPS} steps in a row all responses to each prompt had the same reward: there was "
-                "nothing to learn; look at samples.jsonl, whether the rewards are out of the policy's reach"
+                "nothing to learn; see in samples.jsonl whether the rewards are out of the policy's reach"
             )
 
 

@@ -134,7 +134,7 @@ def check_memory(program: jax.stages.Compiled, settings: str) -> None:
         free = known["bytes_limit"] - known.get("bytes_in_use", 0)
         if wanted > free:
             raise UserError(
-                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB beside what is on {device}, which "
+                f"out of memory: the largest step needs {wanted / _GIB:.2f} GiB on top of what is on {device}, which "
                 f"has {free / _GIB:.2f} GiB left; {settings}"
             )
 
@@ -258,7 +258,7 @@ class Training(contextlib.AbstractContextManager["Training"]):
         if self.first < self.total_steps or self._evaluations.missed:
             return False
         self._checkpoints.check(self._metadata, self.run.accepted)
-        self._say_end(f"all {self.first} steps are done already")
+        self._say_end(f"all {self.first} steps are already done")
         return True
 
     def begin(

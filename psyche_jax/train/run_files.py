@@ -40,8 +40,8 @@ def check_place(
         found = changes(parse_yaml_mapping(config_file), config, known, known if early else contents)
         if lines := refused(found, accepted):
             raise UserError(
-                f"{folder}: holds another run ({lines[0]}); choose another run.dir, remove this one, or go on "
-                f"knowingly with {how_to_accept(found, accepted)}",
+                f"{folder}: holds another run ({lines[0]}); choose another run.dir, remove this one, or accept "
+                f"the change with {how_to_accept(found, accepted)}",
                 lines[1:],
             )
         return found

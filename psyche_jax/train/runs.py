@@ -57,7 +57,7 @@ class Trackers:
                 import wandb
             except ImportError:
                 raise UserError(
-                    "logging.wandb_project is set and wandb is absent; pip install 'psyche_jax[wandb]'"
+                    "logging.wandb_project needs the package wandb: pip install 'psyche_jax[wandb]'"
                 ) from None
             self._start("W&B", lambda: _WeightsAndBiases(wandb, project, folder, run_id))
 
@@ -85,7 +85,7 @@ class Trackers:
         except Exception as error:  # a library's, a server's, a disk's
             self._trackers.pop(name, None)
             print(
-                f"{name}: {first_reason(error)}; the run continues without it (all is in metrics.jsonl)",
+                f"{name}: {first_reason(error)}; the run continues without it (metrics.jsonl has everything)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -205,7 +205,7 @@ class Run:
             error = lost
         if hosts.on_any(error is not None):
             self.writes = False
-            raise error or LostLockError(f"{self.folder}: another process has taken this run over; this one ends")
+            raise error or LostLockError(f"{self.folder}: another process took this run over; stopping")
 
     def write_state(self, status: Status, reason: str = "", **extra: Any) -> None:
         """Replace `state.json`, whose `step` is what is saved; what an earlier call stored in `extra` stays.
@@ -229,7 +229,7 @@ class Run:
 
     def write_last_words(self) -> None:
         """For a process that ends at once: say so, and in `state.json`, at the step that was saved last."""
-        reason = f"quit by Ctrl-C; what was done after step {self.saved or 0} is not saved"
+        reason = f"quit by Ctrl-C; work after step {self.saved or 0} is not saved"
         print(f"{self.folder}: {reason}; start the same command again to resume", file=sys.stderr, flush=True)
         with suppress(UserError, OSError):
             self.write_state("preempted", reason)
@@ -327,11 +327,11 @@ def open_run(
         if contents:
             extra["contents"] = dict(contents)
             if "status" in old and "contents" not in old:
-                hosts.say(f"{folder}: this run has no record of what it was trained on; from now on it has")
+                hosts.say(f"{folder}: this run had no record of what it was trained on; it has one from now on")
         # Changes that were accepted are recorded for good: a report, and a later start, can tell.
         if found:
             lines = [line for lines in found.values() for line in lines]
-            hosts.say(f"{folder}: resumes with changes that were accepted: {'; '.join(lines)}")
+            hosts.say(f"{folder}: resuming with accepted changes: {'; '.join(lines)}")
             entry = {"step": run.saved or 0, "kinds": sorted(found), "changes": lines, "time": time.time()}
             extra["accepted"] = [*old.get("accepted", []), entry]
         entries = extra.get("accepted", old.get("accepted", []))
@@ -361,7 +361,7 @@ def _rebuilt_state(folder: Path) -> dict[str, Any]:
     try:
         return read_state(folder) or ({} if (folder / "config.yaml").is_file() else {"step": 0})
     except UserError as error:
-        hosts.say(f"{error}; it is made anew from the run's checkpoints")
+        hosts.say(f"{error}; rebuilding it from the run's checkpoints")
         return {}
 
 

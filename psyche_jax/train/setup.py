@@ -110,8 +110,8 @@ def _check_dtype(model: ModelSection, stored: StoredModel) -> None:
             raise UsageError(f"model.dtype: the weights at {model.path} are int8; set it to int8, not {model.dtype}")
     elif model.dtype == "int8":
         raise UsageError(
-            f"model.dtype: what {model.path} learned is less than a step of the int8 checkpoint that it was trained "
-            "on, and would be lost if merged into that; set bfloat16, or train over the original with model.dtype int8"
+            f"model.dtype: what {model.path} learned is smaller than the steps of its int8 base and would be lost in a "
+            "merge; set bfloat16, or train over the original model with model.dtype int8"
         )
 
 
@@ -218,4 +218,4 @@ def report_skipped(run: Run, warning: str, lines: Sequence[str]) -> None:
     for line in lines[:5]:
         print(f"skipped: {line}", file=sys.stderr)
     count = "1 record" if len(lines) == 1 else f"{len(lines)} records"
-    print(f"{count} skipped, named in {run.folder / 'set_aside.txt'}", file=sys.stderr)
+    print(f"{count} skipped, listed in {run.folder / 'set_aside.txt'}", file=sys.stderr)

@@ -50,7 +50,7 @@ def schedule_warning(section: OptimizerSection, steps: int, updates_per_step: in
     last = float(make_schedule(section, steps, updates_per_step)(total - 1))
     return (
         f"optimizer.warmup {section.warmup:g}: the warm-up does not end within the run's {steps} steps; the learning "
-        f"rate comes to {last:.2g} of optimizer.learning_rate {section.learning_rate:.2g}"
+        f"rate only reaches {last:.2g} of optimizer.learning_rate {section.learning_rate:.2g}"
     )
 
 

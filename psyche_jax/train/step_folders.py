@@ -66,7 +66,7 @@ def check_files(folder: Path, within: Sequence[str] | None = None, content: bool
         elif stored.bytes != entry["bytes"]:
             faults.append(f"{name} has {stored.bytes} bytes, and had {entry['bytes']} when it was written")
         elif content and _crc32c(folder, stored) != entry["crc32c"]:
-            faults.append(f"{name} is changed: its CRC32C is not that of when it was written")
+            faults.append(f"{name} has changed: its CRC32C differs from when it was written")
     if faults:
         more = f", and {len(faults) - _NAMED} more files are damaged" if len(faults) > _NAMED else ""
         raise UserError(f"{folder}: the checkpoint is broken: {'; '.join(faults[:_NAMED])}{more}")
@@ -82,7 +82,7 @@ def _known(folder: Path) -> dict[str, dict[str, int]]:
             return sealed["files"]
     except (ValueError, KeyError, TypeError):  # ValueError: no JSON, or no UTF-8
         pass
-    raise UserError(f"{folder}: the checkpoint is broken: {CHECKSUMS} is changed")
+    raise UserError(f"{folder}: the checkpoint is broken: {CHECKSUMS} has changed")
 
 
 def _files(folder: Path) -> list[StoredObject]:
@@ -120,10 +120,10 @@ def find_checkpoint(folder: Path, say: bool = True) -> Path:
     if folder.name == "best" and (folder.parent / "state.json").is_file():
         best = read_state(folder.parent).get("best")
         if best is None:
-            raise UserError(f"{folder}: there is none; the run has no data.evaluation to choose on, or is too young")
+            raise UserError(f"{folder}: no best checkpoint; the run has no data.evaluation, or no evaluation yet")
         step_folder = folder.parent / "checkpoints" / str(best["step"])
         if missing := what_is_missing(step_folder):
-            raise UserError(f"{step_folder}: the best checkpoint is not whole: {missing}; copy it again")
+            raise UserError(f"{step_folder}: the best checkpoint is incomplete: {missing}; copy it again")
         return step_folder
     if not folder.is_dir():
         name = str(folder)
@@ -143,7 +143,7 @@ def find_checkpoint(folder: Path, say: bool = True) -> Path:
         reasons = [f"{path.name}: {missing}" for path, missing in (others or itself).items()]
         raise UserError(f"{folder}: holds neither a config.json nor a checkpoint {_listed(reasons)}".rstrip())
     for path, missing in others.items() if say else ():
-        print(f"{path}: not a whole checkpoint ({missing}), so it is passed over", file=sys.stderr)
+        print(f"{path}: incomplete checkpoint ({missing}), skipped", file=sys.stderr)
     return whole[-1]
 
 
@@ -198,21 +198,21 @@ def set_aside_look_alikes(root: Path, saved: int | None) -> None:
     with bucket_errors(root):
         whole, others = step_folders(root, ("parameters", "optimizer")) if root.is_dir() else ([], {})
         if not whole and (saved or (saved is None and others)):
-            what = f"the run came to step {saved}" if saved else "the run was saved before"
+            what = f"the run reached step {saved}" if saved else "the run was saved before"
             reasons = [f"{path.name}: {missing}" for path, missing in others.items()] or ["no step is there"]
             raise UserError(
-                f"{root}: {what}, and no checkpoint is whole {_listed(reasons)}; copy the checkpoints again with all "
-                "their files; to start anew on purpose remove the run's folder, or choose another run.dir"
+                f"{root}: {what}, but no checkpoint is complete {_listed(reasons)}; copy the checkpoints again with "
+                "all their files, or, to start over, remove the run's folder or choose another run.dir"
             )
         hosts.wait_for_all("looked for checkpoints")
         for path, missing in others.items() if hosts.is_first() else ():
             if not in_bucket(path):
                 target = path.with_name(f"{path.name}.incomplete-{uuid.uuid4().hex[:8]}")
                 path.rename(target)
-                print(f"{path}: not a whole checkpoint ({missing}); it is now {target.name}", file=sys.stderr)
+                print(f"{path}: incomplete checkpoint ({missing}); renamed to {target.name}", file=sys.stderr)
             elif (path / _MARK).is_file():
                 (path / _MARK).unlink()
-                print(f"{path}: not a whole checkpoint ({missing}); its {_MARK} is removed", file=sys.stderr)
+                print(f"{path}: incomplete checkpoint ({missing}); its {_MARK} was removed", file=sys.stderr)
         hosts.wait_for_all("renamed what is not a checkpoint")
 
 

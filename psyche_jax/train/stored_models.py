@@ -72,12 +72,12 @@ def with_stop_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
                 stops.append(end_of_turn_id(tokenizer))
     if not stops:
         raise UserError(
-            f"{folder}: no stop token is named, so no response could end; "
-            "give generation_config.json an eos_token_id, or tokenizer_config.json an eos_token"
+            f"{folder}: no stop token is set, so no response could end; "
+            "add eos_token_id to generation_config.json, or eos_token to tokenizer_config.json"
         )
     for token in (*stops, config.bos_token_id, config.pad_token_id):
         if token is not None and token >= config.vocab_size:
-            raise UserError(f"{folder}: token {token} is named (bos, eos or pad); the model has {config.vocab_size}")
+            raise UserError(f"{folder}: token id {token} (bos, eos or pad) is outside the model's {config.vocab_size}")
     return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys(stops)))
 
 
@@ -156,7 +156,7 @@ class StoredModel:
         def finite(path: str, index: Index) -> np.ndarray:
             values = read(path, index).astype(kind, copy=False)
             if not all_finite(values):
-                raise UserError(f"{self.weights}: {path} holds values that are not finite in {kind}; take another one")
+                raise UserError(f"{self.weights}: {path} has values that are not finite in {kind}; use another model")
             return values
 
         return finite, chunk
@@ -178,7 +178,7 @@ class StoredModel:
         except Exception as error:  # Orbax raises bare Exceptions on broken files
             raise UserError(f"{self.weights}: the checkpoint is broken: {first_reason(error)}") from None
         if names := unsound_tensors(parameters, sharding):
-            raise UserError(f"{self.weights}: {names[0]} holds values that are not finite; take an earlier checkpoint")
+            raise UserError(f"{self.weights}: {names[0]} has values that are not finite; use an earlier checkpoint")
         return parameters
 
     def check_shapes(self) -> None:
@@ -198,7 +198,7 @@ class StoredModel:
         if self.base is not None and identity(self.base.model) != self.base.identity:
             raise UserError(
                 f"{self.weights}: its adapters were trained on another base than the model that is now at "
-                f"{self.base.model.weights}; put that one there"
+                f"{self.base.model.weights}; put the original back"
             )
 
 
@@ -292,10 +292,10 @@ def open_model(path: str) -> StoredModel:
 def _open_model(folder: Path) -> StoredModel:
     if (folder / "config.json").is_file():
         if in_bucket(folder):
-            raise UserError(f"{folder}: a Hugging Face folder in a bucket; copy it to a disk (gcloud storage cp -r)")
+            raise UserError(f"{folder}: is a Hugging Face folder in a bucket; copy it to a disk (gcloud storage cp -r)")
         return StoredModel(with_stop_tokens(read_hf_config(folder), folder), folder, exported_prompt(folder), folder)
     if (folder / PEFT_CONFIG).is_file():
-        raise UserError(f"{folder}: a folder of adapters; import it first: psyche import {folder} CHECKPOINT")
+        raise UserError(f"{folder}: is a folder of adapters; import it first: psyche import {folder} CHECKPOINT")
     step_folder = find_checkpoint(folder)
     metadata = read_checkpoint_metadata(step_folder)
     try:

@@ -163,9 +163,9 @@ class StoredArrays:
         self._stores: dict[str, ts.TensorStore] = traverse_util.flatten_dict(tree, sep="/")
         shapes = {path: tuple(store.shape) for path, store in self._stores.items()}
         if faults := {path for path in expected | shapes if path not in expected or path not in shapes}:
-            raise self._broken(f"other parameters than the model has: {', '.join(sorted(faults))}")
+            raise self._broken(f"its parameters are not the model's: {', '.join(sorted(faults))}")
         if faults := {path for path in expected if shapes[path] != expected[path].shape}:
-            raise self._broken(f"other shapes than the model has: {', '.join(sorted(faults))}")
+            raise self._broken(f"its shapes are not the model's: {', '.join(sorted(faults))}")
 
     def chunk(self, path: str) -> tuple[int, ...]:
         """In which blocks the parameter at `path` is stored."""

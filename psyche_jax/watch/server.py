@@ -51,11 +51,11 @@ def serve_watch(folders: Sequence[Path], host: str, port: int, language: Languag
             if (folder / "config.yaml").is_file():
                 continue
             if folder.exists() and (not folder.is_dir() or any(child.suffix for child in folder.iterdir())):
-                raise UserError(f"{folder}: is not a run; give the folder that is its run.dir")
+                raise UserError(f"{folder}: is not a run; give the run's run.dir")
             inner = sorted(path.parent for path in folder.glob("*/config.yaml"))
             if inner:
-                raise UserError(f"{folder}: is not a run; those in it are: psyche watch {' '.join(map(str, inner))}")
-            print(f"watch: {folder}: no run has begun there yet; it is shown once it does", file=sys.stderr)
+                raise UserError(f"{folder}: is not a run, but contains runs: psyche watch {' '.join(map(str, inner))}")
+            print(f"watch: {folder}: no run has started there yet; it will be shown once it does", file=sys.stderr)
     serve_private("watch", host, port, lambda token, hosts: watch_app(folders, token, hosts, language))
 
 
@@ -136,7 +136,7 @@ def _read(folder: Path, name: str, say: Speaker) -> RunRecord | str:
     try:
         with bucket_errors(folder):
             if not (folder / "state.json").is_file():
-                return say("No run has begun here yet; it is shown once it does.")
+                return say("No run has started here yet; it will be shown once it does.")
         return read_run(folder, name, scores=False)
     except (UserError, OSError) as error:
         return str(error)

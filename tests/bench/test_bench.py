@@ -194,7 +194,7 @@ def test_readable_text(known_device, capsys):
     assert cli.main(["bench", "rollout", *flags(values)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("rollout on 8 × cpu: ") and "None" not in lines[0]
-    assert lines[3] == "responses of 3 tokens on average, the longest of 3, in 3 steps of decoding"
+    assert lines[3] == "responses of 3 tokens on average, the longest 3, in 3 decoding steps"
     assert "of the published bfloat16 peak" in lines[4] and lines[4].endswith("of the bandwidth bound")
 
 
@@ -254,8 +254,8 @@ def test_visits_to_the_host_are_seen():
             "rollout --lengths mean=80,p99=100",
             "--lengths mean=80,p99=100: lengths are at least 1, and the mean at most max_new_tokens 64",
         ),
-        ("grpo --lengths mean=8,p99=7", "--lengths mean=8,p99=7: no log-normal distribution is like that"),
-        ("grpo --vocab 40 --lengths mean=8,p99=20", "--lengths: needs a vocabulary of 64 tokens or more, not 40"),
+        ("grpo --lengths mean=8,p99=7", "--lengths mean=8,p99=7: no log-normal distribution has these"),
+        ("grpo --vocab 40 --lengths mean=8,p99=20", "--lengths needs a vocabulary of at least 64 tokens, not 40"),
         ("sft --config nowhere", "nowhere: the config cannot be read"),
         (
             "grpo --config sft_7b_v5e16",
@@ -273,16 +273,16 @@ def test_visits_to_the_host_are_seen():
         ("sft --set batch=3", "options: unknown key 'batch'; did you mean"),
         (
             "grpo --config grpo_7b_v5e16 --layers 2",
-            "--layers: the config says which shape the model has; leave out the one or the other",
+            "--layers: the config already sets the model's shape; leave out one of the two",
         ),
         ("grpo --config grpo_7b", "runs/sft_7b: no such model, and the config names no architecture"),
         (
             "grpo --config grpo_7b_v5e16",
-            "mesh: data 1, fsdp 16, tensor 1 does not divide the 8 devices there are",
+            "mesh: data 1, fsdp 16, tensor 1 does not divide the 8 devices",
         ),
         (
             "sft --set mesh.data=2 --set mesh.fsdp=2",
-            "mesh: data 2, fsdp 2, tensor 1 takes 4 devices and there are 8; set one axis to -1 to take what is left",
+            "mesh: data 2, fsdp 2, tensor 1 needs 4 devices, and there are 8; set one axis to -1 to take what is left",
         ),
     ],
 )

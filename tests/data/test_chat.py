@@ -221,7 +221,7 @@ def test_broken_template(template, other):
 )
 def test_a_template_that_changes_what_was_said(template, other):
     other.chat_template = template
-    with pytest.raises(UserError, match="changes what was said"):
+    with pytest.raises(UserError, match="changes the text"):
         tokenize_example(other, TALK, PROMPT)
 
 

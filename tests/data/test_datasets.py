@@ -140,9 +140,9 @@ def test_a_copy_is_the_same(place, tmp_path):
 
 def test_there_is_one_data_set_in_a_place(place):
     manifest = write_dataset(place, examples(3))
-    with pytest.raises(UserError, match="a data set already"):
+    with pytest.raises(UserError, match="already holds a data set"):
         write_dataset(place, examples(4))
-    with pytest.raises(UserError, match="a data set already"):
+    with pytest.raises(UserError, match="already holds a data set"):
         copy_dataset(place, place)
     assert open_dataset(place).manifest == manifest
 
@@ -168,7 +168,7 @@ def test_without_a_manifest_there_is_no_data_set(place):
 
     with pytest.raises(KeyboardInterrupt):
         write_dataset(place, killed(), shard_bytes=300)
-    with pytest.raises(UserError, match=r"is no data set \(\d+ files but no manifest.json: it was not written to its"):
+    with pytest.raises(UserError, match=r"is not a data set \(\d+ files but no manifest.json: writing it was"):
         open_dataset(place)
     write_dataset(place, examples(20), shard_bytes=300)  # what was left is no hindrance
     assert load_records(SftExample, place).good == tuple(examples(20))
@@ -281,12 +281,12 @@ def test_the_command_used_wrongly(tmp_path, bucket, capsys):
     cases = {
         ("cat", "a", "--limit", "0"): (2, "--limit must be at least 1"),
         ("verify", "a", "--deadline", "nan"): (2, "--deadline must be positive"),
-        ("verify", str(tmp_path / "none")): (1, "none: is no data set (nothing is there)"),
+        ("verify", str(tmp_path / "none")): (1, "none: is not a data set (nothing is there)"),
         ("ls", "s3://bucket/a"): (1, "must be a local folder or gs://bucket/prefix"),
         ("ls", "gs://"): (1, "names no bucket"),
         ("ls", "gs://none/a"): (1, "gs://none/a: the bucket or the object does not exist"),
         ("verify", "gs://none/a"): (1, "gs://none/a: the bucket or the object does not exist"),
-        ("verify", f"{bucket}/nothing"): (1, "nothing: is no data set (nothing is there)"),
+        ("verify", f"{bucket}/nothing"): (1, "nothing: is not a data set (nothing is there)"),
     }
     for arguments, (expected, text) in cases.items():
         code, out, err = run(capsys, *arguments)
@@ -325,7 +325,10 @@ def test_what_is_not_there_and_what_is_no_folder(tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text("{}\n")
     for command, message in [
         (["data", "ls", str(tmp_path / "none")], "none: there is no data set here (no such folder)"),
-        (["data", "cat", str(tmp_path / "rows.jsonl")], "rows.jsonl: is a file, no data set; `psyche data import`"),
+        (
+            ["data", "cat", str(tmp_path / "rows.jsonl")],
+            "rows.jsonl: is a file, not a data set; convert it with `psyche data import`",
+        ),
     ]:
         assert main(command) == 1
         assert message in capsys.readouterr().err

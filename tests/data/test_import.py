@@ -148,7 +148,7 @@ BAD_ROWS = {
     "an answer beyond the options": ({"答案": "D"}, "the answer is not A to C (D)"),
     "one option": ({"乙": "", "丙": None}, "fewer than two options, or more than 26 (1)"),
     "a gap": ({"乙": ""}, "option B is empty and a later one is not"),
-    "half a surrogate pair": ({"题目": "\ud800"}, "holds characters that are no text"),
+    "half a surrogate pair": ({"题目": "\ud800"}, "holds characters that are not valid text"),
     "a missing cell": ({"甲": float("nan")}, "option A is empty and a later one is not"),
 }
 
@@ -171,13 +171,13 @@ OTHER_BAD_ROWS = {
     ),
     "several letters": (
         {"columns": {**COLUMNS, "kind": "科"}, "kinds": {"普心": "single"}},
-        "several letters answer a question of one answer (AB)",
+        "several letters answer a single-answer question (AB)",
     ),
-    "no index": ({"answer_is": "index"}, "the answer is no index of an option ('A,B')"),
+    "no index": ({"answer_is": "index"}, "the answer is not the index of an option ('A,B')"),
     "no option's text": ({"answer_is": "text"}, "the answer is not the text of one option ('A,B')"),
     "no list": (
         {"columns": {**COLUMNS, "options": "题目"}},
-        "no list and no JSON of one in '题目' ('哪些是情绪的成分？')",
+        "neither a list nor JSON of one in '题目' ('哪些是情绪的成分？')",
     ),
     "no reasoning": ({"record": "SftExample", "columns": {**COLUMNS, "rationale": "丙"}}, "no text in '丙'"),
     "no turns": ({"record": "Dialogue", "columns": {"messages": "x"}}, "no list of turns in 'x' (None)"),
@@ -199,7 +199,7 @@ def test_rows_that_are_not_what_the_config_says(changes, fault):
         ([{"role": "user", "content": ""}], "no text in 'content'"),
         ([{"role": "user", "content": "x"}], "the last turn must be the assistant's"),
         (["x"], "no list of turns in 'm' (['x'])"),
-        ("{", "no list and no JSON of one in 'm' ('{')"),
+        ("{", "neither a list nor JSON of one in 'm' ('{')"),
     ],
 )
 def test_bad_turns(turns, fault):
@@ -214,9 +214,9 @@ def test_duplicates(tmp_path):
     assert len(good) == 2
     assert result.set_aside == (
         f"{source}:3: repeats an earlier row ({source}:1)",
-        f"{source}:4: repeats an earlier row with another answer ({source}:1)",
+        f"{source}:4: repeats an earlier row with a different answer ({source}:1)",
     )
-    assert result.faults == {"repeats an earlier row": 1, "repeats an earlier row with another answer": 1}
+    assert result.faults == {"repeats an earlier row": 1, "repeats an earlier row with a different answer": 1}
 
 
 def test_bad_lines_of_files(tmp_path):
@@ -235,7 +235,7 @@ def test_bad_lines_of_files(tmp_path):
     source.write_bytes("\r\n".join(lines).encode() + b"\r\n" + "七".encode("gbk") + b',a,b,c,A\r\n"end')
     good, result = imported(source, tmp_path / "csv", config())
     assert [question.stem for question in good] == ["一", "四\n行", "六"]
-    ragged = "another number of columns than the header"
+    ragged = "a different number of columns than the header"
     assert [line.removeprefix(f"{source}:") for line in result.set_aside] == [
         f"3: {ragged} (3, not 5)",
         f"5: {ragged} (6, not 5)",
@@ -286,15 +286,15 @@ def test_sources_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "twice.csv").write_text("题目,甲,甲,丙,答案\n1,2,3,4,A\n")
     (tmp_path / "folder").mkdir()
     cases = {
-        "cut.parquet": "cut.parquet: is broken, or no Parquet file",
-        "flipped.parquet": "flipped.parquet: is broken, or no Parquet file",
-        "empty.parquet": "empty.parquet: is broken, or no Parquet file",
-        "empty.csv": r"empty.csv: no row gives a Question: it holds no rows",
-        "empty.jsonl": r"empty.jsonl: no row gives a Question: it holds no rows",
-        "header.csv": r"header.csv: no row gives a Question: it holds no rows",
+        "cut.parquet": "cut.parquet: is broken, or not a Parquet file",
+        "flipped.parquet": "flipped.parquet: is broken, or not a Parquet file",
+        "empty.parquet": "empty.parquet: is broken, or not a Parquet file",
+        "empty.csv": r"empty.csv: no row yields a Question: it holds no rows",
+        "empty.jsonl": r"empty.jsonl: no row yields a Question: it holds no rows",
+        "header.csv": r"header.csv: no row yields a Question: it holds no rows",
         "twice.csv": "twice.csv:1: two columns have the name '甲'",
-        "exam.docx": r"is read by the end of its name, which must be one of .jsonl, .json, .csv, .tsv, .xlsx, .parquet",
-        "exam.xlsx": r"exam.xlsx: Excel files are read by openpyxl, which is absent; pip install openpyxl, or save",
+        "exam.docx": r"its name must end with one of .jsonl, .json, .csv, .tsv, .xlsx, .parquet",
+        "exam.xlsx": r"exam.xlsx: reading Excel files needs openpyxl; pip install openpyxl, or save",
         "none.csv": r"none.csv: the data cannot be read \(No such file",
         "none.parquet": r"none.parquet: the data cannot be read \(",
         "folder": r"folder: holds no files that end with .jsonl, .json, .csv",
@@ -384,7 +384,7 @@ def test_a_source_that_ends_in_the_middle_leaves_no_data_set(tmp_path, monkeypat
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"a.parquet: is broken after row \d+"):
         imported(tmp_path / "a.parquet", tmp_path / "out", config())
-    with pytest.raises(UserError, match="is no data set"):
+    with pytest.raises(UserError, match="is not a data set"):
         open_dataset(str(tmp_path / "out"))
 
 
@@ -396,12 +396,12 @@ BAD_CONFIGS = {
     "another unknown key": ({"colums": {}}, "unknown key 'colums'; did you mean 'columns'?"),
     "nothing to ask": ({"columns": {"answer": "a"}}, "must name one of question, user and messages, not none"),
     "two things to ask": ({"columns": {**COLUMNS, "user": "u"}}, "not question and user"),
-    "no answer": ({"columns": {"question": "q", "options": "o"}}, "columns.answer must be named for Question with"),
-    "no reasoning": ({"record": "SftExample"}, "columns.rationale must be named for SftExample with columns.question"),
-    "no reply": ({"record": "SftExample", "columns": {"user": "u"}}, "columns.assistant must be named for SftExample"),
+    "no answer": ({"columns": {"question": "q", "options": "o"}}, "columns.answer must be set for Question with"),
+    "no reasoning": ({"record": "SftExample"}, "columns.rationale must be set for SftExample with columns.question"),
+    "no reply": ({"record": "SftExample", "columns": {"user": "u"}}, "columns.assistant must be set for SftExample"),
     "a column for nothing": (
         {"columns": {**COLUMNS, "assistant": "x"}},
-        "columns.assistant: 'x' has no place in Question",
+        "columns.assistant: 'x' is not part of a Question",
     ),
     "a question of turns": ({"columns": {"messages": "m"}}, "record: Question cannot be made of columns.messages"),
     "a dialogue of a question": ({"record": "Dialogue"}, "record: Dialogue cannot be made of columns.question"),
@@ -410,7 +410,7 @@ BAD_CONFIGS = {
         {"record": "RlPrompt", "columns": {"user": "u", "answer": "a"}, "answer_is": "text"},
         "answer_is: text needs columns.options",
     ),
-    "no encoding": ({"reading": {"encoding": "utf-9"}}, "Python knows none of the name 'utf-9'"),
+    "no encoding": ({"reading": {"encoding": "utf-9"}}, "Python does not know 'utf-9'"),
 }
 
 
@@ -450,16 +450,16 @@ def test_the_command(tmp_path, capsys):
     for wrong, message in (
         ([*command, "--set", "columns.question=题木"], "there is no column '题木'; did you mean '题目'?"),
         ([*command, "--set", "columns.kinds=x"], "unknown key 'columns.kinds'; did you mean 'columns.kind'?"),
-        ([*command, "--format", "smile"], "--format knows the columns; leave out --config and --set"),
-        ([*command, "--hold-out", "0.2"], "--hold-out parts what a table gives into sft, rl and held_out: leave out"),
-        ([*command[:4], "--hold-out", "1"], "--hold-out must be from 0 to below 1, not 1"),
+        ([*command, "--format", "smile"], "--format sets the columns itself; leave out --config and --set"),
+        ([*command, "--hold-out", "0.2"], "--hold-out splits a table into sft, rl and held_out; leave out"),
+        ([*command[:4], "--hold-out", "1"], "--hold-out must be at least 0 and below 1, not 1"),
     ):
         assert main(wrong) == 2
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
     assert main(command) == 1
-    assert "there is a data set already" in capsys.readouterr().err
+    assert "already holds a data set" in capsys.readouterr().err
 
 
 RUN = """

@@ -58,7 +58,7 @@ def test_a_messy_table_in_one_command(encoding, tmp_path, capsys):
         "not used: 序号",
         "skipped 3 rows:",
         "1 the answer is not A to D",
-        "look here: empty options, taken as absent: C in 3, 选项Ｄ in 3 of 7 questions",
+        "warning: empty options, ignored: C in 3, 选项Ｄ in 3 of 7 questions",
         "1 the kind is neither single nor multiple choice",
     ):
         assert line in out
@@ -122,7 +122,7 @@ def test_what_is_set_is_not_guessed(tmp_path):
     assert lines[-1] == "not used: 题目, 解析"
     for header, overrides, message in (
         ("甲,乙\n1,2\n", [], "the header does not say where questions or dialogues are"),
-        ("题目,A,B,C,答案\n问,x,y,z,1\n", [], "'答案' holds numbers; say --set answer_is=number if 1 is A"),
+        ("题目,A,B,C,答案\n问,x,y,z,1\n", [], "'答案' holds numbers; use --set answer_is=number if 1 is A"),
         ("题目,A,B,答案\n问,x,y,A\n", ["columns.answer=答"], "there is no column '答'; did you mean '答案'?"),
     ):
         source.write_text(header)
@@ -170,7 +170,7 @@ def test_near_copies_of_what_is_held_out_are_left_out_of_training(tmp_path, caps
             table.writerow([stem, *question.options.values(), "A"])
     (tmp_path / "a.csv").write_text(text.getvalue())
     assert main(["data", "import", str(tmp_path / "a.csv"), str(tmp_path / "out"), "--hold-out", "0.2"]) == 0
-    assert "nearly the same as a question that is held out" in capsys.readouterr().out
+    assert "nearly the same as a held-out question" in capsys.readouterr().out
     parts = read(tmp_path / "out")
     assert not decontaminate(parts["questions"], parts["held_out"]).leaked
 

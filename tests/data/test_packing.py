@@ -85,9 +85,9 @@ def test_a_row_is_its_examples_side_by_side(content, padding):
     assert rest.sum() == padding
     assert not batch["loss_mask"][0, rest].any()
     if size > 1:
-        with pytest.raises(ValueError, match="no packed row"):
+        with pytest.raises(ValueError, match="not a packed row"):
             unpacked_rows([packed_row(row)], size - 1)
-    with pytest.raises(ValueError, match="no packed row"):
+    with pytest.raises(ValueError, match="not a packed row"):
         unpacked_rows([packed_row(row)[:-1]], size)
 
 
@@ -189,12 +189,17 @@ def test_made_for_another_run(made):
     packed = str(made / "packed")
     assert len(open_examples(packed, tokenizer, PROMPT, 2048).items) == len(open_dataset(packed))
     cases = [
-        (PromptSection("专家。", "想"), tokenizer, 2048, "packed with another chat template or prompt than this run's"),
+        (
+            PromptSection("专家。", "想"),
+            tokenizer,
+            2048,
+            "packed with a different chat template or prompt than this run's",
+        ),
         (PROMPT, tokenizer, 2047, "rows have 2048 tokens, over data.max_length 2047"),
     ]
     other = load_tokenizer(made / "tokenizer")
     other.add_tokens(["<new>"])
-    cases.append((PROMPT, other, 2048, "packed with another tokenizer than this run's; pack it anew"))
+    cases.append((PROMPT, other, 2048, "packed with a different tokenizer than this run's; pack it again"))
     for prompt, used, length, message in cases:
         with pytest.raises(UserError, match=message):
             open_examples(packed, used, prompt, length)
@@ -212,10 +217,10 @@ def test_the_command_from_bucket_to_bucket(made, tmp_path, capsys):
         packing = open_dataset(f"{bucket}/packed").manifest.packing
         assert f"{packing.padding_share:.2%} padding; 0 skipped" in captured.out
         assert main(["data", "cat", f"{bucket}/packed"]) == 1
-        assert "holds packed tokens, which are no text" in capsys.readouterr().err
+        assert "holds packed tokens, not text" in capsys.readouterr().err
         assert main(["data", "verify", f"{bucket}/packed"]) == 0
         assert main(["pack", "--config", str(tmp_path / "pack.yaml")]) == 1
-        assert "there is a data set already" in capsys.readouterr().err
+        assert "already holds a data set" in capsys.readouterr().err
     for override, expected in (("max_length=1", "must be at least 2"), ("too_long=x", "too_long"), ("a=1", "'a'")):
         assert main(["pack", "--config", str(tmp_path / "pack.yaml"), "--set", override]) == 2
         assert expected in capsys.readouterr().err

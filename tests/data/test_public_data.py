@@ -166,9 +166,9 @@ def test_what_an_import_says_of_dialogues(tmp_path, capsys):
     assert main([*command, "--report", str(tmp_path / "r.json")]) == 0
     out = capsys.readouterr().out
     assert "7 records of Dialogue" in out and "skipped 0 rows" in out
-    assert "look here: 3 turns in 3 dialogues hold the other side's words" in out
+    assert "warning: 3 turns in 3 dialogues contain the other speaker's words" in out
     assert (
-        "look here: 5 dialogues share their first turn with another, in 2 groups; the commonest, of 3: 你好，我想咨询"
+        "warning: 5 dialogues share their first turn with another, in 2 groups; the most common, 3 times: 你好，我想"
         in out
     )
     assert len(json.loads((tmp_path / "r.json").read_text())["remarks"]) == 2
@@ -177,7 +177,7 @@ def test_what_an_import_says_of_dialogues(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("record: SftExample\ncolumns: {messages: m}\n")
     command = ["data", "import", str(tmp_path / "b.jsonl"), str(tmp_path / "sft"), "--config", str(tmp_path / "c.yaml")]
     assert main(command) == 0
-    assert "look here: 2 dialogues share their first turn with another, in 1 groups" in capsys.readouterr().out
+    assert "warning: 2 dialogues share their first turn with another, in 1 groups" in capsys.readouterr().out
 
 
 def test_duplicates(tmp_path):

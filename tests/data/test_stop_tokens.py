@@ -59,7 +59,7 @@ def test_without_a_template_the_tokenizer_says(model):
     (model / "chat_template.jinja").unlink()
     assert stops(model) == (TURN,)
     edit(model, "tokenizer_config.json", eos_token="absent")
-    with pytest.raises(UserError, match="no stop token is named"):
+    with pytest.raises(UserError, match="no stop token is set"):
         stops(model)
 
 
@@ -74,7 +74,7 @@ def test_a_template_that_ends_turns_with_another_token(model):
     assert end_of_turn_id(load_tokenizer(model)) == TEXT
     assert stops(model) == (TEXT,)
     (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    with pytest.raises(UserError, match="no special token right after what the assistant says"):
+    with pytest.raises(UserError, match="no special token right after the assistant's text"):
         end_of_turn_id(load_tokenizer(model))
     assert stops(model) == (TEXT,)
 
@@ -82,14 +82,14 @@ def test_a_template_that_ends_turns_with_another_token(model):
 @pytest.mark.parametrize(
     ("file", "values", "expected"),
     [
-        ("generation_config.json", {"eos_token_id": [TURN, 304]}, "token 304"),
-        ("config.json", {"bos_token_id": 10**9}, "token 1000000000"),
-        ("generation_config.json", {"pad_token_id": 999}, "token 999"),
+        ("generation_config.json", {"eos_token_id": [TURN, 304]}, "304"),
+        ("config.json", {"bos_token_id": 10**9}, "1000000000"),
+        ("generation_config.json", {"pad_token_id": 999}, "999"),
     ],
 )
 def test_a_token_that_the_model_does_not_have(file, values, expected, model):
     edit(model, file, **values)
-    with pytest.raises(UserError, match=rf"model: {expected} is named .*the model has 304"):
+    with pytest.raises(UserError, match=rf"model: token id {expected} .*outside the model's 304"):
         stops(model)
 
 

@@ -124,7 +124,7 @@ def test_no_permission_for_a_shard(bucket):
         dataset = open_dataset(f"{bucket}/shut")
         with pytest.raises(UserError, match=f"{name}: no permission"):
             list(dataset)
-        with pytest.raises(UserError, match=f"{name}: nothing can be read of it"):
+        with pytest.raises(UserError, match=f"{name}: cannot be read; do you"):
             dataset.read(range(40))
 
 
@@ -151,7 +151,7 @@ def test_no_bucket_and_nothing_in_it(bucket, tmp_path, capsys):
         ("decontaminate", "--train", "gs://none/a", "--eval", "x", "--out", "y"): "does not exist",
         ("report", "gs://none/a"): "gs://none/a: is not a run",
         ("report", f"{bucket}/empty"): "empty: is not a run",
-        ("data", "verify", f"{bucket}/empty"): "empty: is no data set (nothing is there)",
+        ("data", "verify", f"{bucket}/empty"): "empty: is not a data set (nothing is there)",
         ("data", "ls", f"{bucket}/empty"): "empty: there is no data set here",
         ("decontaminate", "--train", f"{bucket}/empty", "--eval", "x", "--out", "y"): "nothing is there",
     }

@@ -234,7 +234,7 @@ def test_the_token_that_ends_a_turn(tiny, r1, qwq, qwen):
     assert end_of_turn_id(tiny) == end_of_turn_id(qwq) == tiny.convert_tokens_to_ids("<|im_end|>")
     assert end_of_turn_id(qwen) == 151645
     assert r1.convert_ids_to_tokens(end_of_turn_id(r1)) == "<｜end▁of▁sentence｜>"
-    with pytest.raises(UserError, match="writes no special token right after what the assistant says"):
+    with pytest.raises(UserError, match="writes no special token right after the assistant's text"):
         end_of_turn_id(with_template(tiny, chat_template().replace("<|im_end|>", "</s>")))
 
 
@@ -342,7 +342,7 @@ def test_thoughts_where_there_are_to_be_none(qwen3):
         tokenize_example(qwen3, (Message("user", "一"), Message("assistant", "<think>甲</think>乙")), OFF)
     for said in ("\n乙", "乙\n"):  # the empty thought hides no other change
         trims = with_template(qwen3, QWEN3.replace("answer.lstrip('\n')", "answer | trim"))
-        with pytest.raises(UserError, match="changes what was said"):
+        with pytest.raises(UserError, match="changes the text"):
             tokenize_example(trims, (Message("user", "一"), Message("assistant", said)), ON)
 
 
@@ -366,7 +366,7 @@ def test_llama_3s_headers(tiny):
 
 def test_a_template_without_the_switch(tiny, tmp_path):
     """One line for all records, wherever a prompt is made."""
-    line = "prompt.thinking is False, and the chat template has no enable_thinking; leave the setting out"
+    line = "prompt.thinking is False, but the chat template has no enable_thinking; leave the setting out"
     turns = (Message("user", "一"), Message("assistant", "乙"))
     write_records(tmp_path / "a.jsonl", [SftExample(turns)])
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
@@ -399,15 +399,15 @@ def test_a_record_that_a_template_would_change_is_set_aside(tiny, tmp_path, said
     good = SftExample((Message("user", "问"), Message("assistant", "<think>想</think>\n答")))
     bad = SftExample((Message("user", "问"), Message("assistant", said)))
     write_records(tmp_path / "a.jsonl", [good, bad])
-    named = f"{tmp_path / 'a.jsonl'}: record {bad.id}: the chat template changes what was said"
+    named = f"{tmp_path / 'a.jsonl'}: record {bad.id}: the chat template changes the text"
     manifest, (line,) = pack(PackConfig(str(tmp_path / "a.jsonl"), str(tmp_path / "packed"), str(folder)))
     assert line.startswith(named) and manifest.packing.examples == 1
     found = open_examples(str(tmp_path / "a.jsonl"), load_tokenizer(folder), PROMPT, 2048)
     assert len(found.items) == 1 and found.set_aside[0].startswith(named)
     write_records(tmp_path / "b.jsonl", [bad])
-    with pytest.raises(UserError, match=r"b\.jsonl: record .*: the chat template changes what was said"):
+    with pytest.raises(UserError, match=r"b\.jsonl: record .*: the chat template changes the text"):
         open_examples(str(tmp_path / "b.jsonl"), load_tokenizer(folder), PROMPT, 2048)
-    with pytest.raises(UserError, match=r"b\.jsonl: record .*: the chat template changes what was said"):
+    with pytest.raises(UserError, match=r"b\.jsonl: record .*: the chat template changes the text"):
         pack(PackConfig(str(tmp_path / "b.jsonl"), str(tmp_path / "none"), str(folder)))
 
 

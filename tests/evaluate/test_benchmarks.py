@@ -190,7 +190,7 @@ def test_the_command_with_leaks_and_examples(
         arguments = ["eval", server.url, "--bench", f"pceb:{pceb}", "--train", "train.jsonl", "--out", "e.json"]
         assert cli.main([*arguments, "--cells", "moral_smcq,moral_mmcq"]) == 0
         out, err = capsys.readouterr()
-        assert "1 stand in the training data; without them 3 questions: strict 1.000" in out
+        assert "1 are in the training data; without them 3 questions: strict 1.000" in out
         assert err.count("skipped: ") == 2 and "2 records skipped" in out
         shots = ["--shots", "1", "--shots-from", f"pceb:{pceb}", "--cells", "moral_smcq"]
         assert cli.main([*arguments[:4], *shots]) == 0
@@ -201,7 +201,7 @@ def test_the_command_with_leaks_and_examples(
     ("bench", "expected"),
     [
         ("pceb", "--bench pceb: its files do not come with the package"),
-        ("pceb:none", "none: holds nothing of PCEB"),
+        ("pceb:none", "none: holds no PCEB questions"),
         ("cpsyexam:none", "none: "),
         ("cpsyexam:other.jsonl", "other.jsonl"),
         ("pceb:bad", "bad"),

@@ -81,7 +81,7 @@ def test_a_judge_that_likes_what_comes_first_decides_nothing() -> None:
     ]
     assert found["dimensions"]["technique"]["difference"] == 1.5
     table = scores_table({"count": 0, "set_aside": 0, "empathy": found})
-    assert "0 won, 6 tied, 0 lost of 6; alike in both orders 0.00, first preferred 1.00" in table
+    assert "0 won, 6 tied, 0 lost of 6; same verdict in both orders 0.00, first preferred 1.00" in table
 
 
 def test_kappa_by_hand() -> None:

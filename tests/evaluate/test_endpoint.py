@@ -146,7 +146,7 @@ def test_an_endpoint_that_never_answers_is_given_up_early() -> None:
     ):
         with chat_server(lambda *_, fault=fault: {"text": "答案：A", **fault}) as server:
             endpoint = Endpoint(f"{server.url}#tiny", max_new_tokens=9, temperature=0.0, concurrency=4)
-            with pytest.raises(UserError, match=f"20 times in a row there was no answer: {reason}"):
+            with pytest.raises(UserError, match=f"no answer 20 times in a row: {reason}"):
                 evaluation.evaluate(endpoint, Benchmark("b", tasks), label="x")
             assert len(server.requests) < 28 < len(tasks)
 
@@ -209,7 +209,7 @@ def test_a_deployment_that_answers_under_its_models_name_is_accepted_if_one_says
 
 def test_a_server_that_names_no_model_is_accepted_if_one_says_so() -> None:
     with chat_server(lambda *_: {"text": "答案：A", "model": ""}) as server:
-        with pytest.raises(UserError, match="'' for 'm'; --served-as '' accepts it"):
+        with pytest.raises(UserError, match="'', not 'm'; --served-as '' accepts it"):
             evaluate(f"{server.url}#m")
         assert evaluate(f"{server.url}#m", served_as=("",))["set_aside"] == []
 
@@ -268,7 +268,7 @@ def test_one_question_that_is_refused_does_not_stop_the_others() -> None:
 
 
 def test_another_models_name() -> None:
-    expected = "answered none of 12 questions: another model answered: 'cheaper' for 'm'"
+    expected = "answered none of 12 questions: another model answered: 'cheaper', not 'm'"
     lies = {"text": "答案：A", "model": "cheaper"}
     with chat_server(lambda *_: lies) as server, pytest.raises(UserError, match=expected):
         evaluate(f"{server.url}#m")
@@ -305,7 +305,7 @@ def test_the_rest_is_asked_when_a_dead_server_is_back(tmp_path: Path, monkeypatc
         return {"status": 500} if dead[0] else right(request, again)
 
     with chat_server(dies) as server:
-        with pytest.raises(UserError, match=r"does not answer any more \(HTTP 500: .*\); run the command again"):
+        with pytest.raises(UserError, match=r"no longer answers \(HTTP 500: .*\); run the command again"):
             evaluate(f"{server.url}#tiny", (tmp_path / "e.json",))
         assert not (tmp_path / "e.json").exists()
         server.requests.clear()
@@ -336,14 +336,14 @@ def test_killed_without_warning_it_asks_only_for_the_rest(tmp_path: Path) -> Non
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["count"] == 40
     assert 40 <= len(server.requests) <= 42, "two were in flight"
-    assert "of 40 answers are there already" in done.stderr
+    assert "of 40 answers are already done" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["e.json"]
 
 
 def test_which_model_is_meant() -> None:
     with chat_server(right, models=("a", "b")) as server, pytest.raises(UserError, match=r"has 2 models \(a, b\)"):
         evaluate(server.url)
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1: names no model"):
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1: lists no model"):
         evaluate("http://127.0.0.1:9/v1")
 
 

@@ -58,7 +58,7 @@ def test_the_story_of_a_chain(tmp_path: Path) -> None:
         in text
     )
     assert "GRPO of models/qwen on data/grpo.jsonl , 8 prompts × 4 responses a step" in text
-    assert "Loss 2.45 → 0.5 Evaluation loss 2.02 → 0.9 Time in steps 1 min 20 s" in text
+    assert "Loss 2.45 → 0.5 Evaluation loss 2.02 → 0.9 Time spent in steps 1 min 20 s" in text
     assert "Tokens per second, median 2,250 Tokens 180,000" in text
     assert f"psyche sft --config {tmp_path}/sft/config.yaml --set run.dir={tmp_path}/sft-again" in text
     assert "jax 0.10.2" in text

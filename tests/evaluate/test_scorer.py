@@ -162,7 +162,7 @@ def test_leaked_questions_are_scored_and_shown_apart() -> None:
     assert found["strict"] > found["decontaminated"]["strict"]
     assert [item["leaked"] for item in evaluation["items"]] == ["same stem"] * 6 + [""] * 18
     table = scores_table({**found, "set_aside": 0})
-    assert "6 stand in the training data; without them 18 questions: strict" in table
+    assert "6 are in the training data; without them 18 questions: strict" in table
 
 
 def test_a_bootstrap_interval_is_the_analytic_one_and_widens_where_questions_hang_together() -> None:

@@ -225,7 +225,7 @@ def test_words_for_the_two_ends_of_an_answer(reason, finish):
 )
 def test_an_error_in_place_of_an_answer_is_said_without_the_key(given):
     (said,), _ = ask(lambda *_: given)
-    assert said == "an error came in place of the answer: overloaded, ***"
+    assert said == "an error came instead of the answer: overloaded, ***"
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def test_an_error_in_place_of_an_answer_is_said_without_the_key(given):
 )
 def test_what_is_no_answer_is_broken(content):
     (said,), _ = ask(lambda *_: (200, {}, [content]))
-    assert said in ("the answer is not JSON", "the answer holds no message")
+    assert said in ("the answer is not JSON", "the answer contains no message")
 
 
 @pytest.mark.parametrize(

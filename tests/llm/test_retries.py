@@ -79,7 +79,7 @@ def test_a_rest_is_everybodys_and_a_long_one_is_cut_and_told_of_once(capsys):
     pace.rest(500, FAST)
     started = time.monotonic()
     assert asked(GOOD, pace=pace)[2][0] - started >= 0.2, "also who asks for the first time waits"
-    assert capsys.readouterr().err == "the server: says to wait 1,000 s; waits 0.3 s\n"
+    assert capsys.readouterr().err == "the server: asks to wait 1,000 s; waiting 0.3 s\n"
 
 
 def test_whoever_hears_of_a_fault_may_end_it():

@@ -260,7 +260,7 @@ def test_a_tensor_in_two_files(shards):
     with safe_open(first, framework="np") as file:
         name = next(iter(file.keys()))
     rewrite(shards, lambda arrays: arrays.update({name: np.ones(3, np.float32)}), second.name)
-    failure(shards, f"{second.name}: holds tensors that another of the folder's files holds too: {name}")
+    failure(shards, f"{second.name}: holds tensors that another file of the folder holds too: {name}")
 
 
 def test_whole_weights_beside_an_index_of_others(shards, whole):
@@ -350,7 +350,7 @@ def test_weights_that_are_no_numbers(value, dtype, model):
 
     with np.errstate(over="ignore"):
         rewrite(model, change)
-    failure(model, f"{name} holds values that are not finite in float32")
+    failure(model, f"{name} has values that are not finite in float32")
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "{}", '{"model": {"type": "BPE"}}', '{"model":' * 100_000])

@@ -221,9 +221,9 @@ def test_decoding_gathers_no_weights_in_its_loop(sizes, folder):
     ("sizes", "expected"),
     [
         ((3, 1, 1), "does not divide the 8 devices"),
-        ((2, 2, 1), "takes 4 devices and there are 8"),
+        ((2, 2, 1), "needs 4 devices, and there are 8"),
         ((16, 1, 1), "does not divide the 8 devices"),
-        ((-1, -1, 1), "one at most may be -1"),
+        ((-1, -1, 1), "at most one may be -1"),
         ((0, -1, 1), "must be positive"),
         ((2, -2, 2), "must be positive"),
     ],

@@ -110,7 +110,7 @@ def test_wishes_that_cannot_be(arguments, said, capsys):
 
 def test_sft_has_no_responses(capsys):
     code, line = fails(capsys, "--config", SFT, "--topology", "v5e:4x4", "--lengths", "mean=40,p99=50")
-    assert (code, line) == (2, "--lengths is of responses, which SFT has none of")
+    assert (code, line) == (2, "--lengths is about responses, and SFT has none")
 
 
 @needs_libtpu
@@ -188,7 +188,7 @@ def test_what_does_not_divide(overrides, code, said, capsys):
             "rollout.slots: 6 rows cannot be spread over data × fsdp / rollout.tensor = 4 groups of devices",
         ),
         ("rollout.slots=0", "rollout.slots must be at least 1, not 0"),
-        ("rollout={slots: 64}, rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are there"),
+        ("rollout={slots: 64}, rollout_waves=2", "rollout_waves is the old name of rollout.slots, and both are set"),
         ("rollout.tensor=3", "rollout.tensor: 3 does not divide mesh.fsdp 16"),
         ("rollout.tensor=8", "mesh: tensor 8 does not divide the model's num_attention_heads 28"),
     ],

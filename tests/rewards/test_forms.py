@@ -126,7 +126,7 @@ def test_lower_case_and_own_markers() -> None:
     [
         ({"reading": "naturel"}, "did you mean 'natural'"),
         ({"forms": ["boxd"]}, "did you mean 'boxed'"),
-        ({"forms": ["everything"]}, "there are markers, markdown"),
+        ({"forms": ["everything"]}, "known: markers, markdown"),
     ],
 )
 def test_unknown_names_are_refused_with_the_nearest(mapping: dict[str, Any], expected: str) -> None:

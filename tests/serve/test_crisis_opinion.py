@@ -115,5 +115,5 @@ def test_an_endpoint_is_asked_and_the_model_answers_where_it_cannot(tiny_model, 
 def test_it_is_off_by_default_and_wrong_names_are_refused():
     assert CrisisSection().second_opinion is None
     for wrong in ("yes", "http://localhost:1/v1", "model"):
-        with pytest.raises(UsageError, match="second_opinion must be served, or URL#MODEL"):
+        with pytest.raises(UsageError, match="second_opinion must be `served`, or URL#MODEL"):
             CrisisSection(second_opinion=wrong)

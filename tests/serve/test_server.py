@@ -150,7 +150,7 @@ def test_parts_system_and_history_are_taken(client):
     [
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
-        ({"messages": [{"role": "user", "content": " "}]}, "the message of the user is empty"),
+        ({"messages": [{"role": "user", "content": " "}]}, "the user's message is empty"),
         ({"messages": [*ASK, {"role": "system", "content": "x"}, *ASK]}, "system message can only be the first"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),

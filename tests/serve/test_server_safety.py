@@ -59,7 +59,7 @@ def test_a_missing_model_an_endpoint_and_a_taken_port_are_one_line(server, tiny_
     port = str(urlsplit(server.address).port)
     for model, arguments, line in (
         (tmp_path / "none", ["--port", "0"], "none"),
-        ("http://localhost:1/v1", ["--port", "0"], "is served already"),
+        ("http://localhost:1/v1", ["--port", "0"], "is already a server"),
         (tiny_model, ["--port", port], "Address already in use; choose another with --port"),
     ):
         assert cli.main(["serve", str(model), *arguments]) == 1

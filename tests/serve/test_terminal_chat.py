@@ -89,16 +89,16 @@ def test_commands(tmp_path):
     assert "/think" in out and "user: 甲\nassistant: 一" in out
     messages = [{"role": "user", "content": "甲"}, {"role": "assistant", "content": "一"}]
     assert json.loads(saved.read_text()) == {"model": "parrot", "messages": messages}
-    for line in ("exists already", "say where: /save FILE", "/no/such/x: No such file", "there is no /nonsense"):
+    for line in ("already exists", "give a file name: /save FILE", "/no/such/x: No such file", "there is no /nonsense"):
         assert line in out
     assert model.seen == [[("user", "甲")], [("user", "乙")], [("system", "短。"), ("user", "丙")]]
     assert [turn.content for turn in chat.turns] == ["丙", "三"]
 
 
 def test_a_failure_is_shown_and_the_conversation_goes_on():
-    model = Parrot(UserError("too long; /new begins anew"), "好")
+    model = Parrot(UserError("too long; /new starts over"), "好")
     out, chat = talk(model, "甲", "乙")
-    assert out == "[too long; /new begins anew]\n\n好\n\n"
+    assert out == "[too long; /new starts over]\n\n好\n\n"
     assert chat.turns == [Message("user", "乙"), Message("assistant", "好")]
 
 
@@ -177,7 +177,7 @@ def test_with_an_endpoint(server, monkeypatch, capsys):
     assert "988" in out.split("\n\n", 1)[1], "this side's gate answered, with its own region"
     monkeypatch.setattr(sys, "stdin", io.StringIO("你好\n"))
     assert cli.main(["chat", f"{server.address}/v1#gpt"]) == 0
-    assert "the model that is served here is 'tiny'" in capsys.readouterr().out
+    assert "this server's model is 'tiny'" in capsys.readouterr().out
     assert cli.main(["chat", "http://127.0.0.1:9/v1"]) == 1
     assert capsys.readouterr().err.count("\n") == 1
 

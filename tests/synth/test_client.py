@@ -110,11 +110,11 @@ def test_a_server_is_waited_for_only_so_long_and_that_is_said_once(ask, capsys, 
     started = time.monotonic()
     replies, _ = ask(server, many(3), longest_rest_seconds=0.3, concurrency=3)
     assert len(replies) == 3 and time.monotonic() - started < 3
-    said = [line for line in capsys.readouterr().err.splitlines() if "says to wait" in line]
+    said = [line for line in capsys.readouterr().err.splitlines() if "asks to wait" in line]
     if wait in ("1e9", "Fri, 31 Dec 9999 23:59:59 GMT"):
         (line,) = said
-        assert line.startswith("LLM llm at http://") and "waits 0.3 s, see calls.longest_rest_seconds" in line
-        assert wait != "1e9" or "says to wait 1,000,000,000 s;" in line
+        assert line.startswith("LLM llm at http://") and "waiting 0.3 s, see calls.longest_rest_seconds" in line
+        assert wait != "1e9" or "asks to wait 1,000,000,000 s;" in line
     else:
         assert said == []
 
@@ -246,7 +246,7 @@ def test_parameters_that_are_refused_are_paid_for_once(ask, tmp_path, capsys):
 
 
 def test_parameters_that_we_do_not_send_cannot_be_named():
-    with pytest.raises(ValueError, match="parameters: we send no 'max_token', only temperature, top_p"):
+    with pytest.raises(ValueError, match="parameters: cannot send 'max_token', only temperature, top_p"):
         LlmSection("llm", "m", parameters={"max_token": None})
 
 
@@ -350,7 +350,7 @@ def test_base_urls_that_are_refused(url):
 
 def test_a_store_that_is_none(tmp_path):
     (tmp_path / "calls.sqlite").write_text("no database at all, but long enough to be looked at" * 10)
-    with pytest.raises(UserError, match="is no store of calls"):
+    with pytest.raises(UserError, match="is not a store of calls"):
         CallStore(tmp_path / "calls.sqlite")
 
 

@@ -92,7 +92,7 @@ def test_calls_and_cost_are_forecast_and_what_waits_is_told(made, copy, spoken, 
     lines = spoken.getvalue().splitlines()
     (line,) = (line for line in lines if "forecast" in line)
     assert calls <= int(re.search(r"at most (\d+) calls", line)[1]) <= 2 * calls, (line, calls)
-    assert line.endswith("tokens to come, by guess; the llms have no prices, so no cost")
+    assert line.endswith("tokens to come (a guess); the llms have no prices, so no cost")
     assert lines.index(line) < next(n for n, one in enumerate(lines) if one.startswith("synth: questions"))
     waiting = reports["selection"]["counts"]["out/review"] + reports["control"]["counts"]["out/review"]
     assert lines[-1].startswith(f"synth: {waiting} questions wait for review: psyche review {config.run.dir} --who")
@@ -101,7 +101,7 @@ def test_calls_and_cost_are_forecast_and_what_waits_is_told(made, copy, spoken, 
     llms = tuple(replace(llm, input_price=10.0, output_price=10.0) for llm in copy.llms)
     run_synth(replace(copy, llms=llms, budget=BudgetSection(cost=99.0)))
     said = capsys.readouterr().err
-    assert re.search(r"forecast: .*, \d+ of them made before; about [\d,]+ tokens to come, which cost \d", said)
+    assert re.search(r"forecast: .*, \d+ of them already made; about [\d,]+ tokens to come, which cost \d", said)
     assert re.search(r"cost [\d.]+ of about [\d.]+", said)
 
 
@@ -224,7 +224,7 @@ def test_selection_of_few_questions_says_where_no_llm_gives_letters(tmp_path, ca
         config = SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection)
         counts = run_select(config)["selection"]["counts"]
     assert counts["out/rl"] == 3
-    assert len(re.findall(r"look here: .*: none of 3 replies .*: no letters", capsys.readouterr().err)) == 2, (
+    assert len(re.findall(r"warning: .*: none of 3 replies .*: no letters", capsys.readouterr().err)) == 2, (
         "of each solver"
     )
 
@@ -341,7 +341,7 @@ def test_export_and_import_of_reviews(tmp_path, capsys):
     file.write_text(text + "no JSON\n", encoding="utf-8")
     assert cli.main(["review", str(tmp_path), "--import", str(file), "--who", "我"]) == 0
     out, err = capsys.readouterr()
-    assert "2 decisions taken, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    assert "2 decisions imported, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
     found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
     assert found == [("accept", "远方"), ("edit", "我"), None, None]
     store.export(file)
@@ -361,7 +361,7 @@ def test_the_command_and_its_mistakes(tmp_path, url, capsys, monkeypatch):
     assert "did you mean 'questions.single'" in failed("--set", "questions.singel=1")[1]
     assert failed("--stage", "cleaning") == (
         2,
-        "psyche synth: --stage cleaning: there is no such stage; known: "
+        "psyche synth: --stage cleaning: no such stage; known: "
         "clean, questions, control, rationales, dialogues, selection, publish",
     )
     assert "there is no LLM 'nobody'" in failed("--set", "questions.llm=nobody")[1]

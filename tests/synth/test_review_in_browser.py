@@ -92,7 +92,7 @@ def test_a_whole_review_by_keyboard(browser: Any, address: tuple[str, Path]) -> 
     assert edited is not None and edited.edited is not None
     assert (edited.edited.stem, edited.edited.answer) == ("改过的题干是什么？", "D")
     assert [decision.verdict for decision in store.history()] == ["accept", "reject", "edit", "accept", "undo"]
-    assert store.history()[1].note == "Not clear"
+    assert store.history()[1].note == "Unclear"
     store.close()
     assert page.title() == "psyche review" and not faults, "a stem is text, not markup"
     page.close()

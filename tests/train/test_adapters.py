@@ -353,7 +353,7 @@ def test_peft_folders_that_cannot_be(runs, tmp_path):
     for values, base, line in (
         ({"use_dora": True}, None, "use_dora is set, which is not supported"),
         ({"bias": "all"}, None, "bias is 'all'; only 'none' is supported"),
-        ({"peft_type": "IA3"}, None, "is not of low-rank adapters"),
+        ({"peft_type": "IA3"}, None, "does not describe low-rank adapters"),
         ({"base_model_name_or_path": "Qwen/Qwen2.5-7B"}, None, "its base cannot be opened"),
         ({"r": 8}, None, "the adapters do not fit the base"),
         ({"r": 0}, None, "rank must be at least 1, not 0"),

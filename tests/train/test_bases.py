@@ -27,7 +27,7 @@ def spoil(folder, name):
 def test_a_base_whose_weights_are_no_numbers(train, root):
     spoil(root / "model", "model.layers.1.mlp.down_proj.weight")
     config = sft_config(root) if train is sft.train_sft else grpo_config(root)
-    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight holds values that are not finite"):
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj\.weight has values that are not finite"):
         train(config)
 
 
@@ -37,9 +37,9 @@ def test_a_checkpoint_whose_weights_are_no_numbers(root, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(huggingface, "all_finite", lambda _: True)
         import_model(root / "model", root / "stored", "float32")
-    with pytest.raises(UserError, match=r"layers/q_proj/bias holds values that are not finite"):
+    with pytest.raises(UserError, match=r"layers/q_proj/bias has values that are not finite"):
         export_model(str(root / "stored"), root / "exported", "float32")
-    expected = r"stored/0: model\.layers\.1\.self_attn\.q_proj\.bias holds values that are not finite"
+    expected = r"stored/0: model\.layers\.1\.self_attn\.q_proj\.bias has values that are not finite"
     for devices in (1, 8):
         with pytest.raises(UserError, match=expected):
             open_model(str(root / "stored")).read_parameters(execution(devices).sharding, jnp.dtype("float32"))

@@ -299,7 +299,7 @@ def test_every_mismatch_is_named(saved, tiny_root, tiny_config, metadata):
         checkpoints.restore(wanted, {**metadata, "model": model, "config": config})
     assert (
         str(error.value)
-        == f"{saved[0] / '4'}: the checkpoint is not of this run; {len(error.value.details)} differences:"
+        == f"{saved[0] / '4'}: the checkpoint does not belong to this run; {len(error.value.details)} differences:"
     )
     details = "\n".join(error.value.details)
     for line in (
@@ -308,7 +308,7 @@ def test_every_mismatch_is_named(saved, tiny_root, tiny_config, metadata):
         "its optimizer.learning_rate is 1.0, not 0.5",
         "parameters/embedding: float32[304, 32] in the checkpoint, float32[304, 64] in this run",
         "parameters/extra: float32[304, 32] in this run, missing in the checkpoint",
-        "parameters/head: float32[304, 32] in the checkpoint, and not in this run",
+        "parameters/head: float32[304, 32] in the checkpoint, missing in this run",
         "float32[32] in the checkpoint, bfloat16[32] in this run",
     ):
         assert line in details, details

@@ -211,11 +211,11 @@ def test_export_says_what_the_adapters_are_merged_into(runs, tmp_path, figure):
     """The original weights where they are known, else int8 times scales; that is the model of the run."""
     adapters = adapters_of(parameters_at(runs / "sft")[1])
     for source, base, line in (
-        ("sft", None, f"merged into the original weights, of `{runs / 'model'}`."),
-        ("over", str(runs / "model"), f"merged into the original weights, of `{runs / 'model'}`."),
-        ("over", None, "merged into these weights, de-quantized."),
-        ("next", None, f"merged into the original weights, of `{runs / 'model'}`."),
-        ("int8", None, "The weights of its linear maps are de-quantized from int8."),
+        ("sft", None, f"merged into the original weights of `{runs / 'model'}`."),
+        ("over", str(runs / "model"), f"merged into the original weights of `{runs / 'model'}`."),
+        ("over", None, "merged into these weights, dequantized."),
+        ("next", None, f"merged into the original weights of `{runs / 'model'}`."),
+        ("int8", None, "The weights of its linear layers are dequantized from int8."),
     ):
         folder = tmp_path / f"{source} {base is None}"
         export_model(str(runs / source), folder, "float32", base=base)
@@ -248,9 +248,7 @@ def test_what_serves_takes_a_run_and_a_checkpoint_as_they_are(runs, tmp_path):
 
 def test_adapters_alone_are_exported_as_ever(runs, tmp_path):
     export_model(str(runs / "sft"), tmp_path / "adapters", "float32", adapters_only=True)
-    assert (
-        "trained over the base in int8 (a scale for each output)." in (tmp_path / "adapters" / "README.md").read_text()
-    )
+    assert "trained over the base in int8 (one scale per output)." in (tmp_path / "adapters" / "README.md").read_text()
     import_model(tmp_path / "adapters", tmp_path / "again", "float32", str(runs / "int8"))
     assert leaves(parameters_at(tmp_path / "again")[1]) == leaves(parameters_at(runs / "sft")[1])
 
@@ -303,7 +301,7 @@ def test_what_cannot_be(runs, tmp_path):
     for act, line in (
         (stage("int8", "bfloat16"), "int8; set it to int8, not bfloat16"),
         (stage("int8", "float32"), "int8; set it to int8, not float32"),
-        (stage("over", "int8"), "would be lost if merged into that"),
+        (stage("over", "int8"), "would be lost in a merge"),
         (lambda: export_model(str(runs / "over"), out, "float32", base=str(other)), "--base: "),
         (
             lambda: export_model(str(runs / "over"), out, "float32", base=str(changed)),
@@ -311,11 +309,11 @@ def test_what_cannot_be(runs, tmp_path):
         ),
         (lambda: export_model(str(runs / "sft"), out, "float32", base=str(runs / "model")), "--base is for merging"),
         (lambda: export_model(str(runs / "int8"), out, "float32", base=str(runs / "model")), "--base is for merging"),
-        (lambda: import_model(tmp_path / "adapters", out, "int8"), "which are never int8"),
+        (lambda: import_model(tmp_path / "adapters", out, "int8"), "which cannot be int8"),
     ):
         assert line in refusal(act)
         assert not out.exists()
-    with pytest.raises(ValueError, match="must be float32 to train all weights: those of int8 cannot change"):
+    with pytest.raises(ValueError, match="must be float32 to train all weights: int8 weights cannot be trained"):
         sft_config(runs, model=ModelSection(str(runs / "model"), "int8"))
     assert without_adapter(parameters_at(runs / "sft")[0]).int8
     stage("next", "int8")()  # which can be

@@ -60,7 +60,7 @@ def test_data_that_does_not_fit(tiny_root, packed, tmp_path):
     for train, message in (
         (f"{packed}/longer", "rows have 128 tokens, over data.max_length 96"),
         ({f"{packed}/packed": 1.0, str(tiny_root / "sft.jsonl"): 1.0}, "pack both, or neither"),
-        (f"{packed}/none", "none: is no data set"),
+        (f"{packed}/none", "none: is not a data set"),
     ):
         config = sft_config(tiny_root, data=SftDataSection(train, max_length=96))
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(tmp_path / "run")))

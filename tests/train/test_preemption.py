@@ -140,7 +140,7 @@ def test_a_run_says_what_it_does_and_its_state_follows(tmp_path, monkeypatch, ca
     # Again: there is nothing to do, which is said.
     toy_training(tmp_path / "run")
     (again,) = capsys.readouterr().err.splitlines()
-    assert again.startswith(f"toy: all 5 steps are done already; {tmp_path}/run; next: ")
+    assert again.startswith(f"toy: all 5 steps are already done; {tmp_path}/run; next: ")
 
 
 def test_compiling_is_announced_with_what_it_took_last_time(tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_is_busy(presses, tmp_path):
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "quit by Ctrl-C; what was done after step 3 is not saved; start the same command again to resume" in said
+    assert "quit by Ctrl-C; work after step 3 is not saved; start the same command again to resume" in said
     assert "Traceback" not in said
     assert (state_of(tmp_path / "run")["status"], state_of(tmp_path / "run")["step"]) == ("preempted", 3)
     assert not list((tmp_path / "run").glob("*.partial"))

@@ -208,7 +208,7 @@ def test_the_code_of_reward_functions_is_remembered(tiny_root, tmp_path, monkeyp
 def test_the_config_of_the_base_is_remembered_too(root, verb):
     path = root / "model" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 0.25}))
-    with pytest.raises(UserError, match="the checkpoint is not of this run") as error:
+    with pytest.raises(UserError, match="the checkpoint does not belong to this run") as error:
         train_sft(configs(root, verb))
     assert "rms_norm_eps" in error.value.details[0]
     restored(train_sft, configs(root, verb), accepted={"base"})
@@ -219,7 +219,7 @@ def test_checkpoints_remember_too(root, verb):
     """Where the run's own files were lost or changed."""
     reordered(root, verb)
     (root / "sft-run" / "state.json").unlink()
-    with pytest.raises(UserError, match="the checkpoint is not of this run") as error:
+    with pytest.raises(UserError, match="the checkpoint does not belong to this run") as error:
         train_sft(configs(root, verb))
     assert error.value.details == ("data.train: the training data have changed since this run began",)
 
@@ -242,7 +242,7 @@ def test_an_old_run_goes_on_and_remembers_from_now_on(root, verb, stopped, capsy
     metadata["config"] = json.loads(json.dumps(metadata["config"]).replace(str(stopped), f"{root}/../{root.name}"))
     (step / "metadata" / "metadata").write_text(json.dumps({**metadata, "format": 1}))
     restored(train_sft, configs(root, verb))
-    assert "no record of what it was trained on; from now on it has" in capsys.readouterr().err
+    assert "no record of what it was trained on; it has one from now on" in capsys.readouterr().err
     assert state_of(run)["contents"] == old["contents"]
 
 
@@ -350,7 +350,7 @@ def test_the_flag_of_the_command(root, verb, capsys, monkeypatch):
     assert state_of(root / f"{verb}-run")["reason"] == "far enough"
     with pytest.raises(SystemExit):
         cli.main([*command, "--accept-changed", "weather"])
-    assert "'weather' is none of config, data" in capsys.readouterr().err
+    assert "'weather' is not one of config, data" in capsys.readouterr().err
 
 
 def test_every_byte_of_a_model_counts(tiny_root, tmp_path):

@@ -117,7 +117,7 @@ def test_a_finished_run_started_again_does_nothing(finished, capsys):
     run, config = finished
     before = files(run)
     sft.train_sft(config)
-    assert "sft: all 5 steps are done already" in capsys.readouterr().err
+    assert "sft: all 5 steps are already done" in capsys.readouterr().err
     after = files(run)
     assert state_of(run)["status"] == "done"
     changed = {name for name in before if after.get(name) != before[name]}

@@ -163,7 +163,7 @@ def test_checkpoints_copied_without_their_marks(bucket, capsys):
 
     copy(4, ["parameters/a", "optimizer/a", "metadata/metadata"])
     before = files_under(root)
-    with pytest.raises(UserError, match=r"4: commit_success\.txt is missing.*to start anew on purpose"):
+    with pytest.raises(UserError, match=r"4: commit_success\.txt is missing.*to start over"):
         set_aside_look_alikes(root, 4)
     assert files_under(root) == before
     with pytest.raises(UserError, match=r"4: commit_success\.txt is missing"):
@@ -171,7 +171,7 @@ def test_checkpoints_copied_without_their_marks(bucket, capsys):
     copy(4, ["commit_success.txt"])
     copy(99, ["commit_success.txt", "optimizer/a"])
     assert find_checkpoint(root).name == "4"
-    assert "99: not a whole checkpoint (parameters is missing)" in capsys.readouterr().err
+    assert "99: incomplete checkpoint (parameters is missing)" in capsys.readouterr().err
     set_aside_look_alikes(root, 4)
     assert not (root / "99" / "commit_success.txt").exists()
     assert find_checkpoint(root).name == "4"

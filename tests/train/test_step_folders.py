@@ -79,10 +79,10 @@ def test_a_run_without_a_usable_checkpoint_is_refused(damage, said, root):
     """It said that 4 steps are saved: it does not begin again, its metrics stay, what to do is said."""
     damage(root / "run" / "checkpoints")
     before = metrics_of(root / "run")
-    with pytest.raises(UserError, match="the run came to step 4, and no checkpoint is whole") as error:
+    with pytest.raises(UserError, match="the run reached step 4, but no checkpoint is complete") as error:
         train_sft(config(root))
     assert said in str(error.value)
-    assert "to start anew on purpose remove the run's folder, or choose another run.dir" in str(error.value)
+    assert "to start over, remove the run's folder or choose another run.dir" in str(error.value)
     assert metrics_of(root / "run") == before
     assert state_of(root / "run")["step"] == 4
 
@@ -140,12 +140,12 @@ def test_what_looks_like_a_checkpoint_is_passed_over(what, root, capsys):
     make(checkpoints)
     for place in (root / "run", checkpoints):
         assert open_model(str(place)).weights == checkpoints / "4"
-        assert f"{checkpoints / '99'}: not a whole checkpoint ({missing})" in capsys.readouterr().err
+        assert f"{checkpoints / '99'}: incomplete checkpoint ({missing})" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"neither a config\.json nor a checkpoint") as error:
         find_checkpoint(checkpoints / "99")
     assert missing in str(error.value)
     (root / "run" / "state.json").write_text(json.dumps({**state_of(root / "run"), "best": {"step": 99}}))
-    with pytest.raises(UserError, match="the best checkpoint is not whole"):
+    with pytest.raises(UserError, match="the best checkpoint is incomplete"):
         open_model(str(root / "run" / "best"))
 
 
@@ -156,7 +156,7 @@ def test_training_goes_on_beside_what_looks_like_a_checkpoint(make, root, capsys
     make(checkpoints)
     train_sft(config(root))
     said = capsys.readouterr().err
-    assert "99: not a whole checkpoint" in said
+    assert "99: incomplete checkpoint" in said
     assert "resuming after step 4" in said
     assert [line["step"] for line in metrics_of(root / "run")] == [1, 2, 3, 4, 5]
     names = sorted(path.name.split("-")[0] for path in checkpoints.iterdir())
@@ -185,7 +185,7 @@ def test_a_damaged_state_is_made_anew(content, root, capsys):
     assert "\n" not in str(error.value)
     train_sft(config(root))
     said = capsys.readouterr().err
-    assert "made anew from the run's checkpoints" in said
+    assert "rebuilding it from the run's checkpoints" in said
     assert "resuming after step 4" in said
     state = state_of(root / "run")
     assert (state["step"], state["status"], state["kind"]) == (5, "done", "sft")
@@ -214,7 +214,7 @@ def test_neither_a_state_nor_a_checkpoint(state, damage, root):
     path = root / "run" / "state.json"
     path.unlink() if state is None else path.write_text(state)
     damage(root / "run" / "checkpoints")
-    with pytest.raises(UserError, match="the run came to step 4, and no checkpoint is whole"):
+    with pytest.raises(UserError, match="the run reached step 4, but no checkpoint is complete"):
         train_sft(config(root))
     assert len(metrics_of(root / "run")) == 4
 

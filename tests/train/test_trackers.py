@@ -101,7 +101,7 @@ def test_a_fault_is_one_line_and_the_run_goes_on(fails_in, server, tmp_path, cap
             run.log_metrics(step, {"loss": 1.0})
         run.write_state("done")
     said = [line for line in capsys.readouterr().err.splitlines() if "W&B" in line]
-    assert said == ["W&B: the server is away; the run continues without it (all is in metrics.jsonl)"]
+    assert said == ["W&B: the server is away; the run continues without it (metrics.jsonl has everything)"]
     assert [line["step"] for line in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3]
     assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "done"
 
@@ -116,5 +116,5 @@ def test_tensorboard_that_cannot_write(tmp_path, capsys):
 
 def test_wandb_that_is_not_installed(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="wandb is absent"):
+    with pytest.raises(UserError, match="needs the package wandb"):
         log(tmp_path / "run", 1)

@@ -31,7 +31,7 @@ def view(client: TestClient, **query: str) -> dict[str, str]:
 def test_a_run_is_followed_from_before_it_begins_until_it_resumes(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     client = client_of(folder)
-    assert "No run has begun here yet" in view(client)["runs"]
+    assert "No run has started here yet" in view(client)["runs"]
     make_run(folder, steps=3)
     assert "Step 3" in view(client)["runs"]
 
@@ -101,7 +101,7 @@ def test_watching_starts_no_jax() -> None:
 
 
 @pytest.mark.parametrize(
-    ("place", "said"), [("run/state.json", "is not a run; give"), (".", "those in it are: psyche")]
+    ("place", "said"), [("run/state.json", "is not a run; give"), (".", "but contains runs: psyche")]
 )
 def test_what_is_no_run_is_named(tmp_path: Path, place: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "run", steps=1)

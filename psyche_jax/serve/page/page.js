@@ -16,14 +16,14 @@ const WORDS = {
   en: {
     skip: "Skip to the message field", fresh: "New chat", empty: "Write what is on your mind.", token: "Access token",
     settings: "Settings", system: "System prompt (empty: the model's own)", message: "Message",
-    placeholder: "Type a message; Enter sends, Shift+Enter breaks the line", send: "Send", stop: "Stop",
+    placeholder: "Type a message; Enter sends, Shift+Enter starts a new line", send: "Send", stop: "Stop",
     kept: "Conversations are kept in this browser only; “Delete” erases one.", log: "Conversation",
     conversations: "Conversations", delete: "Delete", cancel: "Cancel", copy: "Copy", copied: "Copied", edit: "Edit",
     again: "Answer again", editing: "Editing; what follows will be replaced when you send.", seconds: "s", untitled: "(new)",
     slow: "Still preparing: the first conversation of this length has to be compiled, which may take a minute or two.",
     user: "You", assistant: "Model", care: "Safety message (a fixed text, not the model's)", thinking: "Thinking…",
     thought: "Reasoning", waiting: "Answering…", done: "Answer complete", stopped: "Stopped",
-    length: "Length limit reached", filtered: "Part of it was withheld by the safety rules", failed: "Something went wrong: ",
+    length: "Length limit reached", filtered: "The safety rules withheld part of this answer", failed: "Something went wrong: ",
     lost: "The connection was lost; try again", sure: "Delete this conversation?",
   },
 };
