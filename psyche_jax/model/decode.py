@@ -5,7 +5,7 @@ prompts ─► read once ─► the first token of every response
         ─► nothing waits any more, and half of the slots are idle: the others are gathered, and so on
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -239,7 +239,7 @@ def generate_counted(
     )
     hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
     prompts = _Prompts(prompt_key, prompt_value, prompt_mask, prompt_mask.sum(axis=1))
-    decoder = _Decoder(model, sampling, execution, key, prompts)
+    decoder = _Decoder(model, model.cut_layers(execution), sampling, execution, key, prompts)
     if (sampling.slots or 0) % (parts := decoder.parts):
         raise UsageError(f"{sampling.slots} slots cannot be spread over data × fsdp = {parts} devices; use a multiple")
 
@@ -329,6 +329,7 @@ class _Decoder:
     """
 
     model: Qwen2
+    layers: Sequence[Any] | None  # as `Qwen2.cut_layers` gives them
     sampling: Sampling
     execution: Execution
     key: jax.Array
@@ -403,7 +404,8 @@ class _Decoder:
         # The last token of each is read, and the next one drawn.
         start = by_part(take_rows, self.prompts.lengths, self.prompt_of(slots.response))
         position, place = start + slots.length - 1, state.step % longest
-        hidden, cache = self.model.decode(slots.token, position, place, cache, self.execution, slots.length)
+        token = slots.token
+        hidden, cache = self.model.decode(token, position, place, cache, self.execution, slots.length, self.layers)
         part = jnp.arange(len(slots.token)) // (len(slots.token) // self.parts)
         token, log_prob = self.choose(self.model.logits(hidden), slots.response + part * none, slots.length)
 

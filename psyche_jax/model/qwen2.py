@@ -5,7 +5,8 @@ Weights keep Hugging Face's orientation, [out, in], so that conversion copies an
 architecture: the Qwen2.5 and Qwen3 technical reports (arXiv 2412.15115, 2505.09388) and transformers' `modeling_*.py`.
 """
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -255,6 +256,7 @@ class Qwen2(nnx.Module):
         cache: KVCache,
         execution: Execution,
         lengths: jax.Array | None = None,
+        layers: Sequence[Any] | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """One decoding step of every row.
 
@@ -265,6 +267,7 @@ class Qwen2(nnx.Module):
           execution: dtype and sharding.
           lengths: int32 [rows], how many places of the ring, up to this one and with it, are the row's own. None:
             all from the first one on.
+          layers: what `cut_layers` gave before the loop that this step is in.
 
         Returns:
           Hidden states [rows, width] and the cache with these tokens in it.
@@ -301,15 +304,29 @@ class Qwen2(nnx.Module):
             change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, mixed, sharding)
             return (x + change, keys, values), None
 
-        layer_inputs = (
-            stacked,
-            jnp.arange(self.config.num_hidden_layers),
-            cache.prompt_key,
-            cache.prompt_value,
-        )
+        carry = (x, cache.key, cache.value)
         with jax.named_scope("layer_loop"):
-            (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), layer_inputs)
+            if layers is None:
+                numbers = jnp.arange(self.config.num_hidden_layers)
+                carry, _ = jax.lax.scan(body, carry, (stacked, numbers, cache.prompt_key, cache.prompt_value))
+            else:
+                for number, parameters in enumerate(layers):
+                    prompt = cache.prompt_key[number], cache.prompt_value[number]
+                    carry, _ = body(carry, (parameters, jnp.int32(number), *prompt))
+        x, keys, values = carry
         return self.final_norm(x, execution.compute_dtype)[:, 0], cache._replace(key=keys, value=values)
+
+    def cut_layers(self, execution: Execution) -> Sequence[Any] | None:
+        """The parameters of each layer, for a loop over decoding steps: where `_unroll` says so, else None.
+
+        The CPU compiler would cut, that is copy, all of them in every step.
+        """
+        if self._unroll(execution) == 1:
+            return None
+        _, stacked = nnx.split(self.layers)
+        numbers = range(self.config.num_hidden_layers)
+        cut = [jax.tree.map(operator.itemgetter(number), stacked) for number in numbers]
+        return jax.lax.optimization_barrier(cut)  # else it would be moved into the loop
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., vocab] of `hidden` [..., width]: for a few positions only, never a whole batch."""
@@ -388,7 +405,10 @@ class _OwnPlaces:
         _, parts, _, kv_heads, _, head_dim = self._by_part
         new = new.reshape(1, parts, -1, kv_heads, 1, head_dim)
         start = (layer, 0, 0, 0, self._place, 0)
-        return jax.lax.dynamic_update_slice(array.reshape(self._by_part), new, start).reshape(array.shape)
+        written = jax.lax.dynamic_update_slice(array.reshape(self._by_part), new, start).reshape(array.shape)
+        # Else what reads it may be fused with the writing, of which there are two then, and neither can be in place.
+        on_tpu = self._sharding.mesh.devices.flat[0].platform == "tpu"
+        return written if on_tpu else jax.lax.optimization_barrier(written)
 
     def weigh(
         self, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
