@@ -77,7 +77,7 @@ def with_stop_tokens(config: ModelConfig, folder: Path) -> ModelConfig:
         )
     for token in (*stops, config.bos_token_id, config.pad_token_id):
         if token is not None and token >= config.vocab_size:
-            raise UserError(f"{folder}: token id {token} (bos, eos or pad) is outside the model's {config.vocab_size}")
+            raise UserError(f"{folder}: token id {token} (bos, eos or pad) is not below vocab_size {config.vocab_size}")
     return dataclasses.replace(config, stop_token_ids=tuple(dict.fromkeys(stops)))
 
 

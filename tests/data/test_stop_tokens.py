@@ -89,7 +89,7 @@ def test_a_template_that_ends_turns_with_another_token(model):
 )
 def test_a_token_that_the_model_does_not_have(file, values, expected, model):
     edit(model, file, **values)
-    with pytest.raises(UserError, match=rf"model: token id {expected} .*outside the model's 304"):
+    with pytest.raises(UserError, match=rf"model: token id {expected} .*not below vocab_size 304"):
         stops(model)
 
 

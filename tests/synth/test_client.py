@@ -336,7 +336,7 @@ def test_no_key_in_the_environment_is_said_at_once(tmp_path, monkeypatch):
 def test_a_key_that_no_header_can_hold_is_said_at_once_and_not_shown(tmp_path, monkeypatch, key):
     monkeypatch.setenv("FAULTY_KEY", key)
     store = CallStore(tmp_path / "calls.sqlite")
-    with pytest.raises(UsageError, match="FAULTY_KEY holds characters that no key has") as caught:
+    with pytest.raises(UsageError, match="FAULTY_KEY has characters that no key has") as caught:
         Client([LlmSection("llm", "m", "http://127.0.0.1:1/v1", "FAULTY_KEY")], CallsSection(), BudgetSection(), store)
     assert "sk-" not in str(caught.value)
     store.close()

@@ -59,6 +59,6 @@ def test_a_run_is_followed(browser: Any, watched: tuple[str, Path, "subprocess.P
     # Its end is said, and what was shown stays.
     assert page.title() == "run, other – psyche watch" and faults == []
     process.terminate()
-    page.get_by_role("alert").filter(has_text="does not answer any more").wait_for()
+    page.get_by_role("alert").filter(has_text="no longer answers").wait_for()
     assert page.locator("#samples h4", has_text="Step 2").is_visible()
     page.close()
