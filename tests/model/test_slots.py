@@ -15,6 +15,8 @@ from psyche_jax.model import decode
 from psyche_jax.model.decode import Sampling, draw, generate_counted, uniform
 from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
+from psyche_jax.plan.collectives import find_copies
+from psyche_jax.plan.hlo import Module
 
 # A prompt of one token beside a full one.
 LENGTHS = (9, 1, 5, 9, 3, 7, 2, 8)
@@ -242,3 +244,16 @@ def test_steps_of_many_ragged_responses(least, monkeypatch):
     rollout, steps = scheduled(least, prompts_of_one(128), monkeypatch, lengths, sampling)
     assert (rollout.mask.sum(axis=1) == lengths).all()
     assert steps == simulated(lengths, 256) <= 3100
+
+
+@pytest.mark.parametrize("slots", [None, 16])
+@pytest.mark.parametrize("longest", [LONGEST, 150])
+def test_the_cache_is_never_copied_as_a_whole_on_a_cpu(longest, slots, folder, prompts, optimized):
+    """A step writes in place, whether it looks at all places (up to 64) or chooses how many; as users compile."""
+    config, parameters, execution = read(folder, one_device())
+    config = dataclasses.replace(config, stop_token_ids=SOMETIMES, pad_token_id=5)
+    sampling = dataclasses.replace(SAMPLING, max_new_tokens=longest, slots=slots)
+    compiled = program.lower(config, parameters, prompts[1], sampling, execution).compile()
+    of_a_row = config.num_hidden_layers * config.num_key_value_heads * longest * config.head_dim
+    sizes = frozenset(rows * of_a_row for rows in decode.loop_sizes(slots or RESPONSES))
+    assert find_copies(Module.parse(compiled.as_text()), sizes) == []
