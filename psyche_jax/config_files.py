@@ -174,6 +174,32 @@ _TYPES = {
     **dict.fromkeys(("dataclass_type", "dict_type", "model_type"), "must be a section of keys and values"),
     **dict.fromkeys(("list_type", "tuple_type"), "must be a list"),
 }
+# Names in TRL and transformers, and the keys here (docs/from_other_tools.md).
+_ELSEWHERE = {
+    "lr": ("optimizer.learning_rate",),
+    "lr_scheduler_type": ("optimizer.schedule",),
+    "warmup_steps": ("optimizer.warmup",),
+    "warmup_ratio": ("optimizer.warmup",),
+    "num_train_epochs": ("epochs",),
+    "per_device_train_batch_size": ("prompts_per_step", "batch_size"),
+    "gradient_accumulation_steps": ("micro_batch_prompts", "micro_batch_size"),
+    "num_generations": ("generations_per_prompt",),
+    "max_completion_length": ("max_new_tokens",),
+    "beta": ("objective.kl_coefficient",),
+    "epsilon": ("objective.clip_low",),
+    "epsilon_high": ("objective.clip_high",),
+    "loss_type": ("objective.name",),
+    "lora_r": ("adapter.rank",),
+    "lora_rank": ("adapter.rank",),
+    "lora_alpha": ("adapter.alpha",),
+    "output_dir": ("run.dir",),
+    "save_steps": ("checkpoints.every_steps",),
+    "save_total_limit": ("checkpoints.keep",),
+    "eval_steps": ("evaluate_every_steps",),
+    "model_name_or_path": ("model.path",),
+    "bf16": ("model.compute_dtype",),
+    "gradient_checkpointing": ("model.remat",),
+}
 
 
 def _describe(kind: type, error: Any) -> str:
@@ -187,7 +213,9 @@ def _describe(kind: type, error: Any) -> str:
         alike = difflib.get_close_matches(parts[-1], siblings, 1) or _by_initials(parts[-1], siblings)
         nearest = [".".join([*parts[:-1], key]) for key in alike]
         elsewhere = [key for key in _keys(kind) if key.rpartition(".")[2] == parts[-1]]
-        hints = [f"did you mean {key!r}?" for key in nearest or elsewhere]
+        elsewhere += [key for key in _ELSEWHERE.get(parts[-1], ()) if key in _keys(kind)]
+        known = [key for key in elsewhere if parts[-1] in _ELSEWHERE]
+        hints = [f"did you mean {key!r}?" for key in known or nearest or elsewhere]
         return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {name!r} is missing"

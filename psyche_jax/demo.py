@@ -285,6 +285,9 @@ def evaluate_stages(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
         if due := [benchmark for benchmark in benchmarks if not files[benchmark.name].is_file()]:
             answering = LocalModel(str(model), sampling, prompt=PROMPT)
             for benchmark in due:
+                print(
+                    f"demo: {label} answers {len(benchmark.tasks)} questions of {Path(benchmark.name).stem}", flush=True
+                )
                 evaluate(answering, benchmark, label=label, files=[files[benchmark.name]])
         for name, file in files.items():
             marks = read_json(file)["scores"]

@@ -173,8 +173,9 @@ def _import(arguments: argparse.Namespace) -> None:
     if isinstance(imported, Parts):
         verb = "sft" if "sft" in manifests else "grpo"
         train = f"{to}/{'sft' if verb == 'sft' else 'rl'}"
-        held = f"; then psyche eval RUN --bench {to}/held_out" if "held_out" in manifests else ""
-        print(f"next: psyche {verb} --config {verb}_tiny --set data.train={train}{held}")
+        run = f"runs/{Path(to).name}_{verb}"
+        own = " --set data.evaluation=null" if verb == "sft" else ""  # that of the tiny config is the demo's
+        print(f"next: psyche {verb} --config {verb}_tiny --set data.train={train}{own} --set run.dir={run}")
     report(imported, sum(manifest.records for manifest in manifests.values()), imported.remarks)
 
 

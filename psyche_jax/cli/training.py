@@ -244,7 +244,8 @@ def _check_places(config: SftConfig | GrpoConfig, train: Iterable[str], accepted
     try:
         check_model(config.model.path)
     except UserError as error:
-        raise UserError(f"{error} (the config's model.path; --set model.path=FOLDER)") from error
+        made = "; `psyche demo --out runs/demo` makes it" if config.model.path.startswith("runs/demo/") else ""
+        raise UserError(f"{error} (the config's model.path; --set model.path=FOLDER{made})") from error
     for place in (*train, config.data.evaluation):
         if place is not None:
             check_readable(place)

@@ -410,8 +410,10 @@ def _read_manifest(store: Store) -> Manifest:
     if content is None:
         if not in_bucket(store.address) and Path(store.address).is_file():
             raise UserError(f"{store.address}: is a file, not a data set; convert it with `psyche data import`")
-        count = len(store.objects())
-        what = f"{count} files but no {MANIFEST}: writing it was interrupted" if count else "nothing is there"
+        stored = [one.name for one in store.objects()]
+        within = sorted(name.removesuffix(f"/{MANIFEST}") for name in stored if name.endswith(f"/{MANIFEST}"))
+        what = f"{len(stored)} files but no {MANIFEST}: writing it was interrupted" if stored else "nothing is there"
+        what = f"it holds several: {', '.join(store.path(name) for name in within)}" if within else what
         raise UserError(f"{store.address}: is not a data set ({what})")
     try:
         values = json.loads(content)

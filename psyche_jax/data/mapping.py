@@ -73,7 +73,7 @@ class ColumnsSection(Section):
     options: str | tuple[str, ...] | None = None  # a column for each, or one with a list, {letter: text} or "A. … B. …"
     answer: str | None = None  # the key; `answer_is` says how it is written
     case: str | None = None  # the case that several questions share; put before the stem
-    kind: str | None = None  # single or multi, in the words of `kinds`; otherwise by the number of letters
+    kind: str | None = None  # single or multi, in the words of `kinds`; if empty or not given, by the number of letters
     rationale: str | None = None  # the reasoning
     user: str | tuple[str, ...] | None = None  # in one-turn dialogues: the request; several columns are joined by lines
     assistant: str | None = None  # in one-turn dialogues: the reply
@@ -366,9 +366,9 @@ def _truth(value: Any) -> bool | None:
 
 def _kind(row: Mapping[str, Any], config: ImportConfig, answer: str) -> Kind:
     column = config.columns.kind
-    if column is None:
+    written = _optional_text(row, column)
+    if written is None:
         return "multi" if len(answer) > 1 else "single"
-    written = _text(row, column)
     kind = config.kinds.get(written) or config.kinds.get(written.lower())
     if kind is None:
         raise RowError("the kind is neither single nor multiple choice", repr(written)[:80])

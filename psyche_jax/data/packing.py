@@ -208,7 +208,8 @@ def check_packing(where: str, manifest: Manifest, tokenizer: Any, prompt: Prompt
         ("chat template or prompt", packing.template_sha256, template_hash(tokenizer, prompt)),
     ):
         if theirs != ours:
-            raise UserError(f"{where}: was packed with a different {what} than this run's; pack it again (psyche pack)")
+            how = "psyche pack" + (", with this run's prompt.* keys" if "prompt" in what else "")
+            raise UserError(f"{where}: was packed with a different {what} than this run's; pack it again ({how})")
     if packing.length > max_length:
         raise UserError(f"{where}: its rows have {packing.length} tokens, over data.max_length {max_length}")
     return packing

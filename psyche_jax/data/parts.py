@@ -16,6 +16,7 @@ from psyche_jax.errors import UserError
 from psyche_jax.storage.files import as_path, new_folder, write_text
 
 SKIPPED = "skipped.txt"
+HELD_OUT = "held_out"
 _SAME_BEGINNING = 32  # comparable characters: texts that share as many are on one case, or one question
 
 
@@ -67,7 +68,7 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
             raise UserError(f"{source}: nothing is left to train on; set --hold-out 0")
         for record in records:
             remarks.see(record)
-        parts = {**_training_parts(train), "held_out": held}
+        parts = {**_training_parts(train), HELD_OUT: held}
         if isinstance(train[0], Question) and (without := len(train) - len(parts["sft"])):
             said.append(
                 f"sft holds {len(parts['sft'])} of {len(train)} questions: {without} have no rationale to learn from"

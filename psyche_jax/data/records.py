@@ -163,7 +163,8 @@ def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any
     set_aside = []
     for where, found in checked(kind, values):
         if isinstance(found, NotTextError):
-            raise UserError(f"{location}: is not UTF-8 text (first at {where})")
+            how = "; import a table first: psyche data import" if location.endswith((".csv", ".tsv", ".xlsx")) else ""
+            raise UserError(f"{location}: is not UTF-8 text (first at {where}){how}")
         if isinstance(found, ValueError):
             set_aside.append(f"{where}: {fault_of(found)}")
         else:

@@ -138,7 +138,7 @@ def _json(name: str, path: Path, _: str) -> Iterator[Row]:
     """The items of an array, or values one after the other."""
     for found in published_values(path):
         value = found.value if isinstance(found.value, dict | RowError) else RowError("not a JSON object")
-        yield found.where.replace(str(path), name, 1), value
+        yield found.where.replace(f"{path}: ", f"{name}: item ", 1).replace(str(path), name, 1), value
 
 
 def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from psyche_jax.data.parts import HELD_OUT
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.answers import Answers, Completion, Key
 from psyche_jax.evaluate.empathy import REFERENCE, as_lines, judge_pairs, pairs_of, summarize_empathy
@@ -108,6 +109,8 @@ def evaluate(
 def evaluation_file(run: Path, bench: str, label: str) -> Path:
     """Where `report` looks for an evaluation of a run."""
     name = Path(bench).name.replace(".jsonl", "")  # a part of it may follow: x.jsonl-first-20
+    if name.startswith(HELD_OUT):  # as every import names it
+        name = "-".join(part for part in (Path(bench).parent.name, name) if part)
     return run / "evaluations" / f"{name}-{label}.json".replace("/", "-")
 
 

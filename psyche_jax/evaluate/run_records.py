@@ -14,12 +14,14 @@ from psyche_jax.evaluate.comparison import Evaluation
 from psyche_jax.evaluate.formatting import duration, number, percent
 from psyche_jax.evaluate.language import ENGLISH, Speaker
 from psyche_jax.storage.files import as_path, bucket_errors, in_bucket, read_json
+from psyche_jax.storage.locks import is_left_behind
 from psyche_jax.train.run_files import check_run, read_state, read_steps
 
 KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _STATUS = {
     "done": "Done after {n} step|Done after {n} steps",
-    "running": "Running; {n} step saved|Running; {n} steps saved",
+    "running": "Running; at step {n}",
+    "killed": "Killed at step {n}; the same command resumes it",
 }
 _LIMITS = (  # metric, what it should not be above at the last step, what to say
     (
@@ -62,13 +64,20 @@ class RunRecord:
         environment = self.state.get("environment")
         return environment if isinstance(environment, dict) else {}
 
+    @property
+    def step(self) -> int:
+        """How far it is: while it runs the step that it is at, else the last one saved."""
+        saved = self.state.get("step", 0)
+        ended = self.state.get("status") not in ("running", "killed")
+        return saved if ended else max(saved, self.state.get("current_step", 0))
+
     def setting(self, key: str, default: Any = None) -> Any:
         """A value of the config by its dotted key."""
         return flat(self.config).get(key, default)
 
     def status(self, say: Speaker = ENGLISH) -> str:
         """How far the run is, as a sentence."""
-        step, reason = self.state.get("step", 0), str(self.state.get("reason") or "")
+        step, reason = self.step, str(self.state.get("reason") or "")
         status = str(self.state.get("status"))
         phrase = _STATUS.get(status, "{status} after {n} step|{status} after {n} steps")
         sentence = say(phrase, n=step, status=say.term(status.capitalize()))
@@ -184,6 +193,8 @@ def read_run(folder: Path, name: str, scores: bool = True) -> RunRecord:
     with bucket_errors(folder):
         check_run(folder)
         state = read_state(folder)
+        if state.get("status") == "running" and is_left_behind(folder):
+            state = {**state, "status": "killed"}
         files = sorted((folder / "evaluations").glob("*.json")) if scores else []
         evaluations = [Evaluation.read(path, name) for path in files]
         safety = folder / "safety.json"

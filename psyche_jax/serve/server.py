@@ -123,7 +123,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
         """What the page needs to know."""
         gate = service.gate
         notice = {"zh": gate.notice("zh"), "en": gate.notice("en")} if gate else None
-        told = f"{gate.fill('{hotline} {emergency}', 'zh')} {gate.fill('{hotline}', 'en')}" if gate else ""
+        told = gate.fill("{hotline}\n{medical}\n{police}", "zh") + "\n" + gate.fill("{hotline}", "en") if gate else ""
         numbers = sorted(set(re.findall(r"\d(?:[ -]?\d)+", told)), key=len, reverse=True)  # the page links them
         return {"model": service.name, "notice": notice, "numbers": numbers, "token_required": token is not None}
 

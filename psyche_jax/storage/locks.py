@@ -104,6 +104,12 @@ def _is_dead(holder: dict[str, Any]) -> bool:
     return here is not None and holder.get("place") == here and _started(holder["pid"]) != holder["started"]
 
 
+def is_left_behind(folder: Path) -> bool:
+    """Whether the lock of a folder on this machine is there, and the process that held it is not."""
+    path = folder / LOCK_FILE
+    return not in_bucket(folder) and path.is_file() and _is_dead(_parsed(path.read_bytes()))
+
+
 class _FolderLock:
     """The kernel's lock on a file that says who holds it; that of `filelock` would stay in the folder."""
 

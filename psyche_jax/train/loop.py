@@ -16,6 +16,9 @@ import jax
 import numpy as np
 
 from psyche_jax.config import CheckpointSection
+from psyche_jax.config_files import parse_yaml_mapping
+from psyche_jax.data.dataset import MANIFEST
+from psyche_jax.data.parts import HELD_OUT
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.storage.files import bucket_errors, files_under, in_bucket
@@ -247,7 +250,8 @@ class Training(contextlib.AbstractContextManager["Training"]):
 
     def _say_end(self, what: str) -> None:
         folder = self.run.folder
-        hosts.say(f"{self.name}: {what}; {folder}; next: psyche eval {shlex.quote(str(folder))} --bench samples")
+        command = shlex.join(["psyche", "eval", str(folder), "--bench", _bench_for(folder)])
+        hosts.say(f"{self.name}: {what}; {folder}; next: {command}")
 
     def finished(self) -> bool:
         """Whether there is nothing left to do, which is said.
@@ -469,3 +473,10 @@ class _Profile:
                     (self._folder / file.relative_to(traced).as_posix()).write_bytes(file.read_bytes())
             shutil.rmtree(traced)
         hosts.say(f"profile: {self._folder}")
+
+
+def _bench_for(run: Path) -> str:
+    """What a run is best measured on: what `psyche data import` held out of its data, else the samples."""
+    train = parse_yaml_mapping(run / "config.yaml").get("data", {}).get("train", ())
+    beside = [Path(place).parent / HELD_OUT for place in ([train] if isinstance(train, str) else train)]
+    return next((str(place) for place in beside if (place / MANIFEST).is_file()), "samples")

@@ -320,6 +320,8 @@ def open_run(
         run.saved = old.get("step")
         run.best = old.get("best")
         run.current = run.saved or 0
+        if not run.saved and (lost := old.get("current_step")):
+            hosts.say(f"{folder}: stopped at step {lost} without a checkpoint; starts again from step 0")
         if isinstance(last := old.get("compile_seconds"), int | float):
             run.compile_seconds = last
         run.accepted = frozenset(accepted)
