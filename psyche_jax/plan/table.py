@@ -281,9 +281,9 @@ def page(records: Sequence[Record], out: Path) -> str:
         "- SFT: 256 examples of 2,048 tokens a step, 2 epochs of 148,000 (the paper's 75,000 questions and 73,000",
         f"  dialogues, as if all were for SFT): {count_steps(Cell('sft', 'full', 'v6e-8', '7B').config()):,} steps.",
         "- GRPO: 128 prompts × 8 responses a step, 512 + 1,024 tokens, all of full length, 2 epochs of 10,000 prompts",
-        "  (how many the paper had is not published):",
-        f"  {count_steps(Cell('grpo', 'full', 'v6e-8', '7B').config()):,} steps. Where that does not fit, more steps",
-        "  of 32 or 8 prompts, as the cell says.",
+        "  (how many the paper had is not published): "
+        f"{count_steps(Cell('grpo', 'full', 'v6e-8', '7B').config()):,} steps. Where that does not fit, more steps of",
+        "  32 or 8 prompts, as the cell says.",
         f"- Prices: {PRICE_SOURCE}.",
         "- Settings, by one rule: `model.remat: full`; `mesh.fsdp` over all devices; weights for decoding split over",
         "  as few devices as keep them under a quarter of the memory. Of micro-batches (GRPO: at most 8 rows a device,",
@@ -310,14 +310,17 @@ def _shown(record: Record) -> str:
         return f"**no**, {peak}" if record["compiled"] else f"**no**, ≥ {peak}"
     fewer = f"{record['prompts']} prompts<br>" if record.get("prompts", _PROMPTS[0]) != _PROMPTS[0] else ""
     if not record["compiled"]:
-        return (
-            f"{fewer}≥ {peak}<br>≥ {record['seconds']:.3g} s<br>≥ {record['hours']:,.0f} h<br>≥ ${record['price']:,.0f}"
-        )
+        bounds = (peak, f"{record['seconds']:.3g} s", f"{_hours(record['hours'])} h", f"${record['price']:,.0f}")
+        return fewer + "<br>".join(f"≥ {bound}" for bound in bounds)
     (fast, slow), hours, price = record["seconds"], record["hours"], record["price"]
     return (
-        f"{fewer}{peak}<br>{fast:.3g} to {slow:.3g} s<br>{hours[0]:,.0f} to {hours[1]:,.0f} h"
+        f"{fewer}{peak}<br>{fast:.3g} to {slow:.3g} s<br>{_hours(hours[0])} to {_hours(hours[1])} h"
         f"<br>${price[0]:,.0f} to ${price[1]:,.0f}"
     )
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours < 10 else f"{hours:,.0f}"
 
 
 def _as_record(plan: Plan) -> Record:

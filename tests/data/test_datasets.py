@@ -161,6 +161,13 @@ def test_of_two_writers_one_wins(place):
     assert others  # what the loser left is named
 
 
+def test_a_folder_of_several_data_sets_names_them(place):
+    for name in ("sft", "rl"):
+        write_dataset(f"{place}/{name}", examples(2))
+    with pytest.raises(UserError, match=r"is not a data set \(it holds several: .*/rl, .*/sft\)"):
+        open_dataset(place)
+
+
 def test_without_a_manifest_there_is_no_data_set(place):
     def killed():
         yield from examples(20)

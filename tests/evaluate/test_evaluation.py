@@ -250,7 +250,12 @@ def test_a_part_of_a_benchmark_never_takes_the_place_of_the_whole(benchmark, tmp
     parts = [(None, 4), (None, 5), (cells[:1], None), (cells[:1], 1), (cells, 99)]
     names = ["samples-first-4", "samples", f"samples-{cells[0]}", f"samples-{cells[0]}-first-1", "samples"]
     assert [benchmark.only(*part).name for part in parts] == names
-    for bench, name in (("data/held out.jsonl", "held out"), ("data/held out.jsonl-first-4", "held out-first-4")):
+    for bench, name in (
+        ("data/held out.jsonl", "held out"),
+        ("data/held out.jsonl-first-4", "held out-first-4"),
+        ("data/exam/held_out", "exam-held_out"),  # each import names it so
+        ("data/talks/held_out-first-4", "talks-held_out-first-4"),
+    ):
         assert evaluation.evaluation_file(tmp_path, bench, "a/b") == tmp_path / "evaluations" / f"{name}-a-b.json"
 
 

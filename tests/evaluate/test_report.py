@@ -3,6 +3,8 @@
 import html
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from support.made_up_runs import (
     write_lines,
 )
 
+from psyche_jax import cli
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation, read_benches, wilson
 from psyche_jax.evaluate.curves import SFT_METRICS, charts, grpo_metrics, moving_mean, number
 from psyche_jax.evaluate.formatting import duration, spoken
 from psyche_jax.evaluate.report import write_report
+from psyche_jax.storage import locks
 
 
 def report(tmp_path: Path, *runs: Path) -> str:
@@ -323,6 +327,30 @@ def test_numbers_for_people() -> None:
     assert [number(value) for value in values] == ["0", "1e−5", "−0.0123", "0.5", "12.3", "2,250", "1.5e8", "nan"]
     spans = (0.25, 42.12, 723, 11520)
     assert [duration(seconds) for seconds in spans] == ["250 ms", "42.1 s", "12 min 3 s", "3 h 12 min"]
+
+
+def test_what_safety_writes_without_dialogues_is_shown(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run / "evaluations").mkdir()
+    (run / "evaluations" / "e.json").write_text(json.dumps({"label": "a", "bench": "b", "scores": {}, "items": []}))
+    assert cli.main(["safety", str(run)]) == 0
+    (run / "evaluations" / "e.json").unlink()
+    text = plain(report(tmp_path, run))
+    assert "plan or preparation" in text and "turns of persons" not in text
+    write_report([run], tmp_path / "card.md")
+    assert "| plan or preparation |" in (tmp_path / "card.md").read_text(encoding="utf-8")
+
+
+def test_a_run_whose_process_is_gone_is_not_called_running(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", status="running")
+    state = json.loads((run / "state.json").read_text())
+    write_json(run / "state.json", {**state, "step": 0, "current_step": 12})
+    lock = "import json; from psyche_jax.storage import locks; print(json.dumps(locks._self()))"
+    (run / locks.LOCK_FILE).write_text(json.dumps(locks._self()))
+    assert "Running; at step 12." in plain(report(tmp_path, run))
+    holder = subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True, check=True).stdout
+    (run / locks.LOCK_FILE).write_text(holder)
+    assert "Killed at step 12; the same command resumes it." in plain(report(tmp_path, run))
 
 
 def test_safety_results_are_shown_with_intervals_and_confusion(tmp_path: Path) -> None:

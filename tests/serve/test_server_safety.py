@@ -228,6 +228,10 @@ def test_answers_tell_nothing_of_the_machine(server, tiny_model):
             assert secret not in answer.text
 
 
+def test_the_page_is_told_each_number_of_the_fixed_texts(server):
+    assert {"12356", "120", "110"} <= set(httpx.get(f"{server.address}/about").json()["numbers"])
+
+
 def test_too_many_at_once_get_429_and_nobody_is_lost(another_server):
     running = another_server("--set", "limits.rows=2", "--set", "limits.choices=2", "--set", "limits.waiting=2")
     body = {**BODY, "max_tokens": 300, "temperature": 1, "n": 2}
