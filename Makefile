@@ -57,7 +57,8 @@ lint: environment
 
 # The site of docs/, in build/site; a link that leads nowhere fails it.
 docs: environment
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "python3 -m http.server -d build/site   # shows the site, at http://localhost:8000"
 
 # Rewrites requirements.lock from pyproject.toml, for all Pythons: on 3.11 with the last JAX that it installs, from 3.12
 # on with the newest. What stands there already stays if it can; without the file all are the newest. Needs uv.

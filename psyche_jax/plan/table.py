@@ -271,6 +271,7 @@ def page(records: Sequence[Record], out: Path) -> str:
         "# Which TPU do I need?",
         "",
         f"Written by `psyche plan --table --out {name}`: {sum(cell in by_cell for cell in cells)} of {len(cells)} cells"
+        " are compiled"
         + (f", {dates[0]} to {dates[-1]}, by the compiler of {'; '.join(compilers)}." if dates else "."),
         "No figure was measured on a TPU; [plan.md](plan.md) says what a plan is worth and what it leaves out.",
         "",
