@@ -17,7 +17,9 @@ class AddVerb(Protocol):
     ) -> argparse.ArgumentParser: ...
 
 
-def add_config(verb: argparse.ArgumentParser, what: str, required: bool = True) -> None:
+def add_config(
+    verb: argparse.ArgumentParser, what: str, required: bool = True, example: str = "optimizer.learning_rate=1e-6"
+) -> None:
     """`--config` and `--set`. `what` says what it is a config of and names one that comes with the package."""
     verb.add_argument(
         "--config",
@@ -25,18 +27,18 @@ def add_config(verb: argparse.ArgumentParser, what: str, required: bool = True) 
         required=required,
         help=f"{what}: a YAML file, or the name of a config that comes with psyche_jax",
     )
-    add_set(verb)
+    add_set(verb, example)
 
 
-def add_set(verb: argparse.ArgumentParser) -> None:
-    """`--set`, as every verb with a config has it."""
+def add_set(verb: argparse.ArgumentParser, example: str) -> None:
+    """`--set`, as every verb with a config has it; `example` is a change of one of its keys."""
     verb.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="set one config key, for example optimizer.learning_rate=1e-6; may be repeated",
+        help=f"set one config key, for example {example}; may be repeated",
     )
 
 

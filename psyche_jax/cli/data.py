@@ -44,7 +44,7 @@ def add_verbs(add: AddVerb) -> None:
     action = add_action("import", "turn a table, dialogues or public data into records", "exam.csv data/exam", rows)
     action.add_argument("to", metavar="TO", help="where to write the records: a new folder or gs://bucket/prefix")
     what = "which column holds what, such as import (default: guessed from the header)"
-    add_config(action, what, required=False)
+    add_config(action, what, required=False, example="columns.answer=KEY")
     action.add_argument(
         "--hold-out",
         type=float,
@@ -74,7 +74,7 @@ def add_verbs(add: AddVerb) -> None:
         "Tokenize chat records once and pack them into rows of equal length, which SFT reads fastest.",
         "psyche pack --config configs/pack.yaml --set out=gs://my-bucket/packed",
     )
-    add_config(verb, "what to pack, such as pack")
+    add_config(verb, "what to pack, such as pack", example="input=data/exam/sft")
 
     verb = add(
         "decontaminate",

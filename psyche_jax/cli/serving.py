@@ -20,7 +20,7 @@ def add_verbs(add: AddVerb) -> None:
         "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run, or an endpoint: URL[#MODEL]"
     )
     verb.add_argument("--config", type=Path, help="settings, a YAML file as for serve; see docs/serve.md")
-    add_set(verb)
+    add_set(verb, "limits.new_tokens=512")
     verb.add_argument("--system", default="", metavar="TEXT", help="a system prompt in place of the model's own")
     verb.add_argument("--show-reasoning", action="store_true", help="do not fold <think>…</think>")
     _add_conversation(verb)
@@ -33,7 +33,7 @@ def add_verbs(add: AddVerb) -> None:
     )
     verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
     verb.add_argument("--config", type=Path, help="settings, a YAML file; see docs/serve.md")
-    add_set(verb)
+    add_set(verb, "limits.new_tokens=512")
     verb.add_argument("--host", help="default 127.0.0.1; any other address needs a token in PSYCHE_SERVE_TOKEN")
     verb.add_argument("--port", type=int, metavar="N", help="default 8000; 0 takes any free port")
     verb.add_argument("--name", help="the model's name for clients (default: the last part of MODEL)")

@@ -22,7 +22,7 @@ def add_verbs(add: AddVerb) -> None:
         ("select", _select, "Let LLMs answer questions: those that any LLM gets right go to SFT, the others to RL."),
     ):
         verb = add(name, run, text, f"psyche {name} --config configs/{name}.yaml --set run.dir=runs/my_{name}")
-        add_config(verb, f"settings of the run, such as {name}")
+        add_config(verb, f"settings of the run, such as {name}", example="calls.concurrency=4")
         if name == "synth":
             verb.add_argument("--stage", metavar="S", help="run only this stage; the stages before it must be done")
         verb.add_argument("--json", action="store_true", help="print the stages' reports as one JSON object")
