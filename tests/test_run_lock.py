@@ -110,7 +110,7 @@ def test_a_holder_that_was_silent_for_too_long_finds_out(bucket):
         old._ended.set()  # as if its process were stopped: no heartbeat any more
         old._thread.join()
         with locked(place) as new:
-            with pytest.raises(LostLockError, match="has taken this run over"):
+            with pytest.raises(LostLockError, match="took this run over"):
                 old.confirm()
             new.confirm()
             with pytest.raises(LostLockError):

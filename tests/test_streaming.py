@@ -359,7 +359,7 @@ def test_a_hugging_face_folder_in_a_bucket(bucket, capsys):
     (as_path(f"{bucket}/hf") / "config.json").write_text("{}")
     for verb in ("import", "export"):
         assert cli.main([verb, f"{bucket}/hf", "target"]) == 1
-        assert f"{bucket}/hf: a Hugging Face folder in a bucket; copy it to a disk" in capsys.readouterr().err
+        assert f"{bucket}/hf: is a Hugging Face folder in a bucket; copy it to a disk" in capsys.readouterr().err
 
 
 def test_buckets_that_are_not_there(bucket, capsys):

@@ -275,7 +275,7 @@ def test_whole_weights_beside_an_index_of_others(shards, whole):
 
 def test_an_adapter_beside_the_weights(model):
     save_file({"base_model.model.lm_head.lora_A.weight": np.ones((2, 2), np.float32)}, model / ADAPTER)
-    failure(model, "adapter_model.safetensors would be left out", "psyche import")
+    failure(model, "adapter_model.safetensors would be left out", "import that")
 
 
 def rewrite(folder, change, file="model.safetensors"):
