@@ -213,9 +213,8 @@ def _describe(kind: type, error: Any) -> str:
         alike = difflib.get_close_matches(parts[-1], siblings, 1) or _by_initials(parts[-1], siblings)
         nearest = [".".join([*parts[:-1], key]) for key in alike]
         elsewhere = [key for key in _keys(kind) if key.rpartition(".")[2] == parts[-1]]
-        elsewhere += [key for key in _ELSEWHERE.get(parts[-1], ()) if key in _keys(kind)]
-        known = [key for key in elsewhere if parts[-1] in _ELSEWHERE]
-        hints = [f"did you mean {key!r}?" for key in known or nearest or elsewhere]
+        of_others = [key for key in _ELSEWHERE.get(parts[-1], ()) if key in _keys(kind)]
+        hints = [f"did you mean {key!r}?" for key in of_others or nearest or elsewhere]
         return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {name!r} is missing"

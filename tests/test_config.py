@@ -75,6 +75,7 @@ def test_defaults_are_the_papers(kind, values, tmp_path):
         (SftConfig, "num_train_epochs", "num_train_epochs", "did you mean 'epochs'?"),
         (SftConfig, "per_device_train_batch_size", "per_device_train_batch_size", "did you mean 'batch_size'?"),
         (GrpoConfig, "per_device_train_batch_size", "per_device_train_batch_size", "did you mean 'prompts_per_step'?"),
+        (GrpoConfig, "epsilon", "epsilon", "did you mean 'objective.clip_low'?"),
         (GrpoConfig, "beta", "beta", "did you mean 'objective.kl_coefficient'?"),
         (GrpoConfig, "num_generations", "num_generations", "did you mean 'generations_per_prompt'?"),
         (SftConfig, "learning_rate", "learning_rate", "did you mean 'optimizer.learning_rate'?"),

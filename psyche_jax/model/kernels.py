@@ -97,7 +97,7 @@ def self_attention(
 
 
 def _choose(query: jax.Array, sharding: Sharding, shared: SharedPrompt | None) -> AttentionKernel:
-    platform = sharding.mesh.devices.flat[0].platform
+    platform = sharding.platform
     if query.dtype == jnp.bfloat16:  # these do not multiply float32 as float32
         if platform == "tpu" and _fits_splash(query):
             return "splash"
@@ -241,7 +241,7 @@ def ring_block(cache_shape: tuple[int, ...], dtype: jnp.dtype, kernel: Attention
     `cache_shape`: [layers, rows, kv_heads, places, head_dim]; `dtype`: that of its numbers.
     """
     _, rows, kv_heads, places, head_dim = cache_shape
-    asked = kernel == "splash" and sharding.mesh.devices.flat[0].platform == "tpu"
+    asked = kernel == "splash" and sharding.platform == "tpu"
     # It multiplies in one bfloat16 pass, on whole lanes, and holds all that a row has said.
     fits = dtype == jnp.bfloat16 and head_dim % _LANES == 0 and 4 * places * head_dim <= _RING_BYTES
     if not (asked and fits and sharding.divides(rows, "batch") and sharding.divides(kv_heads, "kv_heads")):

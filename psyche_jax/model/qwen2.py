@@ -379,8 +379,8 @@ class Qwen2(nnx.Module):
         The CPU compiler copies what a loop keeps for backward. Recomputation needs the loop, which keeps forward and
         backward apart; several virtual devices stand for TPUs in tests, and run what TPUs run.
         """
-        devices, layers = execution.sharding.mesh.devices, self.config.num_hidden_layers
-        one_cpu = devices.size == 1 and devices.flat[0].platform == "cpu"
+        sharding, layers = execution.sharding, self.config.num_hidden_layers
+        one_cpu = sharding.mesh.devices.size == 1 and sharding.platform == "cpu"
         return layers if one_cpu and execution.remat == "none" and layers <= _UNROLLED_LAYERS else 1
 
 
@@ -407,8 +407,7 @@ class _OwnPlaces:
         start = (layer, 0, 0, 0, self._place, 0)
         written = jax.lax.dynamic_update_slice(array.reshape(self._by_part), new, start).reshape(array.shape)
         # Else what reads it may be fused with the writing, of which there are two then, and neither can be in place.
-        on_tpu = self._sharding.mesh.devices.flat[0].platform == "tpu"
-        return written if on_tpu else jax.lax.optimization_barrier(written)
+        return written if self._sharding.platform == "tpu" else jax.lax.optimization_barrier(written)
 
     def weigh(
         self, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array

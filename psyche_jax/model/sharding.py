@@ -77,6 +77,11 @@ class Sharding:
             sizes |= {"fsdp": sizes["fsdp"] * sizes["tensor"], "tensor": 1}
         return sizes
 
+    @property
+    def platform(self) -> str:
+        """What its devices are: `tpu`, `gpu` or `cpu`."""
+        return self.mesh.devices.flat[0].platform
+
     def for_decoding(self) -> "Sharding":
         """The same mesh, as decoding uses it."""
         return replace(self, rules=DECODE_RULES)

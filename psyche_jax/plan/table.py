@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -162,6 +163,7 @@ def compile_cell(cell: Cell) -> Record:
         return {"fits": False, "compiled": False, "peak_gib": None, "reason": first_reason(error)}
 
 
+@functools.cache
 def by_arithmetic(cell: Cell) -> Record:
     """Lower bounds of a cell, without a compiler: of the first setting that would be tried.
 
