@@ -4,7 +4,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -364,11 +364,28 @@ def _head(stored: StoredModel, stages: Sequence[Mapping[str, Any]]) -> dict[str,
             facts = read_json(folder / ORIGIN)
     trained = [stage["config"]["data"]["train"] for stage in stages]
     places = [place for train in trained for place in ([train] if isinstance(train, str) else train)]
-    manifests = [Path(place) / MANIFEST for place in places if not in_bucket(place)]
-    sources = [str(read_json(file)["config"].get("source", "")) for file in manifests if file.is_file()]
-    if datasets := sorted({name for source in sources if (name := hub.repository(source))}):
+    if datasets := sorted(_hub_datasets(places)):
         facts["datasets"] = datasets
     return facts
+
+
+def _hub_datasets(places: Iterable[str]) -> set[str]:
+    """The data sets of the hub that are at `places` or that what is there was made from, followed through manifests."""
+    found: set[str] = set()
+    ahead, seen = list(places), set[str]()
+    while ahead:
+        place = ahead.pop()
+        if name := hub.repository(place):
+            found.add(name)
+        elif place not in seen and not in_bucket(place) and (Path(place) / MANIFEST).is_file():
+            seen.add(place)
+            made = read_json(Path(place) / MANIFEST)["config"]
+            # By import; by pack; by decontaminate (what it was compared with is not trained on); by select; by synth.
+            origins = [made.get("source"), made.get("input"), made.get("decontaminated", {}).get("train")]
+            origins += [made.get("questions"), *made.get("sources", {}).values()]
+            for origin in origins:
+                ahead += [origin] if isinstance(origin, str) else origin or []
+    return found
 
 
 def _about_int8(stored: StoredModel, adapters_only: bool, original: StoredModel | None) -> str:

@@ -222,6 +222,19 @@ def test_the_card_says_of_base_and_data_what_they_say_themselves(runs):
     psyche("export", "runs/grpo", "model")
     head = yaml.safe_load(Path("model/README.md").read_text().split("---\n")[1])
     assert (head["license"], head["license_name"], head["datasets"]) == ("other", "its-own", ["org/talks"])
+    # What it was packed from was decontaminated, from what was imported; the exam it was compared with is no source.
+    made = [
+        ("data/sft.jsonl", {"input": "data/clean"}),
+        ("data/clean", {"decontaminated": {"train": "data/both", "evaluation": "hub:org/exam"}}),
+        ("data/both", {"questions": ["data/one", "hub:org/other", "gone.jsonl"]}),
+        ("data/one", {"source": "hub:org/talks@v1", "sources": {"passages": ["data/sft.jsonl"]}}),
+    ]
+    for place, config in made:
+        Path(place).mkdir(exist_ok=True)
+        Path(place, "manifest.json").write_text(json.dumps({"config": config}))
+    psyche("export", "runs/grpo", "deeper")
+    head = yaml.safe_load(Path("deeper/README.md").read_text().split("---\n")[1])
+    assert head["datasets"] == ["org/other", "org/talks"]
     assert "base_model" not in head  # the base's name is not in its card
 
 

@@ -358,7 +358,10 @@ def _report(arguments: argparse.Namespace) -> None:
 
     if arguments.language != "en" and arguments.out.suffix == ".md":
         raise UsageError("--language: Markdown for a model card is in English only; leave it out, or write .html")
+    replaced = arguments.out.is_file()
     write_report([as_path(run) for run in arguments.runs], arguments.out, language=arguments.language)
+    if replaced:
+        print("report: replaced the one that was there", file=sys.stderr)
     print(arguments.out)
 
 

@@ -21,6 +21,7 @@ KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _STATUS = {
     "done": "Done after {n} step|Done after {n} steps",
     "running": "Running; at step {n}",
+    "on its way": "Running; at step {n} of {all}, about {left} left",
     "killed": "Killed at step {n}; the same command resumes it",
 }
 _LIMITS = (  # metric, what it should not be above at the last step, what to say
@@ -36,6 +37,7 @@ _LIMITS = (  # metric, what it should not be above at the last step, what to say
         "At the last step log-probs of sampler and trainer differed by more than 0.05 on average.",
     ),
 )
+_STEPS_OF_PACE = 20  # the last ones: what is left goes by their median
 _NO_METRICS = "This run has no metrics (metrics.jsonl is missing or empty), so no curves and no timings."
 _NO_SAMPLES = "This run has no samples (samples.jsonl is missing or empty), so no completions from training."
 
@@ -80,7 +82,12 @@ class RunRecord:
         step, reason = self.step, str(self.state.get("reason") or "")
         status = str(self.state.get("status"))
         phrase = _STATUS.get(status, "{status} after {n} step|{status} after {n} steps")
-        sentence = say(phrase, n=step, status=say.term(status.capitalize()))
+        total, times = self.state.get("total_steps"), _values(self.metrics, "step_time")
+        left = ""
+        if status == "running" and isinstance(total, int) and times and step < total:
+            phrase = _STATUS["on its way"]
+            left = duration((total - step) * statistics.median(times[-_STEPS_OF_PACE:]), say)
+        sentence = say(phrase, n=step, status=say.term(status.capitalize()), all=total, left=left)
         return (
             say("{sentence}: {reason}", sentence=sentence, reason=reason)
             if reason

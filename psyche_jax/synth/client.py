@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.reply import NoReplyError, Reply
@@ -186,6 +186,12 @@ def _title(llm: LlmSection) -> str:
 
 def _reason(error: NoReplyError) -> str:
     return f"no answer: {error}" if error.came else str(error)
+
+
+def check_keys(llms: Iterable[LlmSection]) -> None:
+    """Raise UsageError for a key that the environment lacks."""
+    for llm in llms:
+        _key(llm)
 
 
 def _key(llm: LlmSection) -> str | None:

@@ -22,7 +22,7 @@ from psyche_jax.storage.locks import locked
 from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.clean import Cleaner
-from psyche_jax.synth.client import Client
+from psyche_jax.synth.client import Client, check_keys
 from psyche_jax.synth.config import SelectConfig, StageName, SynthConfig
 from psyche_jax.synth.publish import check_place, publish
 from psyche_jax.synth.review import ReviewStore, reviewed
@@ -56,6 +56,8 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
     """
     if stage in (None, "publish"):
         check_place(config.out)
+    if stage is None and not Path(config.run.dir).exists():
+        check_keys(config.llms)  # before a folder is made
     with _open_workshop(config, "synth") as shop:
         for name in STAGES if stage is None else (stage,):
             shop.do(name, _synth_stage(shop, config, name))
@@ -68,6 +70,8 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
 def run_select(config: SelectConfig) -> dict[str, Any]:
     """Selection and publication of questions from files; returns the reports of the stages by name."""
     check_place(config.out)
+    if not Path(config.run.dir).exists():
+        check_keys(config.llms)
     with _open_workshop(config, "select") as shop:
         states = [_state_of(location) for location in config.questions]
         shop.expected = partial(_select_calls, config)

@@ -307,7 +307,8 @@ class Training(contextlib.AbstractContextManager["Training"]):
         started = time.perf_counter()
         for lowered in programs:
             check_memory(lowered.compile(), self._memory_settings)
-        self.run.write_state("running", compile_seconds=round(time.perf_counter() - started, 1))
+        seconds = round(time.perf_counter() - started, 1)
+        self.run.write_state("running", compile_seconds=seconds, total_steps=self.total_steps)
 
     def steps(self, batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
         """The steps that are left, with their batches. Each must end with `end_step`."""

@@ -3,6 +3,7 @@
 import html
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -348,6 +349,13 @@ def test_a_run_whose_process_is_gone_is_not_called_running(tmp_path: Path) -> No
     lock = "import json; from psyche_jax.storage import locks; print(json.dumps(locks._self()))"
     (run / locks.LOCK_FILE).write_text(json.dumps(locks._self()))
     assert "Running; at step 12." in plain(report(tmp_path, run))
+    write_json(run / "state.json", {**state, "step": 0, "current_step": 12, "total_steps": 300})
+    seconds = [json.loads(line)["step_time"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    left = duration(288 * statistics.median(seconds))
+    assert f"Running; at step 12 of 300, about {left} left." in plain(report(tmp_path, run))
+    write_json(run / "state.json", {**state, "step": 0, "current_step": 300, "total_steps": 300})
+    assert "Running; at step 300." in plain(report(tmp_path, run))
+    write_json(run / "state.json", {**state, "step": 0, "current_step": 12, "total_steps": 300})
     holder = subprocess.run([sys.executable, "-c", lock], capture_output=True, text=True, check=True).stdout
     (run / locks.LOCK_FILE).write_text(holder)
     assert "Killed at step 12; the same command resumes it." in plain(report(tmp_path, run))

@@ -365,7 +365,8 @@ def test_the_command_and_its_mistakes(tmp_path, url, capsys, monkeypatch):
         "clean, questions, control, rationales, dialogues, selection, publish",
     )
     assert "there is no LLM 'nobody'" in failed("--set", "questions.llm=nobody")[1]
-    assert "no SUCH_KEY" in failed("--set", "llms.0.key_env=SUCH_KEY")[1]
+    assert "no SUCH_KEY" in failed("--set", "llms.0.key_env=SUCH_KEY", "--set", "run.dir=keyless")[1]
+    assert not Path("keyless").exists()
     code, line = failed("--set", "sources.passages=[absent.jsonl]")
     assert code == 1 and "absent.jsonl: there is no such file" in line
     Path("bad.jsonl").write_text('{"text": ""}\n{"no": 1}\nnot json\n' + json.dumps({"text": "足够长的一段正文" * 4}))
