@@ -15,6 +15,7 @@ from psyche_jax.serve.engine import MOST_ALTERNATIVES
 _MOST_MESSAGES = 512
 _MOST_PARTS = 512  # of a message
 _MOST_PAIRS = 1024  # of an object that is not used
+_MOST_TOOLS = 1024
 _MOST_PROMPTS = 128  # of a request
 Nothing = Annotated[float, Field(ge=0, le=0)]  # numbers that change nothing
 Once = Annotated[float, Field(ge=1, le=1)]
@@ -134,7 +135,10 @@ class ChatRequest(_Generation):
     top_logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
     echo: Literal[False] | None = None
     response_format: ResponseFormat | None = None
-    tool_choice: Literal["none", "auto"] | None = None  # there are no tools to choose from
+    # Tools may be offered, as Open WebUI does with every message. Where a model may choose it chooses none of them.
+    tools: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    functions: Annotated[list[dict[str, Any]], Field(max_length=_MOST_TOOLS)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
