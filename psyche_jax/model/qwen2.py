@@ -19,7 +19,7 @@ from psyche_jax.config import LINEAR_MAPS, AdapterSection
 from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, ring_attention, ring_block, self_attention
-from psyche_jax.model.products import product, weighted, weighted_int8
+from psyche_jax.model.products import gradients_materialized, materialized, product, weighted, weighted_int8
 from psyche_jax.model.rotary import rotary_tables, rotate
 from psyche_jax.model.sharding import Sharding
 
@@ -170,7 +170,7 @@ class DecoderLayer(nnx.Module):
         `attend(query, key, value)` gives its result and an extra.
         """
         batch, length, _ = x.shape
-        normal = self.input_norm(x, x.dtype)
+        normal = materialized(self.input_norm(x, x.dtype))
         query = self.q_proj(normal).reshape(batch, length, -1, self.head_dim)
         key = self.k_proj(normal).reshape(batch, length, -1, self.head_dim)
         value = self.v_proj(normal).reshape(batch, length, -1, self.head_dim)
@@ -183,12 +183,12 @@ class DecoderLayer(nnx.Module):
         mixed, extra = attend(query, key, value)
         attended = self.o_proj(mixed.reshape(batch, length, -1))
         attended = sharding.constrain(attended, "batch", "sequence", "activation_embed").astype(jnp.float32)
-        normal = self.post_attention_norm(x + attended, x.dtype)
+        normal = materialized(self.post_attention_norm(x + attended, x.dtype))
         # Rounded once: where every step of SiLU is bfloat16, compilers round at places of their own, and sampler and
         # trainer drift apart.
-        gate, up = (linear(normal).astype(jnp.float32) for linear in (self.gate_proj, self.up_proj))
-        inner = (jax.nn.silu(gate) * up).astype(x.dtype)
-        transformed = self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp"))
+        gate, up = gradients_materialized(self.gate_proj(normal), self.up_proj(normal))
+        inner = materialized((jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype))
+        transformed = materialized(self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp")))
         return attended + sharding.constrain(transformed, "batch", "sequence", "activation_embed"), extra
 
 

@@ -233,11 +233,14 @@ def check_peak(capsys, config, topology, overrides, limit):
     assert (code, result["fits"]) == (0, True)
     assert result["peak_gib"] <= limit
     assert result["collectives"]["decoding_loop"]["weight_sized"] == 0
+    return result
 
 
 @pytest.mark.slow
 def test_sft_of_7b_on_v5e_16(capsys):
-    check_peak(capsys, "sft_7b_v5e16", "v5e:4x4", [], 8.6)
+    result = check_peak(capsys, "sft_7b_v5e16", "v5e:4x4", [], 8.5)
+    # By the compiler's cycles; 14.3 where its products compute the norms and SiLU that they read for every tile.
+    assert result["forecast_seconds"]["updates"] < 13.5
 
 
 @pytest.mark.slow
