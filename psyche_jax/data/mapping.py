@@ -291,6 +291,8 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
     texts = list(value)
     while texts and not _is_filled(texts[-1]):
         texts.pop()
+    if len(texts) == 1:  # of several columns some rows use the first alone, for all of their options
+        texts = [*lettered_options(str(texts[0]))[1]] or texts
     if not texts and _truth(row.get(config.columns.answer or "")) is not None:
         chinese = re.search("[\u4e00-\u9fff]", str(row.get(config.columns.question or "")))
         return {"A": "正确", "B": "错误"} if chinese else {"A": "True", "B": "False"}

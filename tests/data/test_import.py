@@ -114,6 +114,11 @@ def test_answers_and_options_in_other_forms():
     assert record_of({**row, "k": ["A", "B"]}, config(columns=columns)).answer == "AB"
     for form in ({"A": "一", "B": "2", "C": "三", "D": None}, '["一", "2", "三"]', '{"A": "一", "B": 2, "C": "三"}'):
         assert record_of({"q": "问", "o": form, "k": "B"}, config(columns=columns)).options == options
+    # In a table with a column for each, some rows write all of them into the first.
+    separate = config(columns={"question": "q", "options": ["甲", "乙", "丙"], "answer": "k"})
+    for cell in ("A. 一 B. 2 C. 三", "A、一\nB、2\nC、三"):
+        row_of_one = {"q": "问", "甲": cell, "乙": "", "丙": None, "k": "C"}
+        assert record_of(row_of_one, separate).options == options
     made = config(columns={**columns, "kind": "t"}, kinds={"多选": "multi", "单选": "single"})
     assert record_of({**row, "k": "A", "t": "多选"}, made).kind == "multi"
 
