@@ -119,7 +119,7 @@ def test_what_a_reviewer_needs_is_there_in_chinese_too(browser: Any, address: tu
     page.locator("#reason").fill("材料里没有这样说")
     page.keyboard.press("Enter")
     page.get_by_text("6 题中已审 1 题").wait_for()
-    page.get_by_label("筛选").select_option(label="退回的")
+    page.get_by_label("筛选").select_option(label="不通过的")
     page.get_by_text("第 1 题，共 1 题").wait_for()
     assert "材料里没有这样说" in page.locator("#verdict").inner_text()
     page.get_by_label("筛选").select_option(label="全部")

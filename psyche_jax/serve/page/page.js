@@ -4,13 +4,13 @@
 const WORDS = {
   zh: {
     skip: "跳到输入框", fresh: "新对话", empty: "写下你想说的话。", token: "访问令牌", settings: "设置",
-    system: "系统提示（留空则使用模型自带的）", message: "消息", placeholder: "输入消息，回车发送，Shift+回车换行",
-    send: "发送", stop: "停止", kept: "对话只保存在这个浏览器里，“删除”会把它抹去。", log: "对话",
-    conversations: "各次对话", delete: "删除", cancel: "取消", copy: "复制", copied: "已复制", edit: "修改", again: "重新回答",
-    editing: "正在修改；发送后，其后的内容会被替换。", seconds: "秒", untitled: "（新）",
-    slow: "服务器还在准备；第一次遇到这样长的对话要先编译，可能需要一两分钟。",
-    user: "你", assistant: "模型", care: "安全提示（固定文字，非模型生成）", thinking: "正在思考…", thought: "思考过程",
-    waiting: "正在回答…", done: "回答完毕", stopped: "已停止", length: "到达长度上限", filtered: "部分内容已被安全规则拦下",
+    system: "系统提示词（留空则使用模型自带的）", message: "消息", placeholder: "输入消息，回车发送，Shift+回车换行",
+    send: "发送", stop: "停止", kept: "对话只保存在这个浏览器里，点“删除”就会清除。", log: "对话",
+    conversations: "历史对话", delete: "删除", cancel: "取消", copy: "复制", copied: "已复制", edit: "修改", again: "重新回答",
+    editing: "正在修改这条消息；发送后，它后面的内容会被替换。", seconds: "秒", untitled: "（新）",
+    slow: "服务器还在准备；第一次遇到这么长的对话要先编译，可能需要一两分钟。",
+    user: "你", assistant: "模型", care: "安全提示（固定文字，非模型生成）", thinking: "正在思考……", thought: "思考过程",
+    waiting: "正在回答……", done: "回答完毕", stopped: "已停止", length: "已达到长度上限", filtered: "部分内容已被安全规则拦下",
     failed: "出错了：", lost: "连接中断，请重试", sure: "要删除这段对话吗？",
   },
   en: {

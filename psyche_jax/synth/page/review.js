@@ -34,17 +34,17 @@ function say(text) {
 
 const WORDS = {
   zh: {
-    title: "审题", blind: "（独立复审：看不到别人的结论）", decided: "已审", filter: "筛选", search: "查找题干、选项或理由", why: "为何要审",
+    title: "题目审核", blind: "（独立复审：看不到别人的结论）", decided: "已审", filter: "筛选", search: "查找题干、选项或理由", why: "需要审核的原因",
     key: "答案", rationale: "解析", passage: "出题所依据的材料", votes: "模型的评判", stem: "题干", options: "选项，一行一个",
-    save: "保存", cancel: "取消", accept: "通过", edit: "修改", reject: "退回", undo: "撤销", previous: "上一题", next: "下一题",
-    help: "按键：a 通过，e 修改，r 退回，u 撤销，j 下一题，k 上一题，n 下一道未审的题。结论立即保存。",
-    reason: "退回的理由（可不填）", reasons: ["答案有误", "题意不清", "选项不当", "没有考查价值", "与材料不符", "不宜使用"],
+    save: "保存", cancel: "取消", accept: "通过", edit: "修改", reject: "不通过", undo: "撤销", previous: "上一题", next: "下一题",
+    help: "按键：a 通过，e 修改，r 不通过，u 撤销，j 下一题，k 上一题，n 下一道未审的题。结论立即保存。",
+    reason: "不通过的理由（可不填）", reasons: ["答案有误", "题意不清", "选项不当", "没有考查价值", "与材料不符", "不宜使用"],
     count: "{1} 题中已审 {0} 题", place: "第 {0} 题，共 {1} 题", undecided: "未审", single: "单选", multi: "多选",
-    accepted: "{0} 通过", edited: "{0} 修改", rejected: "{0} 退回", llm: "模型", answers: "所答", mean: "平均", why_vote: "理由",
+    accepted: "{0}：通过", edited: "{0}：修改", rejected: "{0}：不通过", llm: "模型", answers: "作答", mean: "平均", why_vote: "理由",
     score_correct: "正确", score_clear: "清楚", score_options: "选项", score_worth: "价值",
-    filter_all: "全部", filter_open: "未审", filter_accept: "通过的", filter_edit: "修改的", filter_reject: "退回的", filter_differ: "审者不一致的",
-    agree: "{0} 都审了 {1} 题，{2} 题一致（κ {3}）。", empty: "没有要审的题。", none: "没有这样的题。", notStored: "没有保存：{0}",
-    token: "网址里的令牌缺失或有误：请打开 psyche review 打印出的网址。",
+    filter_all: "全部", filter_open: "未审", filter_accept: "通过的", filter_edit: "修改的", filter_reject: "不通过的", filter_differ: "意见不一致的",
+    agree: "{0} 都审了 {1} 题，{2} 题一致（κ {3}）。", empty: "没有要审的题。", none: "没有符合条件的题。", notStored: "保存失败：{0}",
+    token: "网址里的令牌缺失或有误：请打开 psyche review 显示的完整网址。",
   },
   en: {
     title: "Review", blind: "(a second review: others' decisions are hidden)", decided: "Decided", filter: "Filter",
@@ -102,8 +102,8 @@ function flagText(flag) {
 }
 
 function verdictText(decision) {
-  const note = decision.note ? (language === "zh" ? `：${decision.note}` : `: ${decision.note}`) : "";
-  return `${words(decision.verdict + "ed", decision.who)}, ${new Date(decision.time * 1000).toLocaleString(language)}${note}`;
+  const note = decision.note ? (language === "zh" ? `（${decision.note}）` : `: ${decision.note}`) : "";
+  return `${words(decision.verdict + "ed", decision.who)}${language === "zh" ? "，" : ", "}${new Date(decision.time * 1000).toLocaleString(language)}${note}`;
 }
 
 function cells(tag, values) {
