@@ -133,9 +133,14 @@ def test_a_command_that_is_stopped_ends_before_its_cell_does(tmp_path, monkeypat
     """The stop button: what a training prints while it saves is still shown."""
     run = Rehearsal(tmp_path, monkeypatch, "cpu 1").names["real_run"]
     saves = "import signal, time; signal.signal(15, lambda *_: (print('saved', flush=True), exit())); time.sleep(60)"
+    # As in a kernel; a shell lets what it starts in the background ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        run([sys.executable, "-c", saves])
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run([sys.executable, "-c", saves])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "\nsaved\n" in capfd.readouterr().out
 
 
