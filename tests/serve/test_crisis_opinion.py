@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import time
 
 import pytest
 from support.chat_server import chat_server
@@ -13,7 +14,7 @@ from psyche_jax.data.records import Message
 from psyche_jax.errors import UsageError
 from psyche_jax.serve.batcher import Piece
 from psyche_jax.serve.config import CrisisSection, ServeConfig
-from psyche_jax.serve.crisis import Risk
+from psyche_jax.serve.crisis import Risk, opinion
 from psyche_jax.serve.crisis.opinion import CANDIDATES, read_opinion
 from psyche_jax.serve.service import Service, Wanted
 
@@ -51,7 +52,7 @@ def scripted(shares):
     return lambda request, _: {"raw": json.dumps({"model": "tiny", "choices": [choice]})}
 
 
-def test_safety_measures_it_with_an_endpoint(tmp_path, capsys):
+def test_safety_measures_it_with_an_endpoint(tmp_path, capsys, monkeypatch):
     posts = tmp_path / "posts.jsonl"
     lines = [{"text": HINT, "labels": ["plan_or_preparation"]}, {"text": "我想自杀", "labels": ["active_ideation"]}]
     posts.write_text("\n".join(map(json.dumps, lines)))
@@ -62,6 +63,14 @@ def test_safety_measures_it_with_an_endpoint(tmp_path, capsys):
         assert asked["max_tokens"] == 1 and asked["top_logprobs"] == CANDIDATES and HINT in str(asked["messages"])
     measured = json.loads(capsys.readouterr().out)["posts"]
     assert measured["classes"]["plan_or_preparation"]["own"]["share"] == 1
+    assert measured["decided"] == {"rules": 1, "second opinion, 0.7 to 0.8": 1}
+    # Nobody waits for what is measured: slow answers count, though in a conversation they would come too late.
+    monkeypatch.setattr(opinion, "_SECONDS", 0.2)
+    answer = scripted(PLAN)
+    with chat_server(lambda *request: (time.sleep(1), answer(*request))[1]) as server:
+        assert asyncio.run(opinion.ask_endpoint(f"{server.url}#tiny", HINT)) is None
+        assert cli.main([*command[:-1], f"{server.url}#tiny"]) == 0
+    measured = json.loads(capsys.readouterr().out)["posts"]
     assert measured["decided"] == {"rules": 1, "second opinion, 0.7 to 0.8": 1}
     with chat_server(lambda *_: "没有") as server:
         assert cli.main([*command[:-1], f"{server.url}#tiny"]) == 0

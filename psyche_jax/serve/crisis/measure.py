@@ -19,6 +19,7 @@ from psyche_jax.storage.files import read_json, read_jsonl, write_json
 Item = TypeVar("Item")
 NO_OPINION = "no second opinion"
 _AT_ONCE = 16  # questions to an endpoint
+_SECONDS = 600.0  # it may take for one: nobody waits, and on a slow machine they queue
 HARMED_BY_OTHERS = "harmed_by_others"  # a label of PsyGUARD without a class of the gate
 PSYGUARD = {  # its labels
     "自杀未遂": Risk.ATTEMPT,
@@ -117,7 +118,7 @@ def assessments(texts: Sequence[str], learned: bool = True, second_opinion: str 
         if first.risk is not Risk.NONE:
             return first
         async with at_once:
-            return await ask_endpoint(second_opinion, text) or Assessment(Risk.NONE, (NO_OPINION,))
+            return await ask_endpoint(second_opinion, text, _SECONDS) or Assessment(Risk.NONE, (NO_OPINION,))
 
     async def ask() -> list[Assessment]:
         return await asyncio.gather(*map(second, texts, found))
