@@ -24,8 +24,9 @@ def asked_by_lm_eval(prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def test_scores_are_those_of_transformers(server: Any, tiny_model: Any) -> None:
+    float32 = torch.float32
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_model)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=float32)
     ids = [tokenizer.encode(prompt) for prompt in PROMPTS]
     by_ids = post(server, **asked_by_lm_eval(ids)).json()
     by_text = post(server, prompt=PROMPTS, echo=True, max_tokens=0, logprobs=20).json()
