@@ -269,17 +269,12 @@ def page(records: Sequence[Record], out: Path) -> str:
     compiled = [cell for cell in cells if cell in by_cell and by_cell[cell].get("compiled")]
     dates = sorted({record["date"] for record in by_cell.values()})
     compilers = sorted({f"libtpu {record['compiler']}, JAX {record['jax']}" for record in by_cell.values()})
+    made = f", {' to '.join(sorted({dates[0], dates[-1]}))}, by the compiler of {'; '.join(compilers)}" if dates else ""
     name = out.name if out.is_absolute() else out
     lines = [
         "# Which TPU do I need?",
         "",
-        f"Written by `psyche plan --table --out {name}`: {len(compiled)} of {len(cells)} cells"
-        " are compiled"
-        + (
-            f", {' to '.join(dict.fromkeys((dates[0], dates[-1])))}, by the compiler of {'; '.join(compilers)}."
-            if dates
-            else "."
-        ),
+        f"Written by `psyche plan --table --out {name}`: {len(compiled)} of {len(cells)} cells are compiled{made}.",
         "No figure was measured on a TPU; [plan.md](plan.md) says what a plan is worth and what it leaves out.",
         "",
         "A cell: peak memory of a device; seconds a step, at least and by the compiler's cycles; hours and dollars of",
