@@ -22,7 +22,8 @@ AttentionKernel: TypeAlias = Literal["auto", "xla", "blocked", "splash", "cudnn"
 
 _QUERY_BLOCK = 128  # of the blocked kernel
 _KEPT_BLOCKS = 8  # beyond so many, the blocked kernel computes scores again in backward instead of keeping them
-_LANES = 128  # splash works on whole lanes: of positions and of the head's dimensions
+_LANES = 128
+_SPLASH_HEAD = 64  # splash pads heads of half the lanes; what else it can pad was not measured
 _SPLASH_BLOCK = 512
 RING_BLOCKS = (256, _LANES)  # of places that the kernel of decoding brings at once
 _RING_BYTES = 8 * 2**20  # of keys and values that it holds in a chip's own memory
@@ -78,8 +79,8 @@ def self_attention(
     if kernel == "splash":
         if not _fits_splash(query):
             raise UsageError(
-                f"model.attention: splash needs lengths and head_dim in multiples of {_LANES}, "
-                f"not {query.shape[1]} and {query.shape[3]}; use auto"
+                f"model.attention: splash needs lengths in multiples of {_LANES} and head_dim in multiples of "
+                f"{_SPLASH_HEAD}, not {query.shape[1]} and {query.shape[3]}; use auto"
             )
         if query.dtype == jnp.float32 and not interpret:
             raise UsageError(
@@ -108,7 +109,7 @@ def _choose(query: jax.Array, sharding: Sharding, shared: SharedPrompt | None) -
 
 
 def _fits_splash(query: jax.Array) -> bool:
-    return query.shape[1] % _LANES == 0 and query.shape[3] % _LANES == 0
+    return query.shape[1] % _LANES == 0 and query.shape[3] % _SPLASH_HEAD == 0
 
 
 def _causal(

@@ -102,11 +102,21 @@ def token_scores(
     # Log-prob and entropy from the same logits, which are gone afterwards.
     def score(logits: jax.Array, targets: jax.Array) -> TokenScores:
         log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        chosen = jax.lax.platform_dependent(logits, targets, tpu=_sum_targets, default=_read_targets)
         expected = jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
         return TokenScores(chosen - log_normalizer, log_normalizer - expected)
 
     return _by_chunks(model, hidden, targets, execution, score, temperature, chunk_tokens)
+
+
+def _read_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _sum_targets(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    # Its gradient is fused with the softmax's; a TPU writes that of an indexed read into a copy of the logits.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
 
 
 class LikeliestScores(NamedTuple):

@@ -31,7 +31,8 @@ _FLOAT32 = jnp.dtype("float32")
 # Compiling all layers at once takes long in a deeper model.
 _UNROLLED_LAYERS = 12
 # Decoding looks at the last so many places of the cache, or twice, four times as many; from the second on by quarters.
-_FIRST_PLACES, _QUARTERED_PLACES = 64, 512
+# The first are a TPU's lanes: for fewer its compiler would turn the whole cache of narrow heads.
+_FIRST_PLACES, _QUARTERED_PLACES = 128, 512
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Linear(nnx.Module):
             y = weighted_int8(rows, self.kernel[...], self.kernel_scale[...])
         if self.adapter_scale is not None:
             a, b = (cast_weights(factor[...], x.dtype) for factor in (self.lora_a, self.lora_b))
-            y = y + weighted(weighted(rows, a), b) * self.adapter_scale
+            y = y + weighted(weighted(rows, a) * self.adapter_scale, b)  # scaled where the array is small
         y = y.reshape(*x.shape[:-1], -1)
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
@@ -442,7 +443,7 @@ class _OwnPlaces:
 
 
 def look_sizes(places: int) -> list[int]:
-    """How many of a ring's places a step of decoding may look at: the last 64, 128, 256, 512, 640, 768, 896, 1,024, …
+    """How many of a ring's places a step of decoding may look at: the last 128, 256, 512, 640, 768, 896, 1,024, …
 
     Each is a branch to compile. So few places are doubled; of more, which take time, the steps are quarters.
     """

@@ -4,11 +4,13 @@ bytes; and copies of the cache or of weights while it decodes."""
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from psyche_jax.plan.hlo import Instruction, Module
 
 _METADATA = re.compile(r"metadata=\{[^}]*\}")
 PLACES = ("decoding_loop", "layer_loop", "other_loops", "once")
+_DECODING_LAYERS = "layers of the decoding loop"  # a part of "decoding_loop"
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,15 @@ _MOVES = (
 )
 
 
-def find_collectives(module: Module, weight_bytes: int) -> list[Collective]:
-    """All collectives of a program.
+class WeightBytes(NamedTuple):
+    """As one chip computes with them: `matrix`, the smallest of a layer; `table`, the head or the embedding."""
 
-    Args:
-      module: HLO after compilation.
-      weight_bytes: size of the smallest weight matrix of a layer, as one chip computes with it.
-    """
+    matrix: int
+    table: int
+
+
+def find_collectives(module: Module, weight_bytes: WeightBytes) -> list[Collective]:
+    """All collectives of a program, given as HLO after compilation."""
     return list(_walk(module, module.entry, "once", 1, weight_bytes, set()))
 
 
@@ -120,7 +124,9 @@ def summarize(collectives: list[Collective], copies: int = 0) -> dict[str, dict[
     return result
 
 
-def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, seen: set[str]) -> Iterator[Collective]:
+def _walk(
+    module: Module, name: str, place: str, times: int, weight_bytes: WeightBytes, seen: set[str]
+) -> Iterator[Collective]:
     """Collectives of a computation and of all it calls. `seen`: channels that this turn of the loop has had."""
     rings: dict[str, list[Instruction]] = {}
     for instruction in module.computations.get(name, ()):
@@ -131,7 +137,7 @@ def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, 
             inner = seen if windowed else set()
             for called in instruction.called("body", "condition"):
                 found = list(_walk(module, called, inside, trips, weight_bytes, inner))
-                yield from _as_one(found, times, weight_bytes) if windowed else found
+                yield from _as_one(found, inside, times, weight_bytes) if windowed else found
         elif opcode := instruction.collective:
             # An asynchronous collective is in the fusions that begin, continue and end it: once is enough.
             if instruction.channel in seen:
@@ -151,27 +157,29 @@ def _walk(module: Module, name: str, place: str, times: int, weight_bytes: int, 
         yield _collective("collective-permute", place, size, times, ring[0].op_name, weight_bytes)
 
 
-def _as_one(collectives: list[Collective], times: int, weight_bytes: int) -> Iterator[Collective]:
+def _as_one(collectives: list[Collective], place: str, times: int, weight_bytes: WeightBytes) -> Iterator[Collective]:
     """What is in a loop that the compiler made, as it is to the program: the turns of a ring are its parts, and
     any other collective there only runs behind the products."""
     for found in collectives:
         turns = found.times // times if found.opcode == "collective-permute" else 1
-        yield _collective(found.opcode, found.place, found.bytes * turns, times, found.op_name, weight_bytes)
+        yield _collective(found.opcode, place, found.bytes * turns, times, found.op_name, weight_bytes)
 
 
-def _collective(opcode: str, place: str, size: int, times: int, op_name: str, weight_bytes: int) -> Collective:
-    # A ring moves all but a chip's own part. While decoding, what is reduced are activations, however many.
-    least = weight_bytes // 2 if opcode == "collective-permute" else weight_bytes
-    weight_sized = size >= least and not (place == "decoding_loop" and opcode == "all-reduce")
-    return Collective(opcode, place, size, times, op_name, weight_sized)
+def _collective(opcode: str, place: str, size: int, times: int, op_name: str, weight_bytes: WeightBytes) -> Collective:
+    # Beside its layers a step of decoding has activations of the vocabulary's size, and no weights but tables.
+    least = weight_bytes.table if place == "decoding_loop" else weight_bytes.matrix
+    if opcode == "collective-permute":
+        least //= 2  # a ring moves all but a chip's own part
+    decoding = place in ("decoding_loop", _DECODING_LAYERS)
+    weight_sized = size >= least and not (decoding and opcode == "all-reduce")  # so many activations are reduced
+    return Collective(opcode, "decoding_loop" if decoding else place, size, times, op_name, weight_sized)
 
 
 def _place(outer: str, op_name: str) -> str:
-    if outer == "decoding_loop" or "decoding_loop" in op_name:
-        return "decoding_loop"
-    if outer == "layer_loop" or "layer_loop" in op_name:
-        return "layer_loop"
-    return "other_loops"
+    in_layers = "layer_loop" in op_name
+    if outer in ("decoding_loop", _DECODING_LAYERS) or "decoding_loop" in op_name:
+        return _DECODING_LAYERS if in_layers or outer == _DECODING_LAYERS else "decoding_loop"
+    return "layer_loop" if in_layers or outer == "layer_loop" else "other_loops"
 
 
 def _is_windowed(loop: Instruction) -> bool:

@@ -14,7 +14,7 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.data.dataset import open_dataset
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.plan.collectives import PLACES, Collective, find_collectives, find_copies, summarize
+from psyche_jax.plan.collectives import PLACES, Collective, WeightBytes, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
     ARGUMENTS,
     FULL_LENGTH,
@@ -154,8 +154,7 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     copies, expected = 0, None
     if compiled.executable is not None:
         module = Module.parse(compiled.executable.as_text())
-        smallest = smallest_weight_bytes(config, lowered.model, mesh)
-        collectives = tuple(find_collectives(module, smallest))
+        collectives = tuple(find_collectives(module, weight_bytes(config, lowered.model, mesh)))
         loops = decoding.loops if decoding else ()
         expected = forecast(module, slice_, phases, count_attention(config, lowered.model, mesh, decoding), loops)
         if isinstance(config, GrpoConfig):
@@ -247,11 +246,14 @@ def decoding_sizes(
     return frozenset(of_a_layer | {layers * size for size in of_a_layer} | {model.vocab_size * width // tensor})
 
 
-def smallest_weight_bytes(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> int:
-    """Of a layer's matrices the smallest (that of keys or values), whole but for the tensor axis, as computed with."""
+def weight_bytes(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> WeightBytes:
+    """A layer's smallest matrix (that of keys or values) and the embedding, whole but for the tensor axis."""
     tensor = (decoding_mesh(config, mesh) if isinstance(config, GrpoConfig) else mesh)["tensor"]
-    rows = model.num_key_value_heads * model.head_dim // tensor
-    return rows * model.hidden_size * jnp.dtype(config.model.compute_dtype).itemsize
+    of_row = model.hidden_size * jnp.dtype(config.model.compute_dtype).itemsize
+    return WeightBytes(
+        matrix=model.num_key_value_heads * model.head_dim // tensor * of_row,
+        table=model.vocab_size // tensor * of_row,
+    )
 
 
 def advise(

@@ -27,7 +27,8 @@ def plain(query, key, value, segments):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "length", "head_dim"), [("xla", 130, 16), ("blocked", 600, 8), ("splash", 256, 128)]
+    ("kernel", "length", "head_dim"),
+    [("xla", 130, 16), ("blocked", 600, 8), ("splash", 256, 128), ("splash", 256, 64)],
 )
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
 def test_kernels_agree_with_plain_attention(kernel: AttentionKernel, length, head_dim, mesh):
@@ -62,6 +63,7 @@ def test_kernels_agree_with_plain_attention(kernel: AttentionKernel, length, hea
         ("xla", SharedPrompt(9, 3, 7), 16),
         ("blocked", SharedPrompt(150, 2, 140), 8),
         ("splash", SharedPrompt(128, 2, 64), 128),
+        ("splash", SharedPrompt(128, 2, 64), 64),
     ],
 )
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.qwen2_reference import jit, one_device, worst
 
+from psyche_jax.model import log_probs
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import bind, initialize
@@ -62,7 +63,9 @@ def exactly(config, parameters, hidden, targets, temperature):
 
 # Tokens a chunk, over three rows of 11: one position at a time, 3, 4 (neither divides 11), and more than all.
 @pytest.mark.parametrize(("chunk_tokens", "temperature"), [(1, 1.0), (9, 0.6), (14, 1.7), (2048, 0.6)])
-def test_chunks_equal_the_whole(chunk_tokens, temperature, model, figure):
+@pytest.mark.parametrize("read", ["_read_targets", "_sum_targets"], ids=["here", "as on TPUs"])
+def test_chunks_equal_the_whole(chunk_tokens, temperature, read, model, figure, monkeypatch):
+    monkeypatch.setattr(log_probs, "_read_targets", getattr(log_probs, read))
     config, parameters = model
     hidden, targets = batch()
 

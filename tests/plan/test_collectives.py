@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from psyche_jax.plan.collectives import find_collectives, summarize
+from psyche_jax.plan.collectives import WeightBytes, find_collectives, summarize
 from psyche_jax.plan.hlo import Module
 
 HLO = """HloModule jit_step, is_scheduled=true
@@ -94,7 +94,7 @@ def by_opcode(collectives, place):
 
 
 def test_places_sizes_and_counts():
-    found = find_collectives(Module.parse(HLO), 4096)
+    found = find_collectives(Module.parse(HLO), WeightBytes(4096, 8192))
     assert by_opcode(found, "once") == {("reduce-scatter", 8 * 4, 1)}
     # A weight that the compiler sends in a ring of parts is one collective of its whole size: 4 turns × 2 parts.
     assert by_opcode(found, "layer_loop") == {("all-gather", 64 * 32 * 2, 28), ("collective-permute", 8 * 128, 1)}
@@ -107,7 +107,7 @@ def test_places_sizes_and_counts():
 
 
 def test_summary():
-    summary = summarize(find_collectives(Module.parse(HLO), 4096))
+    summary = summarize(find_collectives(Module.parse(HLO), WeightBytes(4096, 8192)))
     assert summary["layer_loop"] == {"instructions": 2, "count": 29, "bytes": 28 * 4096 + 1024, "weight_sized": 1}
     assert summary["decoding_loop"]["count"] == 5700
     assert summary["decoding_loop"]["weight_sized"] == 0, "what is reduced while decoding are activations"
@@ -115,8 +115,18 @@ def test_summary():
 
 
 def test_a_gather_in_the_decoding_loop_is_weight_sized():
-    summary = summarize(find_collectives(Module.parse(HLO), 256))
+    summary = summarize(find_collectives(Module.parse(HLO), WeightBytes(256, 8192)))
     assert summary["decoding_loop"]["weight_sized"] == 1
+
+
+def test_beside_the_layers_a_step_of_decoding_has_no_matrices():
+    """Block sums over the vocabulary may be larger than a small matrix; a table that is gathered is found."""
+    loop = "  %while.1 = (s32[], bf16[4,8]) while(%t0)"
+    gather = "  %sums = f32[128,16]{1,0} all-gather(%x), channel_id=77\n"
+    module = Module.parse(HLO.replace(loop, gather + loop))
+    for table, found in ((8193, 0), (8192, 1)):
+        summary = summarize(find_collectives(module, WeightBytes(4096, table)))
+        assert summary["decoding_loop"]["weight_sized"] == found
 
 
 def test_trip_counts():
@@ -134,4 +144,4 @@ def test_trip_counts():
 
 def test_no_collectives():
     text = "HloModule m\n\nENTRY %main (p: f32[]) -> f32[] {\n  ROOT %p = f32[] parameter(0)\n}\n"
-    assert find_collectives(Module.parse(text), 1) == []
+    assert find_collectives(Module.parse(text), WeightBytes(1, 1)) == []

@@ -13,6 +13,7 @@ from psyche_jax.model import sharding
 from psyche_jax.model.flops import peak_flops
 from psyche_jax.model.sharding import TRAIN_RULES
 from psyche_jax.plan.compile import out_of_memory
+from psyche_jax.plan.hlo import Module
 from psyche_jax.plan.slices import CHIPS, parse_topology
 
 pytestmark = needs_libtpu
@@ -126,6 +127,17 @@ def test_grpo(tmp_path, capsys):
     assert (ragged["forecast"]["steps"], ragged["forecast"]["dollars_per_chip_hour"]) == (50, 0.5)
     assert not any("as long as max_new_tokens" in line for line in ragged["assumptions"])
     assert any("as long as --lengths mean=20,p90=40 says" in line for line in ragged["assumptions"])
+
+
+def test_heads_of_half_the_lanes(tmp_path, capsys, monkeypatch):
+    """As of Qwen2.5-0.5B, Llama-3.2-1B, SmolLM2: splash takes them, and decoding does not turn their cache."""
+    programs, parse = [], Module.parse
+    monkeypatch.setattr(Module, "parse", lambda text: programs.append(text) or parse(text))
+    config = write_config(tmp_path, "grpo", head_dim=64, mesh={"fsdp": 1}, max_new_tokens=256)
+    code, result, _ = plan(capsys, config, topology="v5e:1x1")
+    assert code == 0
+    assert result["collectives"]["decoding_loop"]["cache_sized_copies"] == 0
+    assert all(part in programs[0] for part in ("splash_mqa_fwd", "splash_mqa_dkv"))
 
 
 @pytest.mark.slow

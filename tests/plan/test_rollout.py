@@ -79,7 +79,7 @@ def test_what_each_turn_looks_at(seed):
     lengths = [chance.randint(1, longest) for _ in range(parts * share)]
     slots = parts * chance.randint(1, share)
     decoding = simulate(lengths, slots, parts, longest)
-    sizes = [size for size in (64, 128, 256) if size < longest] + [longest]
+    sizes = [size for size in (128, 256) if size < longest] + [longest]
     expected = dict.fromkeys(sizes, 0)
     rows = min(share, slots // parts)
     queues = [[n for n in lengths[p * share : (p + 1) * share] if n > 1] for p in range(parts)]

@@ -1,6 +1,7 @@
 """A tiny model whose heads splash takes (128), and configs for it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ needs_libtpu = pytest.mark.skipif(not find_compiler(), reason="libtpu absent: ma
 MODEL = ModelConfig(1024, 256, 512, 3, 4, 2, 128, tie_word_embeddings=True, pad_token_id=0, stop_token_ids=(3,))
 
 
-def write_config(folder: Path, program: str, **changes) -> Path:
+def write_config(folder: Path, program: str, head_dim: int = MODEL.head_dim, **changes) -> Path:
     """The folder of a model without weights, and a config for it."""
     model = folder / "model"
     model.mkdir()
-    (model / "config.json").write_text(json.dumps(hf_config(MODEL, "float32")))
+    (model / "config.json").write_text(json.dumps(hf_config(replace(MODEL, head_dim=head_dim), "float32")))
     common = {
         "run": {"dir": "run"},
         "model": {"path": str(model), "compute_dtype": "bfloat16", "remat": "full"},
