@@ -38,7 +38,7 @@ def attention(query: jax.Array, sources: Sequence[Source]) -> jax.Array:
     """
     query = by_key(query, sources[0].key.shape[1])
     scores = [masked_scores(query, source) for source in sources]
-    largest = reduce(jnp.maximum, (score.max(axis=-1, keepdims=True) for score in scores))
+    largest = reduce(jnp.maximum, (highest(score, len(query)) for score in scores))
     parts = [weigh(score, largest, source, query.dtype) for score, source in zip(scores, sources, strict=True)]
     return joined(parts, query.dtype)
 
@@ -60,8 +60,13 @@ def weigh(scores: jax.Array, largest: jax.Array, source: Source, dtype: jnp.dtyp
     `largest`, [..., 1]: the largest score of all sources, not of this one alone: so parts add up as they are. If each
     were relative to its own, bfloat16 would round weights otherwise than where there is one source.
     """
-    weights = jnp.exp(scores - jax.lax.stop_gradient(largest))
-    return Weighed(weights.sum(axis=-1, keepdims=True), _weighted(weights.astype(dtype), source))
+    rows, kv_heads, _, queries, keys = scores.shape
+    weights = jnp.exp(scores - _by_source(jax.lax.stop_gradient(largest), rows))
+    by_row = weights.astype(dtype).reshape(rows, kv_heads, -1, keys)
+    output = product("bkmt,bkth->bkmh", by_row, source.value, jnp.float32)
+    output = output.reshape(rows, kv_heads, -1, queries, output.shape[-1])
+    total = weights.sum(axis=-1, keepdims=True)
+    return Weighed(_by_query(total, len(largest)), _by_query(output, len(largest)))
 
 
 def joined(parts: Sequence[Weighed], dtype: jnp.dtype) -> jax.Array:
@@ -85,40 +90,43 @@ def by_key(query: jax.Array, kv_heads: int) -> jax.Array:
 
 
 def masked_scores(query: jax.Array, source: Source) -> jax.Array:
-    """Float32 [batch, kv_heads, shared, queries, keys]; `query` as `by_key` lays it out."""
-    batch, kv_heads, shared, queries, head_dim = query.shape
+    """Float32 [rows, kv_heads, queries that share a key of the row, queries, keys]; `query` as `by_key` lays it out.
+
+    Where a row of the source serves several of queries, theirs stay side by side, as the product leaves them: so many
+    scores are not turned, only what is read out of them.
+    """
+    _, kv_heads, shared, queries, head_dim = query.shape
     rows, keys = source.key.shape[0], source.key.shape[2]
-    by_row = _join_groups(query, rows).reshape(rows, kv_heads, -1, head_dim)
+    by_row = _by_source(query, rows).reshape(rows, kv_heads, -1, head_dim)
     score = product("bkmh,bkth->bkmt", by_row, source.key, jnp.float32)
-    score = _split_groups(score, (batch, kv_heads, shared, queries, keys))
     allowed = source.allowed
-    if batch // allowed.shape[0] > 1:
-        allowed = jnp.repeat(allowed, batch // allowed.shape[0], axis=0)
-    return jnp.where(allowed[:, None, None], score, MASKED)
+    allowed = allowed.reshape(rows, -1, *allowed.shape[1:])
+    if allowed.shape[1] > 1:
+        allowed = jnp.repeat(allowed, shared, axis=1)
+    return jnp.where(allowed[:, None], score.reshape(rows, kv_heads, -1, queries, keys), MASKED)
 
 
-def _weighted(weights: jax.Array, source: Source) -> jax.Array:
-    """Float32 [batch, kv_heads, shared, queries, head_dim]: the sum of values by weight."""
-    batch, kv_heads, shared, queries, keys = weights.shape
-    rows, head_dim = source.key.shape[0], source.key.shape[3]
-    by_row = _join_groups(weights, rows).reshape(rows, kv_heads, -1, keys)
-    output = product("bkmt,bkth->bkmh", by_row, source.value, jnp.float32)
-    return _split_groups(output, (batch, kv_heads, shared, queries, head_dim))
+def highest(scores: jax.Array, batch: int) -> jax.Array:
+    """The largest of each query's `masked_scores`: [batch, kv_heads, queries that share a key, queries, 1]."""
+    return _by_query(scores.max(axis=-1, keepdims=True), batch)
 
 
-def _join_groups(array: jax.Array, rows: int) -> jax.Array:
-    """[batch, kv_heads, ...] to [rows, kv_heads, batch / rows, ...]: a source's row with all that it serves."""
-    if array.shape[0] == rows:
-        return array
-    return array.reshape(rows, -1, *array.shape[1:]).swapaxes(1, 2)
-
-
-def _split_groups(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """[rows, kv_heads, everything that shares a row, last] to `shape`, whose first axis is the batch."""
-    rows, batch = array.shape[0], shape[0]
+def _by_source(array: jax.Array, rows: int) -> jax.Array:
+    """[batch, kv_heads, shared, queries, last] to [rows, kv_heads, batch / rows * shared, queries, last]."""
+    batch, kv_heads, shared, queries, last = array.shape
     if batch == rows:
-        return array.reshape(shape)
-    return array.reshape(rows, shape[1], batch // rows, *shape[2:]).swapaxes(1, 2).reshape(shape)
+        return array
+    grouped = array.reshape(rows, batch // rows, kv_heads, shared, queries, last).swapaxes(1, 2)
+    return grouped.reshape(rows, kv_heads, -1, queries, last)
+
+
+def _by_query(array: jax.Array, batch: int) -> jax.Array:
+    """Back from `_by_source`."""
+    rows, kv_heads, _, queries, last = array.shape
+    if batch == rows:
+        return array
+    grouped = array.reshape(rows, kv_heads, batch // rows, -1, queries, last).swapaxes(1, 2)
+    return grouped.reshape(batch, kv_heads, -1, queries, last)
 
 
 def by_head(array: jax.Array) -> jax.Array:

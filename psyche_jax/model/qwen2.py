@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from psyche_jax.config import LINEAR_MAPS, AdapterSection
-from psyche_jax.model.attention import Source, Weighed, by_head, by_key, joined, masked_scores, weigh
+from psyche_jax.model.attention import Source, Weighed, by_head, by_key, highest, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, ring_attention, ring_block, self_attention
 from psyche_jax.model.products import gradients_materialized, materialized, product, weighted, weighted_int8
@@ -296,8 +296,9 @@ class Qwen2(nnx.Module):
                 # The prompt's part, and that of what was decoded, by weights relative to the largest score of both.
                 prompt = Source(prompt_key, prompt_value, cache.prompt_allowed[:, None])
                 query = by_key(query, self.config.num_key_value_heads)
-                scores = masked_scores(to_prompts(query), prompt)
-                largest = from_prompts(scores.max(axis=-1, keepdims=True))
+                of_prompts = to_prompts(query)
+                scores = masked_scores(of_prompts, prompt)
+                largest = from_prompts(highest(scores, len(of_prompts)))
                 largest, of_own = own.weigh(query, largest, new_keys, new_values, layer_index)
                 of_prompt = from_prompts(weigh(scores, to_prompts(largest), prompt, query.dtype))
                 return joined((of_prompt, of_own), query.dtype), (new_keys, new_values)
@@ -438,7 +439,7 @@ class _OwnPlaces:
         age = (self._place - first - jnp.arange(size)) % self._all
         source = Source(key, value, (age < self._lengths[:, None])[:, None])
         scores = masked_scores(query, source)
-        largest = jnp.maximum(largest, scores.max(axis=-1, keepdims=True))
+        largest = jnp.maximum(largest, highest(scores, rows))
         return largest, weigh(scores, largest, source, query.dtype)
 
 
