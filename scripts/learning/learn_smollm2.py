@@ -213,14 +213,15 @@ def run_done(run: Path) -> bool:
     return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
 
 
-def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None) -> dict[str, Any]:
-    """All stages of one seed; returns, and writes, the figures. With a `rank`, adapters are trained in both."""
+def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None, dtype: str) -> dict[str, Any]:
+    """All stages of one seed; returns, and writes, the figures. With a `rank`, adapters are trained in both, over
+    a base in `dtype`."""
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data, sft, grpo, exported = (folder / name for name in ("data", "sft", "grpo", "model"))
     overrides = [f"run.dir={grpo}", f"run.seed={seed}", f"model.path={sft}"]
     overrides += [f"data.train={data / 'rl.jsonl'}", f"data.evaluation={data / 'watched.jsonl'}"]
-    overrides += _adapter(GrpoConfig, GRPO_CONFIG, rank)
+    overrides += _adapter(GrpoConfig, GRPO_CONFIG, rank, dtype)
     config = load_config(GrpoConfig, GRPO_CONFIG, overrides)
     clock = Clock(folder / "seconds.json")
     if not base.is_dir():
@@ -229,7 +230,7 @@ def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None) -> dic
         make_data(data, seed, steps * config.prompts_per_step)
     if not run_done(sft):
         settings = [f"run.dir={sft}", f"run.seed={seed}", f"model.path={base}", f"data.train={data / 'sft.jsonl'}"]
-        settings += _adapter(SftConfig, SFT_CONFIG, rank)
+        settings += _adapter(SftConfig, SFT_CONFIG, rank, dtype)
         clock.psyche("sft", "sft", "--config", str(SFT_CONFIG), *_set(settings))
     if not run_done(grpo):
         clock.psyche("grpo", "grpo", "--config", str(GRPO_CONFIG), *_set(overrides))
@@ -260,6 +261,7 @@ def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None) -> dic
     result = {
         "seed": seed,
         "rank": rank,
+        "base_dtype": dtype,
         "grpo_steps": lines[-1]["step"],
         "held_out_prompts": len(records),
         "best_constant_response": round(max(map(keys.count, keys)) / len(keys), 4),
@@ -274,11 +276,12 @@ def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None) -> dic
     return result
 
 
-def _adapter(kind: type[SftConfig | GrpoConfig], config: Path, rank: int | None) -> list[str]:
+def _adapter(kind: type[SftConfig | GrpoConfig], config: Path, rank: int | None, dtype: str) -> list[str]:
     if rank is None:
         return []
     rate = ADAPTER_RATE * load_config(kind, config, []).optimizer.learning_rate
-    return [f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"optimizer.learning_rate={rate:.3g}"]
+    of_adapter = [f"adapter.rank={rank}", f"adapter.alpha={2 * rank}", f"optimizer.learning_rate={rate:.3g}"]
+    return [*of_adapter, f"model.dtype={dtype}"]
 
 
 def _set(overrides: Sequence[str]) -> list[str]:
@@ -291,12 +294,16 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="the folder that smollm2.py wrote (made if absent; default OUT/base)")
     parser.add_argument("--seed", type=int, default=0, help="of data, SFT and GRPO (default 0)")
     parser.add_argument("--rank", type=int, help="of adapters on all linear maps, with alpha twice as much")
+    parser.add_argument("--int8", action="store_true", help="with --rank: the base in int8")
     parser.add_argument("--steps", type=int, default=80, help="of GRPO, 8 prompts each (default 80)")
     arguments = parser.parse_args()
+    if arguments.int8 and arguments.rank is None:
+        parser.error("--int8 needs --rank: all weights cannot be trained in int8")
     out = arguments.out.absolute()
     try:
         base = (arguments.base or out / "base").absolute()
-        print(json.dumps(learn(out, arguments.seed, arguments.steps, base, arguments.rank), indent=1))
+        dtype = "int8" if arguments.int8 else "float32"
+        print(json.dumps(learn(out, arguments.seed, arguments.steps, base, arguments.rank, dtype), indent=1))
     except (UserError, OSError) as error:
         sys.exit(f"learn_smollm2: {error}")
 
