@@ -99,8 +99,7 @@ def masked_scores(query: jax.Array, source: Source) -> jax.Array:
     rows, keys = source.key.shape[0], source.key.shape[2]
     by_row = _by_source(query, rows).reshape(rows, kv_heads, -1, head_dim)
     score = product("bkmh,bkth->bkmt", by_row, source.key, jnp.float32)
-    allowed = source.allowed
-    allowed = allowed.reshape(rows, -1, *allowed.shape[1:])
+    allowed = source.allowed.reshape(rows, -1, *source.allowed.shape[1:])
     if allowed.shape[1] > 1:
         allowed = jnp.repeat(allowed, shared, axis=1)
     return jnp.where(allowed[:, None], score.reshape(rows, kv_heads, -1, queries, keys), MASKED)

@@ -1,4 +1,4 @@
-"""A tiny model whose heads splash takes (128), and configs for it."""
+"""A tiny model whose heads splash takes, and configs for it."""
 
 import json
 from dataclasses import replace
