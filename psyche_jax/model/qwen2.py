@@ -172,9 +172,10 @@ class DecoderLayer(nnx.Module):
         """
         batch, length, _ = x.shape
         normal = materialized(self.input_norm(x, x.dtype))
-        query = self.q_proj(normal).reshape(batch, length, -1, self.head_dim)
-        key = self.k_proj(normal).reshape(batch, length, -1, self.head_dim)
-        value = self.v_proj(normal).reshape(batch, length, -1, self.head_dim)
+        # Written before they are cut into heads: else a decoding step on a TPU copies the weights, cut the same way.
+        query = materialized(self.q_proj(normal)).reshape(batch, length, -1, self.head_dim)
+        key = materialized(self.k_proj(normal)).reshape(batch, length, -1, self.head_dim)
+        value = materialized(self.v_proj(normal)).reshape(batch, length, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, x.dtype), self.k_norm(key, x.dtype)
         query, key = rotate(query, rotary), rotate(key, rotary)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from psyche_jax.model.config import ModelConfig, RopeScaling
+from psyche_jax.model.products import product
 
 
 def rotary_tables(positions: jax.Array, config: ModelConfig, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -54,6 +55,17 @@ def _magnitude(scaling: RopeScaling) -> float:
 
 def rotate(x: jax.Array, rotary: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotary embedding of `x` [batch, sequence, heads, head_dim], halves paired as in Hugging Face's Qwen2."""
-    cosine, sine = rotary
+    return jax.lax.platform_dependent(x, *rotary, tpu=_rotate_whole, default=_rotate_halves)
+
+
+def _rotate_halves(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+
+
+def _rotate_whole(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    # A TPU keeps vectors whole in its lanes: cut in two, they fill half of them or are laid across heads and turned
+    # back, a tenth of the training of 7B with adapters. A product with a permutation exchanges the halves, exactly.
+    half = x.shape[-1] // 2
+    exchanged = product("...d,de->...e", x, jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=0))
+    return x * jnp.concatenate([cosine, cosine], axis=-1) + exchanged * jnp.concatenate([-sine, sine], axis=-1)

@@ -1,6 +1,7 @@
 """The port against transformers' own Qwen2, in float32, on random models."""
 
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,7 @@ from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.huggingface import tensor_names
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import bind
-from psyche_jax.model.rotary import rotary_tables
+from psyche_jax.model.rotary import _rotate_halves, _rotate_whole, rotary_tables
 
 
 def draw(vocabulary: int, *shape: int) -> np.ndarray:
@@ -95,6 +96,25 @@ def test_rotary_tables(base, figure):
         error = np.abs(np.asarray(table)[0, :, 0] - exact)
         figure("rotary table, positions below 300, to float64", error[:300].max(), 1e-4)
         figure("rotary table, positions below 32768, to float64", error.max(), 5e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_rotation_as_a_tpu_computes_it(dtype):
+    """By a product with a permutation: the same products and sums, and so in the gradient."""
+    x, gradient = jax.random.normal(jax.random.key(0), (2, 2, 7, 3, 64)).astype(dtype)
+    tables = rotary_tables(jnp.arange(14).reshape(2, 7), ModelConfig(8, 64, 8, 1, 1, 1, head_dim=64), dtype)
+
+    @partial(jax.jit, static_argnums=0)
+    def both_ways(rotated, x, gradient):
+        turned, back = jax.vjp(lambda x: rotated(x, *tables), x)
+        return turned, *back(gradient)
+
+    rounding = 2.0 ** (-22 if dtype == jnp.float32 else -7)  # one compiler may fuse a product with a sum
+    for whole, halves in zip(
+        both_ways(_rotate_whole, x, gradient), both_ways(_rotate_halves, x, gradient), strict=True
+    ):
+        assert whole.dtype == dtype
+        np.testing.assert_allclose(*(np.asarray(a, np.float32) for a in (whole, halves)), rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -140,6 +140,21 @@ def test_heads_of_half_the_lanes(tmp_path, capsys, monkeypatch):
     assert all(part in programs[0] for part in ("splash_mqa_fwd", "splash_mqa_dkv"))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decoding_reads_a_layers_weights_where_they_lie(tmp_path, capsys, monkeypatch, head_dim):
+    """No matrix is cut out of its stack before its product; cut into heads, those of attention were."""
+    programs, parse = [], Module.parse
+    monkeypatch.setattr(Module, "parse", lambda text: programs.append(parse(text)) or programs[-1])
+    config = write_config(tmp_path, "grpo", head_dim=head_dim, mesh={"fsdp": 1}, max_new_tokens=256)
+    assert plan(capsys, config, topology="v5e:1x1")[0] == 0
+    smallest = 2 * head_dim * 256  # that of keys or values
+    instructions = [i for computation in programs[0].computations.values() for i in computation]
+    within = [i for i in instructions if "decoding_loop" in i.op_name and i.op_name.endswith("dynamic_slice")]
+    assert within, "norms and biases are"
+    cut = [i.name for i in within if i.opcode == "fusion" and max(a.elements for a in i.arrays) >= smallest]
+    assert cut == []
+
+
 @pytest.mark.slow
 def test_weights_gathered_while_decoding_are_found(tmp_path, capsys, monkeypatch):
     """Decoding with the rules of training, as one mistake would have it."""
