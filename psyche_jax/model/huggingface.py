@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _INDEX = "model.safetensors.index.json"
-_ADAPTER = "adapter_model.safetensors"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
 MODEL_FILES = (
     "*.safetensors",
     _INDEX,
@@ -99,8 +99,8 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         index, whole = folder / _INDEX, folder / "model.safetensors"
-        if (folder / _ADAPTER).is_file():
-            raise UserError(f"{folder}: {_ADAPTER} would be left out; move it to another folder and import that")
+        if adapter := next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None):
+            raise UserError(f"{folder}: {adapter} would be left out; move it to another folder and import that")
         if index.is_file():
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
