@@ -1,5 +1,6 @@
 """Models between Hugging Face folders and checkpoints: `psyche import` and `psyche export`."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -189,18 +190,36 @@ def _original(source: str, stored: StoredModel, base: str, adapters_only: bool) 
 
 
 _PEFT_WEIGHTS = "adapter_model.safetensors"
-# Of what `peft` can do, what would change the numbers: all of it must be off.
-_PEFT_EXTRAS = (
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
+# Of what `peft` writes into a config, what changes no number or is looked at. Anything else must be off, also what a
+# later version adds.
+_PEFT_KNOWN = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "target_parameters",
+    "task_type",
 )
+_PEFT_STARTS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")  # all others change the base too
 
 
 def _export_adapters(stored: StoredModel, folder: Path, kind: np.dtype, progress: "_Progress") -> None:
@@ -230,10 +249,15 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
     values = read_json(folder / PEFT_CONFIG)
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise UserError(f"{folder / PEFT_CONFIG}: does not describe low-rank adapters (peft_type LORA)")
-    if extras := [name for name in _PEFT_EXTRAS if values.get(name)]:
+    if extras := [name for name, value in values.items() if value and name not in _PEFT_KNOWN]:
         raise UserError(f"{folder / PEFT_CONFIG}: {', '.join(extras)} is set, which is not supported; train without it")
     if values.get("bias", "none") != "none":
         raise UserError(f"{folder / PEFT_CONFIG}: bias is {values['bias']!r}; only 'none' is supported")
+    if (start := values.get("init_lora_weights")) not in _PEFT_STARTS:
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: init_lora_weights is {start!r}, which changes the base; let peft convert them to "
+            "plain adapters (path_initial_model_for_weight_conversion)"
+        )
     place = base or str(values.get("base_model_name_or_path"))
     try:
         model = open_model(place)
@@ -254,6 +278,11 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
                 f"{found.get(name, 'missing')}, and {expected.get(name, 'no such tensor')} is expected; "
                 "give their own base with --base"
             )
+    for name in expected:
+        if not _is_adapted(values, name.removeprefix("base_model.model.").rpartition(".lora_")[0], folder):
+            raise UserError(
+                f"{folder / PEFT_CONFIG}: leaves out {name}, which is in {_PEFT_WEIGHTS}; remove one of the two"
+            )
     number = num_trained(config)
     with _Progress("import", target, number, str(kind), number * kind.itemsize) as progress:
 
@@ -271,7 +300,30 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
     return progress.result(stored)
 
 
+def _is_adapted(values: Mapping[str, Any], module: str, folder: Path) -> bool:
+    """Whether `peft` adds adapters to `module`, by what their config says of modules and layers."""
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return names == "all-linear" or re.fullmatch(names, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names or ())
+
+    try:
+        chosen = among(values.get("target_modules")) or among(
+            [name.removesuffix(".weight") for name in values.get("target_parameters") or ()]
+        )
+        layers = values.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        return (
+            chosen and not among(values.get("exclude_modules")) and (not layers or int(module.split(".")[2]) in layers)
+        )
+    except (re.error, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / PEFT_CONFIG}: which modules have adapters cannot be read ({error})") from None
+
+
 def _peft_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file() and (pickled := path.with_suffix(".bin")).is_file():
+        raise UserError(f"{pickled}: is a pickle, which is not read; save the adapters with safe_serialization=True")
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
