@@ -29,6 +29,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.adapters import adapters_of, as_trained, num_trained
 from psyche_jax.model.config import SHAPE
 from psyche_jax.model.huggingface import (
+    FLOATS,
     MODEL_FILES,
     WeightFiles,
     copy_tokenizer,
@@ -53,6 +54,7 @@ from psyche_jax.train.stored_models import (
     identity,
     open_model,
     save_imported,
+    with_stop_tokens,
 )
 from psyche_jax.train.streaming import StreamedArray, streamed_parameters
 
@@ -94,7 +96,7 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: StoredDtype,
             raise UsageError(f"--dtype int8: {source} holds adapters, which cannot be int8; leave it out")
         return _import_adapters(folder, target, np.dtype(jnp.dtype(dtype)), base)
     if base is not None:
-        raise UsageError(f"--base is for a folder of adapters; {source} has no {PEFT_CONFIG}")
+        raise UsageError(f"--base is for a folder with {PEFT_CONFIG} and without config.json, which {source} is not")
     stored = open_model(str(folder))
     if stored.weights != folder:
         raise UserError(f"{source}: is already a checkpoint; `psyche import` takes a Hugging Face folder")
@@ -283,6 +285,8 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
             raise UserError(
                 f"{folder / PEFT_CONFIG}: leaves out {name}, which is in {_PEFT_WEIGHTS}; remove one of the two"
             )
+    tokenizer = folder if is_tokenizer(folder) else model.tokenizer_folder
+    config = with_stop_tokens(config, tokenizer)
     number = num_trained(config)
     with _Progress("import", target, number, str(kind), number * kind.itemsize) as progress:
 
@@ -293,7 +297,6 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
             return StreamedArray(stacked.shape, kind, stacked.shape, lambda index: progress.add(stacked[index]))
 
         parameters = traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
-        tokenizer = folder if is_tokenizer(folder) else model.tokenizer_folder
         prompt = exported_prompt(folder) or model.prompt
         stored = StoredModel(config, tokenizer, prompt, folder, Base(model, identity(model)))
         save_imported(target, stored, parameters)
@@ -326,6 +329,9 @@ def _peft_tensors(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{pickled}: is a pickle, which is not read; save the adapters with safe_serialization=True")
     try:
         with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                    raise UserError(f"{path}: {name} is {kind}, which is not supported; save the adapters as float32")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is missing, broken or cut short ({error}); copy it again") from None

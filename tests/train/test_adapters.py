@@ -8,12 +8,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
 import transformers
 import yaml
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 from support.optional_torch import torch
 from support.stored import FLOAT32, TOKENS, logits_of, parameters_at, served_tokens
 from support.training_fixtures import (
@@ -243,6 +245,17 @@ def test_peft_loads_the_adapters(runs, tmp_path, figure):
     figure("logits, adapters in peft", np.abs(ours - theirs).max(), 1e-4)
 
 
+def test_a_tokenizer_beside_adapters_that_the_base_has_no_rows_for(runs, tmp_path):
+    """Refused at once: a checkpoint that no command could open would be of no use."""
+    export_model(str(runs / "sft"), tmp_path / "adapters", "float32", adapters_only=True)
+    tokenizer = load_tokenizer(tmp_path / "adapters")
+    tokenizer.add_tokens([f"token {number}" for number in range(400)])
+    tokenizer.save_pretrained(tmp_path / "adapters")
+    said = refusal(lambda: import_model(tmp_path / "adapters", tmp_path / "new", "float32"))
+    assert "the tokenizer has ids for" in said
+    assert not (tmp_path / "new").exists()
+
+
 SAME_NUMBERS = [
     {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
     {"target_modules": r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"},
@@ -394,6 +407,10 @@ def test_peft_folders_that_cannot_be(runs, tmp_path):
         assert not (tmp_path / "new").exists()
     path.write_text(json.dumps(good))
     weights = tmp_path / "adapters" / "adapter_model.safetensors"
+    arrays = load_file(weights)
+    save_file({name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in arrays.items()}, weights)
+    said = refusal(lambda: import_model(tmp_path / "adapters", tmp_path / "new", "float32"))
+    assert "lora_A.weight is F8_E4M3, which is not supported" in said
     weights.rename(weights.with_suffix(".bin"))
     said = refusal(lambda: import_model(tmp_path / "adapters", tmp_path / "new", "float32"))
     assert "adapter_model.bin: is a pickle, which is not read" in said
