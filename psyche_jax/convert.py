@@ -1,5 +1,6 @@
 """Models between Hugging Face folders and checkpoints: `psyche import` and `psyche export`."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.adapters import adapters_of, as_trained, num_trained
 from psyche_jax.model.config import SHAPE
 from psyche_jax.model.huggingface import (
+    FLOATS,
     MODEL_FILES,
     WeightFiles,
     copy_tokenizer,
@@ -52,6 +54,7 @@ from psyche_jax.train.stored_models import (
     identity,
     open_model,
     save_imported,
+    with_stop_tokens,
 )
 from psyche_jax.train.streaming import StreamedArray, streamed_parameters
 
@@ -93,7 +96,7 @@ def import_model(source: str | Path, checkpoint: str | Path, dtype: StoredDtype,
             raise UsageError(f"--dtype int8: {source} holds adapters, which cannot be int8; leave it out")
         return _import_adapters(folder, target, np.dtype(jnp.dtype(dtype)), base)
     if base is not None:
-        raise UsageError(f"--base is for a folder of adapters; {source} has no {PEFT_CONFIG}")
+        raise UsageError(f"--base is for a folder with {PEFT_CONFIG} and without config.json, which {source} is not")
     stored = open_model(str(folder))
     if stored.weights != folder:
         raise UserError(f"{source}: is already a checkpoint; `psyche import` takes a Hugging Face folder")
@@ -189,18 +192,36 @@ def _original(source: str, stored: StoredModel, base: str, adapters_only: bool) 
 
 
 _PEFT_WEIGHTS = "adapter_model.safetensors"
-# Of what `peft` can do, what would change the numbers: all of it must be off.
-_PEFT_EXTRAS = (
-    "alpha_pattern",
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "modules_to_save",
-    "rank_pattern",
-    "trainable_token_indices",
-    "use_dora",
-    "use_rslora",
+# Of what `peft` writes into a config, what changes no number or is looked at. Anything else must be off, also what a
+# later version adds.
+_PEFT_KNOWN = (
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "corda_config",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "target_parameters",
+    "task_type",
 )
+_PEFT_STARTS = (True, False, None, "gaussian", "eva", "mica", "orthogonal")  # all others change the base too
 
 
 def _export_adapters(stored: StoredModel, folder: Path, kind: np.dtype, progress: "_Progress") -> None:
@@ -230,10 +251,15 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
     values = read_json(folder / PEFT_CONFIG)
     if not isinstance(values, dict) or values.get("peft_type") != "LORA":
         raise UserError(f"{folder / PEFT_CONFIG}: does not describe low-rank adapters (peft_type LORA)")
-    if extras := [name for name in _PEFT_EXTRAS if values.get(name)]:
+    if extras := [name for name, value in values.items() if value and name not in _PEFT_KNOWN]:
         raise UserError(f"{folder / PEFT_CONFIG}: {', '.join(extras)} is set, which is not supported; train without it")
     if values.get("bias", "none") != "none":
         raise UserError(f"{folder / PEFT_CONFIG}: bias is {values['bias']!r}; only 'none' is supported")
+    if (start := values.get("init_lora_weights")) not in _PEFT_STARTS:
+        raise UserError(
+            f"{folder / PEFT_CONFIG}: init_lora_weights is {start!r}, which changes the base; let peft convert them to "
+            "plain adapters (path_initial_model_for_weight_conversion)"
+        )
     place = base or str(values.get("base_model_name_or_path"))
     try:
         model = open_model(place)
@@ -254,6 +280,13 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
                 f"{found.get(name, 'missing')}, and {expected.get(name, 'no such tensor')} is expected; "
                 "give their own base with --base"
             )
+    for name in expected:
+        if not _is_adapted(values, name.removeprefix("base_model.model.").rpartition(".lora_")[0], folder):
+            raise UserError(
+                f"{folder / PEFT_CONFIG}: leaves out {name}, which is in {_PEFT_WEIGHTS}; remove one of the two"
+            )
+    tokenizer = folder if is_tokenizer(folder) else model.tokenizer_folder
+    config = with_stop_tokens(config, tokenizer)
     number = num_trained(config)
     with _Progress("import", target, number, str(kind), number * kind.itemsize) as progress:
 
@@ -264,16 +297,41 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
             return StreamedArray(stacked.shape, kind, stacked.shape, lambda index: progress.add(stacked[index]))
 
         parameters = traverse_util.unflatten_dict({path: leaf(path) for path in shapes}, sep="/")
-        tokenizer = folder if is_tokenizer(folder) else model.tokenizer_folder
         prompt = exported_prompt(folder) or model.prompt
         stored = StoredModel(config, tokenizer, prompt, folder, Base(model, identity(model)))
         save_imported(target, stored, parameters)
     return progress.result(stored)
 
 
+def _is_adapted(values: Mapping[str, Any], module: str, folder: Path) -> bool:
+    """Whether `peft` adds adapters to `module`, by what their config says of modules and layers."""
+
+    def among(names: Any) -> bool:
+        if isinstance(names, str):
+            return names == "all-linear" or re.fullmatch(names, module) is not None
+        return any(f".{module}".endswith(f".{name}") for name in names or ())
+
+    try:
+        chosen = among(values.get("target_modules")) or among(
+            [name.removesuffix(".weight") for name in values.get("target_parameters") or ()]
+        )
+        layers = values.get("layers_to_transform")
+        layers = [layers] if isinstance(layers, int) else layers
+        return (
+            chosen and not among(values.get("exclude_modules")) and (not layers or int(module.split(".")[2]) in layers)
+        )
+    except (re.error, AttributeError, TypeError) as error:
+        raise UserError(f"{folder / PEFT_CONFIG}: which modules have adapters cannot be read ({error})") from None
+
+
 def _peft_tensors(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file() and (pickled := path.with_suffix(".bin")).is_file():
+        raise UserError(f"{pickled}: is a pickle, which is not read; save the adapters with safe_serialization=True")
     try:
         with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                if (kind := file.get_slice(name).get_dtype()) not in FLOATS:
+                    raise UserError(f"{path}: {name} is {kind}, which is not supported; save the adapters as float32")
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is missing, broken or cut short ({error}); copy it again") from None

@@ -189,6 +189,11 @@ def model_config_from_hf(config: Mapping[str, Any], generation: Mapping[str, Any
         raise UserError(f"config.json: layer_types has {_short(kinds)}; only full attention is supported")
     if config.get("hidden_act", "silu") != "silu":
         raise UserError(f"config.json: hidden_act {_short(config['hidden_act'])} is not supported; only 'silu' is")
+    if config.get("is_causal", True) is not True:  # null is false in transformers
+        raise UserError(f"config.json: is_causal is {_short(config['is_causal'])}; only causal attention is supported")
+    for key in ("quantization_config", "transformers_weights"):
+        if config.get(key):
+            raise UserError(f"config.json: {key} is set; only plain weights in floating point are supported")
     if _boolean(config, "mlp_bias"):
         raise UserError("config.json: mlp_bias is on; only an MLP without biases is supported")
     hidden_size, heads = _whole(config, "hidden_size"), _whole(config, "num_attention_heads")
@@ -264,7 +269,7 @@ def _rope_scaling(config: Mapping[str, Any]) -> RopeScaling | None:
     return RopeScaling(
         kind,
         original_max_position_embeddings=_whole(values, length),
-        truncate=_boolean(values, "truncate") if values.get("truncate") is not None else None,
+        truncate=_boolean(values, "truncate") if "truncate" in values else None,  # null is false too
         **{key: _number(values, key, 0.0) for key in (*required, *optional) if values.get(key) is not None},
     )
 

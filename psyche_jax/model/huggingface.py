@@ -36,7 +36,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _INDEX = "model.safetensors.index.json"
-_ADAPTER = "adapter_model.safetensors"
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin", "adapter_config.json")
 MODEL_FILES = (
     "*.safetensors",
     _INDEX,
@@ -68,7 +68,7 @@ _TOP_NAMES = {
     "final_norm/scale": "model.norm.weight",
     "head": "lm_head.weight",
 }
-_FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPE_NAMES = {"float32": "F32", "bfloat16": "BF16"}
 _SHARD_BYTES = 4 * 2**30
 _PROCESSOR_TEMPLATE = "chat_template.json"  # where processors kept it
@@ -99,8 +99,8 @@ class WeightFiles:
 
     def __init__(self, folder: Path) -> None:
         index, whole = folder / _INDEX, folder / "model.safetensors"
-        if (folder / _ADAPTER).is_file():
-            raise UserError(f"{folder}: {_ADAPTER} would be left out; move it to another folder and import that")
+        if adapter := next((name for name in _ADAPTER_FILES if (folder / name).is_file()), None):
+            raise UserError(f"{folder}: {adapter} would be left out; move it to another folder and import that")
         if index.is_file():
             content = read_json(index)
             weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -157,7 +157,7 @@ class WeightFiles:
         if wrong := sorted(f"{n} {shapes[n]}, not {expected[n]}" for n in shapes if shapes[n] != expected[n]):
             faults.append(f"mis-shaped {_some(wrong)}")
         dtypes = {name: self._slices[name].get_dtype() for name in shapes}
-        if quantized := sorted(f"{n} {dtypes[n]}" for n in dtypes if dtypes[n] not in _FLOATS):
+        if quantized := sorted(f"{n} {dtypes[n]}" for n in dtypes if dtypes[n] not in FLOATS):
             faults.append(f"not in floating point {_some(quantized)}")
         if faults:
             raise UserError(f"{self.folder}: weights do not fit config.json: {'; '.join(faults)}")

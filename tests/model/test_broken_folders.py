@@ -15,7 +15,6 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.config import read_hf_config
 from psyche_jax.model.huggingface import copy_tokenizer, load_tokenizer, read_parameters
 
-ADAPTER = "adapter_model.safetensors"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e6}
 LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
@@ -120,6 +119,10 @@ def test_unreadable_generation_config(text, model):
         ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, ["sliding_attention"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"is_causal": False}, ["is_causal is False", "only causal attention is supported"]),
+        ({"is_causal": None}, ["is_causal is None"]),
+        ({"quantization_config": {"quant_method": "fp8"}}, ["quantization_config is set", "floating point"]),
+        ({"transformers_weights": "other.safetensors"}, ["transformers_weights is set"]),
         (
             {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0}},
             ["RoPE scaling 'yarn' has no original_max_position_embeddings"],
@@ -274,8 +277,10 @@ def test_whole_weights_beside_an_index_of_others(shards, whole):
 
 
 def test_an_adapter_beside_the_weights(model):
-    save_file({"base_model.model.lm_head.lora_A.weight": np.ones((2, 2), np.float32)}, model / ADAPTER)
-    failure(model, "adapter_model.safetensors would be left out", "import that")
+    """Also one that is pickled, which a download does not fetch, but its config."""
+    for name in ("adapter_config.json", "adapter_model.bin", "adapter_model.safetensors"):
+        (model / name).write_bytes(b"{}")
+        failure(model, f"{name} would be left out", "import that")
 
 
 def rewrite(folder, change, file="model.safetensors"):

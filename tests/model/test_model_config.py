@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ from psyche_jax.model.config import (
     model_config_from_hf,
 )
 from psyche_jax.model.huggingface import expected_shapes
+from psyche_jax.model.rotary import rotary_tables
 
 sizes = st.integers(1, 10**6)
 ids = st.integers(0, 10**6)
@@ -215,6 +217,21 @@ def test_rope_base_wherever_it_stands(place):
     values |= place
     theirs = Qwen2Config.from_dict(json.loads(json.dumps(values))).rope_parameters["rope_theta"]
     assert model_config_from_hf(values).rope_theta == theirs
+
+
+@pytest.mark.parametrize("truncate", [{}, {"truncate": None}, {"truncate": False}, {"truncate": True}], ids=str)
+def test_truncate_of_yarn_is_what_transformers_makes_of_it(truncate):
+    """Null is false, and not the default."""
+    pytest.importorskip("torch")
+    from transformers import Qwen2Config
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    values = hf_config(ModelConfig(61, 24, 40, 3, 6, 3, 64), "float32")
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
+    values["rope_scaling"] = {**yarn, "beta_fast": 3.3, "beta_slow": 0.3, **truncate}
+    expected, _ = ROPE_INIT_FUNCTIONS["yarn"](Qwen2Config.from_dict(through_json(values)))
+    cosine, sine = rotary_tables(np.ones((1, 1)), model_config_from_hf(values), np.dtype("float32"))
+    np.testing.assert_allclose(np.arctan2(sine, cosine)[0, 0, 0], expected.numpy(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
 import transformers
 import yaml
 from flax import traverse_util
+from safetensors.numpy import load_file, save_file
 from support.optional_torch import torch
 from support.stored import FLOAT32, TOKENS, logits_of, parameters_at, served_tokens
 from support.training_fixtures import (
@@ -243,6 +245,37 @@ def test_peft_loads_the_adapters(runs, tmp_path, figure):
     figure("logits, adapters in peft", np.abs(ours - theirs).max(), 1e-4)
 
 
+def test_a_tokenizer_beside_adapters_that_the_base_has_no_rows_for(runs, tmp_path):
+    """Refused at once: a checkpoint that no command could open would be of no use."""
+    export_model(str(runs / "sft"), tmp_path / "adapters", "float32", adapters_only=True)
+    tokenizer = load_tokenizer(tmp_path / "adapters")
+    tokenizer.add_tokens([f"token {number}" for number in range(400)])
+    tokenizer.save_pretrained(tmp_path / "adapters")
+    said = refusal(lambda: import_model(tmp_path / "adapters", tmp_path / "new", "float32"))
+    assert "the tokenizer has ids for" in said
+    assert not (tmp_path / "new").exists()
+
+
+SAME_NUMBERS = [
+    {"target_modules": "all-linear", "exclude_modules": ["lm_head"]},
+    {"target_modules": r".*\.layers\.\d+\.(self_attn|mlp)\.\w+_proj"},
+    {"target_modules": [], "target_parameters": [f"{name}.weight" for name in LINEAR_MAPS]},
+    {"layers_to_transform": [0, 1], "layers_pattern": "layers"},
+    {"init_lora_weights": "gaussian", "lora_dropout": 0.5, "peft_version": "0.21.2", "qalora_group_size": 16},
+    {"init_lora_weights": False, "use_rslora": False, "rank_pattern": {}, "modules_to_save": None},
+]
+
+
+def test_peft_configs_that_change_no_number(runs, tmp_path):
+    export_model(str(runs / "sft"), tmp_path / "adapters", "float32", adapters_only=True)
+    path = tmp_path / "adapters" / "adapter_config.json"
+    good, expected = read_json(path), leaves(parameters_at(runs / "sft")[1])
+    for number, values in enumerate(SAME_NUMBERS):
+        path.write_text(json.dumps({**good, **values}))
+        import_model(tmp_path / "adapters", tmp_path / str(number), "float32")
+        assert leaves(parameters_at(tmp_path / str(number))[1]) == expected
+
+
 def test_grpo_from_a_run_with_adapters_begins_with_what_it_learned(runs, tmp_path):
     """What it starts from, and refers to, is SFT's adapters merged into their base; its own come on top."""
     config = grpo_config(runs, model=ModelSection(str(runs / "sft"), "bfloat16"), adapter=AdapterSection(rank=2))
@@ -352,6 +385,15 @@ def test_peft_folders_that_cannot_be(runs, tmp_path):
     good = read_json(path)
     for values, base, line in (
         ({"use_dora": True}, None, "use_dora is set, which is not supported"),
+        ({"alora_invocation_tokens": [5, 6]}, None, "alora_invocation_tokens is set, which is not supported"),
+        ({"of_a_later_peft": 1}, None, "of_a_later_peft is set, which is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, None, "init_lora_weights is 'pissa_niter_4', which changes the base"),
+        ({"init_lora_weights": "olora"}, None, "init_lora_weights is 'olora', which changes the base"),
+        ({"target_modules": ["q_proj"]}, None, "adapter_config.json: leaves out base_model.model.model.layers.0."),
+        ({"target_modules": r".*\.0\..*"}, None, "adapter_config.json: leaves out base_model.model.model.layers.1."),
+        ({"target_modules": "("}, None, "which modules have adapters cannot be read"),
+        ({"exclude_modules": ["layers.1.mlp.up_proj"]}, None, "leaves out base_model.model.model.layers.1.mlp.up_proj"),
+        ({"layers_to_transform": 0}, None, "leaves out base_model.model.model.layers.1."),
         ({"bias": "all"}, None, "bias is 'all'; only 'none' is supported"),
         ({"peft_type": "IA3"}, None, "does not describe low-rank adapters"),
         ({"base_model_name_or_path": "Qwen/Qwen2.5-7B"}, None, "its base cannot be opened"),
@@ -363,6 +405,15 @@ def test_peft_folders_that_cannot_be(runs, tmp_path):
         assert line in said
         assert len(said.splitlines()) == 1
         assert not (tmp_path / "new").exists()
+    path.write_text(json.dumps(good))
+    weights = tmp_path / "adapters" / "adapter_model.safetensors"
+    arrays = load_file(weights)
+    save_file({name: array.astype(ml_dtypes.float8_e4m3fn) for name, array in arrays.items()}, weights)
+    said = refusal(lambda: import_model(tmp_path / "adapters", tmp_path / "new", "float32"))
+    assert "lora_A.weight is F8_E4M3, which is not supported" in said
+    weights.rename(weights.with_suffix(".bin"))
+    said = refusal(lambda: import_model(tmp_path / "adapters", tmp_path / "new", "float32"))
+    assert "adapter_model.bin: is a pickle, which is not read" in said
     said = refusal(lambda: train_sft(sft_config(runs, "new", model=ModelSection(str(tmp_path / "adapters")))))
     assert "a folder of adapters; import it first" in said
     said = refusal(lambda: export_model(str(runs / "model"), tmp_path / "new", "float32", adapters_only=True))
