@@ -29,6 +29,7 @@ from psyche_jax.data.sources import ReadingSection, Row, read_rows
 from psyche_jax.data.text import lettered_options
 from psyche_jax.errors import RowError, UsageError
 from psyche_jax.rewards.reference import with_thought
+from psyche_jax.storage.files import named_once
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 
@@ -425,16 +426,17 @@ def _optional_text(row: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _is_filled(value: Any) -> bool:
-    """Return whether a field holds something: text, or a number but NaN, which tables leave where nothing is."""
+    """Return whether a field holds something: text, or a number but NaN, which tables leave where nothing is, and
+    infinity, which they leave where a number was too large."""
     if isinstance(value, bool):
         return False
-    return value == value if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
+    return value - value == 0 if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
 
 
 def _json(text: str, column: Any) -> Any:
     """Lists in tables are often JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
     except (ValueError, RecursionError):
         raise RowError(f"neither a list nor JSON of one in {column!r}", repr(text)[:80]) from None
 

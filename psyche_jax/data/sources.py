@@ -10,7 +10,6 @@ import codecs
 import csv
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -150,13 +149,16 @@ def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     def cells() -> Iterator[_Cells]:
         reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
         while True:
-            where = f"{name}:{reader.line_num + 1}"
+            begin = reader.line_num + 1
+            where = f"{name}:{begin}"
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 yield where, RowError("not CSV", str(error))
+                for line in range(begin + 1, reader.line_num + 1):  # that a quote which does not end has taken along
+                    yield f"{name}:{line}", RowError("not CSV", f"within the row of line {begin}")
                 continue
             yield where, RowError(f"not {encoding} text", "set reading.encoding") if _no_text(values) else values
 
@@ -180,12 +182,20 @@ def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
     try:
         book = openpyxl.load_workbook(path, data_only=True)  # read_only would not know what is merged
         for sheet in book.worksheets:
-            rows = [[*map(_cell, row)] for row in sheet.iter_rows(min_row=1, min_col=1, values_only=True)]
+            cells = [*sheet.iter_rows(min_row=1, min_col=1)]
+            rows = [[_cell(cell.value) for cell in row] for row in cells]
             for block in sheet.merged_cells.ranges:
                 for row in rows[block.min_row : block.max_row]:
                     row[block.min_col - 1] = rows[block.min_row - 1][block.min_col - 1]
-            yield from _under_header((f"{name} {sheet.title}: row {n}", row) for n, row in enumerate(rows, start=1))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+            faults = [next((cell.value for cell in row if cell.data_type == "e"), None) for row in cells]
+            told = [RowError("a formula failed", fault) if fault else None for fault in faults]
+            yield from _under_header(
+                (f"{name} {sheet.title}: row {n}", fault or row)
+                for n, (fault, row) in enumerate(zip(told, rows, strict=True), start=1)
+            )
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged XML makes openpyxl and its parsers raise
         raise UserError(f"{name}: is broken, or not an Excel file ({first_reason(error)})") from None
 
 
@@ -205,7 +215,7 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
     if not head:
         return
     if isinstance(first := head[0][1], RowError):
-        how = "; set reading.encoding (for example gb18030)" if first.reason != "not CSV" else ""
+        how = "; set reading.encoding (for example gb18030)" if "text" in first.reason else ""
         raise UserError(f"{head[0][0]}: the header is {first.reason}{how or f' ({first})'}")
     wide = (number for number, (_, row) in enumerate(head) if not isinstance(row, RowError) and len(_filled(row)) > 1)
     start = next(wide, 0)
@@ -236,6 +246,9 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            if twice := [column for column in names if names.count(column) > 1]:
+                raise UserError(f"{name}: two columns have the name {twice[0]!r}")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

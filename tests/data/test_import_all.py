@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from psyche_jax.data.guessing import guess_config
 from psyche_jax.data.mapping import record_of
 from psyche_jax.data.parts import hold_out
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_to_rl, question_to_sft
-from psyche_jax.errors import UsageError
+from psyche_jax.data.sources import ReadingSection, read_rows
+from psyche_jax.errors import RowError, UsageError, UserError
 
 PARTS = {"questions": Question, "sft": SftExample, "rl": RlPrompt, "held_out": Question}
 HEADER = ["序号", "题目（必填）", "选项A", "选项 B", "C", "选项Ｄ", "正确答案", "题型", "答案解析", "科目"]
@@ -197,6 +199,26 @@ def test_excel(tmp_path):
     questions = load_records(Question, str(tmp_path / "out" / "questions")).good
     assert [question.answer for question in questions] == ["B", "A", "ABC", "ABC"]
     assert questions[0].options == {"A": "5", "B": "7", "C": "9.5"}
+
+
+def test_a_failed_formula_and_a_damaged_workbook(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (HEADER[1:8], ["一？", "#N/A", "b", "c", None, "B", None], ["二？", "a", "b", "c", None, "B", None]):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    rows = [row for _, row in read_rows(str(tmp_path / "a.xlsx"), ReadingSection())]
+    assert [str(row) for row in rows if isinstance(row, RowError)] == ["a formula failed (#N/A)"] and len(rows) == 2
+    whole = zipfile.ZipFile(tmp_path / "a.xlsx")
+    for name in ("xl/worksheets/sheet1.xml", "xl/workbook.xml", "xl/styles.xml", "[Content_Types].xml"):
+        for spoil in (lambda c: c[: len(c) // 2], lambda c: c.replace(b"<", b"<<", 3), lambda c: b""):
+            with zipfile.ZipFile(tmp_path / "b.xlsx", "w") as spoilt:
+                for member in whole.namelist():
+                    content = whole.read(member)
+                    spoilt.writestr(member, spoil(content) if member == name else content)
+            with pytest.raises(UserError, match="is broken, or not an Excel file") as caught:
+                list(read_rows(str(tmp_path / "b.xlsx"), ReadingSection()))
+            assert "\n" not in str(caught.value)
 
 
 def test_each_action_has_help_of_its_own(capsys):
