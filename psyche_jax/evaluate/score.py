@@ -38,12 +38,14 @@ def bootstrap_means(values: Sequence[float], groups: Sequence[str], name: str = 
 def bootstrap_shares(values: Sequence[float], groups: Sequence[str], name: str = "") -> np.ndarray:
     """`bootstrap_means` of scores from 0 to 1.
 
-    Where all are 0, or all 1, every resample is alike, and the interval would say that the score is certain: there
-    the draws are from Jeffreys' posterior of a share, Beta(n·score + 1/2, n·(1 - score) + 1/2) of n groups.
+    Where every resample is alike (all scores are the same, or all questions are on one case), the interval would say
+    that the score is certain: there the draws are from Jeffreys' posterior of a share, Beta(n·score + 1/2,
+    n·(1 - score) + 1/2) of n groups.
     """
-    if (score := values[0]) not in (0, 1) or any(value != score for value in values):
-        return bootstrap_means(values, groups, name)
-    count = len(set(groups))
+    means = bootstrap_means(values, groups, name)
+    if np.ptp(means) > 1e-9:
+        return means
+    score, count = statistics.fmean(values), len(set(groups))
     random = np.random.default_rng([_SEED, *name.encode()])
     return random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
 
