@@ -90,6 +90,31 @@ def test_records_of_other_kinds():
     assert clean == [question_to_rl(OTHER)]
 
 
+def test_conversations_are_looked_for_too():
+    """By what the user says; a greeting, or an instruction that stands in all of them, says nothing."""
+
+    def talk(*said: str) -> Dialogue:
+        turns = [Message(role, text) for one in said for role, text in (("user", one), ("assistant", "嗯。"))]
+        return Dialogue(tuple(turns))
+
+    told = "我最近总是睡不好觉，晚上会醒来好几次，白天上班的时候一点精神也没有，怎么办？"
+    evaluation = [talk(told), talk("你好。")]
+    near, longer, greeting, other = (
+        talk(f"老师您好，{told[:-4]}，请帮帮我"),
+        talk(told, "谢谢"),
+        talk("你好"),
+        talk("您好呀"),
+    )
+    result = decontaminate([talk(told), near, longer, greeting, other], evaluation)
+    assert [leak.reason for leak in result.leaks] == ["exact", "near", "near", "exact"]
+    assert result.clean == (other,)
+    asked = "请认真阅读下面的题目，一步一步地想清楚，最后在答案后面写出正确选项的字母，不要写别的任何内容。"
+    topics = [f"{chr(0x4E00 + 97 * n) * 9}{chr(0x5E00 + 31 * n) * 8}是什么？" for n in range(12)]
+    prompts = [RlPrompt((Message("user", topic + asked),), "A", "single") for topic in topics]
+    assert not decontaminate(prompts[:6], prompts[6:]).leaks
+    assert len(decontaminate([*prompts[:6], prompts[6]], prompts[6:]).leaks) == 1
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
 def test_cpsyexam_and_pceb():
     """Every exact leak, by a search of its own; every case that stands in a training stem."""

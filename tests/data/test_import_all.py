@@ -177,6 +177,23 @@ def test_near_copies_of_what_is_held_out_are_left_out_of_training(tmp_path, caps
     assert not decontaminate(parts["questions"], parts["held_out"]).leaked
 
 
+@pytest.mark.parametrize("form", ["dialogue", "prompt"])
+def test_near_copies_of_held_out_conversations_are_left_out_too(form, tmp_path, capsys):
+    draw = random.Random(0)
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for _ in range(40):
+            text = "".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(60))
+            for said in (text, f"{text[30:]}{text[:30]}", f"在吗，{text}"):
+                reply = {"response": "慢慢说。"} if form == "dialogue" else {"answer": "A"}
+                file.write(json.dumps({"prompt": said, **reply}) + "\n")
+    assert main(["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--hold-out", "0.2"]) == 0
+    assert f"nearly the same as a held-out {form}" in capsys.readouterr().out
+    kinds = (SftExample, Dialogue) if form == "dialogue" else (RlPrompt, RlPrompt)
+    train, held = (load_records(kind, str(tmp_path / "out" / name)).good for kind, name in
+                   zip(kinds, ("sft" if form == "dialogue" else "rl", "held_out"), strict=True))  # fmt: skip
+    assert train and held and not decontaminate(train, held).leaked
+
+
 def test_excel(tmp_path):
     """Two sheets, each with a header; numbers, ticks, empty and merged cells as Excel has them."""
     openpyxl = pytest.importorskip("openpyxl")
