@@ -297,6 +297,45 @@ def test_a_column_with_two_values_is_told(tmp_path):
         imported(tmp_path / "a.parquet", tmp_path / "parquet", config())
 
 
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("A. 维生素B：少\nB. 维生素C：多\nC. 铁", ["维生素B：少", "维生素C：多", "铁"]),
+        ("A、维生素B、铁\nB、锌\nC、维生素D、钙", ["维生素B、铁", "锌", "维生素D、钙"]),
+        ("A. 维生素B：少 B. 铁 C. 锌", ["维生素B：少", "铁", "锌"]),
+        ("A.甲B.乙\nC.丙D.丁", ["甲", "乙", "丙", "丁"]),
+        ("A.甲 B.乙C.丙 D.丁", ["甲", "乙", "丙", "丁"]),
+        ("A. 甲\nB. 乙 C. 丙", ["甲", "乙", "丙"]),
+        ("（A）甲 （B）乙", ["甲", "乙"]),
+    ],
+)
+def test_options_that_hold_what_looks_like_the_next_letter(text, options):
+    columns = {"question": "题目", "options": "选项", "answer": "答案"}
+    record = record_of({"题目": "缺什么？", "选项": text, "答案": "A"}, config(columns=columns))
+    assert isinstance(record, Question) and list(record.options.values()) == options
+
+
+def test_the_key_of_a_prompt_is_among_what_it_lists():
+    """What a reward could never give, and words in capitals, are no keys."""
+    made = config("RlPrompt", {"user": "问", "answer": "答"})
+    listed = "哪个？\nA. 甲\nB. 乙"
+    for asked, answer, fault in (
+        (listed, "E", "the answer is not A to B"),
+        ("哪种酸？", "DNA", "not letters in order"),
+        ("哪种疗法？", "CBT", "not letters in order"),
+    ):
+        with pytest.raises(RowError, match=fault):
+            record_of({"问": asked, "答": answer}, made)
+    for asked, answer, key in (
+        (listed, "乙", "B"),
+        (listed, "BA", "AB"),
+        ("哪些？", "A、C", "AC"),
+        ("哪些？", "BD", "BD"),
+    ):
+        record = record_of({"问": asked, "答": answer}, made)
+        assert isinstance(record, RlPrompt) and record.answer == key
+
+
 def test_numbers_that_are_none_are_no_options():
     columns = {"question": "题目", "options": "选项", "answer": "答案"}
     for nothing in (float("nan"), float("inf"), float("-inf")):

@@ -125,6 +125,7 @@ def test_what_is_set_is_not_guessed(tmp_path):
     for header, overrides, message in (
         ("甲,乙\n1,2\n", [], "the header does not say where questions or dialogues are"),
         ("题目,A,B,C,答案\n问,x,y,z,1\n", [], "'答案' holds numbers; use --set answer_is=number if 1 is A"),
+        ("题目,A,B,C,答案\n一加一,1,2,3,2\n一加二,1,2,3,3\n", [], "text if it is an option's own"),
         ("题目,A,B,答案\n问,x,y,A\n", ["columns.answer=答"], "there is no column '答'; did you mean '答案'?"),
     ):
         source.write_text(header)
