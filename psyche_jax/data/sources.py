@@ -103,7 +103,7 @@ def _ending(name: str) -> str:
 
 def guess_encoding(source: str) -> str:
     """Return "utf-16" where a source's first file has that mark, "gb18030" where more of its first lines are text in
-    that than in UTF-8, else "utf-8"."""
+    that than in UTF-8, which most are not, else "utf-8"."""
     if source.startswith(hub.PREFIX):
         return "utf-8"
     for name, path in _files(source):
@@ -114,7 +114,10 @@ def guess_encoding(source: str) -> str:
         if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return "utf-16"
         lines = sample.split(b"\n")[: -1 if len(sample) == _SAMPLE else None]
-        return max(("utf-8", "gb18030"), key=lambda encoding: sum(_is_text(line, encoding) for line in lines))
+        telling = [line for line in lines if not line.isascii()]
+        as_utf_8, as_gb18030 = (sum(_is_text(line, encoding) for line in telling) for encoding in ("utf-8", "gb18030"))
+        # Much of what is UTF-8 could be GB18030 too, if gibberish, and next to nothing the other way round.
+        return "gb18030" if as_gb18030 > as_utf_8 and 2 * as_utf_8 < len(telling) else "utf-8"
     return "utf-8"
 
 

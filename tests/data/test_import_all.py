@@ -219,6 +219,16 @@ def test_excel(tmp_path):
     assert questions[0].options == {"A": "5", "B": "7", "C": "9.5"}
 
 
+def test_a_damaged_line_of_utf_8_does_not_make_the_rest_gb18030(tmp_path):
+    """Words of two characters are text in both encodings, and gibberish in the wrong one."""
+    lines = ["question,A,B,answer", *(f"{n}记忆情绪,甲乙,丙丁,A" for n in range(20))]
+    source = tmp_path / "a.csv"
+    source.write_bytes("\n".join(lines).encode() + "\n问,x,y,A\n".encode("gb18030"))
+    assert guess_config(str(source))[0].reading.encoding == "utf-8"
+    source.write_bytes("\n".join(lines).encode("gb18030"))
+    assert guess_config(str(source))[0].reading.encoding == "gb18030"
+
+
 def test_a_failed_formula_and_a_damaged_workbook(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     book = openpyxl.Workbook()
