@@ -81,11 +81,11 @@ class Reading:
 
 def read_letters(text: str, options: str, finished: bool = True) -> Reading:
     """Read a response to a question with `options` ("ABCD"). `finished`: it ended on its own."""
-    letters = extract_letters(text)
+    answer = answer_part(text)
+    letters = extract_letters(text) if answer else None  # a draft in a thought that never ends is no answer
     if letters:
         strict = "".join(sorted(letters))
         return Reading(strict, strict, "")
-    answer = answer_part(text)
     if answer:
         failure = NO_LETTERS if finished else CUT
     elif not text.strip():

@@ -173,6 +173,8 @@ def test_what_says_more_than_its_first_letters(text, letters):
         ("答案：A 因为…", True, None, "A", "no letters after the marker"),
         ("<think>答案：A</think>", True, None, None, "reasoning only"),
         ("<think>答案是A", False, None, None, "cut at the limit"),
+        ("<think>先假设\n答案：A\n再看", False, None, None, "cut at the limit"),
+        ("<think>\n答案：A", True, None, None, "reasoning only"),
         ("我想说", False, None, None, "cut at the limit"),
         (" \n", True, None, None, "empty"),
     ],
