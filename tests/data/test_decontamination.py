@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyche_jax.cli import main
-from psyche_jax.data.dataset import load_records, write_dataset
+from psyche_jax.data.dataset import load_any_records, load_records, write_dataset
 from psyche_jax.data.decontamination import decontaminate
 from psyche_jax.data.public import load_cpsyexam, load_pceb
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, question_to_rl, write_records
@@ -88,6 +88,14 @@ def test_records_of_other_kinds():
     found, clean = reasons([question_to_rl(ASKED), question_to_rl(OTHER), talk])
     assert found == ["exact", "case"]
     assert clean == [question_to_rl(OTHER)]
+
+
+def test_a_damaged_first_line_does_not_hide_what_the_others_are(tmp_path):
+    talk = Dialogue((Message("user", f"{CASE}我该怎么办？"), Message("assistant", "先说说睡眠。")))
+    write_records(tmp_path / "a.jsonl", [talk])
+    (tmp_path / "b.jsonl").write_text('{"turns": [\n' + (tmp_path / "a.jsonl").read_text())
+    loaded = load_any_records(str(tmp_path / "b.jsonl"))
+    assert loaded.good == (talk,) and len(loaded.set_aside) == 1
 
 
 def test_conversations_are_looked_for_too():
