@@ -281,17 +281,17 @@ KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question,
 
 
 def kind_at(location: str) -> str:
-    """The name of the records' class: as a data set says, else as the first line of a JSONL file looks.
+    """The name of the records' class: as a data set says, else as the first object of a JSONL file looks.
 
     What is wrong with a file is found on reading it.
     """
     if is_dataset(location):
         return open_dataset(location).manifest.kind
     with contextlib.suppress(UserError):
-        _, first = next(read_jsonl(Path(location)), (1, None))
-        if isinstance(first, dict) and "messages" in first:
+        first = next((value for _, value in read_jsonl(Path(location)) if isinstance(value, dict)), {})
+        if "messages" in first:
             return RlPrompt.__name__ if "answer" in first else SftExample.__name__
-        if isinstance(first, dict) and "turns" in first:
+        if "turns" in first:
             return Dialogue.__name__
     return Question.__name__
 

@@ -1,4 +1,4 @@
-"""Find benchmark questions and cases in training data, by what two texts share.
+"""Find benchmark questions, cases and conversations in training data, by what two texts share.
 
 Texts are compared without prefixes, blanks and punctuation, with real characters for radicals (`comparable`).
 """
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from psyche_jax.data.dataset import load_any_records, load_records, write_dataset
+from psyche_jax.data.dataset import load_any_records, write_dataset
 from psyche_jax.data.records import BaseRecord, Dialogue, Question
 from psyche_jax.data.text import comparable, lettered_options
 from psyche_jax.errors import UserError
@@ -67,7 +67,7 @@ class Decontaminated:
 
 
 def decontaminate(
-    train: Iterable[BaseRecord], evaluation: Sequence[Question], near: float = NEAR, shared_case: float = SHARED_CASE
+    train: Iterable[BaseRecord], evaluation: Sequence[BaseRecord], near: float = NEAR, shared_case: float = SHARED_CASE
 ) -> Decontaminated:
     """Take out of `train` what `evaluation` asks.
 
@@ -75,7 +75,8 @@ def decontaminate(
     order ("exact"); if the Jaccard similarity of their five-character shingles is at least `near`, or one of them holds
     at least `HELD` of the other's, which may be a question with its case ("near"); or if it holds at least
     `shared_case` of the shingles of a case that the question is about (`meta["case"]`). A question on a case is also
-    compared without it, unless it is too short to be one.
+    compared without it, unless it is too short to be one. Of a conversation all that the user says is compared; where
+    that is as short, only exact copies count.
     """
     index = _Index(evaluation)
     clean, leaks = [], []
@@ -99,8 +100,7 @@ def decontaminate_places(train: str, evaluation: str, out: str, near: float = NE
       UserError: one cannot be read, nothing is clean, or `out` is taken.
     """
     records = load_any_records(train)
-    questions = load_records(Question, evaluation)
-    result = replace(decontaminate(records.good, questions.good, near), set_aside=records.set_aside)
+    result = replace(decontaminate(records.good, load_any_records(evaluation).good, near), set_aside=records.set_aside)
     if not result.clean:
         raise UserError(f"{train}: every record leaks into {evaluation}; nothing is left to write")
     write_dataset(out, result.clean, {"decontaminated": {"train": train, "evaluation": evaluation, "near": near}})
@@ -108,35 +108,41 @@ def decontaminate_places(train: str, evaluation: str, out: str, near: float = NE
 
 
 class _Index:
-    """The benchmark's questions and cases, by their shingles."""
+    """The benchmark's questions (or conversations) and cases, by their shingles."""
 
-    def __init__(self, questions: Sequence[Question]) -> None:
+    def __init__(self, questions: Sequence[BaseRecord]) -> None:
         self._questions = questions
         self._exact: defaultdict[Any, list[int]] = defaultdict(list)
         # Of each shingle the places where it counts: questions, the same again for what their cases do not hold, cases.
-        self._places: defaultdict[str, list[int]] = defaultdict(list)
+        places: defaultdict[str, list[int]] = defaultdict(list)
         cases: dict[str, int] = {"": 0}
         case_shingles: list[frozenset[str]] = [frozenset()]
         case_of = []
         sizes = []
+        self._common = _said_by_most([one for one in questions if not isinstance(one, Question)])
         for number, question in enumerate(questions):
-            stem = str(question.meta.get("question", question.stem))
-            case = comparable(str(question.meta.get("case", "")))
+            stem, options = _text(question)
+            case, may_be_short = "", False
+            if isinstance(question, Question):
+                stem = str(question.meta.get("question", stem))
+                case = comparable(str(question.meta.get("case", "")))
+                may_be_short = not case
             if case not in cases:
                 cases[case] = len(cases)
                 case_shingles.append(shingles(case))
             case_of.append(cases[case])
-            own = shingles(_joined(stem, question.options.values()))
-            sizes.append(len(own) if not case or len(own) >= _LEAST else 0)
-            if sizes[-1]:
-                self._exact[_key(stem, question.options.values())].append(number)
+            own = shingles(_joined(stem, options)) - self._common
+            sizes.append(len(own) if may_be_short or len(own) >= _LEAST else 0)
+            if sizes[-1] or not case:
+                self._exact[_key(stem, options)].append(number)
             for shingle in own:
-                self._places[shingle].append(number)
+                places[shingle].append(number)
             for shingle in own - case_shingles[cases[case]]:
-                self._places[shingle].append(len(questions) + number)
+                places[shingle].append(len(questions) + number)
         for number, found in enumerate(case_shingles):
             for shingle in found:
-                self._places[shingle].append(2 * len(questions) + number)
+                places[shingle].append(2 * len(questions) + number)
+        self._places = {shingle: np.array(found, np.int32) for shingle, found in places.items()}
         self._sizes, self._case_of = np.array(sizes, int), np.array(case_of, int)
         self._case_sizes = np.array([len(found) for found in case_shingles])
 
@@ -145,7 +151,7 @@ class _Index:
         text, options = _text(record)
         exact = self._exact.get(_key(text, options), [])
         found: dict[int, tuple[Reason, float]] = dict.fromkeys(exact, ("exact", 1.0))
-        parts = shingles(_joined(text, options))
+        parts = shingles(_joined(text, options)) - self._common
         # A case is looked for in the text alone, without options between its parts.
         whole = shingles(comparable(text))
         count = len(self._questions)
@@ -166,12 +172,20 @@ class _Index:
 
     def _counts(self, found: frozenset[str]) -> np.ndarray:
         """int [places]: how many of the shingles each of them holds."""
-        places = [place for shingle in found if shingle in self._places for place in self._places[shingle]]
-        return np.bincount(np.array(places, int), minlength=2 * len(self._questions) + len(self._case_sizes))
+        places = [self._places[shingle] for shingle in found if shingle in self._places]
+        together = np.concatenate(places) if places else np.zeros(0, np.int32)
+        return np.bincount(together, minlength=2 * len(self._questions) + len(self._case_sizes))
 
     def _leak(self, reason: Reason, similarity: float, record: BaseRecord, text: str, number: int) -> Leak:
         question = self._questions[number]
-        return Leak(reason, similarity, record.id, text[:200], question.id, question.stem[:200])  # type: ignore[attr-defined]
+        asked, _ = _text(question)
+        return Leak(reason, similarity, record.id, text[:200], question.id, asked[:200])  # type: ignore[attr-defined]
+
+
+def _said_by_most(conversations: Sequence[BaseRecord]) -> frozenset[str]:
+    """Shingles that most of several conversations hold, as of an instruction that stands in each: they say nothing."""
+    counts = Counter(shingle for one in conversations for shingle in shingles(_joined(*_text(one))))
+    return frozenset(shingle for shingle, count in counts.items() if count > max(2, len(conversations) / 2))
 
 
 def _key(stem: str, options: Iterable[str]) -> tuple[str, tuple[str, ...]]:

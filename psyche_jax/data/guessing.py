@@ -196,10 +196,12 @@ def _forms(columns: Mapping[str, Any], head: Sequence[Mapping[str, Any]]) -> dic
     answers = [row[columns["answer"]] for row in head if row.get(columns.get("answer") or "") not in (None, "")]
     parts = [str(part) for answer in answers for part in (answer if isinstance(answer, list) else [answer])]
     if parts and all(re.fullmatch("[0-9]{1,2}", part) for part in parts):
-        numbers, options = {*map(int, parts)}, columns.get("options")
-        most = len(options) if isinstance(options, list) else max(len(row.get(f"{options}") or ()) for row in head)
-        if 0 not in numbers and most not in numbers:
-            how = "--set answer_is=number if 1 is A, --set answer_is=index if 0 is"
+        numbers = {*map(int, parts)}
+        listed = [(row.get(columns["answer"]), _option_texts(row, columns.get("options"))) for row in head]
+        most = max(len(texts) for _, texts in listed)
+        as_texts = all(f"{answer}" in texts for answer, texts in listed if answer not in (None, ""))
+        if as_texts or (0 not in numbers and most not in numbers):
+            how = "--set answer_is=number if 1 is A, --set answer_is=index if 0 is, text if it is an option's own"
             raise UsageError(f"columns.answer: {columns['answer']!r} holds numbers; use {how}")
         values["answer_is"] = "index" if 0 in numbers else "number"
     if column := columns.get("messages"):
@@ -211,6 +213,15 @@ def _forms(columns: Mapping[str, Any], head: Sequence[Mapping[str, Any]]) -> dic
         roles = {name: _ROLES[name.lower()] for name in sorted(named) if name.lower() in _ROLES}
         values["turns"] = {"role": role, "content": content, **({"roles": roles} if roles else {})}
     return values
+
+
+def _option_texts(row: Mapping[str, Any], options: Any) -> list[str]:
+    """What a row's options say, whatever form they have."""
+    value = [row.get(column) for column in options] if isinstance(options, list) else row.get(f"{options}")
+    if isinstance(value, str):
+        value = [*lettered_options(value)[1]] or _turns(value)
+    texts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return [str(text) for text in texts]
 
 
 def _turns(value: Any) -> list[Any]:

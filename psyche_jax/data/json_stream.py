@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from psyche_jax.errors import RowError, UserError, first_reason
-from psyche_jax.storage.files import NO_TEXT
+from psyche_jax.storage.files import NO_TEXT, named_once
 
 _ENDINGS = (".json", ".jsonl")
 _CHARACTERS = 2**16  # read at once, and more for a longer value
+_NEXT_ITEM = re.compile(r"[}\]]\s*,\s*[{\[]")
 _TOKEN = 16  # characters: an error as near to the end of what was read may go away with what follows
 
 
@@ -46,7 +47,7 @@ def published_values(place: Path) -> Iterator[PublishedValue]:
     try:
         for path, file in _opened(place):
             for where, whole, value in _values(str(path), TextIOWrapper(file, "utf-8-sig", "surrogateescape")):
-                if isinstance(value, _CutShortError) and path == place:
+                if isinstance(value, _CutShortError | _RestLostError) and path == place:
                     raise UserError(f"{where}: the file {value.reason}; get it again")
                 yield PublishedValue(where, path, whole, value)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
@@ -58,6 +59,10 @@ def published_values(place: Path) -> Iterator[PublishedValue]:
 
 class _CutShortError(RowError):
     """The file ends within a value."""
+
+
+class _RestLostError(RowError):
+    """Behind a fault stand more items on the line, of which it cannot be told where they begin."""
 
 
 def _opened(place: Path) -> Iterator[tuple[Path, IO[bytes]]]:
@@ -101,6 +106,7 @@ def _name_of(member: zipfile.ZipInfo) -> str:
 def _values(name: str, file: TextIOWrapper) -> Iterator[tuple[str, str, Any]]:
     """Where, in which outermost value, and what: of a file's arrays the items, else the values."""
     text = _Text(file)
+    margin = 0  # of the items of the last array
     while first := text.peek():
         where = whole = f"{name}:{text.line}"
         try:
@@ -109,8 +115,10 @@ def _values(name: str, file: TextIOWrapper) -> Iterator[tuple[str, str, Any]]:
                 text.step()
                 while text.peek() not in ("]", ""):
                     number += 1
+                    margin = text.margin if number == 1 else margin
                     where = f"{name}: {number}"
                     yield where, whole, text.value()
+                    where = f"{name}: {number + 1}"
                     text.pass_comma()
                 text.pass_end_of_array()
             elif first in ",]":  # behind a fault within an array
@@ -118,11 +126,12 @@ def _values(name: str, file: TextIOWrapper) -> Iterator[tuple[str, str, Any]]:
             else:
                 yield where, whole, text.value()
         except (ValueError, RecursionError) as error:
-            if isinstance(error, RowError):
-                yield where, whole, error
-            else:
-                yield where, whole, RowError("not JSON", first_reason(error))
-            text.skip_to_value()
+            fault = error if isinstance(error, RowError) else RowError("not JSON", first_reason(error))
+            one_a_line = text.begins_line
+            if text.skip_to_value(max(margin, text.margin)) and not isinstance(fault, _CutShortError):
+                said = f"{first_reason(error)}; what follows on that line cannot be read"
+                fault = RowError("not JSON", said) if one_a_line else _RestLostError(f"is not JSON there ({said})")
+            yield where, whole, fault
 
 
 class _Text:
@@ -131,7 +140,9 @@ class _Text:
     def __init__(self, file: TextIOWrapper) -> None:
         self._file = file
         self._text, self._at = "", 0
-        self._decoder = json.JSONDecoder(strict=False)
+        self._decoder = json.JSONDecoder(strict=False, object_pairs_hook=self._object)
+        self._named_twice = ""
+        self._before: str | None = ""  # us on the line, if only blanks and the brackets of arrays, else None
         self.line = 1
 
     def peek(self) -> str:
@@ -154,13 +165,14 @@ class _Text:
         """
         size = _CHARACTERS
         while True:
+            self._named_twice = ""
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 number_may_go_on = isinstance(value, int | float) and end + len("e+") >= len(self._text)
                 length = end - self._at
                 if not number_may_go_on or not self._more(size):
                     self._pass_to(self._at + length)
-                    return value
+                    return RowError("not JSON", self._named_twice) if self._named_twice else value
             except json.JSONDecodeError as error:
                 fault = self._fault(error)
                 open_ended = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - _TOKEN
@@ -182,15 +194,37 @@ class _Text:
             raise _CutShortError("ends in the middle of an array")
         self.step()
 
-    def skip_to_value(self) -> None:
-        """Go to the next line that begins with an object or an array."""
+    @property
+    def begins_line(self) -> bool:
+        """Whether only blanks stand before us on the line."""
+        return self._before is not None and not self._before.strip()
+
+    @property
+    def margin(self) -> int:
+        """How far within the line we are, if only blanks and the brackets of arrays stand before us, else 0."""
+        return len(self._before or "")
+
+    def skip_to_value(self, margin: int) -> bool:
+        """Go to the next line that begins with an object or an array, indented by no more than `margin`.
+
+        Returns whether more items of an array may have been skipped on the line that this one begins on.
+        """
+        several, first = False, self._before != ""
         while self._at < len(self._text) or self._more(_CHARACTERS):
             end = self._text.find("\n", self._at)
+            rest = self._text[self._at : end if end >= 0 else None]
+            several |= first and _NEXT_ITEM.search(rest) is not None
             self._pass_to(end + 1 if end >= 0 else len(self._text))
-            if self._at == len(self._text):
+            if end < 0:
+                continue
+            first = False
+            if len(self._text) - self._at <= margin:
                 self._more(_CHARACTERS)
-            if end >= 0 and self._text.startswith(("{", "["), self._at):
-                return
+            start = re.compile(r"[ \t]*").match(self._text, self._at)
+            assert start is not None
+            if len(start[0]) <= margin and self._text.startswith(("{", "["), start.end()):
+                return several
+        return several
 
     def _fault(self, error: json.JSONDecodeError) -> ValueError:
         if NO_TEXT.search(self._text, self._at, error.pos + 1):
@@ -199,8 +233,20 @@ class _Text:
             return _CutShortError("ends in the middle of a value")
         return ValueError(error.msg)
 
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        try:
+            return named_once(pairs)
+        except ValueError as error:  # the value is whole, and reading continues behind it
+            self._named_twice = str(error)
+            return {}
+
     def _pass_to(self, end: int) -> None:
-        self.line += self._text.count("\n", self._at, end)
+        lines = self._text.count("\n", self._at, end)
+        begin = self._text.rfind("\n", self._at, end) + 1 if lines else self._at
+        before = "" if lines else self._before
+        blank = before is not None and not self._text[begin:end].strip(" \t[")
+        self._before = f"{before}{self._text[begin:end]}" if blank else None
+        self.line += lines
         self._at = end
 
     def _more(self, size: int) -> bool:

@@ -29,6 +29,7 @@ from psyche_jax.data.sources import ReadingSection, Row, read_rows
 from psyche_jax.data.text import lettered_options
 from psyche_jax.errors import RowError, UsageError
 from psyche_jax.rewards.reference import with_thought
+from psyche_jax.storage.files import named_once
 
 Form: TypeAlias = Literal["question", "user", "messages"]
 
@@ -244,7 +245,11 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
         return question_to_rl(question) if config.base == "RlPrompt" else question_to_sft(question)
     turns = _turns(row, config)
     if config.base == "RlPrompt":
-        answer = _answer(row, config, {})
+        asked = next(turn.content for turn in reversed(turns) if turn.role == "user")
+        options = dict(zip(_LETTERS, lettered_options(asked)[1], strict=False))
+        answer = _answer(row, config, options)
+        if options:
+            _check_among(answer, options)
         return RlPrompt(turns, answer, _kind(row, config, answer), meta=meta)
     return SftExample(turns, meta=meta) if config.base == "SftExample" else Dialogue(turns, meta=meta)
 
@@ -257,8 +262,7 @@ def _question(row: Mapping[str, Any], config: ImportConfig, meta: dict[str, Any]
     if columns.options == columns.question:
         stem = lettered_options(stem)[0].strip()
     answer = _answer(row, config, options)
-    if beyond := [letter for letter in answer if letter not in options]:
-        raise RowError(f"the answer is not {min(options)} to {max(options)}", beyond[0])
+    _check_among(answer, options)
     rationale = None
     if columns.rationale is not None and config.base != "RlPrompt":
         read = _text if config.base == "SftExample" else _optional_text
@@ -337,6 +341,11 @@ def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, 
     return "".join(sorted(letters))
 
 
+def _check_among(answer: str, options: Mapping[str, str]) -> None:
+    if beyond := [letter for letter in answer if letter not in options]:
+        raise RowError(f"the answer is not {min(options)} to {max(options)}", beyond[0])
+
+
 def _letters(part: Any, options: Mapping[str, str]) -> set[str]:
     """The letters of an answer as people write it: "AC", "A、C", "ac", "（B）", "答案：B。", "B. 正强化", "√"."""
     written = _same_width(part)
@@ -345,6 +354,8 @@ def _letters(part: Any, options: Mapping[str, str]) -> set[str]:
         return {ticked[truth]}
     words = [word for word in re.split(r"[\s,、;/|.。()\[\]【】]+", _BEFORE_ANSWER.sub("", written)) if word]
     in_order = [word.upper() for word in words if list(word) == sorted({*word}) and {*word.upper()} <= {*options}]
+    if not options and any(list(word) != sorted({*word}) for word in words):
+        raise RowError("the answer is not letters in order", repr(part)[:80])  # "DNA" is none of options
     if words and all(re.fullmatch("[A-Z]+|[a-z]", word) or word.upper() in in_order for word in words):
         return {*"".join(words).upper()}
     named = [
@@ -425,16 +436,17 @@ def _optional_text(row: Mapping[str, Any], column: str | None) -> str | None:
 
 
 def _is_filled(value: Any) -> bool:
-    """Return whether a field holds something: text, or a number but NaN, which tables leave where nothing is."""
+    """Return whether a field holds something: text, or a number but NaN, which tables leave where nothing is, and
+    infinity, which they leave where a number was too large."""
     if isinstance(value, bool):
         return False
-    return value == value if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
+    return value - value == 0 if isinstance(value, int | float) else isinstance(value, str) and bool(value.strip())
 
 
 def _json(text: str, column: Any) -> Any:
     """Lists in tables are often JSON."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
     except (ValueError, RecursionError):
         raise RowError(f"neither a list nor JSON of one in {column!r}", repr(text)[:80]) from None
 

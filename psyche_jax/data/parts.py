@@ -10,13 +10,22 @@ from psyche_jax.data.dataset import Manifest, write_dataset
 from psyche_jax.data.decontamination import decontaminate
 from psyche_jax.data.imports import DialogueRemarks, NoRecordsError, Notes
 from psyche_jax.data.mapping import ImportConfig, no_record, records_of
-from psyche_jax.data.records import BaseRecord, Dialogue, Question, SftExample, question_to_rl, question_to_sft
+from psyche_jax.data.records import (
+    BaseRecord,
+    Dialogue,
+    Question,
+    RlPrompt,
+    SftExample,
+    question_to_rl,
+    question_to_sft,
+)
 from psyche_jax.data.text import comparable
 from psyche_jax.errors import UserError
 from psyche_jax.storage.files import as_path, new_folder, write_text
 
 SKIPPED = "skipped.txt"
 HELD_OUT = "held_out"
+_NOUNS: Mapping[type[BaseRecord], str] = {Question: "question", Dialogue: "dialogue", RlPrompt: "prompt"}
 _SAME_BEGINNING = 32  # comparable characters: texts that share as many are on one case, or one question
 
 
@@ -57,13 +66,13 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
         held, train = hold_out(records, share)
         if share and not held:
             said.append("nothing is held out: all rows are about one case, or begin the same way")
-        if held and isinstance(held[0], Question):
-            found = decontaminate(train, [record for record in held if isinstance(record, Question)])
+        if held:
+            found = decontaminate(train, held)
             left_out = {leak.train_id for leak in found.leaks}
             train = list(found.clean)
             for where, record in placed:
                 if record.id in left_out:  # type: ignore[attr-defined]
-                    notes.note(where, "nearly the same as a held-out question")
+                    notes.note(where, f"nearly the same as a held-out {_NOUNS[type(record)]}")
         if not train:
             raise UserError(f"{source}: nothing is left to train on; set --hold-out 0")
         for record in records:

@@ -10,7 +10,6 @@ import codecs
 import csv
 import re
 import sys
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -104,7 +103,7 @@ def _ending(name: str) -> str:
 
 def guess_encoding(source: str) -> str:
     """Return "utf-16" where a source's first file has that mark, "gb18030" where more of its first lines are text in
-    that than in UTF-8, else "utf-8"."""
+    that than in UTF-8, which most are not, else "utf-8"."""
     if source.startswith(hub.PREFIX):
         return "utf-8"
     for name, path in _files(source):
@@ -115,7 +114,10 @@ def guess_encoding(source: str) -> str:
         if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return "utf-16"
         lines = sample.split(b"\n")[: -1 if len(sample) == _SAMPLE else None]
-        return max(("utf-8", "gb18030"), key=lambda encoding: sum(_is_text(line, encoding) for line in lines))
+        telling = [line for line in lines if not line.isascii()]
+        as_utf_8, as_gb18030 = (sum(_is_text(line, encoding) for line in telling) for encoding in ("utf-8", "gb18030"))
+        # Much of what is UTF-8 could be GB18030 too, if gibberish, and next to nothing the other way round.
+        return "gb18030" if as_gb18030 > as_utf_8 and 2 * as_utf_8 < len(telling) else "utf-8"
     return "utf-8"
 
 
@@ -150,13 +152,16 @@ def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     def cells() -> Iterator[_Cells]:
         reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
         while True:
-            where = f"{name}:{reader.line_num + 1}"
+            begin = reader.line_num + 1
+            where = f"{name}:{begin}"
             try:
                 values = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
                 yield where, RowError("not CSV", str(error))
+                for line in range(begin + 1, reader.line_num + 1):  # that a quote which does not end has taken along
+                    yield f"{name}:{line}", RowError("not CSV", f"within the row of line {begin}")
                 continue
             yield where, RowError(f"not {encoding} text", "set reading.encoding") if _no_text(values) else values
 
@@ -180,12 +185,20 @@ def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
     try:
         book = openpyxl.load_workbook(path, data_only=True)  # read_only would not know what is merged
         for sheet in book.worksheets:
-            rows = [[*map(_cell, row)] for row in sheet.iter_rows(min_row=1, min_col=1, values_only=True)]
+            cells = [*sheet.iter_rows(min_row=1, min_col=1)]
+            rows = [[_cell(cell.value) for cell in row] for row in cells]
             for block in sheet.merged_cells.ranges:
                 for row in rows[block.min_row : block.max_row]:
                     row[block.min_col - 1] = rows[block.min_row - 1][block.min_col - 1]
-            yield from _under_header((f"{name} {sheet.title}: row {n}", row) for n, row in enumerate(rows, start=1))
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
+            faults = [next((cell.value for cell in row if cell.data_type == "e"), None) for row in cells]
+            told = [RowError("a formula failed", fault) if fault else None for fault in faults]
+            yield from _under_header(
+                (f"{name} {sheet.title}: row {n}", fault or row)
+                for n, (fault, row) in enumerate(zip(told, rows, strict=True), start=1)
+            )
+    except UserError:
+        raise
+    except Exception as error:  # whatever damaged XML makes openpyxl and its parsers raise
         raise UserError(f"{name}: is broken, or not an Excel file ({first_reason(error)})") from None
 
 
@@ -205,7 +218,7 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
     if not head:
         return
     if isinstance(first := head[0][1], RowError):
-        how = "; set reading.encoding (for example gb18030)" if first.reason != "not CSV" else ""
+        how = "; set reading.encoding (for example gb18030)" if "text" in first.reason else ""
         raise UserError(f"{head[0][0]}: the header is {first.reason}{how or f' ({first})'}")
     wide = (number for number, (_, row) in enumerate(head) if not isinstance(row, RowError) and len(_filled(row)) > 1)
     start = next(wide, 0)
@@ -236,6 +249,9 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            names = file.schema_arrow.names
+            if twice := [column for column in names if names.count(column) > 1]:
+                raise UserError(f"{name}: two columns have the name {twice[0]!r}")
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1

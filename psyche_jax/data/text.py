@@ -18,7 +18,8 @@ for _code in (*range(0x2F00, 0x2FD6), *range(0xF900, 0xFB00)):
     if unicodedata.name(chr(_code), ""):
         _RADICALS[chr(_code)] = unicodedata.normalize("NFKC", chr(_code))
 _TABLE = str.maketrans(_RADICALS)
-_OPTION = re.compile(r"(?<![A-Za-z])([A-ZＡ-Ｚ])\s*[.．、:：)）]\s*")
+_OPTION = re.compile(r"(?:[(（]\s*)?(?<![A-Za-z])([A-ZＡ-Ｚ])\s*([.．、:：)）])\s*")
+_APART = " \t\r\n\u3000;；,，。"  # before an option's letter
 _PREFIX = re.compile(r"^\s*((单项选择题?|多项选择题?|单选题?|多选题?|\d+)\s*[：:.、．]?\s*)+")
 
 
@@ -35,11 +36,19 @@ def without_prefix(stem: str) -> str:
 
 
 def lettered_options(text: str) -> tuple[str, tuple[str, ...]]:
-    """A text without the options that it lists as `A. … B. …`, and these; the last one ends with its line."""
-    markers: list[re.Match[str]] = []
-    for marker in _OPTION.finditer(text):  # those that go A, B, C, … to the last one
-        if ord(unicodedata.normalize("NFKC", marker[1])) == ord("A") + len(markers):
-            markers.append(marker)
+    """A text without the options that it lists as `A. … B. …`, and these; the last one ends with its line.
+
+    An option may hold what looks like the next one's letter (`A、维生素B、铁`). So if options begin lines, only these
+    letters count; else those behind blanks or punctuation, those with the same mark as the first, or all, whichever
+    are more.
+    """
+    there = list(_OPTION.finditer(text))
+    on_lines = [one for one in there if not text[text.rfind("\n", 0, one.start()) + 1 : one.start()].strip()]
+    apart = [one for one in there if not one.start() or text[one.start() - 1] in _APART]
+    choices = [_in_order(chosen) for chosen in (apart, [one for one in there if one[2] == there[0][2]], there)]
+    markers, most = _in_order(on_lines), max(choices, key=len)
+    if len(markers) < len(on_lines) or len(markers) < min(3, len(most)):
+        markers = most
     if len(markers) < 2:
         return text, ()
     ends = [marker.start() for marker in markers[1:]]
@@ -47,6 +56,15 @@ def lettered_options(text: str) -> tuple[str, tuple[str, ...]]:
     ends.append(last if last >= 0 else len(text))
     options = tuple(text[marker.end() : end].strip() for marker, end in zip(markers, ends, strict=True))
     return f"{text[: markers[0].start()]}\n{text[ends[-1] :]}", options
+
+
+def _in_order(markers: list[re.Match[str]]) -> list[re.Match[str]]:
+    """Those that go A, B, C, … to the last one."""
+    found: list[re.Match[str]] = []
+    for marker in markers:
+        if ord(unicodedata.normalize("NFKC", marker[1])) == ord("A") + len(found):
+            found.append(marker)
+    return found
 
 
 def comparable(text: str) -> str:

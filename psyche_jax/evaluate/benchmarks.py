@@ -107,10 +107,10 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
     """The benchmark with what `data.decontamination` finds of it in training data.
 
     A leaked case leaks everything that is asked about it, essays too; a case on which there are essays alone is looked
-    for as well.
+    for as well. Of a dialogue it is what the user says that is looked for.
 
     Args:
-      benchmark: its choice questions and the cases of its essays are looked for.
+      benchmark: its choice questions, the cases of its essays and its dialogues are looked for.
       train: a data set or JSONL file of records that are not packed, or `cpsyexam:FILE`.
 
     Raises:
@@ -120,11 +120,13 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
     asked = {group for group, _ in questions}
     essays = {task.group: task for task in benchmark.tasks if task.kind == "essay" and task.group not in asked}
     questions += [(group, _on_case(task)) for group, task in essays.items()]
-    found = decontaminate(_read(train), [question for _, question in questions]).leaked
+    dialogues = {task.id: _as_dialogue(task) for task in benchmark.tasks if task.kind == "dialogue"}
+    found = decontaminate(_read(train), [*(question for _, question in questions), *dialogues.values()]).leaked
     on_cases = {group for group, question in questions if found.get(question.id) == "case"}
     leaked: dict[str, str] = {}
     for task in benchmark.tasks:
-        reason = found.get(task.question.id) if task.question is not None else None
+        record = dialogues.get(task.id) or task.question
+        reason = found.get(record.id) if record is not None else None
         if reason or task.group in on_cases:
             leaked[task.id] = reason or "case"
     return dataclasses.replace(benchmark, leaked=leaked)
@@ -133,6 +135,10 @@ def look_for_leaks(benchmark: Benchmark, train: str) -> Benchmark:
 def _on_case(essay: Task) -> Question:
     """A question in place of an essay's case, since cases are looked for by the questions on them."""
     return Question(essay.text, {"A": "是", "B": "否"}, "A", "single", meta={"case": essay.group})
+
+
+def _as_dialogue(task: Task) -> Dialogue:
+    return Dialogue((*task.turns, Message("assistant", task.gold)), id=task.id)
 
 
 def _read(train: str) -> tuple[BaseRecord, ...]:

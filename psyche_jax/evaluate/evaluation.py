@@ -141,8 +141,10 @@ def _scored(benchmark: Benchmark, tasks: list[Task], known: Mapping[Key, Complet
 
     def scores_of(chosen: list[Task]) -> dict[str, Any]:
         scores = summarize([task for task in chosen if task.kind in CHOICE_KINDS], items)
-        if essays := [item for task in chosen if task.kind == "essay" for item in items[task.id]]:
-            scores["essays"] = summarize_essays(essays)
+        if essays := [
+            (item, task.group or task.id) for task in chosen if task.kind == "essay" for item in items[task.id]
+        ]:
+            scores["essays"] = summarize_essays([item for item, _ in essays], [group for _, group in essays])
         return scores
 
     scores = scores_of(tasks)

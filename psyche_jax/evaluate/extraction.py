@@ -31,9 +31,11 @@ _CUE = re.compile(
 _DENIED_BEFORE = re.compile(
     r"(?:不|别|勿|未|没有?|非|排除|错误|错|误|易|都|先|上看|同学会?)(?:正确)?(?:能|会|要|该|应该|应当|应|可以|可|的)?$"
 )
-_DENIED_AFTER = re.compile(r"[^。\n，,；;]{0,4}?(?:不对|不正确|不符|不选(?!\s*[A-Z])|错)|[^。\n，,；;.]{0,9}[?？吗]")
+_DENIED_AFTER = re.compile(
+    r"[^。\n，,；;]{0,4}?(?:不对|不正确|不符|不选(?!\s*[A-Z])|错|以外|之外|除外|的反面)|[^。\n，,；;.]{0,9}[?？吗]"
+)
 _OR = re.compile(
-    rf"{_BLANKS}(?:或者|或|/|[-~～—至到:：]|\bor\b)\s*{_OPENERS}(?:{_RUN}|[a-z](?![A-Za-z]))(?!\s*[.．、])"
+    rf"{_BLANKS}(?:或者|或|/|[-=]>|[-~～—→至到:：]|\bor\b)\s*{_OPENERS}(?:{_RUN}|[a-z](?![A-Za-z]))(?!\s*[.．、])"
     rf"|[.．]{_RUN}\s*(?:[。，,\n]|$)|{_BLANKS}(?:哪|之一|中一|中的?一)"
 )
 _AFFIRMED = re.compile(
@@ -47,6 +49,8 @@ _DENIES = (
     "{0}(?:选项|项)?是?(?:不对|不正确|错|不符|干扰)|{0} is (?:not|wrong|incorrect)"
     "|(?:不选|不应选|不能选|排除|不是|[Nn]ot )(?:选项)?{0}"
 )
+_CALLED_RIGHT = re.compile(rf"({_RUN})\s*(?:选项|[一两三四五]?项)?[都均也才]?是?(?:正确|对(?![于比照应话象立策抗方]))")
+_EMPHASIZED = re.compile(r"(\*\*|__|`)([A-Z]+)\1")
 _LATEX = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}|\$|\\[()\[\]]")
 _NEXT_BOX = re.compile(r"(?<=[A-Z])\}([、，,;；\s]+(?:(?:和|与|及|以及|and|&)\s*)?|和|与|及|以及)\\boxed\{(?=[A-Z])")
 _BOX_OR = re.compile(r"[A-Z]\}\W*(?:或者?|or|vs\.?)?\W*\\boxed\{")
@@ -77,11 +81,11 @@ class Reading:
 
 def read_letters(text: str, options: str, finished: bool = True) -> Reading:
     """Read a response to a question with `options` ("ABCD"). `finished`: it ended on its own."""
-    letters = extract_letters(text)
+    answer = answer_part(text)
+    letters = extract_letters(text) if answer else None  # a draft in a thought that never ends is no answer
     if letters:
         strict = "".join(sorted(letters))
         return Reading(strict, strict, "")
-    answer = answer_part(text)
     if answer:
         failure = NO_LETTERS if finished else CUT
     elif not text.strip():
@@ -105,6 +109,7 @@ def lenient_letters(answer: str, options: str) -> str | None:
     """
     rule = AnswerSetRule(reading="natural", letters=options)
     answer = _NEXT_BOX.sub("、", _LATEX.sub(r"\1", answer.translate(_FULL_WIDTH)))
+    answer = _EMPHASIZED.sub(r"\2", answer)
     if _BOX_OR.search(answer):
         return None
     answer = _OPTION_BEFORE.sub(r"\1", answer)
@@ -125,6 +130,8 @@ def lenient_letters(answer: str, options: str) -> str | None:
     if any(_HALF_AFFIRMED.match(answer, match.end()) for match in called_right):
         return None
     affirmed = "".join(_letters(match["letters"], options) or "" for match in called_right)
+    if any(not {*letters} <= {*affirmed} for letters in _CALLED_RIGHT.findall(answer)):
+        return None  # `A对B错C对`: some are called right in a way that is not read
     return _letters(affirmed, options)
 
 

@@ -35,17 +35,22 @@ def bootstrap_means(values: Sequence[float], groups: Sequence[str], name: str = 
     return (drawn @ sums) / (drawn @ counts)
 
 
-def bootstrap_shares(values: Sequence[float], groups: Sequence[str], name: str = "") -> np.ndarray:
-    """`bootstrap_means` of scores from 0 to 1.
+def bootstrap_shares(
+    values: Sequence[float], groups: Sequence[str], name: str = "", bounds: tuple[float, float] = (0.0, 1.0)
+) -> np.ndarray:
+    """`bootstrap_means` of scores within `bounds`.
 
-    Where all are 0, or all 1, every resample is alike, and the interval would say that the score is certain: there
-    the draws are from Jeffreys' posterior of a share, Beta(n·score + 1/2, n·(1 - score) + 1/2) of n groups.
+    Where every resample is alike (all scores are the same, or all questions are on one case), the interval would say
+    that the score is certain: there the draws are from Jeffreys' posterior of a share, Beta(n·score + 1/2,
+    n·(1 - score) + 1/2) of n groups, where the bounds are 0 and 1.
     """
-    if (score := values[0]) not in (0, 1) or any(value != score for value in values):
-        return bootstrap_means(values, groups, name)
-    count = len(set(groups))
+    means = bootstrap_means(values, groups, name)
+    if np.ptp(means) > 1e-9:
+        return means
+    low, high = bounds
+    score, count = (statistics.fmean(values) - low) / (high - low), len(set(groups))
     random = np.random.default_rng([_SEED, *name.encode()])
-    return random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
+    return low + (high - low) * random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
 
 
 def interval(means: np.ndarray, estimate: float | None = None) -> tuple[float, float]:
@@ -209,15 +214,16 @@ def score_essay(task: Task, completion: Completion, sample: int = 0) -> dict[str
     return {**answer_record(task, completion, sample), **rouge}
 
 
-def summarize_essays(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`count` (essays), `rouge1, rougeL, bleu4` with their 95 % intervals (bootstrap), and how they are measured."""
+def summarize_essays(items: Sequence[Mapping[str, Any]], groups: Sequence[str]) -> dict[str, Any]:
+    """`count` (essays), `rouge1, rougeL, bleu4` with their 95 % intervals (bootstrap), and how they are measured.
+
+    `groups`: of each of the answers the case that it is about; those on one case are drawn together.
+    """
     result: dict[str, Any] = {"count": len({item["id"] for item in items})}
     for name in ("rouge1", "rougeL"):
         values = [item[name] for item in items]
         result[name] = statistics.fmean(values)
-        result[f"interval_{name}"] = interval(
-            bootstrap_means(values, [item["id"] for item in items], name), result[name]
-        )
+        result[f"interval_{name}"] = interval(bootstrap_shares(values, groups, name, (0.0, 100.0)), result[name])
     bleu = BLEU(tokenize="zh")
     said, references = [answer_part(item["response"]) for item in items], [item["gold"] for item in items]
     result["bleu4"] = float(bleu.corpus_score(said, [references]).score)

@@ -5,9 +5,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from psyche_jax.storage.files import named_once
+
 _MOST_STARTS = 256  # braces that begin no object
 _COMMA = re.compile(r'("(?:\\.|[^"\\])*+"?)|,(?=\s*[}\]])', re.DOTALL)  # before a closing bracket; strings stay
-_JSON = json.JSONDecoder(strict=False)  # line ends within strings are no reason to ask again
+_JSON = json.JSONDecoder(strict=False, object_pairs_hook=named_once)  # line ends within strings do no harm
 
 
 def json_object(text: str, names: Collection[str]) -> dict[str, Any] | None:

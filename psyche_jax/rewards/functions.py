@@ -7,11 +7,10 @@ import contextlib
 import hashlib
 import importlib
 import inspect
-import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -19,6 +18,9 @@ from typing import Any
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.rewards.config import FunctionReward
+
+_LARGEST: Any = 3e38  # about what float32 holds, which any real number can be compared with
+_SHOWN = 40  # characters of a number
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
 """`(prompts, completions, records) -> list[float | None]`, or a coroutine function of the same."""
@@ -129,7 +131,8 @@ async def _awaited(answer: Any, seconds: float) -> Any:
 
 def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
     """The values as floats, and what is wrong with them."""
-    if isinstance(answer, str | bytes) or not hasattr(answer, "__len__") or not hasattr(answer, "__iter__"):
+    unordered = isinstance(answer, str | bytes | Mapping | Set)
+    if unordered or not hasattr(answer, "__len__") or not hasattr(answer, "__iter__"):
         return (), f"returned {type(answer).__name__}, not a list of numbers"
     if len(answer) != count:
         return (), f"returned {len(answer)} values for {count} completions"
@@ -137,8 +140,9 @@ def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
     for index, value in enumerate(answer):
         if value is not None and not isinstance(value, Real):
             return (), f"returned {type(value).__name__} for completion {index}, neither a number nor None"
-        if value is not None and not math.isfinite(value):
-            return (), f"returned {float(value)} for completion {index}; a reward must be finite"
+        if value is not None and not abs(value) <= _LARGEST:
+            shown = f"{value}"[:_SHOWN]
+            return (), f"returned {shown} for completion {index}; a reward must be finite, in float32 too"
         values.append(None if value is None else float(value))
     return tuple(values), ""
 

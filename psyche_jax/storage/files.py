@@ -186,9 +186,21 @@ def parsed_json(text: str, encoding: str = "utf-8") -> Any:
     if NO_TEXT.search(text):
         return NotTextError(f"not {encoding} text")
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=named_once)
     except (ValueError, RecursionError) as error:
         return RowError("not JSON", str(error))
+
+
+def named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these names and values, of which JSON readers keep the last where a name has several.
+
+    Raises:
+      ValueError: a name has two values that differ, so that it cannot be told which is meant.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs) and (twice := [name for name, value in pairs if found[name] != value]):
+        raise ValueError(f"the name {twice[0]!r} has two values")
+    return found
 
 
 def check_new_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from psyche_jax.cli import main
-from psyche_jax.data.dataset import load_records, write_dataset
+from psyche_jax.data.dataset import load_any_records, load_records, write_dataset
 from psyche_jax.data.decontamination import decontaminate
 from psyche_jax.data.public import load_cpsyexam, load_pceb
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, question_to_rl, write_records
@@ -88,6 +88,39 @@ def test_records_of_other_kinds():
     found, clean = reasons([question_to_rl(ASKED), question_to_rl(OTHER), talk])
     assert found == ["exact", "case"]
     assert clean == [question_to_rl(OTHER)]
+
+
+def test_a_damaged_first_line_does_not_hide_what_the_others_are(tmp_path):
+    talk = Dialogue((Message("user", f"{CASE}我该怎么办？"), Message("assistant", "先说说睡眠。")))
+    write_records(tmp_path / "a.jsonl", [talk])
+    (tmp_path / "b.jsonl").write_text('{"turns": [\n' + (tmp_path / "a.jsonl").read_text())
+    loaded = load_any_records(str(tmp_path / "b.jsonl"))
+    assert loaded.good == (talk,) and len(loaded.set_aside) == 1
+
+
+def test_conversations_are_looked_for_too():
+    """By what the user says; a greeting, or an instruction that stands in all of them, says nothing."""
+
+    def talk(*said: str) -> Dialogue:
+        turns = [Message(role, text) for one in said for role, text in (("user", one), ("assistant", "嗯。"))]
+        return Dialogue(tuple(turns))
+
+    told = "我最近总是睡不好觉，晚上会醒来好几次，白天上班的时候一点精神也没有，怎么办？"
+    evaluation = [talk(told), talk("你好。")]
+    near, longer, greeting, other = (
+        talk(f"老师您好，{told[:-4]}，请帮帮我"),
+        talk(told, "谢谢"),
+        talk("你好"),
+        talk("您好呀"),
+    )
+    result = decontaminate([talk(told), near, longer, greeting, other], evaluation)
+    assert [leak.reason for leak in result.leaks] == ["exact", "near", "near", "exact"]
+    assert result.clean == (other,)
+    asked = "请认真阅读下面的题目，一步一步地想清楚，最后在答案后面写出正确选项的字母，不要写别的任何内容。"
+    topics = [f"{chr(0x4E00 + 97 * n) * 9}{chr(0x5E00 + 31 * n) * 8}是什么？" for n in range(12)]
+    prompts = [RlPrompt((Message("user", topic + asked),), "A", "single") for topic in topics]
+    assert not decontaminate(prompts[:6], prompts[6:]).leaks
+    assert len(decontaminate([*prompts[:6], prompts[6]], prompts[6:]).leaks) == 1
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")

@@ -23,7 +23,7 @@ from psyche_jax.config_files import parse_config
 from psyche_jax.data.dataset import load_records, open_dataset
 from psyche_jax.data.mapping import ImportConfig, import_rows, record_of
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_text
-from psyche_jax.errors import UsageError, UserError
+from psyche_jax.errors import RowError, UsageError, UserError
 from psyche_jax.storage.store import open_store
 
 COLUMNS = {"question": "题目", "options": ["甲", "乙", "丙"], "answer": "答案"}
@@ -263,6 +263,84 @@ def test_bad_lines_of_files(tmp_path):
         "5: not JSON",
         "6: not utf-8 text",
     ]
+
+
+def test_a_quote_that_does_not_end_hides_no_line(tmp_path):
+    """Each line that it takes along is named and counted, whether it ends at another quote or never."""
+    rows = [f"{n},a,b,c,A" for n in range(2, 10)]
+    for later, taken in (({}, range(4, 10)), ({5: '"7,七",a,b,c,A'}, range(4, 8))):
+        lines = [*rows[:2], '"4,a,b,c,A', *rows[3:]]
+        for place, line in later.items():
+            lines[place] = line
+        source = tmp_path / "a.csv"
+        source.write_text("\n".join(["题目,甲,乙,丙,答案", *lines]) + "\n")
+        good, result = imported(source, tmp_path / f"out{len(later)}", config())
+        assert [line.removeprefix(f"{source}:").split(":")[0] for line in result.set_aside] == [str(n) for n in taken]
+        assert result.faults["not CSV"] == len(taken) == 8 - len(good)
+
+
+def test_a_column_with_two_values_is_told(tmp_path):
+    """What readers leave of it is the last value, which may be the wrong one."""
+    source = tmp_path / "a.jsonl"
+    row = json.dumps(ROWS[0], ensure_ascii=False)
+    source.write_text(f'{row}\n{row[:-1]}, "答案": "B"}}\n{json.dumps(ROWS[1], ensure_ascii=False)}\n')
+    good, result = imported(source, tmp_path / "lines", config())
+    assert len(good) == 2 and result.set_aside == (f"{source}:2: not JSON (the name '答案' has two values)",)
+    listed = {"题目": "甲乙", "选项": '{"A": "体验", "B": "表情", "A": "动机"}', "答案": "A"}
+    columns = {"question": "题目", "options": "选项", "answer": "答案"}
+    with pytest.raises(RowError, match="neither a list nor JSON of one"):
+        record_of(listed, config(columns=columns))
+    names = ["题目", "甲", "乙", "丙", "答案", "答案"]
+    table = pa.Table.from_arrays([pa.array([text]) for text in ("一", "a", "b", "c", "A", "B")], names=names)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet: two columns have the name '答案'"):
+        imported(tmp_path / "a.parquet", tmp_path / "parquet", config())
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("A. 维生素B：少\nB. 维生素C：多\nC. 铁", ["维生素B：少", "维生素C：多", "铁"]),
+        ("A、维生素B、铁\nB、锌\nC、维生素D、钙", ["维生素B、铁", "锌", "维生素D、钙"]),
+        ("A. 维生素B：少 B. 铁 C. 锌", ["维生素B：少", "铁", "锌"]),
+        ("A.甲B.乙\nC.丙D.丁", ["甲", "乙", "丙", "丁"]),
+        ("A.甲 B.乙C.丙 D.丁", ["甲", "乙", "丙", "丁"]),
+        ("A. 甲\nB. 乙 C. 丙", ["甲", "乙", "丙"]),
+        ("（A）甲 （B）乙", ["甲", "乙"]),
+    ],
+)
+def test_options_that_hold_what_looks_like_the_next_letter(text, options):
+    columns = {"question": "题目", "options": "选项", "answer": "答案"}
+    record = record_of({"题目": "缺什么？", "选项": text, "答案": "A"}, config(columns=columns))
+    assert isinstance(record, Question) and list(record.options.values()) == options
+
+
+def test_the_key_of_a_prompt_is_among_what_it_lists():
+    """What a reward could never give, and words in capitals, are no keys."""
+    made = config("RlPrompt", {"user": "问", "answer": "答"})
+    listed = "哪个？\nA. 甲\nB. 乙"
+    for asked, answer, fault in (
+        (listed, "E", "the answer is not A to B"),
+        ("哪种酸？", "DNA", "not letters in order"),
+        ("哪种疗法？", "CBT", "not letters in order"),
+    ):
+        with pytest.raises(RowError, match=fault):
+            record_of({"问": asked, "答": answer}, made)
+    for asked, answer, key in (
+        (listed, "乙", "B"),
+        (listed, "BA", "AB"),
+        ("哪些？", "A、C", "AC"),
+        ("哪些？", "BD", "BD"),
+    ):
+        record = record_of({"问": asked, "答": answer}, made)
+        assert isinstance(record, RlPrompt) and record.answer == key
+
+
+def test_numbers_that_are_none_are_no_options():
+    columns = {"question": "题目", "options": "选项", "answer": "答案"}
+    for nothing in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(RowError, match="option A is empty"):
+            record_of({"题目": "一", "选项": [nothing, "b"], "答案": "B"}, config(columns=columns))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])

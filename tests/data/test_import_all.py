@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import random
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from psyche_jax.data.guessing import guess_config
 from psyche_jax.data.mapping import record_of
 from psyche_jax.data.parts import hold_out
 from psyche_jax.data.records import Dialogue, Message, Question, RlPrompt, SftExample, question_to_rl, question_to_sft
-from psyche_jax.errors import UsageError
+from psyche_jax.data.sources import ReadingSection, read_rows
+from psyche_jax.errors import RowError, UsageError, UserError
 
 PARTS = {"questions": Question, "sft": SftExample, "rl": RlPrompt, "held_out": Question}
 HEADER = ["序号", "题目（必填）", "选项A", "选项 B", "C", "选项Ｄ", "正确答案", "题型", "答案解析", "科目"]
@@ -123,6 +125,7 @@ def test_what_is_set_is_not_guessed(tmp_path):
     for header, overrides, message in (
         ("甲,乙\n1,2\n", [], "the header does not say where questions or dialogues are"),
         ("题目,A,B,C,答案\n问,x,y,z,1\n", [], "'答案' holds numbers; use --set answer_is=number if 1 is A"),
+        ("题目,A,B,C,答案\n一加一,1,2,3,2\n一加二,1,2,3,3\n", [], "text if it is an option's own"),
         ("题目,A,B,答案\n问,x,y,A\n", ["columns.answer=答"], "there is no column '答'; did you mean '答案'?"),
     ):
         source.write_text(header)
@@ -175,6 +178,23 @@ def test_near_copies_of_what_is_held_out_are_left_out_of_training(tmp_path, caps
     assert not decontaminate(parts["questions"], parts["held_out"]).leaked
 
 
+@pytest.mark.parametrize("form", ["dialogue", "prompt"])
+def test_near_copies_of_held_out_conversations_are_left_out_too(form, tmp_path, capsys):
+    draw = random.Random(0)
+    with (tmp_path / "a.jsonl").open("w") as file:
+        for _ in range(40):
+            text = "".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(60))
+            for said in (text, f"{text[30:]}{text[:30]}", f"在吗，{text}"):
+                reply = {"response": "慢慢说。"} if form == "dialogue" else {"answer": "A"}
+                file.write(json.dumps({"prompt": said, **reply}) + "\n")
+    assert main(["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--hold-out", "0.2"]) == 0
+    assert f"nearly the same as a held-out {form}" in capsys.readouterr().out
+    kinds = (SftExample, Dialogue) if form == "dialogue" else (RlPrompt, RlPrompt)
+    train, held = (load_records(kind, str(tmp_path / "out" / name)).good for kind, name in
+                   zip(kinds, ("sft" if form == "dialogue" else "rl", "held_out"), strict=True))  # fmt: skip
+    assert train and held and not decontaminate(train, held).leaked
+
+
 def test_excel(tmp_path):
     """Two sheets, each with a header; numbers, ticks, empty and merged cells as Excel has them."""
     openpyxl = pytest.importorskip("openpyxl")
@@ -197,6 +217,36 @@ def test_excel(tmp_path):
     questions = load_records(Question, str(tmp_path / "out" / "questions")).good
     assert [question.answer for question in questions] == ["B", "A", "ABC", "ABC"]
     assert questions[0].options == {"A": "5", "B": "7", "C": "9.5"}
+
+
+def test_a_damaged_line_of_utf_8_does_not_make_the_rest_gb18030(tmp_path):
+    """Words of two characters are text in both encodings, and gibberish in the wrong one."""
+    lines = ["question,A,B,answer", *(f"{n}记忆情绪,甲乙,丙丁,A" for n in range(20))]
+    source = tmp_path / "a.csv"
+    source.write_bytes("\n".join(lines).encode() + "\n问,x,y,A\n".encode("gb18030"))
+    assert guess_config(str(source))[0].reading.encoding == "utf-8"
+    source.write_bytes("\n".join(lines).encode("gb18030"))
+    assert guess_config(str(source))[0].reading.encoding == "gb18030"
+
+
+def test_a_failed_formula_and_a_damaged_workbook(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (HEADER[1:8], ["一？", "#N/A", "b", "c", None, "B", None], ["二？", "a", "b", "c", None, "B", None]):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    rows = [row for _, row in read_rows(str(tmp_path / "a.xlsx"), ReadingSection())]
+    assert [str(row) for row in rows if isinstance(row, RowError)] == ["a formula failed (#N/A)"] and len(rows) == 2
+    whole = zipfile.ZipFile(tmp_path / "a.xlsx")
+    for name in ("xl/worksheets/sheet1.xml", "xl/workbook.xml", "xl/styles.xml", "[Content_Types].xml"):
+        for spoil in (lambda c: c[: len(c) // 2], lambda c: c.replace(b"<", b"<<", 3), lambda c: b""):
+            with zipfile.ZipFile(tmp_path / "b.xlsx", "w") as spoilt:
+                for member in whole.namelist():
+                    content = whole.read(member)
+                    spoilt.writestr(member, spoil(content) if member == name else content)
+            with pytest.raises(UserError, match="is broken, or not an Excel file") as caught:
+                list(read_rows(str(tmp_path / "b.xlsx"), ReadingSection()))
+            assert "\n" not in str(caught.value)
 
 
 def test_each_action_has_help_of_its_own(capsys):

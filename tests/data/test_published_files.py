@@ -174,6 +174,35 @@ def test_what_is_no_json_is_named_and_the_rest_is_read(tmp_path):
     ]
 
 
+def test_a_broken_item_takes_no_other_with_it_unsaid(tmp_path):
+    """However the array is laid out, the other items are read; where they all share a line, the file is refused."""
+    items = [{"q": f"题{n}", "options": {"A": "甲"}, "turns": [{"a": 1}, {"a": 2}]} for n in range(5)]
+    for indent, separator, opening in (
+        (None, ",\n", "[\n"),
+        (None, ",\n ", "["),
+        (1, ",\n ", "[\n "),
+        (4, ",\n    ", "[\n    "),
+    ):
+        parts = [json.dumps(item, ensure_ascii=False, indent=indent).replace("\n", separator[1:]) for item in items]
+        for broken in ('"q" "题2"', '"q": "题2"},')[: 1 if indent is None else 2]:
+            spoilt = [*parts[:2], parts[2].replace('"q": "题2"', broken), *parts[3:]]
+            array = tmp_path / "a.json"
+            array.write_text(f"{opening}{separator.join(spoilt)}\n]", encoding="utf-8")
+            found = [value for _, value in faults_of(array)]
+            assert [one for one in found if one in items] == [*items[:2], *items[3:]]
+            assert any("not JSON" in value for value in found if isinstance(value, str))
+    array.write_text(json.dumps(items, ensure_ascii=False).replace('"q": "题2"', '"q" "题2"'), encoding="utf-8")
+    with pytest.raises(UserError, match=r"a\.json: 3: the file is not JSON there .*what follows on that line"):
+        list(published_values(array))
+
+
+def test_a_name_with_two_values_is_a_fault(tmp_path):
+    """Readers of JSON keep the last one without a word."""
+    place = tmp_path / "a.json"
+    place.write_text('[{"a": 1}, {"a": 1, "b": {"c": "A", "c": "B"}}, {"a": 2, "a": 2}]')
+    assert [value for _, value in faults_of(place)] == [{"a": 1}, "not JSON (the name 'c' has two values)", {"a": 2}]
+
+
 def test_what_is_cut_short_or_no_zip(tmp_path, capsys):
     """The only file must be whole; one of many is named and left out."""
     whole = json.dumps([dialogue("甲", "乙"), dialogue("丙", "丁")], ensure_ascii=False)

@@ -12,7 +12,7 @@ from support.chat_server import chat_server
 
 from psyche_jax import cli
 from psyche_jax.data.dataset import write_dataset
-from psyche_jax.data.records import Question, SftExample, question_to_sft, write_records
+from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.benchmarks import look_for_leaks, read_benchmark, with_shots
 from psyche_jax.evaluate.evaluation import evaluate, scores_table
@@ -165,6 +165,15 @@ def test_what_training_data_hold_is_scored_apart(pceb: Path, tmp_path: Path) -> 
     assert "1 of them are essays on a leaked case; the other essays: none is left" in scores_table(
         {**scores, "set_aside": 0}
     )
+
+
+def test_dialogues_in_the_training_data_are_found(tmp_path: Path) -> None:
+    said = "我最近总是睡不好觉，晚上会醒来好几次，白天上班的时候一点精神也没有，怎么办？"
+    talks = [Dialogue((Message("user", text), Message("assistant", "嗯。"))) for text in (said, f"{said[::-1]}另一个")]
+    write_records(tmp_path / "bench.jsonl", talks)
+    write_records(tmp_path / "train.jsonl", [SftExample(talks[0].turns)])
+    benchmark = look_for_leaks(read_benchmark(str(tmp_path / "bench.jsonl")), str(tmp_path / "train.jsonl"))
+    assert benchmark.leaked == {talks[0].id: "exact"}
 
 
 @real

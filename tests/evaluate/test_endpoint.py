@@ -366,3 +366,24 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert (evaluation["label"], evaluation["model"]) == ("tiny", f"{server.url}#tiny")
     assert cli.main(["eval", server.url, "--bench", "samples", "--cells", "no"]) == 2
     assert "--cells no: samples has smcq, mmcq" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:s3cret@localhost/v1",
+        "http://s3cret@localhost/v1",
+        "https://h/v1?api-key=s3cret",
+        "http://u:s3cret@h:x/v1",
+    ],
+)
+def test_a_key_in_the_address_is_refused_and_not_shown(url, capsys, tmp_path):
+    """It would stand in the evaluation, in the report and in messages."""
+    out = tmp_path / "out.json"
+    assert cli.main(["eval", f"{url}#m", "--bench", "samples", "--limit", "1", "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert "must not contain a key" in error and "s3cret" not in error and error.count("\n") == 1
+    assert not out.exists()
+    for broken in ("http://#m", "http://h:port/v1#m"):
+        assert cli.main(["eval", broken, "--bench", "samples", "--limit", "1"]) == 2
+        assert "is not a URL such as" in capsys.readouterr().err

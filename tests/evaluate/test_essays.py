@@ -2,6 +2,7 @@
 
 import collections
 import math
+from dataclasses import replace
 
 import pytest
 from support.answerers import Answerer
@@ -70,3 +71,21 @@ def test_the_mean_and_its_interval() -> None:
     assert found["rouge1"] == 50.0
     low, high = found["interval_rouge1"]
     assert 0 <= low < 50 < high <= 100
+
+
+def test_essays_on_one_case_are_drawn_together() -> None:
+    """The interval of as many essays on few cases is wider; that of one essay, or one case, is not of zero width."""
+    said = [REFERENCE if number % 4 < 2 else "无" for number in range(24)]
+
+    def width(cases: int) -> float:
+        tasks = tuple(replace(essay(f"e{n}"), group=f"case {n * cases // len(said)}") for n in range(len(said)))
+        answers = {task.id: text for task, text in zip(tasks, sorted(said), strict=True)}
+        found = evaluate(Answerer(lambda task, _: answers[task.id]), Benchmark("b", tasks), label="x")["scores"]
+        low, high = found["essays"]["interval_rouge1"]
+        assert 0 <= low <= found["essays"]["rouge1"] <= high <= 100
+        return high - low
+
+    assert width(4) > 1.5 * width(24)
+    assert width(1) > 50
+    low, high = scores(REFERENCE)["interval_rouge1"]
+    assert high == 100 and low < 50

@@ -148,6 +148,24 @@ def test_lists_of_letters_with_texts_or_in_lines(text: str, letters: str | None)
 
 
 @pytest.mark.parametrize(
+    ("text", "letters"),
+    [
+        ("答案：**A**、**C**", "AC"),
+        ("答案：`A`和`C`", "AC"),
+        ("A对B错C对D错", None),
+        ("A正确，B错误；而C正确", None),
+        ("答案是A以外的选项", None),
+        ("选B以外的", None),
+        ("答案是B的反面", None),
+        ("答案：A→C", None),
+        ("选A -> C", None),
+    ],
+)
+def test_what_says_more_than_its_first_letters(text, letters):
+    assert read_letters(text, "ABCD").lenient == letters
+
+
+@pytest.mark.parametrize(
     ("text", "finished", "strict", "lenient", "failure"),
     [
         ("<think>选A</think>\n答案：C", True, "C", "C", ""),
@@ -155,6 +173,8 @@ def test_lists_of_letters_with_texts_or_in_lines(text: str, letters: str | None)
         ("答案：A 因为…", True, None, "A", "no letters after the marker"),
         ("<think>答案：A</think>", True, None, None, "reasoning only"),
         ("<think>答案是A", False, None, None, "cut at the limit"),
+        ("<think>先假设\n答案：A\n再看", False, None, None, "cut at the limit"),
+        ("<think>\n答案：A", True, None, None, "reasoning only"),
         ("我想说", False, None, None, "cut at the limit"),
         (" \n", True, None, None, "empty"),
     ],

@@ -185,6 +185,10 @@ def test_a_score_that_all_answers_share_is_not_called_certain(score: float, boun
     assert held[0] <= score <= held[1] and max(abs(np.subtract(held, (low, high)))) < 1e-3
     together = interval(bootstrap_shares([score] * 24, [str(index // 4) for index in range(24)]))
     assert together[1] - together[0] > 2 * (high - low)
+    # Nor is any other score where every resample is alike: the same half for all, or all questions on one case.
+    for values, groups in (([0.5] * 3, "abc"), ([0.5], "a"), ([1.0, 0.0, 1.0], "aaa"), ([0.0, 1.0, 0.5, 0.5], "aabb")):
+        low, high = interval(bootstrap_shares(values, list(groups)), float(np.mean(values)))
+        assert 0 <= low < 0.2 and 0.8 < high <= 1
     some = [0.0, 1.0, 0.5]
     assert (bootstrap_shares(some, list("abc"), "x") == bootstrap_means(some, list("abc"), "x")).all()
 

@@ -450,6 +450,12 @@ def test_the_object_in_a_reply(text, found):
     assert json_object(text, ("a", "c")) == found
 
 
+def test_a_name_that_is_given_two_values_is_asked_about():
+    with pytest.raises(ValueError, match="the name 'a' has two values"):
+        json_object('{"a": 5, "c": 1, "a": 1}', ("a", "c"))
+    assert json_object('{"a": 5, "c": 1, "a": 5}', ("a", "c")) == {"a": 5, "c": 1}
+
+
 def test_broken_objects_are_found_quickly():
     for text in ('{"a": [{"b": 1}', "{" * 500_000, '{"' + '\\"' * 500_000, '{"a":' * 100_000, '{"a": 1'):
         started = time.monotonic()

@@ -94,6 +94,10 @@ FAULTS = {
     (lambda p, c, r: [1, float("nan"), 3]): "returned nan for completion 1; a reward must be finite",
     (lambda p, c, r: [1, 2, float("inf")]): "returned inf for completion 2; a reward must be finite",
     (lambda p: [1, 2, 3]): "raised TypeError: ",
+    (lambda p, c, r: {0: 1.0, 1: 0.0, 2: 1.0}): "returned dict, not a list of numbers",
+    (lambda p, c, r: {0.1, 0.5, 0.3}): "returned set, not a list of numbers",
+    (lambda p, c, r: [1, 10**400, 3]): "returned 1000000000",
+    (lambda p, c, r: [1, 2, -1e39]): "returned -1e+39 for completion 2; a reward must be finite, in float32 too",
 }
 
 
