@@ -76,7 +76,8 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> 
                 print(f"{origin}: {note}", file=sys.stderr, flush=True)
         return pydantic.TypeAdapter(kind).validate_python(values)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{origin}: {_describe(kind, error.errors()[0])}") from None
+        wrong = sorted(error.errors(), key=lambda one: "missing" in one["type"])  # a misspelt key is missing too
+        raise UsageError(f"{origin}: {_describe(kind, wrong[0])}") from None
     except UsageError as error:
         raise UsageError(f"{origin}: {error}") from None
 
@@ -113,7 +114,9 @@ def parse_yaml_mapping(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{path}: the config cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no UTF-8, or an impossible date
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: is not a config (YAML, as UTF-8 text)") from None
+    except (ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: an impossible date
         raise UsageError(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: a config must be a mapping of keys to values")

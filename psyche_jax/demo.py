@@ -390,7 +390,10 @@ def _print_summary(out: Path, summary: dict[str, Any]) -> None:
     made = ", ".join(f"{count} {name}" for name, count in summary["synthesis"]["records"].items())
     print(f"synthesis, with canned replies: {made} records")
     print(f"SFT loss {sft['loss_first']:.2f} to {sft['loss_last']:.2f} in {sft['steps']} steps")
-    print(f"GRPO reward {grpo['reward_first']:.2f} to {grpo['reward_last']:.2f} in {grpo['steps']} steps")
+    first, last = grpo["reward_first"], grpo["reward_last"]
+    print(
+        f"GRPO reward {first:.2f} in the first of {grpo['steps']} steps, {last:.2f} on average in the last {LAST_STEPS}"
+    )
     for name, by_stage in summary["eval"].items():
         for label, scores in by_stage.items():
             low, high = scores["interval"]

@@ -222,6 +222,7 @@ def test_files_that_cannot_be_read(tmp_path):
             load_config(SftConfig, path)
         assert str(caught.value).startswith(f"{path}: ")
         assert len(str(caught.value).splitlines()) == 1
+    assert str(caught.value).endswith("is not a config (YAML, as UTF-8 text)")
 
 
 def test_numbers_as_people_write_them(tmp_path):

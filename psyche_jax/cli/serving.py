@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import sys
 from pathlib import Path
 
 from psyche_jax.cli import start
@@ -72,7 +74,11 @@ def _serve(arguments: argparse.Namespace) -> None:
     start.start_jax()
     from psyche_jax.serve.server import announce, serve
 
-    serve(config, lambda address: announce(config, address))
+    try:
+        serve(config, lambda address: announce(config, address))
+    except KeyboardInterrupt:  # before it serves, while another thread may be compiling: that cannot be broken off, and
+        print("psyche serve: interrupted", file=sys.stderr, flush=True)
+        os._exit(1)  # must not outlive the interpreter
 
 
 def _conversation(arguments: argparse.Namespace) -> list[str]:

@@ -246,9 +246,14 @@ def _check_places(config: SftConfig | GrpoConfig, train: Iterable[str], accepted
     except UserError as error:
         made = "; `psyche demo --out runs/demo` makes it" if config.model.path.startswith("runs/demo/") else ""
         raise UserError(f"{error} (the config's model.path; --set model.path=FOLDER{made})") from error
-    for place in (*train, config.data.evaluation):
-        if place is not None:
-            check_readable(place)
+    for place in train:
+        check_readable(place)
+    if config.data.evaluation is not None:
+        try:
+            check_readable(config.data.evaluation)
+        except UserError as error:
+            how = "the config's data.evaluation; --set data.evaluation=null does without"
+            raise UserError(f"{error} ({how})") from error
     if not in_bucket(config.run.dir):
         check_place(Path(config.run.dir), config_to_dict(config), None, accepted, early=True)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from psyche_jax.config_files import parse_config, read_values
-from psyche_jax.data.mapping import HEAD, KINDS, USES, Form, ImportConfig
+from psyche_jax.data.mapping import HEAD, KINDS, USES, ColumnsSection, Form, ImportConfig
 from psyche_jax.data.sources import guess_encoding, read_rows
 from psyche_jax.data.text import lettered_options
 from psyche_jax.errors import RowError, UsageError
@@ -56,11 +56,15 @@ def guess_config(source: str, overrides: Sequence[str] = ()) -> tuple[ImportConf
       UsageError: an override is wrong, or it cannot be told where question and answer, or the turns, are.
     """
     given = read_values(None, overrides)
+    parse_config(ColumnsSection, given.get("columns") or {}, "--set columns")  # a misspelt one hides what is there
     reading = {"encoding": guess_encoding(source), **(given.get("reading") or {})}
     probe = parse_config(
         ImportConfig, {**given, "columns": {"messages": ""}, "record": None, "reading": reading}, "--set"
     )
-    head = [row for _, row in itertools.islice(read_rows(source, probe.reading), HEAD) if not isinstance(row, RowError)]
+    first = [*itertools.islice(read_rows(source, probe.reading), HEAD)]
+    head = [row for _, row in first if not isinstance(row, RowError)]
+    if first and not head:
+        raise UsageError(f"{first[0][0]}: {first[0][1]}, nor can the rows that follow be read")
     there = list(dict.fromkeys(name for row in head for name in row))
     columns = {**_columns(there, head, given), **(given.get("columns") or {})}
     if not any(columns.get(form) for form in ("question", "user", "messages")):

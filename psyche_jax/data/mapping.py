@@ -410,15 +410,25 @@ def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
     if isinstance(value, str):
         value = _json(value, columns.messages)
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        raise RowError(f"no list of turns in {columns.messages!r}", repr(value)[:80])
+        others = [column for column, other in row.items() if other and isinstance(other, list)]
+        detail = f"there is one in {others[0]!r}: import such rows apart" if others and not value else repr(value)[:80]
+        raise RowError(f"no list of turns in {columns.messages!r}", detail)
     messages = []
     for turn in value:
         named = turn.get(turns.role)
         role = turns.roles.get(named) if isinstance(named, str) else None
         if role is None:
             raise RowError("a role that `turns.roles` does not name", repr(named)[:80])
-        messages.append(Message(role, _text(turn, turns.content)))
+        messages.append(Message(role, _text({**turn, turns.content: _joined(turn.get(turns.content))}, turns.content)))
     return tuple(messages)
+
+
+def _joined(content: Any) -> Any:
+    """What a turn says; where that is a list of parts, as OpenAI writes it, and all are text, these together."""
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
+    said = [text for text in texts if isinstance(text, str)]
+    return "\n".join(said) if parts and len(said) == len(parts) else content
 
 
 def _text(row: Mapping[str, Any], column: str | None) -> str:

@@ -102,8 +102,8 @@ def _ending(name: str) -> str:
 
 
 def guess_encoding(source: str) -> str:
-    """Return "utf-16" where a source's first file has that mark, "gb18030" where more of its first lines are text in
-    that than in UTF-8, which most are not, else "utf-8"."""
+    """Return "utf-16" where a source's first file has that mark, "gb18030" where its first lines are Chinese in that
+    and most are not UTF-8, else "utf-8"."""
     if source.startswith(hub.PREFIX):
         return "utf-8"
     for name, path in _files(source):
@@ -115,18 +115,21 @@ def guess_encoding(source: str) -> str:
             return "utf-16"
         lines = sample.split(b"\n")[: -1 if len(sample) == _SAMPLE else None]
         telling = [line for line in lines if not line.isascii()]
-        as_utf_8, as_gb18030 = (sum(_is_text(line, encoding) for line in telling) for encoding in ("utf-8", "gb18030"))
-        # Much of what is UTF-8 could be GB18030 too, if gibberish, and next to nothing the other way round.
-        return "gb18030" if as_gb18030 > as_utf_8 and 2 * as_utf_8 < len(telling) else "utf-8"
+        as_utf_8 = sum(_decoded(line, "utf-8") is not None for line in telling)
+        as_gb18030 = [text for line in telling if (text := _decoded(line, "gb18030")) is not None]
+        # Much of what is UTF-8 could be GB18030 too, if gibberish, and next to nothing the other way round. Accents of
+        # Latin encodings can be single Chinese characters within words, seldom two in a row, and seldom in every line.
+        chinese = [text for text in as_gb18030 if re.search("[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]{2}", text)]
+        likely = 2 * len(chinese) >= len(as_gb18030) and 2 * as_utf_8 < len(telling)
+        return "gb18030" if likely and len(as_gb18030) > max(as_utf_8, len(telling) // 2) else "utf-8"
     return "utf-8"
 
 
-def _is_text(line: bytes, encoding: str) -> bool:
+def _decoded(line: bytes, encoding: str) -> str | None:
     try:
-        line.decode(encoding)
+        return line.decode(encoding)
     except UnicodeError:
-        return False
-    return True
+        return None
 
 
 def _jsonl(name: str, path: Path, encoding: str) -> Iterator[Row]:

@@ -76,4 +76,4 @@ def serve_config(path: Path | None, overrides: Sequence[str], flags: Mapping[str
       UsageError: a key or a value is wrong.
     """
     values = read_values(path, overrides) | {name: value for name, value in flags.items() if value is not None}
-    return parse_config(ServeConfig, values, "serve" if path is None else str(path))
+    return parse_config(ServeConfig, values, "the settings" if path is None else str(path))

@@ -195,7 +195,7 @@ def listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except (OSError, OverflowError, UnicodeError) as error:
         listening.close()
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or f"{error}".removeprefix("bind(): ").rstrip(".")
         raise UserError(f"cannot serve on {host} port {port}: {reason}; choose another with --port") from None
     listening.listen(512)  # before the address is shown: who comes at once waits, and is not refused
     listening.setblocking(False)

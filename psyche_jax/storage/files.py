@@ -217,7 +217,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     what makes such a folder whole must be written last.
 
     Raises:
-      UserError: `path` exists and is not an empty folder, or its bucket cannot be used.
+      UserError: `path` exists and is not an empty folder, cannot be made, or its bucket cannot be used.
     """
     with bucket_errors(path):
         check_new_folder(path)
@@ -230,9 +230,11 @@ def new_folder(path: Path) -> Iterator[Path]:
                 raise
             return
     path = path.resolve()  # "." has no name
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
     try:
         yield partial
         partial.replace(path)

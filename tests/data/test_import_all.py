@@ -103,6 +103,15 @@ OTHER_ROWS = {
     "Alpaca without input": ({"instruction": "问", "input": "", "output": "答"}, ("问", "答")),
     "ShareGPT": ({"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]}, ("问", "答")),
     "OpenAI": ({"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]}, ("问", "答")),
+    "OpenAI in parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "问"}, {"type": "text", "text": "二"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "答"}]},
+            ]
+        },
+        ("问\n二", "答"),
+    ),
     "clients": ({"turns": [{"role": "client", "content": "问"}, {"role": "counselor", "content": "答"}]}, ("问", "答")),
     "pairs": ({"question": "问", "answer": "答案不是字母"}, ("问", "答案不是字母")),
     "reasoning": ({"Question": "问", "Complex_CoT": "想", "Response": "答"}, ("问", "<think>想</think>\n答")),
@@ -116,6 +125,22 @@ def test_dialogues_of_known_formats(row, turns, tmp_path):
     assert record_of(row, config) == Dialogue((Message("user", turns[0]), Message("assistant", turns[1])))
 
 
+def test_turns_that_are_no_text_or_in_another_column_are_named(tmp_path):
+    image = [{"type": "text", "text": "问"}, {"type": "image_url", "image_url": {"url": "x"}}]
+    rows = [
+        {"messages": [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]},
+        {"messages": [{"role": "user", "content": image}, {"role": "assistant", "content": "答"}]},
+        {"conversations": [{"from": "human", "value": "问"}, {"from": "gpt", "value": "答"}]},
+    ]
+    source = tmp_path / "a.json"
+    source.write_text(json.dumps(rows))
+    config, _ = guess_config(str(source))
+    with pytest.raises(RowError, match="no text in"):
+        record_of(rows[1], config)
+    with pytest.raises(RowError, match=r"no list of turns in .messages. .there is one in 'conversations': import such"):
+        record_of(rows[2], config)
+
+
 def test_what_is_set_is_not_guessed(tmp_path):
     source = tmp_path / "a.csv"
     source.write_text("题面,题目,A,B,答案,解析\n问,目,x,y,A,因\n")
@@ -127,6 +152,7 @@ def test_what_is_set_is_not_guessed(tmp_path):
         ("题目,A,B,C,答案\n问,x,y,z,1\n", [], "'答案' holds numbers; use --set answer_is=number if 1 is A"),
         ("题目,A,B,C,答案\n一加一,1,2,3,2\n一加二,1,2,3,3\n", [], "text if it is an option's own"),
         ("题目,A,B,答案\n问,x,y,A\n", ["columns.answer=答"], "there is no column '答'; did you mean '答案'?"),
+        ("题目,A,B,答案\n问,x,y,A\n", ["columns.anser=答案"], "unknown key 'anser'; did you mean 'answer'?"),
     ):
         source.write_text(header)
         with pytest.raises(UsageError, match=message):
@@ -226,6 +252,18 @@ def test_a_damaged_line_of_utf_8_does_not_make_the_rest_gb18030(tmp_path):
     source.write_bytes("\n".join(lines).encode() + "\n问,x,y,A\n".encode("gb18030"))
     assert guess_config(str(source))[0].reading.encoding == "utf-8"
     source.write_bytes("\n".join(lines).encode("gb18030"))
+    assert guess_config(str(source))[0].reading.encoding == "gb18030"
+
+
+def test_accents_are_no_chinese(tmp_path):
+    """In GB18030 an accented letter and the next one can be a single character: `thé` + `o` would be `th閛`."""
+    source = tmp_path / "a.csv"
+    rows = [f"Quelle théorie {n} de l'hérédité?,été,hiver,A" for n in range(5)]
+    source.write_bytes("\n".join(["question,A,B,answer", *rows]).encode("latin-1"))
+    with pytest.raises(UsageError, match=r"a.csv:2: not utf-8 text .set reading.encoding., nor can"):
+        guess_config(str(source))
+    assert guess_config(str(source), ["reading.encoding=latin-1"])[0].reading.encoding == "latin-1"
+    source.write_bytes("题目,A,B,答案\n问,x,y,A\n爱？,x,y,B\n".encode("gb18030"))
     assert guess_config(str(source))[0].reading.encoding == "gb18030"
 
 

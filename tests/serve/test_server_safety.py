@@ -1,6 +1,7 @@
 """Who may ask, how much, how long; shutting down; and nothing of the machine in an answer."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -273,6 +274,22 @@ def test_told_to_stop_it_finishes_what_it_has_begun(tiny_model):
     assert running.process.wait(60) == 0 and "Traceback" not in running.log
     with pytest.raises(httpx.ConnectError):
         httpx.get(running.address)
+
+
+def test_interrupted_while_it_compiles(tiny_model, tmp_path):
+    """Another thread compiles then, and must not outlive the interpreter: that ended with an abort."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "psyche_jax.cli", "serve", str(tiny_model), "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
+    )
+    assert process.stderr is not None
+    assert next(line for line in process.stderr if line.startswith("compiling"))
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert (process.returncode, rest) == (1, "psyche serve: interrupted\n")
 
 
 @pytest.mark.slow
