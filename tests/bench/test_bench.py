@@ -265,7 +265,7 @@ def test_visits_to_the_host_are_seen():
             "sft --config grpo_7b_v5e16",
             "--config grpo_7b_v5e16: prompts_per_step is a key of GRPO; psyche bench sft takes a config of SFT",
         ),
-        ("sft --config import", "import: the key 'run' is missing"),
+        ("sft --config import", "import: unknown key 'record'; valid keys here: run, model, data"),
         (
             "sft --set max_new_tokens=3",
             "--set: max_new_tokens is a key of GRPO; psyche bench sft takes a config of SFT",

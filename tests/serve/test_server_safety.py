@@ -278,12 +278,15 @@ def test_told_to_stop_it_finishes_what_it_has_begun(tiny_model):
 
 def test_interrupted_while_it_compiles(tiny_model, tmp_path):
     """Another thread compiles then, and must not outlive the interpreter: that ended with an abort."""
+    # Who is started in the background of a script ignores SIGINT, and so would the server.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "psyche_jax.cli", "serve", str(tiny_model), "--port", "0"],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)},
     )
+    signal.signal(signal.SIGINT, inherited)
     assert process.stderr is not None
     assert next(line for line in process.stderr if line.startswith("compiling"))
     time.sleep(1)
