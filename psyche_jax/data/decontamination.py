@@ -119,20 +119,17 @@ class _Index:
         case_shingles: list[frozenset[str]] = [frozenset()]
         case_of = []
         sizes = []
-        self._common = _said_by_most([one for one in questions if not isinstance(one, Question)])
-        for number, question in enumerate(questions):
-            stem, options = _text(question)
-            case, may_be_short = "", False
-            if isinstance(question, Question):
-                stem = str(question.meta.get("question", stem))
-                case = comparable(str(question.meta.get("case", "")))
-                may_be_short = not case
+        asked = [_asked(question) for question in questions]
+        whole = [shingles(_joined(stem, options)) for stem, options, _ in asked]
+        self._common = _held_by_most([one for one, (*_, case) in zip(whole, asked, strict=True) if case is None])
+        for number, (stem, options, of_case) in enumerate(asked):
+            case = of_case or ""
             if case not in cases:
                 cases[case] = len(cases)
                 case_shingles.append(shingles(case))
             case_of.append(cases[case])
-            own = shingles(_joined(stem, options)) - self._common
-            sizes.append(len(own) if may_be_short or len(own) >= _LEAST else 0)
+            own = whole[number] - self._common
+            sizes.append(len(own) if of_case == "" or len(own) >= _LEAST else 0)
             if sizes[-1] or not case:
                 self._exact[_key(stem, options)].append(number)
             for shingle in own:
@@ -182,10 +179,18 @@ class _Index:
         return Leak(reason, similarity, record.id, text[:200], question.id, asked[:200])  # type: ignore[attr-defined]
 
 
-def _said_by_most(conversations: Sequence[BaseRecord]) -> frozenset[str]:
+def _held_by_most(conversations: Sequence[frozenset[str]]) -> frozenset[str]:
     """Shingles that most of several conversations hold, as of an instruction that stands in each: they say nothing."""
-    counts = Counter(shingle for one in conversations for shingle in shingles(_joined(*_text(one))))
+    counts = Counter(shingle for found in conversations for shingle in found)
     return frozenset(shingle for shingle, count in counts.items() if count > max(2, len(conversations) / 2))
+
+
+def _asked(record: BaseRecord) -> tuple[str, tuple[str, ...], str | None]:
+    """As `_text`, of a question without its case, and that case as it is compared; None: a conversation."""
+    text, options = _text(record)
+    if not isinstance(record, Question):
+        return text, options, None
+    return str(record.meta.get("question", text)), options, comparable(str(record.meta.get("case", "")))
 
 
 def _key(stem: str, options: Iterable[str]) -> tuple[str, tuple[str, ...]]:

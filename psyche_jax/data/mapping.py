@@ -419,7 +419,7 @@ def _turns(row: Mapping[str, Any], config: ImportConfig) -> tuple[Message, ...]:
         role = turns.roles.get(named) if isinstance(named, str) else None
         if role is None:
             raise RowError("a role that `turns.roles` does not name", repr(named)[:80])
-        messages.append(Message(role, _text({**turn, turns.content: _joined(turn.get(turns.content))}, turns.content)))
+        messages.append(Message(role, _as_text(_joined(turn.get(turns.content)), turns.content)))
     return tuple(messages)
 
 
@@ -432,7 +432,10 @@ def _joined(content: Any) -> Any:
 
 
 def _text(row: Mapping[str, Any], column: str | None) -> str:
-    value = row.get(column or "")
+    return _as_text(row.get(column or ""), column)
+
+
+def _as_text(value: Any, column: str | None) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RowError(f"no text in {column!r}", repr(value)[:80] if _is_filled(value) else "")
     return value.strip()

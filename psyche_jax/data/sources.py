@@ -166,7 +166,7 @@ def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
                 for line in range(begin + 1, reader.line_num + 1):  # that a quote which does not end has taken along
                     yield f"{name}:{line}", RowError("not CSV", f"within the row of line {begin}")
                 continue
-            yield where, RowError(f"not {encoding} text", "set reading.encoding") if _no_text(values) else values
+            yield where, NotTextError(f"not {encoding} text", "set reading.encoding") if _no_text(values) else values
 
     yield from _under_header(cells())
 
@@ -221,7 +221,7 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
     if not head:
         return
     if isinstance(first := head[0][1], RowError):
-        how = "; set reading.encoding (for example gb18030)" if "text" in first.reason else ""
+        how = "; set reading.encoding (for example gb18030)" if isinstance(first, NotTextError) else ""
         raise UserError(f"{head[0][0]}: the header is {first.reason}{how or f' ({first})'}")
     wide = (number for number, (_, row) in enumerate(head) if not isinstance(row, RowError) and len(_filled(row)) > 1)
     start = next(wide, 0)
@@ -230,8 +230,7 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
     header = [name.strip() for name in names]
     while len(header) > 1 and not header[-1]:  # Excel's empty columns at the end
         header.pop()
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise UserError(f"{where}: two columns have the name {twice[0]!r}")
+    _check_names(where, [name for name in header if name])
     for where, row in chain(head[start + 1 :], filled):
         if isinstance(row, RowError):
             yield where, row
@@ -239,6 +238,11 @@ def _under_header(rows: Iterator[_Cells]) -> Iterator[Row]:
             yield where, RowError("a different number of columns than the header", f"{len(row)}, not {len(header)}")
         else:
             yield where, {name: value for name, value in zip(header, row, strict=False) if name}
+
+
+def _check_names(where: str, names: Sequence[str]) -> None:
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{where}: two columns have the name {twice[0]!r}")
 
 
 def _filled(row: Sequence[str]) -> list[str]:
@@ -252,9 +256,7 @@ def _parquet(name: str, path: Path, _: str) -> Iterator[Row]:
     number = 0
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-            names = file.schema_arrow.names
-            if twice := [column for column in names if names.count(column) > 1]:
-                raise UserError(f"{name}: two columns have the name {twice[0]!r}")
+            _check_names(name, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
