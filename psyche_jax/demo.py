@@ -51,9 +51,9 @@ from psyche_jax.evaluate.evaluation import evaluate, evaluation_file
 from psyche_jax.evaluate.local import LocalModel
 from psyche_jax.evaluate.report import write_report
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import make_portable, write_weights
 from psyche_jax.model.qwen2 import Execution, bind, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards import AnswerSetRule, ThinkFormatRule
 from psyche_jax.storage.files import new_folder, read_json, write_json

@@ -25,9 +25,9 @@ from psyche_jax.data.records import Message, Question, question_text, read_recor
 from psyche_jax.demo import chat_template
 from psyche_jax.evaluate.local import complete
 from psyche_jax.model.config import RopeScaling
-from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train import stored_models
 from psyche_jax.train.step_folders import write_checksums

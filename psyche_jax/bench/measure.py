@@ -18,9 +18,10 @@ from psyche_jax.bench.options import What
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.model.adapters import initial_adapters, joined, without_adapter
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling, generate_counted
+from psyche_jax.model.decode import generate_counted
 from psyche_jax.model.flops import memory_bandwidth, peak_of_all_devices
 from psyche_jax.model.qwen2 import Execution, Parameters, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import check_mesh_fits
 from psyche_jax.plan.compile import sharding_of
 from psyche_jax.plan.roofline import count_phases, decoding_of

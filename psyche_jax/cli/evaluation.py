@@ -317,7 +317,7 @@ def _model_to_evaluate(arguments: argparse.Namespace) -> "LocalModel | Endpoint"
         )
     start.start_jax()
     from psyche_jax.evaluate.local import LocalModel
-    from psyche_jax.model.decode import Sampling
+    from psyche_jax.model.sampling import Sampling
 
     return LocalModel(
         arguments.model,

@@ -19,10 +19,11 @@ from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message
 from psyche_jax.data.streams import pad_prompts
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import generate
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.log_probs import response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, bind
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train.stored_models import open_model
 

@@ -38,9 +38,10 @@ from psyche_jax.data.chat import prompt_tokens
 from psyche_jax.data.records import Message, RlPrompt, SftExample, answer_mask, read_records, write_records
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.errors import UserError
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import generate
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.rewards.reference import score_response
 from psyche_jax.rewards.score import compile_rules, score

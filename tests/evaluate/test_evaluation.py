@@ -19,9 +19,9 @@ from psyche_jax.evaluate.answers import Completion
 from psyche_jax.evaluate.benchmarks import read_benchmark
 from psyche_jax.evaluate.local import LocalModel, complete
 from psyche_jax.evaluate.tasks import Benchmark
-from psyche_jax.model.decode import Sampling
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train.stored_models import open_model
 

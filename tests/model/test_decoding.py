@@ -24,8 +24,9 @@ from support.qwen2_reference import (
     worst,
 )
 
-from psyche_jax.model.decode import Sampling, draw, filter_logits, generate, uniform
+from psyche_jax.model.decode import generate
 from psyche_jax.model.qwen2 import KVCache, bind
+from psyche_jax.model.sampling import Sampling, draw, filter_logits, uniform
 
 LENGTHS = (5, 1, 9, 8)
 PROMPT_LENGTH = 11

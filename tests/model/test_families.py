@@ -32,12 +32,12 @@ from support.qwen2_reference import (
 )
 
 from psyche_jax.model.config import ModelConfig, RopeScaling, read_hf_config
-from psyche_jax.model.decode import Sampling
 from psyche_jax.model.flops import layer_weights
 from psyche_jax.model.huggingface import expected_shapes, tensor_names, write_weights
 from psyche_jax.model.log_probs import token_scores
 from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.rotary import rotary_tables
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
 # Heads whose sizes have nothing to do with the width, with and without biases, tied or not; every kind of RoPE.

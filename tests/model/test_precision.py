@@ -9,10 +9,11 @@ import pytest
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import generate
 from psyche_jax.model.kernels import self_attention
 from psyche_jax.model.log_probs import response_hidden, token_scores
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 
 PROMPTS, GENERATIONS, LENGTH, NEW = 2, 2, 8, 24

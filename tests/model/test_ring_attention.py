@@ -13,9 +13,10 @@ from support.tiny_plans import needs_libtpu
 from psyche_jax.model import qwen2
 from psyche_jax.model.attention import Source, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import generate
 from psyche_jax.model.kernels import ring_attention, ring_block
 from psyche_jax.model.qwen2 import Execution, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.plan.slices import parse_topology
 

@@ -12,8 +12,9 @@ from support.qwen2_reference import SMALL, Shape, apart, jit, logits, one_device
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model import decode
-from psyche_jax.model.decode import Sampling, draw, generate_counted, uniform
+from psyche_jax.model.decode import generate_counted
 from psyche_jax.model.qwen2 import Execution
+from psyche_jax.model.sampling import Sampling, draw, uniform
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.plan.collectives import find_copies
 from psyche_jax.plan.hlo import Module

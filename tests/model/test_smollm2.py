@@ -11,8 +11,9 @@ import pytest
 import transformers
 from support.qwen2_reference import Batch, apart, logits, padded, read, scores, torch, worst
 
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import generate
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.model.sampling import Sampling
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "learning" / "smollm2.py"
 TEXT = (

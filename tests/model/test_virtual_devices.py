@@ -12,8 +12,8 @@ from support.qwen2_reference import Shape, loss_and_gradient, one_device, padded
 
 from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling
 from psyche_jax.model.qwen2 import Execution, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh, training_sharding
 
 SHAPE = Shape(False, 8, 4, 6, 64, 88, 2, 136)

@@ -11,8 +11,9 @@ import pytest
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.decode import Sampling, generate_counted
+from psyche_jax.model.decode import generate_counted
 from psyche_jax.model.qwen2 import Execution, initialize
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.plan.rollout import draw_lengths, simulate
 

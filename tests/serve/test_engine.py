@@ -9,8 +9,9 @@ import pytest
 from support.tiny import save_model
 
 from psyche_jax.data.streams import pad_prompts
-from psyche_jax.model.decode import Sampling, generate, keep_nucleus
+from psyche_jax.model.decode import generate
 from psyche_jax.model.qwen2 import Execution, bind
+from psyche_jax.model.sampling import Sampling, keep_nucleus
 from psyche_jax.model.sharding import DECODE_RULES, TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.serve.engine import MOST_ALTERNATIVES, Batch, Chunk, Engine, RowSettings
 from psyche_jax.train.stored_models import open_model

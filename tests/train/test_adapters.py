@@ -44,8 +44,9 @@ from psyche_jax.data.records import SftExample, read_records
 from psyche_jax.data.streams import pad_examples
 from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import adapters_of, initial_adapters, joined
-from psyche_jax.model.decode import Sampling, generate
+from psyche_jax.model.decode import generate
 from psyche_jax.model.huggingface import load_tokenizer, tensor_names
+from psyche_jax.model.sampling import Sampling
 from psyche_jax.storage.files import read_json
 from psyche_jax.train.checkpoints import array_differences
 from psyche_jax.train.grpo_run import train_grpo
