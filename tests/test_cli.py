@@ -221,6 +221,7 @@ def test_eval(model, capsys):
     assert json.loads(Path("new/e.json").read_text())["label"] == "model"
 
 
+@pytest.mark.slow
 def test_from_a_model_folder_to_a_report(model, capsys):
     """import, sft, grpo from it, eval and export of the runs, report: what each leaves."""
     assert cli.main(["import", "model", "checkpoint"]) == 0

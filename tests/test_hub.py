@@ -112,6 +112,7 @@ def test_no_network(hub, tmp_path):
     assert "cannot be reached" in offline
 
 
+@pytest.mark.slow
 def test_a_mirror_whose_xet_store_does_not_work(hub):
     """One that knows no file, one that refuses, one that is silent, one without tokens: one line each, in short."""
     with socket.create_server(("127.0.0.1", 0)) as silent:

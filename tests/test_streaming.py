@@ -305,6 +305,7 @@ print(peak[0] - base)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_does_not_grow_with_the_model(figure):
     """Leaves of 134 MB, 460 MB in all, in pieces of 8 MB."""

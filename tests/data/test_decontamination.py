@@ -123,6 +123,7 @@ def test_conversations_are_looked_for_too():
     assert len(decontaminate([*prompts[:6], prompts[6]], prompts[6:]).leaks) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason=f"{SHARED} is absent")
 def test_cpsyexam_and_pceb():
     """Every exact leak, by a search of its own; every case that stands in a training stem."""

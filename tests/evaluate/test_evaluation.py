@@ -72,6 +72,7 @@ def run(model):
     return completions
 
 
+@pytest.mark.slow
 def test_greedy_does_not_depend_on_batches_or_devices(run):
     expected = run(batch_size=64, devices=1)
     assert len(expected) == len(PROMPTS)

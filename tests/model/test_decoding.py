@@ -162,6 +162,7 @@ def surprise(draws, exact):
     return (statistic - cells) / np.sqrt(2 * cells)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_draws_follow_the_distribution(temperature, port, figure):
     rows, batch = prompts(lengths=(6, 4))

@@ -167,6 +167,7 @@ def test_numbers_of_parameters(models):
     assert layer_weights(port.config) == sum(p.numel() for p in matrices)
 
 
+@pytest.mark.slow
 def test_two_parts_of_the_heads(tmp_path, figure):
     """Scores, gradients and greedy text of a Qwen3 on a mesh with a tensor axis of two are those of one device."""
     shape = SHAPES[1]

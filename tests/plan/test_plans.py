@@ -87,6 +87,7 @@ def test_sft(tmp_path, capsys):
     assert collectives["layer_loop"]["count"] >= 14 * 2 * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("program", "dtype"), [("sft", "bfloat16"), ("grpo", "bfloat16"), ("grpo", "int8")])
 def test_adapters_over_a_small_base(program, dtype, tmp_path, capsys):
     """The base is held once, also where it is the reference; what is trained is small."""
@@ -101,6 +102,7 @@ def test_adapters_over_a_small_base(program, dtype, tmp_path, capsys):
     assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_grpo(tmp_path, capsys):
     config = write_config(tmp_path, "grpo")
     code, result, _ = plan(capsys, config, "--program", "grpo")
@@ -129,6 +131,7 @@ def test_grpo(tmp_path, capsys):
     assert any("as long as --lengths mean=20,p90=40 says" in line for line in ragged["assumptions"])
 
 
+@pytest.mark.slow
 def test_heads_of_half_the_lanes(tmp_path, capsys, monkeypatch):
     """As of Qwen2.5-0.5B, Llama-3.2-1B, SmolLM2: splash takes them, and decoding does not turn their cache."""
     programs, parse = [], Module.parse
@@ -140,6 +143,7 @@ def test_heads_of_half_the_lanes(tmp_path, capsys, monkeypatch):
     assert all(part in programs[0] for part in ("splash_mqa_fwd", "splash_mqa_dkv"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_decoding_reads_a_layers_weights_where_they_lie(tmp_path, capsys, monkeypatch, head_dim):
     """No matrix is cut out of its stack before its product; cut into heads, those of attention were."""
@@ -219,6 +223,7 @@ def test_memory_of_other_chips(topology):
     assert limit / 2**30 == pytest.approx(slice_.chip.hbm_gib, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("topology", "devices"), [("v5litepod-1", 1), ("v6e-1", 1), ("tpu7x:2x2x1", 8)])
 def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
     """With one chip nothing is sent; of two devices a chip each has its own memory and half of the peak."""

@@ -28,6 +28,7 @@ def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.Fixtu
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", 20_000, 6), ("qwen", 6_000, 5))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 2000, 9), *SLOW])
 def test_graph_agrees_with_reference_on_forms(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
     """The natural reading, each form alone, lower-case letters, markers of one's own."""

@@ -283,6 +283,7 @@ def test_the_gate_can_be_off(another_server):
     assert running.stop() == 0
 
 
+@pytest.mark.slow
 def test_what_a_conversation_begins_with_is_compiled_before_serving(another_server):
     running = another_server("--plain", "--set", "warm=true", JAX_LOG_COMPILES="1")
     programs = re.compile(r"Finished XLA compilation of jit\(_(?:read|grown|enter|advance)\)")

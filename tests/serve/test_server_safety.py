@@ -233,6 +233,7 @@ def test_the_page_is_told_each_number_of_the_fixed_texts(server):
     assert {"12356", "120", "110"} <= set(httpx.get(f"{server.address}/about").json()["numbers"])
 
 
+@pytest.mark.slow
 def test_too_many_at_once_get_429_and_nobody_is_lost(another_server):
     running = another_server("--set", "limits.rows=2", "--set", "limits.choices=2", "--set", "limits.waiting=2")
     body = {**BODY, "max_tokens": 300, "temperature": 1, "n": 2}
@@ -260,6 +261,7 @@ def test_a_response_that_takes_too_long_is_ended(another_server):
     assert "the response took too long" in last
 
 
+@pytest.mark.slow
 def test_told_to_stop_it_finishes_what_it_has_begun(tiny_model):
     running = start_server(tiny_model)
     httpx.post(running.address + URL, json=BODY, timeout=60)

@@ -121,6 +121,7 @@ def test_what_serves_takes_the_run_as_it_is(runs, tmp_path):
     assert served_tokens(runs / "sft") == served_tokens(tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_without_training_the_policy_is_the_base(tiny_root, figure):
     """As long as B is 0, to the bit; in decoding, whose programs the compiler fuses otherwise, the tokens are."""
     config, base = parameters_at(tiny_root / "model")
@@ -315,6 +316,7 @@ def test_other_adapters_cannot_resume(adapter, line, runs):
     assert len(said.splitlines()) == 1, said
 
 
+@pytest.mark.slow
 def test_adapters_cannot_resume_all_weights(root):
     """Also of a run from before there were adapters, whose config has no such key."""
     train_sft(sft_config(root, epochs=1.0))

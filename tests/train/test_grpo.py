@@ -114,6 +114,7 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
     return Plain(jax.device_get(parameters), losses, norms, total)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True], ids=["one update", "two updates"])
 def test_a_step_is_that_of_the_plain_implementation(several, tiny_root, tiny_config, figure):
     """The second step: there the policy has left the reference, so that the KL term has a gradient."""
@@ -223,6 +224,7 @@ def test_the_reference_stays_where_it_was(tiny_root, figure):
     assert largest_difference(ours.parameters[1], ours.parameters[0]) > 0
 
 
+@pytest.mark.slow
 def test_truncated_responses_teach_nothing(tiny_root):
     """On policy the loss is minus the mean advantage, by token: of the responses that stop."""
     this = Bench(tiny_root, objective=ObjectiveSection("dapo", kl_coefficient=0.0, mask_truncated=True))
@@ -235,6 +237,7 @@ def test_truncated_responses_teach_nothing(tiny_root):
     assert metrics["completions/mean_length"] == pytest.approx(samples["mask"].sum(axis=1).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("candidates", "tokens"), [(16, 2), (8, 2)], ids=["a slate", "a filter"])
 def test_dynamic_sampling(candidates, tokens, tiny_root):
     """Trained on are the first prompts of the slate whose responses are not equally right, by the rule alone."""
@@ -353,6 +356,7 @@ def test_samples_as_text(tiny_root):
         assert sample["advantage"] == rows["advantages"][row]
 
 
+@pytest.mark.slow
 def test_a_step_without_anything_to_learn_changes_nothing(tiny_root):
     """All rewards equal and no KL term: the loss is 0, the parameters stay, bit for bit."""
     rules = (ThinkFormatRule(), AnswerSetRule())
@@ -363,6 +367,7 @@ def test_a_step_without_anything_to_learn_changes_nothing(tiny_root):
     assert largest_difference(result.parameters[1], result.parameters[0]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [False, True], ids=["one update", "several"])
 def test_groups_that_all_fall_out_change_nothing(several, tiny_root):
     """Dynamic sampling keeps no prompt, since a rule is the same for all: AdamW's moments, its count of updates, and
@@ -393,6 +398,7 @@ def test_groups_that_all_fall_out_change_nothing(several, tiny_root):
     assert not {"completions/mean_length", "num_tokens", "learning_rate"} & gone
 
 
+@pytest.mark.slow
 def test_it_learns(tiny_root):
     """To answer in ASCII, from chance: three seeds of one program."""
     rules = (PatternRule(pattern="[ -~]+", name="ascii"),)

@@ -175,6 +175,7 @@ def test_rewards_that_are_always_equal_are_warned_of_once(train, capsys):
     assert said[0].startswith("grpo: in 10 steps in a row all responses to each prompt had the same reward")
 
 
+@pytest.mark.slow
 def test_a_run_whose_groups_all_fall_out(root, capsys):
     """Absent metrics are null, the steps are counted and warned of, and the policy stays what it was."""
     never = PatternRule(pattern="never said by anyone", name="never")

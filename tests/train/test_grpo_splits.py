@@ -13,6 +13,7 @@ from psyche_jax.rewards import FunctionReward
 from psyche_jax.rewards.score import compile_rules
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing(tiny_root, figure):
     """2 prompts at once in place of 8."""
     expected = outcome(tiny_root)
@@ -22,6 +23,7 @@ def test_micro_batches_change_nothing(tiny_root, figure):
 WIDE = ObjectiveSection("gspo", kl_coefficient=0.05, mask_truncated=True, top_entropy=0.5, sampler_cap=1.0001)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_of_what_looks_at_the_whole_batch(tiny_root, figure):
     """The limit of entropy, masked truncated responses, two passes; also against the objective by hand."""
     this = [Bench(tiny_root, objective=WIDE, passes_per_step=2, micro_batch_prompts=size) for size in (2, 8)]
@@ -99,6 +101,7 @@ def test_decoding_splits_weights_where_training_spreads_rows(tiny_root, figure):
     assert kernel.sharding.shard_shape(kernel.shape) == (2, 48, 32 // 8)
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one_with_minibatches(tiny_root, figure):
     """Parts of a step keep all devices busy and in the same order: 4 micro-batches of 8 responses."""
     compare(outcome(tiny_root, FSDP, True), outcome(tiny_root, several=True), figure, "8 devices, minibatches")

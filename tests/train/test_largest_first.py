@@ -60,6 +60,7 @@ def one_long(root):
     return root
 
 
+@pytest.mark.slow
 def test_grpo(one_long, compiled, monkeypatch):
     """The program of a step, and that of the evaluation."""
     data = GrpoDataSection(str(one_long / "rl.jsonl"), 64, str(one_long / "more.jsonl"))
@@ -72,6 +73,7 @@ def test_grpo(one_long, compiled, monkeypatch):
     assert lengths.count("evaluate") <= 2
 
 
+@pytest.mark.slow
 def test_grpo_with_functions(one_long, compiled, monkeypatch):
     (one_long / "a_judge.py").write_text(JUDGE)
     monkeypatch.syspath_prepend(str(one_long))

@@ -184,6 +184,7 @@ def test_the_best_by_another_evaluation_is_forgotten(what, root, verb):
         assert best["evaluation_loss"] == min(values.values()) > 0, "also of the last step, which is measured again"
 
 
+@pytest.mark.slow
 def test_the_code_of_reward_functions_is_remembered(tiny_root, tmp_path, monkeypatch):
     root = shutil.copytree(tiny_root, tmp_path / "work")
     config = grpo_config(root, rewards=(FunctionReward(function="my_judge:judge"),))
@@ -321,6 +322,7 @@ def test_micro_batches_are_part_of_the_loss_of_bnpo(tiny_root):
     assert "config" in changes(config_to_dict(old), config_to_dict(new))
 
 
+@pytest.mark.slow
 def test_a_run_that_ran_out_of_memory_goes_on_in_smaller_parts(root, verb):
     """To its end, with all that saves memory: the steps that were done stay, and the numbers but for rounding."""
     smaller = {"model": dataclasses.replace(configs(root, verb).model, remat="full"), "mesh": MeshSection(2, 2, 2)}

@@ -59,6 +59,7 @@ def finished(tiny_root, tmp_path_factory):
     return root / "run", config
 
 
+@pytest.mark.slow
 def test_a_finished_run(finished):
     run, config = finished
     start, *lines = read_lines(run / "metrics.jsonl")
@@ -219,6 +220,7 @@ def test_the_difference_of_configs_is_named(change, key, tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_stays_not_finite_ends_the_run(root, capsys):
     """With a rate that throws the parameters away: steps are skipped and counted, three in a row end the run with its
     state kept, what to do is said, exit code 1."""
@@ -239,6 +241,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run(root, capsys):
     assert read_checkpoint_metadata(find_checkpoint(root / "run"))["step"] == 4
 
 
+@pytest.mark.slow
 def test_records_that_do_not_fit_are_set_aside_by_name(root, capsys):
     with (root / "sft.jsonl").open("a", encoding="utf-8") as file:
         file.write("no json\n")

@@ -28,6 +28,7 @@ def watched(tmp_path: Path) -> Iterator[tuple[str, Path, subprocess.Popen[str]]]
         process.terminate()
 
 
+@pytest.mark.slow
 def test_a_run_is_followed(browser: Any, watched: tuple[str, Path, "subprocess.Popen[str]"]) -> None:
     url, run, process = watched
     page = browser.new_page(viewport={"width": 390, "height": 800})
