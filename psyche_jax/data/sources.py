@@ -10,7 +10,7 @@ import codecs
 import csv
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -187,22 +187,34 @@ def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:
         raise UserError(f"{name}: reading Excel files needs openpyxl; {how}") from None
     try:
         book = openpyxl.load_workbook(path, data_only=True)  # read_only would not know what is merged
+        formulas = openpyxl.load_workbook(path, read_only=True)  # a program that wrote one need not have computed it
         for sheet in book.worksheets:
+            computed = (cell for row in formulas[sheet.title].iter_rows() for cell in row if cell.data_type == "f")
+            absent = {cell.coordinate for cell in computed if sheet[cell.coordinate].value is None}
             cells = [*sheet.iter_rows(min_row=1, min_col=1)]
             rows = [[_cell(cell.value) for cell in row] for row in cells]
             for block in sheet.merged_cells.ranges:
                 for row in rows[block.min_row : block.max_row]:
                     row[block.min_col - 1] = rows[block.min_row - 1][block.min_col - 1]
-            faults = [next((cell.value for cell in row if cell.data_type == "e"), None) for row in cells]
-            told = [RowError("a formula failed", fault) if fault else None for fault in faults]
+            faults = [_fault(row, absent) for row in cells]
             yield from _under_header(
                 (f"{name} {sheet.title}: row {n}", fault or row)
-                for n, (fault, row) in enumerate(zip(told, rows, strict=True), start=1)
+                for n, (fault, row) in enumerate(zip(faults, rows, strict=True), start=1)
             )
     except UserError:
         raise
     except Exception as error:  # whatever damaged XML makes openpyxl and its parsers raise
         raise UserError(f"{name}: is broken, or not an Excel file ({first_reason(error)})") from None
+
+
+def _fault(row: Iterable[Any], absent: set[str]) -> RowError | None:
+    """Of cells of openpyxl; `absent`: the places of formulas without a value."""
+    for cell in row:
+        if cell.data_type == "e":
+            return RowError("a formula failed", cell.value)
+        if cell.coordinate in absent:
+            return RowError("a formula has no value: save the file in Excel or LibreOffice", cell.coordinate)
+    return None
 
 
 def _cell(value: Any) -> str:

@@ -287,6 +287,22 @@ def test_a_failed_formula_and_a_damaged_workbook(tmp_path):
             assert "\n" not in str(caught.value)
 
 
+def test_a_formula_that_was_never_computed_is_no_empty_cell(tmp_path):
+    """A program that writes one leaves its value to Excel; read as empty, a question loses an option, or a row all."""
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    for row in (
+        HEADER[1:8],
+        ["一？", "a", '=CONCAT("b", 1)', "c", None, "B", None],
+        ["二？", "a", "b", "c", None, "B", None],
+    ):
+        book.active.append(row)
+    book.save(tmp_path / "a.xlsx")
+    (_, faulty), (_, whole) = read_rows(str(tmp_path / "a.xlsx"), ReadingSection())
+    assert str(faulty) == "a formula has no value: save the file in Excel or LibreOffice (C2)"
+    assert whole[HEADER[1]] == "二？"
+
+
 def test_each_action_has_help_of_its_own(capsys):
     for action, option in {
         "import": "--hold-out",
