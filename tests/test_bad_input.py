@@ -361,7 +361,8 @@ def test_where_eval_cannot_write_is_found_before_it_begins(psyche, monkeypatch):
     for out in ("bench.jsonl/x.json", "/proc/new/x.json"):
         code, line = psyche(*EVAL, "--out", out)
         assert code == 1
-        assert "bench.jsonl" in line or "/proc/new" in line
+        assert "bench.jsonl: cannot be made" in line or "/proc/new: cannot be made" in line
+        assert "choose another --out" in line
 
 
 def test_demo(psyche):
@@ -393,10 +394,11 @@ def test_targets_that_exist(psyche):
 def test_targets_that_cannot_be_made(psyche):
     """Tests run as root, whom permissions do not stop: below a file, and where the kernel makes none."""
     for below in ("sft.yaml/new", "/proc/new"):
-        for arguments in (["import", "model", below], ["export", "model", below], with_set("sft", f"run.dir={below}")):
+        by_run = with_set("sft", f"run.dir={below}")
+        for arguments in (["import", "model", below], ["export", "model", below], by_run, ["demo", "--out", below]):
             code, line = psyche(*arguments)
             assert code == 1
-            assert below in line and ".partial" not in line
+            assert below in line and "choose another" in line and ".partial" not in line
 
 
 def test_report(place, psyche):

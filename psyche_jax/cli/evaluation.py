@@ -188,7 +188,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
     from psyche_jax.data.dataset import check_readable
     from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
-    from psyche_jax.storage.files import as_path, bucket_errors
+    from psyche_jax.storage.files import as_path, bucket_errors, make_folder
     from psyche_jax.train.step_folders import check_model
 
     # A wrong path is said before anything is loaded that takes time.
@@ -199,7 +199,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--against {arguments.against}: no such file")
 
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(arguments.out.parent, "--out")
 
     # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)

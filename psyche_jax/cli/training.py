@@ -12,7 +12,7 @@ from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, check_
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.config_files import config_to_dict, load_config, read_values
 from psyche_jax.errors import UsageError, UserError
-from psyche_jax.storage.files import check_new_folder, in_bucket, read_json, write_json
+from psyche_jax.storage.files import check_new_folder, in_bucket, make_folder, read_json, write_json
 from psyche_jax.train.run_changes import CHANGES
 
 
@@ -356,7 +356,7 @@ def _demo(arguments: argparse.Namespace) -> None:
             raise UserError(f"{out}: holds a demo with seed {old.get('seed')}; choose another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: is not empty and holds no demo; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out, "--out")
     write_json(marker, {"seed": arguments.seed})
     start.start_jax()
     from psyche_jax.demo import run_demo

@@ -203,6 +203,18 @@ def named_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def make_folder(folder: Path, setting: str) -> None:
+    """Make a folder, and those above it, where there is none.
+
+    Raises:
+      UserError: it cannot be made; another one can be chosen with `setting`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another {setting}") from None
+
+
 def check_new_folder(path: Path) -> None:
     """Raise UserError if there is something at `path` but an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

@@ -17,7 +17,7 @@ from psyche_jax.data.dataset import is_dataset, open_dataset
 from psyche_jax.data.records import Dialogue, Passage, Question
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.server import Names
-from psyche_jax.storage.files import write_text
+from psyche_jax.storage.files import make_folder, write_text
 from psyche_jax.storage.locks import locked
 from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
@@ -118,7 +118,7 @@ class _Stage:
 def _open_workshop(config: SynthConfig | SelectConfig, verb: str) -> Iterator["_Workshop"]:
     """The folder of a run, locked, with its config written and its stores open."""
     prompts, folder = Prompts(config.prompts), Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "run.dir")
     with locked(folder):
         for left in folder.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)

@@ -22,6 +22,7 @@ from psyche_jax.storage.files import (
     as_path,
     bucket_errors,
     in_bucket,
+    make_folder,
     write_json,
     write_text,
 )
@@ -307,7 +308,7 @@ def open_run(
         found = check_place(folder, config, contents, accepted)
         hosts.wait_for_all("checked the run's folder")
         if not in_bucket(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder, "run.dir")
     with _alone(folder) as lock:
         with bucket_errors(folder):
             if hosts.is_first():  # again: another run may have begun and ended here just now

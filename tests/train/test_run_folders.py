@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_made(verb, root, capsys):
         path = write_config(make(root, run=folder), root / "config.yaml")
         assert cli.main([verb, "--config", str(path)]) == 1
         lines = capsys.readouterr().err.strip().splitlines()
-        assert lines[-1].startswith(f"psyche {verb}: ")
+        assert lines[-1].startswith(f"psyche {verb}: ") and lines[-1].endswith("; choose another run.dir")
         assert not any("Traceback" in line for line in lines)
 
 
