@@ -80,7 +80,7 @@ class ReviewConflictError(UserError):
 
 
 class ReviewStore:
-    """Nothing is ever overwritten: the last decision on an item counts; `undo` takes it back, to the one before."""
+    """Nothing is ever overwritten: the last decision on an item counts; `undo` takes it back, see `standing`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path / STORE if path.is_dir() else path
@@ -205,15 +205,19 @@ class ReviewStore:
 
 
 def standing(history: Iterable[Decision]) -> dict[str, Decision]:
-    """The decision on each item that counts, by its id: the last one that no `undo` took back."""
+    """The decision on each item that counts, by its id: the last one that no `undo` took back.
+
+    Whoever decides blind sees, and takes back, only what they decided themselves.
+    """
     made: dict[str, list[Decision]] = {}
     for decision in history:
-        own = made.setdefault(decision.item, [])
+        stand = made.setdefault(decision.item, [])
+        seen = [one for one in stand if not decision.blind or one.who == decision.who]
         if decision.verdict != "undo":
-            own.append(decision)
-        elif own:
-            own.pop()
-    return {item: own[-1] for item, own in made.items() if own}
+            stand.append(decision)
+        elif seen:
+            stand.remove(seen[-1])
+    return {item: stand[-1] for item, stand in made.items() if stand}
 
 
 @dataclass(frozen=True)

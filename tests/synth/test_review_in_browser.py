@@ -157,6 +157,19 @@ def test_two_reviewers_agreement_is_counted_where_the_second_was_blind(tmp_path:
     store.close()
 
 
+def test_who_reviews_blind_takes_back_only_what_they_decided(tmp_path: Path) -> None:
+    store = ReviewStore(tmp_path)
+    name = make_question(0).id
+    store.add([make_question(0)])
+    store.decide(Decision(name, "reject", "王", blind=True))
+    store.decide(Decision(name, "accept", "李"))
+    for _ in range(2):
+        store.decide(Decision(name, "undo", "王", blind=True))
+        (item,) = store.items()
+        assert item.decision is not None and (item.decision.who, item.decision.verdict) == ("李", "accept")
+    store.close()
+
+
 def test_two_reviewers_do_not_overwrite_each_other(browser: Any, address: tuple[str, Path]) -> None:
     url, folder = address
     one, other = browser.new_page(), browser.new_page()
