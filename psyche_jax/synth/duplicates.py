@@ -90,7 +90,7 @@ class Duplicates:
         self._lsh = MinHashLSH(
             threshold=section.candidates, num_perm=section.permutations, storage_config=storage, weights=(0.2, 0.8)
         )
-        self._exact: dict[bytes, _Seen] = {}
+        self._exact: dict[bytes, dict[frozenset[str], str]] = {}  # a text → its keys, each with the first that has it
         self._seen: dict[str, _Seen] = {}
 
     def find(self, question: Question) -> Twin | None:
@@ -105,19 +105,22 @@ class Duplicates:
         bared = bare(stem)
         new = _Seen(question.id, bared, marks(bared), _middles([bare(option) for option in options]), right, kept)
         text = hashlib.sha256("\0".join((stem, *sorted(options))).encode()).digest()[:16]
-        if (old := self._exact.get(text)) is not None:
-            conflict = {old.options[index] for index in old.key} != {new.options[index] for index in right}
-            return Twin(old.id, exact=True, conflict=conflict)
+        keys, key = self._exact.get(text, {}), frozenset(options[index] for index in right)
+        if key in keys:
+            return Twin(keys[key], exact=True)
         minhash = MinHash(self._permutations, hashfunc=_hash)
         minhash.update_batch([shingle.encode() for shingle in _shingles(new.stem, new.options)])
         candidates = [self._seen[name] for name in sorted(self._lsh.query(minhash))]
         for old in candidates:
             if _same_stem(new, old) and _same_options(new, old):
                 return Twin(old.id)
-        self._exact[text] = new
+        first = next(iter(keys.values()), None)
+        self._exact[text] = {**keys, key: question.id}
         name = str(len(self._seen))
         self._seen[name] = new
         self._lsh.insert(name, minhash, check_duplication=False)
+        if first is not None:
+            return Twin(first, exact=True, conflict=True)
         return _doubtful(new, candidates) if self._doubts else None
 
     def close(self) -> None:

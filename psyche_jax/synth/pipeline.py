@@ -271,12 +271,24 @@ class _Workshop:
         return [[self.prompts[name].id for name in (*prompts, "again")], sampled, self.config.calls.reasks]
 
     def decided(self, questions: Iterable[Question | Outcome]) -> Iterator[Question | Outcome]:
-        """Questions as the reviewers left them; what became of those rejected, and of what was skipped before."""
-        decisions = {item.question.id: item.decision for item in self.review.items()}
+        """Questions as the reviewers left them; what became of those rejected, and of what was skipped before.
+
+        Of two that read the same but for their key, the one that a reviewer kept takes the place of the other.
+        """
+        decided = {item.question.id: (item.question, item.decision) for item in self.review.items() if item.decision}
+        kept = {one.meta.get("conflicts_with"): (one.id, by) for one, by in decided.values() if by.verdict != "reject"}
         for question in questions:
-            if isinstance(question, Outcome) or (found := decisions.get(question.id)) is None:
+            if isinstance(question, Outcome):
+                yield question
+                continue
+            name, by = kept.get(question.id, ("", None))
+            question = self.review.as_item(question)
+            if by is not None and name != question.id:
+                yield Outcome().drop(f"conflicting key: {by.who} kept that of {name}", question)
+            elif question.id not in decided:
                 yield question
             else:
+                _, found = decided[question.id]
                 rejected = f"rejected in review: by {found.who}; {found.note}"
                 yield reviewed(question, found) or Outcome().drop(rejected, question)
 

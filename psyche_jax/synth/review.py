@@ -21,7 +21,7 @@ from psyche_jax.data.records import Kind, Passage, Question, record_from_json, r
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.private import private_app, serve_private
 from psyche_jax.storage.files import read_jsonl, write_text
-from psyche_jax.synth.stages import iterate
+from psyche_jax.synth.stages import digest, iterate
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
 STORE = "review.sqlite"
@@ -98,10 +98,17 @@ class ReviewStore:
         with self._writing():
             last = self._database.execute("SELECT coalesce(max(number), 0) FROM items").fetchone()[0]
             added = 0
-            for question in questions:
+            for question in map(self.as_item, questions):
                 row = (question.id, last + added + 1, _dumped(question), time.time())
                 added += self._database.execute("INSERT OR IGNORE INTO items VALUES (?, ?, ?, ?)", row).rowcount
         return added
+
+    def as_item(self, question: Question) -> Question:
+        """The question, with an id of its own where the item of its id reads otherwise or has another key."""
+        row = self._database.execute("SELECT question FROM items WHERE id = ?", (question.id,)).fetchone()
+        if row is None or same_text(record_from_json(Question, row[0]), question):
+            return question
+        return replace(question, id=f"{question.id}-{digest(question.stem, question.options, question.answer)[:8]}")
 
     def items(self) -> Iterator[Item]:
         """All items in the order in which they came."""
@@ -252,6 +259,11 @@ def agreement(history: Sequence[Decision]) -> list[Agreement]:
     return found
 
 
+def same_text(one: Question, other: Question) -> bool:
+    """Whether stem, options and key are the same."""
+    return (one.stem, one.options, one.answer) == (other.stem, other.options, other.answer)
+
+
 def reviewed(question: Question, decision: Decision) -> Question | None:
     """The question as a decision leaves it, with who and when in its meta; None if it was rejected."""
     if decision.verdict == "reject":
@@ -262,7 +274,10 @@ def reviewed(question: Question, decision: Decision) -> Question | None:
         return replace(question, meta={**question.meta, "review": meta})
     edited = decision.edited
     meta["of"] = question.id
-    return replace(edited, source=question.source, meta={**question.meta, "review": meta})
+    # A rationale that was not edited too argues for the old key, by the letters of the old options.
+    stale = (edited.options, edited.answer) != (question.options, question.answer)
+    rationale = None if stale and edited.rationale == question.rationale else edited.rationale
+    return replace(edited, rationale=rationale, source=question.source, meta={**question.meta, "review": meta})
 
 
 def as_json(decision: Decision) -> dict[str, Any]:

@@ -178,7 +178,8 @@ async def control(item: tuple[Question, Twin | None], asker: Asker, section: Con
     # What is left is kept, or waits for a person.
     if section.review == "all" or (flags and section.review == "flagged"):
         said = [{"llm": llm, **dataclasses.asdict(vote)} for llm, vote in zip(voters, votes, strict=True)]
-        return outcome.keep("review", replace(question, meta={**question.meta, "flags": flags, "votes": said}))
+        meta = {**question.meta, "flags": flags, "votes": said, **({"conflicts_with": twin.id} if twin else {})}
+        return outcome.keep("review", replace(question, meta=meta))
     if twin is not None:
         return outcome.drop(f"conflicting key: {flags[0]}", question)
     return outcome.keep("questions", question)

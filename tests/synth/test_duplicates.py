@@ -68,6 +68,8 @@ def test_another_key_is_a_conflict():
     duplicates.find(question)
     twin = duplicates.find(dataclasses.replace(question, answer="B", id=""))
     assert twin is not None and twin.conflict
+    twin = duplicates.find(dataclasses.replace(question, answer="B", id="again"))
+    assert twin is not None and twin.exact and not twin.conflict, "with either key it was there before"
 
 
 @pytest.mark.parametrize(

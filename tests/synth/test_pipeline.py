@@ -30,7 +30,7 @@ from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
 from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
-from psyche_jax.synth.review import Decision, ReviewStore, review_app
+from psyche_jax.synth.review import Decision, ReviewStore, review_app, reviewed
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
 
@@ -189,6 +189,68 @@ def test_a_stage_that_gets_nothing_of_use_stops(tmp_path, passages):
             assert not (tmp_path / "run" / "questions").exists()
         (use,) = CallStore(tmp_path / "run" / "calls.sqlite").usage()
     assert use.repeated == 3 * passages and use.prompt_tokens > 0
+
+
+@pytest.mark.parametrize("options", [OPTIONS, dict(zip(OPTIONS, reversed(OPTIONS.values()), strict=True))])
+def test_of_two_keys_of_one_question_a_reviewer_keeps_one(tmp_path, options):
+    """Whether or not they have one id, which is a hash of stem and options."""
+    written = json.loads(WRITTEN)
+    written["questions"][0] |= {"options": options, "answer": "B"}
+
+    def answer(request):
+        asked = str(request["messages"])
+        if "命题专家" in asked:
+            return json.dumps(written) if "第1段" in asked else WRITTEN
+        if "独立审查" in asked:
+            return '{"correct": 5, "clear": 5, "options": 5, "worth": 5}'
+        return "<think>先看题目考查什么，再逐项判断，最后得出结论。</think>\n答案：A"
+
+    with serving(replay_app(answer)) as url:
+        config = unusable_config(tmp_path, url, 2)
+        config = replace(config, rationales=replace(config.rationales, rounds=0))
+        for stage in ("clean", "questions", "control"):
+            run_synth(config, stage)
+        store = ReviewStore(tmp_path / "run")
+        (item,) = store.items()
+        assert item.question.answer == "B" and item.question.meta["conflicts_with"]
+        store.decide(Decision(item.question.id, "reject", "王"))
+        report = run_synth(config, "rationales")["rationales"]
+        assert report["counts"]["out/questions"] == 1 and report["set_aside"] == {"rejected in review": 1}
+        store.decide(Decision(item.question.id, "accept", "王"))
+        report = run_synth(config, "rationales")["rationales"]
+        assert report["set_aside"] == {"conflicting key": 1, "wrong answer": 1}, "what was accepted is not yet right"
+        store.close()
+
+
+def test_a_review_is_of_the_question_as_it_was(tmp_path):
+    """One of one's own whose text or key was changed under its id is another."""
+    first = Question("第一问？", {"A": "甲", "B": "乙"}, "A", "single", "想一想，是甲。", id="7")
+    file, run = tmp_path / "q.jsonl", tmp_path / "run"
+    with serving(replay_app(lambda request: "答案：B")) as url:
+        base = canned_config(run, tmp_path / "out", url, 0)
+        config = SelectConfig(base.run, base.out, (str(file),), base.llms, selection=base.selection)
+        for question in (first, replace(first, stem="改过的一问？")):
+            write_records(file, [question])
+            with pytest.raises(UserError, match="nothing to publish"):
+                run_select(config)
+            with contextlib.closing(ReviewStore(run)) as store:
+                item = list(store.items())[-1]
+                assert item.question.stem == question.stem and item.decision is None
+                store.decide(Decision(item.question.id, "reject", "王"))
+        write_records(file, [replace(first, answer="B")])
+        assert run_select(config)["selection"]["counts"]["out/sft"] == 1
+
+
+def test_a_rationale_does_not_outlive_its_key(tmp_path):
+    question = Question("第一问？", {"A": "甲", "B": "乙"}, "A", "single", "想一想，是甲。")
+    for edited, rationale in (
+        (replace(question, answer="B"), None),
+        (replace(question, options={"A": "乙", "B": "甲"}), None),
+        (replace(question, answer="B", rationale="想一想，是乙。"), "想一想，是乙。"),
+        (replace(question, stem="第一问是？"), "想一想，是甲。"),
+    ):
+        kept = reviewed(question, Decision(question.id, "edit", "王", edited))
+        assert kept is not None and kept.rationale == rationale
 
 
 def test_one_of_use_in_between_lets_a_stage_go_on(tmp_path):
