@@ -120,6 +120,10 @@ class ControlSection(Section):
     least_score: PositiveFloat = 3.5  # a vote is in favour if all its scores, from 1 to 5, are at least this
     review: Literal["none", "flagged", "all"] = "flagged"  # flagged: votes differ, or a twin has another key
 
+    def __post_init__(self) -> None:
+        if len(set(self.llms)) < len(self.llms):
+            raise ValueError("llms names one twice; use votes for several votes from one LLM")
+
 
 @dataclass(frozen=True)
 class RationalesSection(Section):

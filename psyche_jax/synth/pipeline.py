@@ -384,7 +384,10 @@ def _publication(shop: _Workshop, stages: list[str]) -> _Stage:
     for name in stages:
         shop.input(name, "")
     made = [report for name in stages if (report := stage_report(shop.folder / name)) is not None]
-    fingerprint = digest([report["fingerprint"] for report in made])
+    # Another run of the same settings may have other replies, so the records count too.
+    records = [("selection", "sft"), ("selection", "rl"), ("dialogues", "dialogues"), ("dialogues", "crisis")]
+    files = [shop.input(stage, file) for stage, file in records if stage in stages]
+    fingerprint = digest([report["fingerprint"] for report in made], *files)
     config = config_to_dict(shop.config)
 
     async def run(_: Asker) -> AsyncGenerator[Outcome, None]:

@@ -50,7 +50,7 @@ class Decision:
     who: Annotated[str, pydantic.Field(min_length=1, max_length=100)]
     edited: Question | None = None
     note: Annotated[str, pydantic.Field(max_length=2000)] = ""
-    time: float = 0.0
+    time: Annotated[float, pydantic.Field(ge=0, lt=253_402_300_800)] = 0.0  # in seconds, before the year 10000
     number: int = 0
     blind: bool = False
 

@@ -28,7 +28,7 @@ from psyche_jax.serve.guard import LOOPBACK
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
-from psyche_jax.synth.config import BudgetSection, CleanSection, SelectConfig
+from psyche_jax.synth.config import BudgetSection, CleanSection, ControlSection, SelectConfig
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.review import Decision, ReviewStore, review_app, reviewed
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
@@ -338,6 +338,19 @@ def test_a_second_start_asks_and_changes_nothing(made, asked, copy):
     assert sum(asked.values()) == before
 
 
+def test_other_records_of_the_same_settings_are_not_taken_for_those_published(copy):
+    run_synth(copy)
+    kept = Path(copy.run.dir, "selection", "rl.jsonl")
+    kept.write_text(kept.read_text(encoding="utf-8").partition("\n")[2], encoding="utf-8")
+    with pytest.raises(UserError, match="holds records of another synthesis"):
+        run_synth(copy)
+
+
+def test_a_voter_is_named_once():
+    with pytest.raises(ValueError, match="llms names one twice"):
+        ControlSection(llms=("judge", "judge"))
+
+
 def test_a_changed_setting_makes_anew_what_depends_on_it(asked, copy):
     before = Counter(asked)
     reports = run_synth(replace(copy, control=replace(copy.control, least_score=4.5)))
@@ -399,11 +412,13 @@ def test_export_and_import_of_reviews(tmp_path, capsys):
     lines[0]["decision"] = {"verdict": "accept", "who": "远方"}
     lines[1]["decision"] = {"verdict": "edit", "edited": {**lines[1]["question"], "answer": "B"}}
     lines[2]["decision"] = {"verdict": "maybe"}
+    lines[3]["decision"] = {"verdict": "accept", "time": 1.8e12}  # milliseconds, in which no calendar ends
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file.write_text(text + "no JSON\n", encoding="utf-8")
     assert cli.main(["review", str(tmp_path), "--import", str(file), "--who", "我"]) == 0
     out, err = capsys.readouterr()
-    assert "2 decisions imported, 2 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    assert "2 decisions imported, 3 skipped" in out and "elsewhere.jsonl:3: verdict" in err and ":5:" in err
+    assert "elsewhere.jsonl:4: time: Input should be less than" in err
     found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
     assert found == [("accept", "远方"), ("edit", "我"), None, None]
     store.export(file)
