@@ -86,6 +86,7 @@ class CallStore:
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(_SCHEMA)
+            self.usage()  # reads it, so that a damaged one is found at once
         except sqlite3.DatabaseError as error:
             raise UserError(f"{path}: is not a store of calls ({error}); move it away") from None
         self._waiting: list[tuple[str, tuple[Any, ...]]] = []

@@ -38,6 +38,8 @@ class LlmSection(Section):
             raise ValueError(f"base_url must begin with http:// or https://, not {self.base_url!r}")
         if parts.username or parts.password or parts.query:
             raise ValueError("base_url must not contain a key; name an environment variable with the key in key_env")
+        if parts.fragment:
+            raise ValueError("base_url must end before '#'; the model's name goes into model")
         if unknown := [name for name in self.parameters if name not in PARAMETERS]:
             raise ValueError(f"parameters: cannot send {unknown[0]!r}, only {', '.join(PARAMETERS)}")
 

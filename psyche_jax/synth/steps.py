@@ -203,15 +203,14 @@ def _values(question: Question) -> dict[str, Any]:
 def _made_by(question: Question, asker: Asker, llms: dict[str, Any], prompts: Iterable[str], **more: Any) -> Question:
     """The question with who wrote or judged it in its meta, and by which version of which prompt."""
     meta = question.meta
-    return replace(
-        question,
-        meta={
-            **meta,
-            **({"llms": {**meta.get("llms", {}), **llms}} if llms else {}),
-            "prompts": {**meta.get("prompts", {}), **{name: asker.prompts[name].id for name in prompts}},
-            **more,
-        },
-    )
+
+    def known(name: str) -> dict[str, Any]:
+        return found if isinstance(found := meta.get(name), dict) else {}  # a user's may hold anything
+
+    made = {"prompts": {**known("prompts"), **{name: asker.prompts[name].id for name in prompts}}}
+    if llms:
+        made["llms"] = {**known("llms"), **llms}
+    return replace(question, meta={**meta, **made, **more})
 
 
 _GIVES_AWAY = re.compile(r"答案|正确(?:选项|的?是)|选项?\s*[A-H]|[A-H]\s*(?:项|选项|正确)|\b[A-H]\b", re.ASCII)

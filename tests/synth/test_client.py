@@ -342,7 +342,10 @@ def test_a_key_that_no_header_can_hold_is_said_at_once_and_not_shown(tmp_path, m
     store.close()
 
 
-@pytest.mark.parametrize("url", ["https://user:key@host/v1", "https://host/v1?api_key=secret", "host/v1", "ftp://host"])
+@pytest.mark.parametrize(
+    "url",
+    ["https://user:key@host/v1", "https://host/v1?api_key=secret", "host/v1", "ftp://host", "https://host/v1#model"],
+)
 def test_base_urls_that_are_refused(url):
     with pytest.raises(ValueError, match="base_url"):
         LlmSection("llm", "m", url)
@@ -352,6 +355,20 @@ def test_a_store_that_is_none(tmp_path):
     (tmp_path / "calls.sqlite").write_text("no database at all, but long enough to be looked at" * 10)
     with pytest.raises(UserError, match="is not a store of calls"):
         CallStore(tmp_path / "calls.sqlite")
+
+
+def test_a_store_that_is_damaged_or_has_other_columns(ask, tmp_path):
+    path = tmp_path / "calls.sqlite"
+    ask(FaultyServer(share=0.0), many(1))
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\x55" * (len(content) - 4096))
+    with pytest.raises(UserError, match=r"is not a store of calls .*malformed"):
+        CallStore(path)
+    path.unlink()
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE calls (key TEXT)")
+    with pytest.raises(UserError, match=r"is not a store of calls .*no such column"):
+        CallStore(path)
 
 
 def test_requests_are_stored_as_they_were_sent(ask, tmp_path):

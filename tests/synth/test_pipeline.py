@@ -241,6 +241,17 @@ def test_a_review_is_of_the_question_as_it_was(tmp_path):
         assert run_select(config)["selection"]["counts"]["out/sft"] == 1
 
 
+def test_questions_of_ones_own_may_have_anything_in_their_meta(tmp_path):
+    meta = {"licence": ["CC0", "MIT"], "prompts": ["p"], "llms": None, "flags": "x", "selection": 3}
+    write_records(
+        tmp_path / "q.jsonl", [Question("题", {"A": "甲", "B": "乙"}, "A", "single", "因为是甲。", meta=meta)]
+    )
+    with serving(replay_app(lambda request: "答案：A")) as url:
+        base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+        run_select(SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection))
+    assert json.loads((tmp_path / "out" / "card.json").read_text())["licences"] == {"['CC0', 'MIT']": 1}
+
+
 def test_a_rationale_does_not_outlive_its_key(tmp_path):
     question = Question("第一问？", {"A": "甲", "B": "乙"}, "A", "single", "想一想，是甲。")
     for edited, rationale in (
