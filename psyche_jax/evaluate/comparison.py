@@ -204,12 +204,13 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """A row for each evaluation that has scores on these questions. `change`: of `strict` against the first row."""
     rows: list[dict[str, Any]] = []
+    first = evaluations[0]  # that has a row
     for evaluation, name, part in zip(evaluations, names, scores, strict=True):
         if not part or not part["count"]:
             continue
         strict, count = float(part["strict"]), int(part["count"])
         low, high = part.get("interval") or wilson(strict, count)
-        comparable = bool(rows) and rows[0]["count"] == count
+        comparable = bool(rows) and rows[0]["count"] == count and _share(first, evaluation, count)
         row = {
             "name": name,
             "step": evaluation.step,
@@ -221,7 +222,13 @@ def _rows(
         }
         row |= {key: part.get(key) for key in (*_OPTIONAL, "deviation")}
         rows.append(row | {"verdict": _verdict(row)})
+        first = first if len(rows) > 1 else evaluation
     return rows
+
+
+def _share(one: Evaluation, other: Evaluation, count: int) -> bool:
+    """Whether both may have been asked the same `count` questions; also where one does not say which it was asked."""
+    return not one.items or not other.items or len(one.items.keys() & other.items.keys()) >= count
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

@@ -379,3 +379,12 @@ def test_safety_results_are_shown_with_intervals_and_confusion(tmp_path: Path) -
     (runs[1] / "safety.json").write_text('{"posts": {}}')
     with pytest.raises(UserError, match="write them again with"):
         report(tmp_path, *runs)
+
+
+def test_scores_on_other_questions_are_no_change():
+    def asked(label, cell):
+        items = {f"{cell}{n}": {"id": f"{cell}{n}", "strict": 1} for n in range(3)}
+        return Evaluation("run", label, "b", label, 0, {"count": 3, "strict": 1.0, "chance": None}, items)
+
+    (bench,) = read_benches([asked("one", "x"), asked("other", "y"), asked("third", "x")])
+    assert [row["change"] for row in bench.overall] == [None, None, 0.0]
