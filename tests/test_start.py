@@ -75,3 +75,31 @@ def test_the_tpu_compiler_gets_our_flags_or_those_that_are_set(given, monkeypatc
     set_tpu_flags()
     flags = os.environ["LIBTPU_INIT_ARGS"]
     assert flags == given if given is not None else "--xla_enable_async_all_gather=true" in flags
+
+
+# Interrupted where Python drops exceptions, as JAX's callback of the garbage collector is.
+INTERRUPTED = """
+import gc, signal, time
+from psyche_jax.cli import __main__ as command
+
+def tidy(phase, info):
+    gc.callbacks.remove(tidy)
+    signal.raise_signal(signal.SIGINT)
+
+def main():
+    gc.callbacks.append(tidy)
+    gc.collect()
+    time.sleep(60)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process of a shell has none
+command.main = main
+try:
+    command.run()
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_ctrl_c_is_heard_wherever_it_comes():
+    result = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=50)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "heard\n", "")

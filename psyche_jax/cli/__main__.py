@@ -1,8 +1,10 @@
 """The process of the command `psyche`, also as `python -m psyche_jax.cli`."""
 
 import os
+import signal
 import sys
 import threading
+from typing import Any
 
 from psyche_jax.cli import main, start
 
@@ -11,6 +13,7 @@ _LINGER_SECONDS = 30.0
 
 def run() -> int:
     """What the installed command calls."""
+    sys.unraisablehook = _hear_interrupts
     if {*sys.argv[1:2]} & start.COMPUTING:
         start.use_huge_pages()
     code = main()
@@ -19,6 +22,17 @@ def run() -> int:
         end.daemon = True
         end.start()
     return code
+
+
+def _hear_interrupts(unraisable: Any) -> None:
+    """Ctrl-C may come while JAX tidies up within the garbage collector, where an exception is lost: once more, then."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(unraisable)
+        return
+    # Not now: this too runs where exceptions are lost.
+    again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    again.daemon = True
+    again.start()
 
 
 if __name__ == "__main__":

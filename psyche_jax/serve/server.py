@@ -86,11 +86,11 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
         h11_max_incomplete_event_size=65536,
     )
     server = uvicorn.Server(settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Uvicorn takes them while it runs, and raises them again at its end, where they mean nothing more.
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     host, port = listening.getsockname()[:2]
     ready(f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # Uvicorn takes them while it runs and raises them again at its end, where they mean nothing more.
-        signal.signal(number, lambda *_: None)
     try:
         server.run(sockets=[listening])
     finally:

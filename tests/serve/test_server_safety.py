@@ -332,3 +332,21 @@ def test_sixty_four_clients_lose_nothing(server):
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout)
     assert counts["sent"] == counts["answered"] + counts.get("refused", 0) and counts["answered"] > 0
+
+
+def test_told_to_stop_as_soon_as_it_is_announced(tiny_model):
+    """Before the web server listens for signals: it ends, and says so by its exit code."""
+    script = (
+        "import signal, sys; from psyche_jax.serve.config import serve_config; "
+        "from psyche_jax.serve.server import serve; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "config = serve_config(None, ['warm=false', 'port=0'], {'model': sys.argv[1]}); "
+        "serve(config, lambda address: signal.raise_signal(signal.SIGINT))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(tiny_model)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+    assert (result.returncode, result.stderr) == (0, "")
