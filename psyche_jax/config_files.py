@@ -74,9 +74,12 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> 
             values, note = renamed(values)
             if note:
                 print(f"{origin}: {note}", file=sys.stderr, flush=True)
-        return pydantic.TypeAdapter(kind).validate_python(values)
+        config = pydantic.TypeAdapter(kind).validate_python(values)
+        _refuse_truth_values(values, config_to_dict(config))
+        return config
     except pydantic.ValidationError as error:
-        wrong = sorted(error.errors(), key=lambda one: "missing" in one["type"])  # a misspelt key is missing too
+        # A misspelt key is missing too; of a union's members the one that has read most says what is wrong.
+        wrong = sorted(error.errors(), key=lambda one: ("missing" in one["type"], -len(one["loc"])))
         raise UsageError(f"{origin}: {_describe(kind, wrong[0])}") from None
     except UsageError as error:
         raise UsageError(f"{origin}: {error}") from None
@@ -90,6 +93,19 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def dump_yaml(values: Mapping[str, Any]) -> str:
     """YAML with keys in the order given and Chinese as it is."""
     return yaml.dump(dict(values), Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=110)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a mapping with a key twice, of which PyYAML would take the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -111,7 +127,7 @@ def parse_yaml_mapping(path: Path) -> dict[str, Any]:
       UsageError: it cannot be read, or holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"{path}: the config cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
@@ -148,7 +164,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"--set {override}: must have the form key=value, for example run.seed=1")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except (ValueError, RecursionError, yaml.YAMLError):
         raise UsageError(f"--set {override}: the value is not valid YAML") from None
     *parents, last = key.split(".")
@@ -159,6 +175,20 @@ def _override(values: dict[str, Any], override: str) -> None:
         node[int(last) if isinstance(node, list) else last] = value
     except (TypeError, ValueError, IndexError, AttributeError):
         raise UsageError(f"--set {override}: there is no {key!r} to set") from None
+
+
+def _refuse_truth_values(given: Any, read: Any, name: str = "") -> None:
+    """Refuse true and false (to YAML 1.1 also yes, no, on, off) as numbers, where pydantic takes them for 1 and 0."""
+    if isinstance(given, Mapping) and isinstance(read, dict):
+        pairs = [(key, value, read[key]) for key, value in given.items()]
+    elif isinstance(given, list) and isinstance(read, list):
+        pairs = list(zip(range(len(given)), given, read, strict=True))
+    elif isinstance(given, bool) and not isinstance(read, bool):
+        raise UsageError(f"{name}: must be a number, not {given}")
+    else:
+        return
+    for key, value, result in pairs:
+        _refuse_truth_values(value, result, f"{name}.{key}" if name else str(key))
 
 
 # By pydantic's names of errors.
@@ -210,6 +240,7 @@ def _describe(kind: type, error: Any) -> str:
     # Behind the index of a rule pydantic names the rule's kind, which is not a key of any config.
     pairs = zip((None, *location), location, strict=False)
     parts = [str(part) for before, part in pairs if not isinstance(before, int)]
+    parts = [part for part in parts if part != "str" and not part.startswith("dict[")]  # members of a union
     name = ".".join(parts)
     if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         siblings = _field_names(_section_at(kind, location[:-1]))

@@ -151,6 +151,12 @@ WRONG = [
     (SftConfig, "logging: {samples_every_steps: 0}", "samples_every_steps", "at least 1"),
     (SftConfig, "logging: {tensorboard: 3}", "logging.tensorboard", "3"),
     (SftConfig, "1: 2", "1: ", "strings"),
+    (SftConfig, "epochs: yes", "epochs: must be a number", ", not True"),
+    (SftConfig, "optimizer: {weight_decay: off}", "optimizer.weight_decay: must be a number", ", not False"),
+    (SftConfig, "data: {train: {a: true}}", "data.train.a: must be a number", ", not True"),
+    (SftConfig, "data: {train: {a: .nan}}", "data.train.a: ", "finite"),
+    (SftConfig, "data: {train: {a: many}}", "data.train.a: must be a number", ", not 'many'"),
+    (SftConfig, "data: {train: 5}", "data.train: must be text", ", not 5"),
     (GrpoConfig, "prompts_per_step: 0", "prompts_per_step", "at least 1"),
     (GrpoConfig, "max_new_tokens: 0", "max_new_tokens", "at least 1"),
     (GrpoConfig, "generations_per_prompt: 1", "generations_per_prompt", "at least 2"),
@@ -182,6 +188,7 @@ WRONG = [
     (GrpoConfig, "rewards: []", "rewards", "at least one"),
     (GrpoConfig, "rewards: think_format", "rewards", "'think_format'"),
     (GrpoConfig, "rewards: [{rule: format}]", "rewards.0", "'format'"),
+    (GrpoConfig, "rewards: [{rule: think_format, weight: on}]", "rewards.0.weight: must be a number", ", not True"),
     (GrpoConfig, "rewards: [{weight: 1}]", "rewards.0", "'rule'"),
     (GrpoConfig, "rewards: [{rule: pattern, pattern: '('}]", "pattern", "'('"),
     (GrpoConfig, "rewards: [{rule: pattern}]", "'rewards.0.pattern' is missing", ""),
@@ -213,6 +220,17 @@ def test_wrong_values_are_named(kind, text, key, wrong, tmp_path):
 def test_broken_yaml(text, tmp_path):
     message = failure(SftConfig, tmp_path, text)
     assert message.startswith(f"{tmp_path / 'c.yaml'}: ")
+
+
+@pytest.mark.parametrize("text", ["epochs: 1\nepochs: 2", "optimizer: {warmup: 3}\noptimizer: {beta1: 0.5}"])
+def test_keys_that_stand_twice(text, tmp_path):
+    """PyYAML takes the last, and the first setting is lost without a word."""
+    key = text.partition(":")[0]
+    assert f"the key '{key}' stands twice" in failure(SftConfig, tmp_path, f"{dump_yaml(LEAST)}{text}\n")
+    failure(SftConfig, tmp_path, LEAST, "optimizer={warmup: 3, warmup: 4}")
+    # What an anchor merges may be set anew.
+    merged = f"{dump_yaml(LEAST)}optimizer:\n  <<: {{warmup: 3}}\n  warmup: 4\n"
+    assert load(SftConfig, tmp_path, merged).optimizer.warmup == 4
 
 
 def test_files_that_cannot_be_read(tmp_path):
