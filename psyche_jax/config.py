@@ -1,6 +1,7 @@
 """Typed configs: frozen dataclasses that check themselves. `config_files.py` reads them."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
@@ -23,7 +24,7 @@ Dtype: TypeAlias = Literal["float32", "bfloat16"]
 StoredDtype: TypeAlias = Literal["float32", "bfloat16", "int8"]
 ObjectiveName: TypeAlias = Literal["grpo", "dapo", "dr_grpo", "bnpo", "cispo", "gspo"]
 Scale: TypeAlias = Literal["group", "batch", "none"]
-Count: TypeAlias = Annotated[int, Field(ge=1)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1)]  # what int32 holds, as indices of arrays are
 Share: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 Decay: TypeAlias = Annotated[float, Field(ge=0, lt=1)]
 
@@ -159,12 +160,9 @@ class RunSection(Section):
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42  # for data order, sampling, new adapters
 
     def __post_init__(self) -> None:
-        _require(
-            "://" not in self.dir or self.dir.startswith("gs://"),
-            "dir",
-            self.dir,
-            "must be a folder or gs://bucket/prefix",
-        )
+        in_bucket = re.match("gs://[^/]", self.dir) is not None
+        is_folder = self.dir != "" and "://" not in self.dir and self.dir.isprintable()
+        _require(in_bucket or is_folder, "dir", self.dir, "must be a folder or gs://bucket/prefix")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry2x32_p
 
+_TINY = jnp.finfo(jnp.float32).tiny  # what is smaller may be 0 in float32
 _BLOCK = 128  # a draw finds a block of so many tokens first, then the token in it
 
 
@@ -57,7 +58,7 @@ def draw(logits: jax.Array, numbers: jax.Array, sampling: Sampling) -> tuple[jax
       int32 [rows], float32 [rows].
     """
     if sampling.temperature > 0:
-        logits = filter_logits(logits / sampling.temperature, sampling)
+        logits = filter_logits(tempered(logits, sampling.temperature), sampling)
     blocks = whole_blocks(logits - logits.max(axis=-1, keepdims=True), 1).reshape(len(logits), -1, _BLOCK)
     weights = jnp.exp(blocks).sum(axis=-1)
     log_total = jnp.log(weights.sum(axis=-1))
@@ -73,6 +74,14 @@ def draw(logits: jax.Array, numbers: jax.Array, sampling: Sampling) -> tuple[jax
     place = _invert(jnp.exp(within), numbers[1])
     log_weight = jnp.take_along_axis(within, place[:, None], axis=-1)[:, 0]
     return (block * _BLOCK + place).astype(jnp.int32), log_weight - log_total
+
+
+def tempered(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """`logits` [rows, vocab] at a temperature above 0, a number or [rows, 1], however small.
+
+    They are relative to the largest, which so stays finite where the others overflow.
+    """
+    return (logits - logits.max(axis=-1, keepdims=True)) / jnp.maximum(temperature, _TINY)
 
 
 def whole_blocks(logits: jax.Array, parts: int) -> jax.Array:
@@ -102,8 +111,8 @@ def keep_nucleus(logits: jax.Array, top_p: jax.Array | float) -> jax.Array:
 
     `logits` [rows, vocab]; `top_p` a number, or [rows, 1].
     """
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    kept = keep_from(logits, lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= top_p)
+    probabilities, least = jax.nn.softmax(logits, axis=-1), jnp.maximum(top_p, _TINY)
+    kept = keep_from(logits, lambda kept: jnp.where(kept, probabilities, 0).sum(axis=-1, keepdims=True) >= least)
     return jnp.where(jnp.asarray(top_p) < 1, kept, logits)  # all of them, whatever their sum is rounded to
 
 

@@ -19,7 +19,7 @@ from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import LikeliestScores, likeliest_scores
 from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, take_rows
-from psyche_jax.model.sampling import keep_nucleus
+from psyche_jax.model.sampling import keep_nucleus, tempered
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.stored_models import StoredModel
 
@@ -364,12 +364,10 @@ def _advance(
 
 def _draw(logits: jax.Array, slots: _Rows, said: jax.Array) -> jax.Array:
     """A token for each row [rows], each by its own temperature, top-p, seed, and how many it has said."""
-    tempered = logits / jnp.where(slots.temperature > 0, slots.temperature, 1.0)[:, None]
-    tempered = jax.lax.cond(
-        (slots.top_p < 1).any(), lambda: keep_nucleus(tempered, slots.top_p[:, None]), lambda: tempered
-    )
+    likely = tempered(logits, jnp.where(slots.temperature > 0, slots.temperature, 1.0)[:, None])
+    likely = jax.lax.cond((slots.top_p < 1).any(), lambda: keep_nucleus(likely, slots.top_p[:, None]), lambda: likely)
     keys = jax.vmap(lambda seed, said: jax.random.fold_in(jax.random.key(seed), said))(slots.seed, said)
-    sampled = jax.vmap(jax.random.categorical)(keys, tempered)
+    sampled = jax.vmap(jax.random.categorical)(keys, likely)
     return jnp.where(slots.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 

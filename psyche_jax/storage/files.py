@@ -22,6 +22,8 @@ def as_path(path: str | Path) -> Path:
     """What a path or a `gs://` address stands for; the latter has the methods of a path that are used here."""
     if not in_bucket(path):
         return Path(path)
+    if str(path).removeprefix(_BUCKETS)[:1] in ("", "/"):
+        raise UserError(f"{path}: names no bucket")
     from etils import epath
 
     from psyche_jax.storage import buckets  # half a second, which `psyche --help` need not take

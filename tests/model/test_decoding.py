@@ -231,6 +231,16 @@ def test_tokens_of_no_weight_are_never_drawn():
     np.testing.assert_allclose(log_probs, np.log(0.5), rtol=1e-6)
 
 
+@pytest.mark.parametrize("settings", [{"temperature": 1e-30}, {"temperature": 1e-45}, {"top_p": 1e-45}], ids=str)
+def test_as_little_as_there_is_left_to_chance_is_greedy(settings):
+    """Numbers that float32 takes for 0, or by which a logit becomes infinite."""
+    scores = jax.random.normal(jax.random.key(0), (100, 500)) * 1000
+    tokens, log_probs = draw(scores, numbers(100), Sampling(1, **settings))
+    assert (tokens == scores.argmax(axis=-1)).all()
+    assert (np.abs(log_probs) < 1e-6).all() or "top_p" in settings
+    assert np.isfinite(log_probs).all()
+
+
 def test_key_decides(port):
     _, batch = prompts()
     one, same, other = (rollout(port, batch, Sampling(9), seed)[0] for seed in (0, 0, 1))

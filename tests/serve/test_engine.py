@@ -249,8 +249,9 @@ def test_the_nucleus_is_what_sorting_gives(seed):
     assert np.isfinite(whole).all()
 
 
-def test_a_tiny_top_p_is_greedy(engine):
-    settings = [RowSettings(12, 1.7, 1e-4, row) for row in range(5)]
+def test_a_tiny_top_p_or_temperature_is_greedy(engine):
+    tiny = ((1.7, 1e-4), (1.7, 1e-45), (1.0, 1e-320), (1e-30, 1.0), (2e-38, 1.0))
+    settings = [RowSettings(12, *values, row) for row, values in enumerate(tiny)]
     sampled, _ = responses(engine, PROMPTS, settings)
     greedy, _ = responses(engine, PROMPTS, [replace(GREEDY, max_new_tokens=12)] * 5)
     assert [tokens for tokens, _ in sampled] == [tokens for tokens, _ in greedy]
