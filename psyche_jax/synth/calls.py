@@ -5,14 +5,15 @@ import hashlib
 import json
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UserError
-from psyche_jax.llm.reply import Reply
+from psyche_jax.llm.reply import Reply, printable
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS calls (
@@ -30,6 +31,7 @@ CREATE TABLE IF NOT EXISTS calls (
   received REAL
 ) WITHOUT ROWID
 """
+_OF_THE_PLACE = tuple(f"SQLITE_{name}" for name in ("FULL", "IOERR", "READONLY", "CANTOPEN", "PERM", "BUSY", "NOLFS"))
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,22 @@ class Usage:
     completion_tokens: int
 
 
+@contextmanager
+def database_errors(path: Path, what: str) -> Iterator[None]:
+    """Within the block, what is wrong with the SQLite file `path`, or with a record in it, is one line.
+
+    Raises:
+      UserError: it is no store of `what`, or damaged, or (on a full disk, say) cannot be used now.
+    """
+    try:
+        yield
+    except (sqlite3.Error, ValueError, TypeError) as error:
+        if getattr(error, "sqlite_errorname", "").startswith(_OF_THE_PLACE):
+            raise UserError(f"{path}: cannot be used ({error})") from None
+        fault = f"{path}: is not a store of {what}, or damaged ({printable(str(error))})"
+        raise UserError(f"{fault}; put a copy in its place, or move it away") from None
+
+
 class CallStore:
     """Requests and replies are there before a method returns, and survive a killed process.
 
@@ -81,23 +99,20 @@ class CallStore:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        try:
+        with database_errors(path, "calls"):
             self._database = sqlite3.connect(path, timeout=60, isolation_level=None)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
             self._database.execute(_SCHEMA)
             self.usage()  # reads it, so that a damaged one is found at once
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{path}: is not a store of calls ({error}); move it away") from None
         self._waiting: list[tuple[str, tuple[Any, ...]]] = []
         self._writing: asyncio.Task[None] | None = None
 
     def find(self, key: str) -> Reply | None:
         """The stored reply to the call `key`."""
-        row = self._database.execute(
-            "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL",
-            (key,),
-        ).fetchone()
+        sql = "SELECT text, finish, prompt_tokens, completion_tokens FROM calls WHERE key = ? AND received IS NOT NULL"
+        with database_errors(self._path, "calls"):
+            row = self._database.execute(sql, (key,)).fetchone()
         if row is None:
             return None
         text, finish, asked, said = row

@@ -181,7 +181,9 @@ class _Workshop:
         print(line, file=sys.stderr, flush=True)
 
     def say_what_waits(self) -> None:
-        """Say on stderr what people are to decide."""
+        """Say on stderr what people are to decide; what no stage makes any more waits no longer."""
+        made = (self.folder / stage / "review.jsonl" for stage in ("control", "selection"))
+        self.review.keep(question for path in made if path.is_file() for question in iterate(Question, path))
         if waiting := sum(item.decision is None for item in self.review.items()):
             print(
                 f"{self.verb}: {waiting} questions wait for review: psyche review {self.folder} --who NAME; "

@@ -21,6 +21,7 @@ from psyche_jax.data.records import Kind, Passage, Question, record_from_json, r
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.private import private_app, serve_private
 from psyche_jax.storage.files import read_jsonl, write_text
+from psyche_jax.synth.calls import database_errors
 from psyche_jax.synth.stages import digest, iterate
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
@@ -84,14 +85,14 @@ class ReviewStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path / STORE if path.is_dir() else path
-        try:
+        with database_errors(self.path, "reviews"):
             self._database = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.executescript(_SCHEMA)
             if "blind" not in [row[1] for row in self._database.execute("PRAGMA table_info (decisions)")]:
                 self._database.execute(_BLIND)
-        except sqlite3.DatabaseError as error:
-            raise UserError(f"{self.path}: is not a store of reviews ({error})") from None
+            for _ in self.items():  # so that a damaged one is found at once
+                pass
 
     def add(self, questions: Iterable[Question]) -> int:
         """Put questions into the queue; those that are there stay as they are. Returns how many are new."""
@@ -104,11 +105,20 @@ class ReviewStore:
         return added
 
     def as_item(self, question: Question) -> Question:
-        """The question, with an id of its own where the item of its id reads otherwise or has another key."""
-        row = self._database.execute("SELECT question FROM items WHERE id = ?", (question.id,)).fetchone()
-        if row is None or same_text(record_from_json(Question, row[0]), question):
-            return question
-        return replace(question, id=f"{question.id}-{digest(question.stem, question.options, question.answer)[:8]}")
+        """The question, with an id of its own where the item of its id reads otherwise or has another key, or did."""
+        own = f"{question.id}-{digest(question.stem, question.options, question.answer)[:8]}"
+        sql = "SELECT id, question FROM items WHERE id IN (?, ?)"
+        found = dict(self._database.execute(sql, (question.id, own)).fetchall())
+        same = question.id not in found or same_text(record_from_json(Question, found[question.id]), question)
+        return question if same and own not in found else replace(question, id=own)
+
+    def keep(self, questions: Iterable[Question]) -> None:
+        """Take out of the queue what no one decided and is none of these."""
+        with self._writing():
+            made = {self.as_item(question).id for question in questions}
+            undecided = [item.question.id for item in self.items() if item.decision is None]
+            rows = [(name,) for name in undecided if name not in made]
+            self._database.executemany("DELETE FROM items WHERE id = ?", rows)
 
     def items(self) -> Iterator[Item]:
         """All items in the order in which they came."""
@@ -202,13 +212,12 @@ class ReviewStore:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """A transaction that holds the lock from its beginning, so that what it reads is still so when it writes."""
-        self._database.execute("BEGIN IMMEDIATE")
         try:
-            yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+            with self._database:  # which commits, or takes back what was written before a fault
+                self._database.execute("BEGIN IMMEDIATE")
+                yield
+        except sqlite3.Error as error:  # a full disk
+            raise UserError(f"{self.path}: cannot be written ({error})") from None
 
 
 def standing(history: Iterable[Decision]) -> dict[str, Decision]:

@@ -362,13 +362,28 @@ def test_a_store_that_is_damaged_or_has_other_columns(ask, tmp_path):
     ask(FaultyServer(share=0.0), many(1))
     content = path.read_bytes()
     path.write_bytes(content[:4096] + b"\x55" * (len(content) - 4096))
-    with pytest.raises(UserError, match=r"is not a store of calls .*malformed"):
+    with pytest.raises(UserError, match=r"is not a store of calls.*malformed.*move it away"):
         CallStore(path)
+    path.write_bytes(content)
+    with sqlite3.connect(path) as database:
+        ((key,),) = database.execute("UPDATE calls SET text = CAST(x'ff1b' AS TEXT) RETURNING key")
+    store = CallStore(path)
+    with pytest.raises(UserError, match=r"or damaged .*UTF-8") as caught:
+        store.find(key)
+    store.close()
+    assert str(caught.value).isprintable()
     path.unlink()
     with sqlite3.connect(path) as database:
         database.execute("CREATE TABLE calls (key TEXT)")
-    with pytest.raises(UserError, match=r"is not a store of calls .*no such column"):
+    with pytest.raises(UserError, match=r"is not a store of calls.*no such column"):
         CallStore(path)
+
+
+def test_a_store_is_not_called_damaged_where_its_place_is_at_fault(tmp_path):
+    """Whoever moved it away would pay for all calls again."""
+    with pytest.raises(UserError, match=r"cannot be used \(unable to open") as caught:
+        CallStore(tmp_path)
+    assert "move it away" not in str(caught.value)
 
 
 def test_requests_are_stored_as_they_were_sent(ask, tmp_path):

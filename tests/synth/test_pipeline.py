@@ -413,6 +413,56 @@ def test_review_of_all_waits_for_people(copy):
     assert reports["rationales"]["set_aside"] == {"waits for review": 31}
 
 
+def test_what_is_no_longer_made_waits_no_longer(copy, capsys):
+    """What was decided stays, whatever becomes of it."""
+    run_synth(replace(copy, control=replace(copy.control, review="all")), "control")
+    with contextlib.closing(ReviewStore(Path(copy.run.dir))) as store:
+        first = next(item.question for item in store.items() if "all LLMs" not in str(item.question.meta))
+        store.decide(Decision(first.id, "accept", "王"))
+        capsys.readouterr()
+        run_synth(copy)
+        assert "synth: 1 questions wait for review" in capsys.readouterr().err
+        assert {item.question.id: bool(item.decision) for item in store.items()}[first.id]
+        assert sum(item.decision is None for item in store.items()) == 1
+
+
+def test_a_decision_is_found_again_when_the_other_question_of_its_id_is_gone(tmp_path):
+    first = Question("第一问？", {"A": "甲", "B": "乙"}, "A", "single", id="7")
+    second = replace(first, stem="改过的一问？")
+    with contextlib.closing(ReviewStore(tmp_path)) as store:
+        store.add([first])
+        store.add([second])
+        store.decide(Decision(store.as_item(second).id, "reject", "王"))
+        store.keep([second])
+        (item,) = store.items()
+        assert store.as_item(second).id == item.question.id and item.decision is not None
+        assert store.as_item(first).id == "7" and store.add([first]) == 1 and store.as_item(second) == item.question
+
+
+def test_a_queue_that_is_damaged_is_one_line(tmp_path, capsys):
+    store = ReviewStore(tmp_path)
+    store.add([Question("第一问？" * 900, {"A": "甲", "B": "乙"}, "A", "single")])
+    store.close()
+    path = tmp_path / "review.sqlite"
+    content = path.read_bytes()
+    for broken in (content[:-6000] + b"\xff" * 6000, content.replace(b'"stem"', b'\0stem"'), content[:-4096]):
+        path.write_bytes(broken)
+        assert cli.main(["review", str(tmp_path), "--export", str(tmp_path / "q.jsonl")]) == 1
+        said = capsys.readouterr().err
+        assert "is not a store of reviews, or damaged" in said and said.count("\n") == 1
+
+
+def test_a_decision_that_cannot_be_written_is_said(tmp_path):
+    question = Question("第一问？", {"A": "甲", "B": "乙"}, "A", "single")
+    with contextlib.closing(ReviewStore(tmp_path)) as store:
+        store.add([question])
+        store._database.execute("PRAGMA query_only = 1")
+        with pytest.raises(UserError, match="cannot be written"):
+            store.decide(Decision(question.id, "accept", "王"))
+        store._database.execute("PRAGMA query_only = 0")
+        assert store.decide(Decision(question.id, "accept", "王")).number == 1
+
+
 def test_export_and_import_of_reviews(tmp_path, capsys):
     questions = [Question(f"第{n}问？", {"A": "甲", "B": "乙"}, "A", "single") for n in range(4)]
     store = ReviewStore(tmp_path)
