@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from psyche_jax.config import PromptSection
 from psyche_jax.config_files import config_to_dict
@@ -15,7 +14,7 @@ from psyche_jax.evaluate.answers import Completion, Key
 from psyche_jax.evaluate.tasks import Task
 from psyche_jax.llm.reply import FILTERED, NoReplyError, Reply
 from psyche_jax.llm.retries import Pace, Patience, ask_patiently
-from psyche_jax.llm.server import Names, Server
+from psyche_jax.llm.server import Names, Server, check_url
 
 PATIENCE = Patience()
 DRAWS = 3  # of an answer that is filtered
@@ -60,7 +59,10 @@ class Endpoint:
           UsageError: the URL is none, or contains a key, which evaluations and messages would show.
         """
         self.url, _, self.model = address.partition("#")
-        _check_url(self.url)
+        try:
+            check_url(self.url)
+        except ValueError as error:
+            raise UsageError(str(error)) from None
         self.max_new_tokens, self.temperature, self._seed = max_new_tokens, temperature, seed
         self._top_p = top_p
         self._concurrency, self._prompt = concurrency, prompt or PromptSection()
@@ -213,19 +215,6 @@ class Endpoint:
     def _server(self) -> Server:
         key = os.environ.get("OPENAI_API_KEY")
         return Server(self.url, key, timeout=self._timeout, connections=self._concurrency, names=self._names)
-
-
-def _check_url(url: str) -> None:
-    try:
-        parts = urlsplit(url)
-        has_key = bool(parts.username or parts.password or parts.query)
-        whole = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is no number
-        has_key, whole = False, False
-    if has_key or ("@" in url and not whole):
-        raise UsageError("the URL must not contain a key, which would be stored and shown; set OPENAI_API_KEY")
-    if not whole:
-        raise UsageError(f"{url}: is not a URL such as http://localhost:8000/v1")
 
 
 def same_model(asked: str, served: str) -> bool:

@@ -212,6 +212,26 @@ class Server:
         return printable(text.replace(self._key, "***") if self._key else text)
 
 
+def check_url(url: str) -> None:
+    """Check a base URL.
+
+    Raises:
+      ValueError: it is none, or contains a key; the message does not show that.
+    """
+    try:
+        parts = httpx2.URL(url)
+        whole = parts.scheme in ("http", "https") and bool(parts.host)
+        whole = whole and (parts.port is None or 0 < parts.port < 2**16)
+        has_key = bool(parts.userinfo or parts.query)
+    except (httpx2.InvalidURL, ValueError):
+        whole, has_key = False, "?" in url
+    if has_key or ("@" in url and not whole):
+        where = "the environment (OPENAI_API_KEY, or what key_env names)"
+        raise ValueError(f"the URL must not contain a key, which would be stored and shown; it goes into {where}")
+    if not whole:
+        raise ValueError(f"{url!r} is not a URL such as http://localhost:8000/v1")
+
+
 async def _bounded(response: httpx2.Response) -> None:
     """Bound every response: only so much is read of an error, and prompts do not follow to another place."""
     if not response.is_success:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeAlias
-from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -33,12 +32,13 @@ class LlmSection(Section):
     output_price: NonNegativeFloat = 0.0  # the same
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"base_url must begin with http:// or https://, not {self.base_url!r}")
-        if parts.username or parts.password or parts.query:
-            raise ValueError("base_url must not contain a key; name an environment variable with the key in key_env")
-        if parts.fragment:
+        from psyche_jax.llm.server import check_url  # half a second, which whoever has an LLM to ask takes anyway
+
+        try:
+            check_url(self.base_url)
+        except ValueError as error:
+            raise ValueError(f"base_url: {error}") from None
+        if "#" in self.base_url:
             raise ValueError("base_url must end before '#'; the model's name goes into model")
         if unknown := [name for name in self.parameters if name not in PARAMETERS]:
             raise ValueError(f"parameters: cannot send {unknown[0]!r}, only {', '.join(PARAMETERS)}")

@@ -384,6 +384,6 @@ def test_a_key_in_the_address_is_refused_and_not_shown(url, capsys, tmp_path):
     error = capsys.readouterr().err
     assert "must not contain a key" in error and "s3cret" not in error and error.count("\n") == 1
     assert not out.exists()
-    for broken in ("http://#m", "http://h:port/v1#m"):
+    for broken in ("http://#m", "http://h:port/v1#m", "http://h:99999/v1#m", "http://\u200bh/v1#m"):
         assert cli.main(["eval", broken, "--bench", "samples", "--limit", "1"]) == 2
         assert "is not a URL such as" in capsys.readouterr().err

@@ -344,11 +344,17 @@ def test_a_key_that_no_header_can_hold_is_said_at_once_and_not_shown(tmp_path, m
 
 @pytest.mark.parametrize(
     "url",
-    ["https://user:key@host/v1", "https://host/v1?api_key=secret", "host/v1", "ftp://host", "https://host/v1#model"],
+    [
+        *("https://user:secret@host/v1", "https://user:se/cret@host/v1", "https://host/v1?api_key=secret"),
+        *("host/v1", "ftp://host", "https://host/v1#model", "http://h:99999/v1", "http://h:0/v1", "http://h:x/v1"),
+        *("http://h\n/v1", "http://\u200bh/v1", "http://[::1/v1"),
+    ],
 )
 def test_base_urls_that_are_refused(url):
-    with pytest.raises(ValueError, match="base_url"):
+    with pytest.raises(ValueError, match="base_url") as caught:
         LlmSection("llm", "m", url)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_store_that_is_none(tmp_path):
