@@ -180,14 +180,17 @@ def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
         return list(dict.fromkeys(part for one in evaluations for part in one.scores.get(key, {})))
 
     kinds, cells = parts("by_kind"), parts("cells")
-    chosen: list[tuple[str, list[Any]]] = [(_KINDS["all"], [one.scores for one in evaluations])]
+    chosen: list[tuple[str, list[Any], dict[str, Any]]] = [(_KINDS["all"], [one.scores for one in evaluations], {})]
     for kind in kinds if len(kinds) > 1 else ():
-        chosen.append((_KINDS.get(kind, kind), [one.scores.get("by_kind", {}).get(kind) for one in evaluations]))
+        of_kind = [one.scores.get("by_kind", {}).get(kind) for one in evaluations]
+        chosen.append((_KINDS.get(kind, kind), of_kind, {"kind": kind}))
     for cell in cells if len(cells) > 2 else ():  # two are the kinds
-        chosen.append((cell_name(cell), [one.scores.get("cells", {}).get(cell) for one in evaluations]))
+        chosen.append((cell_name(cell), [one.scores.get("cells", {}).get(cell) for one in evaluations], {"cell": cell}))
     clean = [one.scores.get("decontaminated") for one in evaluations]
-    chosen.append(("Without questions that are in the training data", clean))
-    groups = [{"name": title, "rows": rows} for title, scores in chosen if (rows := _rows(evaluations, names, scores))]
+    chosen.append(("Without questions that are in the training data", clean, {"leaked": ""}))
+    groups = [
+        {"name": title, "rows": rows} for title, scores, of in chosen if (rows := _rows(evaluations, names, scores, of))
+    ]
 
     # Answers are set side by side for the first model and the last few.
     answered = [index for index, evaluation in enumerate(evaluations) if evaluation.items]
@@ -200,9 +203,15 @@ def _bench(name: str, evaluations: list[Evaluation]) -> Bench:
 
 
 def _rows(
-    evaluations: Sequence[Evaluation], names: Sequence[str], scores: Sequence[Mapping[str, Any] | None]
+    evaluations: Sequence[Evaluation],
+    names: Sequence[str],
+    scores: Sequence[Mapping[str, Any] | None],
+    of: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """A row for each evaluation that has scores on these questions. `change`: of `strict` against the first row."""
+    """A row for each evaluation that has scores on these questions: those with the fields `of`.
+
+    `change`: of `strict` against the first row, if both were asked the same.
+    """
     rows: list[dict[str, Any]] = []
     first = evaluations[0]  # that has a row
     for evaluation, name, part in zip(evaluations, names, scores, strict=True):
@@ -210,7 +219,7 @@ def _rows(
             continue
         strict, count = float(part["strict"]), int(part["count"])
         low, high = part.get("interval") or wilson(strict, count)
-        comparable = bool(rows) and rows[0]["count"] == count and _share(first, evaluation, count)
+        comparable = bool(rows) and rows[0]["count"] == count and _share(first, evaluation, count, of)
         row = {
             "name": name,
             "step": evaluation.step,
@@ -226,9 +235,10 @@ def _rows(
     return rows
 
 
-def _share(one: Evaluation, other: Evaluation, count: int) -> bool:
+def _share(one: Evaluation, other: Evaluation, count: int, of: Mapping[str, Any]) -> bool:
     """Whether both may have been asked the same `count` questions; also where one does not say which it was asked."""
-    return not one.items or not other.items or len(one.items.keys() & other.items.keys()) >= count
+    asked = [{id_ for id_, item in each.items.items() if of.items() <= item.items()} for each in (one, other)]
+    return not one.items or not other.items or len(asked[0] & asked[1]) >= count
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

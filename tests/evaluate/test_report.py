@@ -388,3 +388,21 @@ def test_scores_on_other_questions_are_no_change():
 
     (bench,) = read_benches([asked("one", "x"), asked("other", "y"), asked("third", "x")])
     assert [row["change"] for row in bench.overall] == [None, None, 0.0]
+
+
+def test_scores_of_a_part_are_compared_if_the_part_is_the_same():
+    """Though the others share more questions than the part has."""
+    part = {"count": 2, "strict": 0.5, "chance": None}
+
+    def asked(label, questions):
+        items = {id_: {"id": id_, "strict": 0, **fields} for id_, fields in questions.items()}
+        names = ("single", "multi")
+        scores = {"count": 4, "strict": 0.5, "chance": None, "by_kind": dict.fromkeys(names, part)}
+        return Evaluation("run", label, "b", label, 0, scores | {"decontaminated": part}, items)
+
+    single, multi = {"kind": "single", "leaked": ""}, {"kind": "multi", "leaked": "x"}
+    first = {"a": single, "b": single, "c": multi, "d": multi}
+    other = {"e": {**single, "leaked": "x"}, "b": single, "c": {**multi, "leaked": ""}, "d": multi}
+    (bench,) = read_benches([asked("one", first), asked("other", other), asked("third", first)])
+    changes = [[row["change"] for row in group["rows"]] for group in bench.groups]
+    assert changes == [[None, None, 0.0], [None, None, 0.0], [None, 0.0, 0.0], [None, None, 0.0]]
