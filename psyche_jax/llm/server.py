@@ -8,6 +8,7 @@ import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
+import aiohttp
 import httpx2
 import openai
 
@@ -65,6 +66,7 @@ class Server:
         silence = httpx2.Timeout(timeout, connect=min(_CONNECT_SECONDS, timeout))
         self.base_url = base_url
         self._key = key
+        self._timeout = timeout
         self._names: Names = {} if names is None else names
         self._client = openai.AsyncOpenAI(
             api_key=key or "none",  # servers without a key take any; the library insists on one
@@ -72,7 +74,7 @@ class Server:
             max_retries=retries,
             timeout=silence,
             http_client=openai.DefaultAioHttpClient(
-                limits=limits, timeout=silence, event_hooks={"response": [_bounded]}
+                limits=limits, timeout=silence, event_hooks={"response": [self._bounded]}
             ),
         )
 
@@ -192,9 +194,27 @@ class Server:
         except openai.APIStatusError as error:
             wait = retry_after(error.response.headers)
             raise NoReplyError(self._said(error), status=error.status_code, wait=wait) from None
+        except aiohttp.ClientResponseError as error:  # of the client below, which openai's lets through
+            raise NoReplyError(f"what came is not HTTP: {self._line(error.message)}") from None
         except (NoReplyError, openai.APIError, httpx2.HTTPError, TimeoutError, ValueError, RecursionError) as error:
             broken = came and isinstance(error, httpx2.HTTPError)
             raise NoReplyError("the answer broke off" if broken else self._said(error), came=came) from None
+
+    async def _bounded(self, response: httpx2.Response) -> None:
+        """Bound every response: only so much is read of an error, and prompts do not follow to another place."""
+        stream = response.stream = _Bytes(response.stream, 1.5 * self._timeout)
+        if not response.is_success:
+            begun = bytearray()
+            async for chunk in stream:
+                begun += chunk
+                if len(begun) >= _MOST_ERROR_BYTES:
+                    break
+            await stream.aclose()
+            response.stream = httpx2.ByteStream(bytes(begun[:_MOST_ERROR_BYTES]))
+        if response.has_redirect_location:
+            resent = response.request.method == "GET" or response.status_code in (307, 308)  # others make it a GET
+            if not resent or not _same_place(response.url, response.headers["location"]):
+                response.headers[_ELSEWHERE] = response.headers.pop("location")
 
     def _said(self, error: BaseException) -> str:
         """What went wrong, or what the server said of it, in one line without the key."""
@@ -232,21 +252,27 @@ def check_url(url: str) -> None:
         raise ValueError(f"{url!r} is not a URL such as http://localhost:8000/v1")
 
 
-async def _bounded(response: httpx2.Response) -> None:
-    """Bound every response: only so much is read of an error, and prompts do not follow to another place."""
-    if not response.is_success:
-        stream: Any = response.stream
-        begun = bytearray()
-        async for chunk in stream:
-            begun += chunk
-            if len(begun) >= _MOST_ERROR_BYTES:
-                break
-        await stream.aclose()
-        response.stream = httpx2.ByteStream(bytes(begun[:_MOST_ERROR_BYTES]))
-    if response.has_redirect_location:
-        resent = response.request.method == "GET" or response.status_code in (307, 308)  # others make it a GET
-        if not resent or not _same_place(response.url, response.headers["location"]):
-            response.headers[_ELSEWHERE] = response.headers.pop("location")
+class _Bytes(httpx2.AsyncByteStream):
+    """The bytes of a response, which fail after so many seconds without one.
+
+    aiohttp has a time-out of its own, but waits for ever after a chunk whose length is no number.
+    """
+
+    def __init__(self, stream: Any, seconds: float) -> None:
+        self._stream, self._seconds = stream, seconds
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        chunks = aiter(self._stream)
+        while True:
+            async with asyncio.timeout(self._seconds):
+                chunk = await anext(chunks, None)
+            if chunk is None:
+                return
+            yield chunk
+
+    async def aclose(self) -> None:
+        """End the connection, or give it back."""
+        await self._stream.aclose()
 
 
 def _same_place(here: httpx2.URL, location: str) -> bool:

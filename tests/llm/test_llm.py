@@ -267,6 +267,37 @@ def test_answers_without_an_end_are_ended(monkeypatch):
     assert said.startswith("HTTP 400") and "\x1b" not in said and len(said) < 300
 
 
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ([b"SSH-2.0-OpenSSH_9.6\r\n"], "not HTTP: Bad status line"),
+        ([b"\x15\x03\x01\x00\x02\x02\x46"], "not HTTP: Bad status line"),  # as TLS answers one who speaks without
+        ([b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n"], "not HTTP: Invalid character in Content-Length"),
+        ([b"HTTP/1.1 200 OK\r\nx: ", b"y" * 100_000, b"\r\n\r\n"], "not HTTP: Got more than"),
+        ([b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n1\r\n{\r\n", None, b"zz\r\n"], "no answer in time"),
+    ],
+)
+def test_what_is_not_http_is_said(sent, said):
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        for part in sent:
+            await (asyncio.sleep(0.1) if part is None else writer.drain())
+            writer.write(part or b"")
+        writer.close()
+
+    async def work():
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            port = listening.sockets[0].getsockname()[1]
+            async with Server(f"http://127.0.0.1:{port}/v1", KEY, timeout=0.5) as server:
+                with pytest.raises(NoReplyError, match=said) as caught:
+                    await server.ask(BODY)
+                assert caught.value.passing and len(str(caught.value)) < 300 and str(caught.value).isprintable()
+                with pytest.raises(NoReplyError):
+                    await server.models()
+
+    asyncio.run(work())
+
+
 def test_a_long_stream_of_short_events_is_read():
     given = streamed(*({"content": "字", "filling": "x" * 300} for _ in range(60_000)))
     (answer,), _ = ask(lambda *_: given, timeout=30)
