@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import importlib
 import inspect
+import math
 import sys
 import threading
 import time
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from psyche_jax.errors import UsageError, UserError
+from psyche_jax.llm.reply import printable
 from psyche_jax.rewards.config import FunctionReward
 
-_LARGEST: Any = 3e38  # about what float32 holds, which any real number can be compared with
+_LARGEST = 3e38  # about what float32 holds
 _SHOWN = 40  # characters of a number
+_LONGEST_FAULT = 1000  # characters
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
 """`(prompts, completions, records) -> list[float | None]`, or a coroutine function of the same."""
@@ -70,10 +73,10 @@ def call_functions(
     Raises:
       UserError: so did a function whose `on_error` is `stop`.
     """
-    calls = [_Call(function, (prompts, completions, records)) for function in functions]
+    calls = [_Call(function, (prompts, completions, records), len(completions)) for function in functions]
     results = {}
     for call in calls:
-        result = call.result(len(completions))
+        result = call.result()
         if result.fault and call.reward.on_error == "stop":
             raise UserError(result.fault)
         results[call.reward.name] = result
@@ -83,9 +86,11 @@ def call_functions(
 class _Call:
     """One call in a thread of its own: a function that never returns cannot be ended, only left behind."""
 
-    def __init__(self, function: LoadedFunction, arguments: tuple[list[Any], ...]) -> None:
+    def __init__(self, function: LoadedFunction, arguments: tuple[list[Any], ...], count: int) -> None:
         self.reward = function.reward
-        self._answer: Any = None
+        self._count = count
+        self._values: tuple[float | None, ...] = ()
+        self._fault = ""
         self._error: BaseException | None = None
         self._deadline = time.monotonic() + self.reward.timeout_seconds
         self._thread = threading.Thread(target=self._run, args=(function.call, arguments), daemon=True)
@@ -96,23 +101,21 @@ class _Call:
             answer = function(*(list(argument) for argument in arguments))
             if inspect.isawaitable(answer):
                 answer = asyncio.run(_awaited(answer, self.reward.timeout_seconds))
-            self._answer = answer
+            self._values, self._fault = _checked(answer, self._count)
         except BaseException as error:  # whatever it is, it must not be lost with the thread
             self._error = error
 
-    def result(self, count: int) -> FunctionValues:
+    def result(self) -> FunctionValues:
         self._thread.join(max(0.0, self._deadline - time.monotonic()))
         if self._thread.is_alive() or isinstance(self._error, _TookTooLongError):
             fault = f"took longer than timeout_seconds {self.reward.timeout_seconds:g}"
         elif self._error is not None:
-            words = " ".join(str(self._error).split())
+            words = printable(" ".join(str(self._error).split()), _LONGEST_FAULT)
             fault = f"raised {type(self._error).__name__}{': ' if words else ''}{words}"
-        else:
-            values, fault = _checked(self._answer, count)
-            if not fault:
-                return FunctionValues(values)
+        elif not (fault := self._fault):
+            return FunctionValues(self._values)
         where = f"reward function `{self.reward.name}` ({self.reward.function})"
-        return FunctionValues((None,) * count, f"{where}: {fault}")
+        return FunctionValues((None,) * self._count, f"{where}: {fault}")
 
 
 class _TookTooLongError(Exception):
@@ -131,19 +134,26 @@ async def _awaited(answer: Any, seconds: float) -> Any:
 
 def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
     """The values as floats, and what is wrong with them."""
-    unordered = isinstance(answer, str | bytes | Mapping | Set)
-    if unordered or not hasattr(answer, "__len__") or not hasattr(answer, "__iter__"):
+    try:
+        length = -1 if isinstance(answer, str | bytes | Mapping | Set) else len(answer)
+    except TypeError:  # a number, or an array of one without a dimension
+        length = -1
+    if length < 0:
         return (), f"returned {type(answer).__name__}, not a list of numbers"
-    if len(answer) != count:
-        return (), f"returned {len(answer)} values for {count} completions"
+    if length != count:
+        return (), f"returned {length} values for {count} completions"
     values: list[float | None] = []
     for index, value in enumerate(answer):
         if value is not None and not isinstance(value, Real):
             return (), f"returned {type(value).__name__} for completion {index}, neither a number nor None"
-        if value is not None and not abs(value) <= _LARGEST:
+        try:
+            number = None if value is None else float(value)
+        except OverflowError:
+            number = math.inf
+        if number is not None and not abs(number) <= _LARGEST:
             shown = f"{value}"[:_SHOWN]
             return (), f"returned {shown} for completion {index}; a reward must be finite, in float32 too"
-        values.append(None if value is None else float(value))
+        values.append(number)
     return tuple(values), ""
 
 
@@ -153,8 +163,8 @@ def _load(reward: FunctionReward) -> LoadedFunction:
         module = function = importlib.import_module(module_name)
         for part in name.split("."):
             function = getattr(function, part)
-    except Exception as error:  # a module may raise anything while it is imported
-        words = " ".join(str(error).split())
+    except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
+        words = printable(" ".join(str(error).split()), _LONGEST_FAULT)
         raise UsageError(
             f"reward function `{reward.name}` ({reward.function}): cannot be imported: {type(error).__name__}: {words}"
         ) from None

@@ -81,6 +81,13 @@ async def times_out_by_itself(prompts, completions, records):
     raise TimeoutError("the judge's server")
 
 
+class Unreadable(list):
+    """Of which nothing can be had, and whose complaint would steer a terminal."""
+
+    def __iter__(self):
+        raise ValueError("\x1b[2J" + "x" * 10_000)
+
+
 FAULTS = {
     raises: "raised KeyError: 'no\\nkey'",
     hangs: "took longer than timeout_seconds 0.2",
@@ -96,6 +103,9 @@ FAULTS = {
     (lambda p: [1, 2, 3]): "raised TypeError: ",
     (lambda p, c, r: {0: 1.0, 1: 0.0, 2: 1.0}): "returned dict, not a list of numbers",
     (lambda p, c, r: {0.1, 0.5, 0.3}): "returned set, not a list of numbers",
+    (lambda p, c, r: np.array(0.5)): "returned ndarray, not a list of numbers",
+    (lambda p, c, r: np.array([1, np.inf, 3], np.float16)): "returned inf for completion 1; a reward must be finite",
+    (lambda p, c, r: Unreadable([1, 2, 3])): "raised ValueError: [2J",
     (lambda p, c, r: [1, 10**400, 3]): "returned 1000000000",
     (lambda p, c, r: [1, 2, -1e39]): "returned -1e+39 for completion 2; a reward must be finite, in float32 too",
 }
@@ -107,7 +117,7 @@ def test_whatever_goes_wrong_is_one_line(function, fault):
         call(loaded(function, timeout_seconds=0.2))
     line = str(error.value)
     assert line.startswith(f"reward function `judge` (module:judge): {fault}")
-    assert len(line.splitlines()) == 1
+    assert len(line.splitlines()) == 1 and line.isprintable() and len(line) < 1200
     result = call(loaded(function, timeout_seconds=0.2, on_error="absent"))["judge"]
     assert result.values == (None, None, None)
     assert result.fault == line
@@ -119,6 +129,7 @@ def test_functions_are_found_by_name(tmp_path, monkeypatch):
         "number = 3\n"
     )
     (tmp_path / "my_broken_rewards.py").write_text("raise RuntimeError('two\\nlines')\n")
+    (tmp_path / "my_script_of_rewards.py").write_text("raise SystemExit(0)\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nowhere", *__import__("sys").path])
     (function,) = load_functions([FunctionReward(function="my_rewards_here:Judges.kind")])
@@ -127,6 +138,7 @@ def test_functions_are_found_by_name(tmp_path, monkeypatch):
         "my_rewards_here:absent": "has no attribute 'absent'",
         "no_such_module:judge": "ModuleNotFoundError: No module named 'no_such_module'",
         "my_broken_rewards:judge": "RuntimeError: two lines",
+        "my_script_of_rewards:judge": "cannot be imported: SystemExit: 0",
         "my_rewards_here:number": "is not a function",
     }.items():
         with pytest.raises(UsageError) as error:
