@@ -47,7 +47,7 @@ from psyche_jax.train.objectives import (
     total_rewards,
     zero_std_groups,
 )
-from psyche_jax.train.state import TrainState, accumulate_gradients, apply_gradients
+from psyche_jax.train.state import TrainState, accumulate_gradients, apply_gradients, updates_counted
 
 # Metrics that are undefined in a step without a token to learn from.
 _TOKEN_METRICS = {
@@ -449,7 +449,7 @@ class Iteration:
             "loss": history.loss.mean(),
             "grad_norm": history.grad_norm.mean(),
             "skipped_updates": jnp.sum(~history.finite),
-            "learning_rate": self.schedule(state.step * config.updates_per_step - 1),
+            "learning_rate": self.schedule(jnp.maximum(updates_counted(state.optimizer_state) - 1, 0)),
             "kl": mean(terms.kl),
             "entropy": mean(scores.entropy),
             "clip_ratio/low_mean": mean(terms.clipped_low),

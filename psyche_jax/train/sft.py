@@ -49,6 +49,7 @@ from psyche_jax.train.state import (
     make_optimizer,
     make_schedule,
     schedule_warning,
+    updates_counted,
 )
 
 
@@ -239,7 +240,7 @@ def make_sft_step(
         )
         metrics = {
             "loss": value,
-            "learning_rate": schedule(state.step),
+            "learning_rate": schedule(updates_counted(state.optimizer_state)),
             "num_tokens": jnp.sum(batch["segments"] > 0),
         }
         state, norm, applied = apply_gradients(optimizer, state, value, gradients)

@@ -127,6 +127,13 @@ def apply_gradients(
     return TrainState(state.step, parameters, optimizer_state), norm, finite
 
 
+def updates_counted(optimizer_state: Any) -> jax.Array:
+    """How many updates the optimizer has counted, by which its learning rate goes; those that changed nothing are not
+    among them."""
+    (_, count), *_ = optax.tree.get_all_with_path(optimizer_state, "count")  # its parts all count alike
+    return count
+
+
 def _is_matrix(path: tuple[Any, ...], _: Any) -> bool:
     return path[-1].key not in ("bias", "scale")
 

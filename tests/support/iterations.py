@@ -52,14 +52,21 @@ class Outcome(NamedTuple):
 class Bench:
     """A compiled iteration with all it takes; plain gradient descent, so that gradients can be read off."""
 
-    def __init__(self, root: Path, mesh: tuple[int, int, int] = ONE, optimizer: Any = None, **changes: Any) -> None:
+    def __init__(
+        self,
+        root: Path,
+        mesh: tuple[int, int, int] = ONE,
+        optimizer: Any = None,
+        schedule: Any = optax.constant_schedule(RATE),  # noqa: B008
+        **changes: Any,
+    ) -> None:
         self.config = grpo_config(root, **changes)
         self.model = read_hf_config(root / "model")
         self.execution = execution(math.prod(mesh), *mesh, decoding_tensor=self.config.rollout.tensor)
         self.tokenizer = load_tokenizer(root / "model")
         self.bytes = token_bytes_from_tokenizer(self.tokenizer, self.model.vocab_size)
         self.rules = compile_rules(self.config.rules, self.bytes, self.model.stop_token_ids)
-        self.optimizer = optimizer or optax.sgd(RATE)
+        self.optimizer = optimizer or optax.sgd(schedule)
         self.folder = root / "model"
         records = read_records(RlPrompt, root / "rl.jsonl").good[: self.config.candidates_per_step]
         padded = pad_prompts([prompt_tokens(self.tokenizer, r.messages, PROMPT) for r in records], 64)
@@ -67,9 +74,7 @@ class Bench:
         batch = {**padded, "answers": answers, "number": np.arange(len(records), dtype=np.int32)}
         self.batch = jax.device_put(batch, self.execution.sharding.named("batch"))
         self.reference = self.read() if self.config.objective.kl_coefficient else None
-        self.iteration = Iteration(
-            self.config, self.model, self.execution, self.optimizer, optax.constant_schedule(RATE), self.shardings()
-        )
+        self.iteration = Iteration(self.config, self.model, self.execution, self.optimizer, schedule, self.shardings())
         arguments = (self.state(self.read()), self.reference, self.rules, self.batch, jax.random.key(0))
         self.step = self.iteration.program().lower(*arguments).compile(FAST)
 

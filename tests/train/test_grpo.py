@@ -371,18 +371,19 @@ def test_a_step_without_anything_to_learn_changes_nothing(tiny_root):
 @pytest.mark.parametrize("several", [False, True], ids=["one update", "several"])
 def test_groups_that_all_fall_out_change_nothing(several, tiny_root):
     """Dynamic sampling keeps no prompt, since a rule is the same for all: AdamW's moments, its count of updates, and
-    the parameters stay, with weight decay and moments of a step before; what is of nothing is absent."""
+    the parameters stay, with weight decay and moments of two updates before; what is of nothing is absent."""
     never = PatternRule(pattern="never said by anyone", name="never")
     changes = {"minibatch_prompts": 4, "passes_per_step": 2} if several else {}
     this = Bench(
         tiny_root,
         optimizer=optax.adamw(1e-2, weight_decay=0.1),
+        schedule=lambda count: 0.1 * count,
         rewards=(never, *RULES),
         dynamic_sampling=DynamicSamplingSection(16, "never"),
         **changes,
     )
     state = this.state(this.read())
-    moments = jax.tree.map(lambda leaf: leaf + 1, state.optimizer_state)
+    moments = jax.tree.map(lambda leaf: leaf + 2, state.optimizer_state)  # and two updates
     state = dataclasses.replace(state, optimizer_state=moments)
     before = jax.device_get(state)
     state, outputs = this.step(state, this.reference, this.rules, this.batch, jax.random.key(0))
@@ -392,6 +393,7 @@ def test_groups_that_all_fall_out_change_nothing(several, tiny_root):
     assert after.step == before.step + 1
     metrics, absent = outputs["metrics"], outputs["absent"]
     assert (metrics["skipped_updates"], metrics["empty_updates"]) == (0, 4 if several else 1)
+    assert metrics["learning_rate"] == pytest.approx(0.1), "of the second update, which is the last one that was made"
     assert (metrics["dynamic_sampling/sampled_prompts"], metrics["dynamic_sampling/kept_prompts"]) == (16, 0)
     gone = {name for name, is_absent in absent.items() if is_absent}
     assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/never/mean", "loss", "kl", "entropy"} <= gone

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import transformers
 from flax import traverse_util
@@ -138,6 +139,19 @@ def test_micro_batches_change_nothing(micro_batches, one_device, tiny_root, tiny
         figure(f"SFT {name}, micro-batches", np.abs(np.divide(values, expected) - 1).max(), 1e-5)
     figure("SFT first loss, micro-batches", abs(history[0]["loss"] - one_device[0][0]["loss"]), 1e-6)
     figure("SFT parameters, micro-batches", largest_difference(parameters, one_device[1]), 1e-4)
+
+
+def test_the_rate_that_is_logged_is_the_one_that_is_used(tiny_config, tiny_root, batch):
+    """Skipped steps leave the optimizer's count, so a warm-up does not go on meanwhile, and is not said to."""
+    schedule = optax.linear_schedule(0.0, 1.0, 4)
+    optimizer = make_optimizer(SECTION, schedule)
+    places = state_shardings(optimizer, build(tiny_config)[1], execution(1).sharding)
+    step = make_sft_step(tiny_config, execution(1), optimizer, schedule, places, 1)
+    state = start(tiny_root, tiny_config, execution(1), optimizer)
+    state = TrainState(state.step, jax.tree.map(lambda leaf: leaf * np.nan, state.parameters), state.optimizer_state)
+    for _ in range(2):
+        state, metrics = step(state, batch)
+        assert (metrics["skipped_updates"], metrics["learning_rate"]) == (1, 0)
 
 
 @pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2)], ids=["fsdp 8", "data 2, fsdp 2, tensor 2"])
