@@ -1,9 +1,11 @@
 """Typed configs: frozen dataclasses that check themselves. `config_files.py` reads them."""
 
 import difflib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 
 import pydantic
@@ -209,6 +211,10 @@ class SftConfig(Section):
         """Rows that go through forward and backward at once."""
         return self.micro_batch_size or self.batch_size
 
+    def count_steps(self, items: int) -> int:
+        """How many steps go through so many examples, or packed rows, `epochs` times."""
+        return _count_steps(self.epochs, items, self.batch_size)
+
 
 @dataclass(frozen=True)
 class GrpoDataSection(Section):
@@ -381,6 +387,10 @@ class GrpoConfig(Section):
         """Prompts whose responses go through forward and backward at once."""
         return self.micro_batch_prompts or self.prompts_per_update
 
+    def count_steps(self, prompts: int) -> int:
+        """How many steps go through so many prompts `epochs` times."""
+        return _count_steps(self.epochs, prompts, self.candidates_per_step)
+
     @property
     def updates_per_step(self) -> int:
         """How often the optimizer changes the policy in a step."""
@@ -434,6 +444,11 @@ FOUND_BY_CONTENT = ("model.path", "data", "prompt")
 def _require(condition: bool, name: str, value: Any, message: str) -> None:
     if not condition:
         raise ValueError(f"{name} {message}, not {value!r}")
+
+
+def _count_steps(epochs: float, items: int, per_step: int) -> int:
+    # Of the decimal number that was written: in floats 1.1 × 100 / 10 is above 11, and would be 12 steps.
+    return math.ceil(Fraction(str(epochs)) * items / per_step)
 
 
 def _keeps_small_updates(model: ModelSection, adapter: AdapterSection | None) -> None:

@@ -403,13 +403,13 @@ def fields_of_configs():
 
 @pytest.fixture(scope="module")
 def attributes():
-    """Names of all attributes that the package reads; where configs are defined and checked, in properties alone."""
+    """Names of all attributes that the package reads; where configs are defined, in public methods alone."""
     names = set()
     for path in PACKAGE.rglob("*.py"):
         read = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
         if path.relative_to(PACKAGE).parts in (("config.py",), ("rewards", "config.py")):
-            properties = [node for node in read if isinstance(node, ast.FunctionDef) and node.decorator_list]
-            read = [node for one in properties for node in ast.walk(one)]
+            public = [node for node in read if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")]
+            read = [node for one in public for node in ast.walk(one)]
         for node in read:
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)
@@ -483,3 +483,13 @@ def test_waves_are_an_old_name_of_slots(tmp_path, capsys):
         assert f"rollout_waves must divide prompts_per_step 12, not {wrong!r}" in message
     assert "slots must be at least 1, not 0" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slots": 0}})
     assert "'rollout.slots'" in failure(GrpoConfig, tmp_path, {**values, "rollout": {"slot": 1}})
+
+
+@pytest.mark.parametrize(
+    ("epochs", "items", "steps"), [(1.1, 100, 11), (2.0, 100, 20), (0.7, 30, 3), (1.11, 100, 12), (1e-9, 5, 1)]
+)
+def test_steps_are_counted_from_the_number_that_was_written(epochs, items, steps):
+    """In floats 1.1 × 100 / 10 is a little above 11, and 0.7 × 30 is a little below 21."""
+    places = {"run": {"dir": "runs/a"}, "model": {"path": "m"}, "data": {"train": "t"}, "epochs": epochs}
+    assert parse_config(SftConfig, {**places, "batch_size": 10}, "x").count_steps(items) == steps
+    assert parse_config(GrpoConfig, {**places, "prompts_per_step": 10}, "x").count_steps(items) == steps

@@ -216,8 +216,7 @@ def count_steps(config: PlanConfig) -> int | None:
         records = sum(len(open_dataset(name)) if Path(name).is_dir() else _lines(Path(name)) for name in names)
     except (OSError, UserError):
         return None
-    size = config.batch_size if isinstance(config, SftConfig) else config.candidates_per_step
-    return math.ceil(config.epochs * records / size)
+    return config.count_steps(records)
 
 
 def _lines(path: Path) -> int:

@@ -7,7 +7,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import signal
 from collections.abc import Mapping, Sequence
@@ -229,9 +228,7 @@ def _variants(config: PlanConfig, slice_: Slice) -> list[tuple[float, PlanConfig
 
 def count_steps(config: PlanConfig) -> int:
     """Of the paper's run; GRPO's by 10,000 prompts, since how many it had is not published."""
-    if isinstance(config, SftConfig):
-        return math.ceil(config.epochs * _RECORDS["sft"] / config.batch_size)
-    return math.ceil(config.epochs * _RECORDS["grpo"] / config.prompts_per_step)
+    return config.count_steps(_RECORDS["sft" if isinstance(config, SftConfig) else "grpo"])
 
 
 def append(out: Path, record: Record) -> None:

@@ -104,7 +104,7 @@ def train_grpo(config: GrpoConfig, profile_steps: int = 0, accepted: Collection[
 
     # The iteration, and what it starts from. The reference is the model as it is now, read once more; under adapters
     # it is read only once, since their base never changes.
-    total_steps = math.ceil(config.epochs * len(prompts) / config.candidates_per_step)
+    total_steps = config.count_steps(len(prompts))
     schedule = make_schedule(config.optimizer, total_steps, config.updates_per_step)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -290,7 +289,7 @@ def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[st
         evaluation_content = digest.hexdigest()[:16]
 
     # The step, and what it starts from.
-    total_steps = math.ceil(config.epochs * len(train.items) / config.batch_size)
+    total_steps = config.count_steps(len(train.items))
     schedule = make_schedule(config.optimizer, total_steps)
     optimizer = make_optimizer(config.optimizer, schedule)
     abstract, shardings = abstract_state(setup, optimizer)
