@@ -14,6 +14,7 @@ EVALUATED: frozenset[Change] = frozenset({"evaluation", "tokenizer", "template",
 Contents: TypeAlias = Mapping[str, str]
 """By what a run is trained on (all of `CHANGES` but the config): a hash of its content."""
 
+_SCORING = ("rewards", "max_new_tokens")  # settings that an evaluation depends on
 _CHANGED = {
     "data": "data.train: the training data have changed since this run began",
     "evaluation": "data.evaluation: the evaluation data have changed since this run began",
@@ -39,12 +40,16 @@ def changes(
     """
     known = bool(old_contents) and bool(new_contents)
     found: dict[Change, list[str]] = {}
-    if config := differences(_lasting(old, known), _lasting(new, known)):
-        found["config"] = config
+    was, now = _lasting(old, known), _lasting(new, known)
+    scored, scores = ({name: values.pop(name) for name in _SCORING if name in values} for values in (was, now))
+    if lines := differences(was, now):
+        found["config"] = lines
+    if lines := differences(scored, scores):
+        found["rewards"] = lines
     if old_contents and new_contents:
         for kind in CHANGES[1:]:
             if old_contents.get(kind) != new_contents.get(kind):
-                found[kind] = [_CHANGED[kind]]
+                found[kind] = [*found.get(kind, []), _CHANGED[kind]]
                 if kind == "template":
                     found[kind] += differences(old.get("prompt"), new.get("prompt"), "prompt")
     return found

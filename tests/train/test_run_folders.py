@@ -220,6 +220,19 @@ def test_the_difference_of_configs_is_named(change, key, tmp_path):
     assert files(tmp_path) == before
 
 
+@pytest.mark.parametrize("change", [{"rewards": [{"rule": "length"}]}, {"max_new_tokens": 9}, {"rate": 2e-5}])
+def test_the_best_by_other_rewards_is_forgotten(change, tmp_path):
+    """Of other weights, other rules, or longer responses: no later value could be compared with it."""
+    config = {**CONFIG, "max_new_tokens": 8}
+    best = {"step": 3, "evaluation_reward": 9.0}
+    with open_run(tmp_path / "run", "grpo", config, LOGGING) as run:
+        run.saved = 3
+        run.write_state("running", best=best)
+    kind = "config" if "rate" in change else "rewards"
+    with open_run(tmp_path / "run", "grpo", {**config, **change}, LOGGING, accepted={kind}) as run:
+        assert (run.best, run.evaluated_otherwise) == ((best, -1) if kind == "config" else (None, 3))
+
+
 @pytest.mark.slow
 def test_a_loss_that_stays_not_finite_ends_the_run(root, capsys):
     """With a rate that throws the parameters away: steps are skipped and counted, three in a row end the run with its
