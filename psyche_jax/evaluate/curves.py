@@ -219,7 +219,8 @@ def _places(lines: Sequence[dict[str, Any]], across: Across) -> list[float]:
     """Where each line stands from left to right."""
     if across == "step":
         return [line["step"] for line in lines]
-    return list(accumulate(float(line.get("step_time") or 0) for line in lines))
+    times = (line.get("step_time") for line in lines)
+    return list(accumulate(time if isinstance(time, int | float) and math.isfinite(time) else 0.0 for time in times))
 
 
 def _place(place: float, across: Across, say: Speaker) -> str:

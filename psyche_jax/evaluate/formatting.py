@@ -54,6 +54,8 @@ def brief(value: Any) -> str:
 
 def duration(seconds: float, say: Speaker = ENGLISH) -> str:
     """A time span for people."""
+    if not math.isfinite(seconds):
+        return number(seconds)
     if seconds < 1:
         return say("{n} ms", n=f"{seconds * 1000:.0f}")
     if seconds < 60:

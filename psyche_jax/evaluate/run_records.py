@@ -108,7 +108,7 @@ class RunRecord:
         if speeds := _values(self.metrics, "tokens_per_second"):
             facts.append(("Tokens per second, median", number(statistics.median(speeds))))
         if tokens := _values(self.metrics, "num_tokens"):
-            facts.append(("Tokens", f"{int(sum(tokens)):,}"))
+            facts.append(("Tokens", f"{sum(tokens):,.0f}"))
         for key, name in (("memory/device_gib", "Memory, fullest device"), ("memory/host_gib", "Memory, host process")):
             if values := _values(self.metrics, key):
                 facts.append((name, f"{number(max(values))} GiB"))
