@@ -378,9 +378,11 @@ class Training(contextlib.AbstractContextManager["Training"]):
             self.run.saved = self._checkpoints.saved
             self.run.write_state("running", **self._evaluations.best_so_far())
         if broken:
+            first = step - self._skipped + 1
+            steps = f"step {step} is" if first == step else f"steps {first} to {step} is"
             raise UserError(
-                f"{self.name}: the loss or gradient of step {step} is not finite, as in the {self._skipped - 1} steps "
-                "before; lower optimizer.learning_rate, or start again with other data"
+                f"{self.name}: the loss or gradient of {steps} not finite; lower optimizer.learning_rate, or start "
+                "again with other data"
             )
         if stopped and (not last or stopped_in_evaluation):
             self._checkpoints.close()

@@ -243,12 +243,12 @@ def test_a_loss_that_stays_not_finite_ends_the_run(root, capsys):
     said = capsys.readouterr().err
     last = said.strip().splitlines()[-1]
     assert last.startswith(
-        "psyche sft: sft: the loss or gradient of step 4 is not finite, as in the 2 steps before; lower optimizer"
+        "psyche sft: sft: the loss or gradient of steps 2 to 4 is not finite; lower optimizer"
     )
     assert said.count("the update was skipped") == 3
     state = state_of(root / "run")
     assert (state["status"], state["step"]) == ("failed", 4)
-    assert "step 4 is not finite" in state["reason"]
+    assert "steps 2 to 4 is not finite" in state["reason"]
     lines = metrics_of(root / "run")
     assert [(line["step"], line["skipped_updates"]) for line in lines] == [(1, 0), (2, 1), (3, 1), (4, 1)]
     assert read_checkpoint_metadata(find_checkpoint(root / "run"))["step"] == 4
