@@ -242,9 +242,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run(root, capsys):
     assert cli.main(["sft", "--config", str(path)]) == 1
     said = capsys.readouterr().err
     last = said.strip().splitlines()[-1]
-    assert last.startswith(
-        "psyche sft: sft: the loss or gradient of steps 2 to 4 is not finite; lower optimizer"
-    )
+    assert last.startswith("psyche sft: sft: the loss or gradient of steps 2 to 4 is not finite; lower optimizer")
     assert said.count("the update was skipped") == 3
     state = state_of(root / "run")
     assert (state["status"], state["step"]) == ("failed", 4)
