@@ -27,6 +27,7 @@ StopString = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 class _Request(BaseModel):
     """What asks for nothing (null, an empty text, list or object) is as good as absent, whatever it is called.
 
+    So is a false of a field that is known here, also where it would be read as the number 0.
     Any other field that is not known here is refused by its name.
     """
 
@@ -38,7 +39,11 @@ class _Request(BaseModel):
         if not isinstance(value, dict):
             return value
         required = {name for name, field in cls.model_fields.items() if field.is_required()}
-        asked = {name: given for name, given in value.items() if name in required or given not in (None, "", [], {})}
+        asked = {
+            name: given
+            for name, given in value.items()
+            if name in required or not (given in (None, "", [], {}) or (given is False and name in cls.model_fields))
+        }
         unknown = set(islice((name for name in asked if name not in cls.model_fields), 1))  # one is named, not all
         return {name: given for name, given in asked.items() if name in cls.model_fields or name in unknown}
 
@@ -177,6 +182,8 @@ class CompletionRequest(_Generation):
         prompts = value if isinstance(value, list) and not _is_prompt(value) else [value]
         if not all(map(_is_prompt, prompts)) or not prompts:
             raise ValueError("is not a text, a list of token ids, or a list of either")
+        if len(prompts) > _MOST_PROMPTS:
+            raise ValueError(f"has {len(prompts)} prompts, more than {_MOST_PROMPTS}")
         return value
 
     @model_validator(mode="after")

@@ -74,6 +74,9 @@ def test_prompts_are_continued_as_they_stand(server: Any) -> None:
         ({"prompt": ""}, "prompt 0 is empty"),
         ({"prompt": []}, "prompt: is not a text"),
         ({"prompt": [["a"]]}, "prompt: is not a text"),
+        ({"prompt": ["a"] * 129}, "prompt: has 129 prompts, more than 128"),
+        ({"prompt": [5, -1]}, "prompt.1: Input should be greater than or equal to 0"),
+        ({"prompt": ["a", [5, -1]]}, "prompt.1.1: Input should be greater than or equal to 0"),
         ({"prompt": ["a", [5, 999_999]]}, "prompt 1 holds token 999999; the model has 304"),
         ({"prompt": [5] * 1025, "echo": True, "max_tokens": 0}, "1025 tokens, more than the context of 1024"),
         ({"prompt": [5] * 1024}, "no room left in a context of 1024"),
@@ -89,6 +92,13 @@ def test_prompts_are_continued_as_they_stand(server: Any) -> None:
 def test_wrong_requests_are_named(server: Any, change: dict[str, Any], message: str) -> None:
     answer = post(server, **{"prompt": "a", **change})
     assert answer.status_code in (400, 404) and message in answer.json()["error"]["message"]
+
+
+def test_false_asks_for_no_log_probs(server: Any) -> None:
+    for asked in ({}, {"echo": True, "max_tokens": 0}):
+        wanted = {"prompt": "a", "max_tokens": 1, **asked}
+        assert post(server, **wanted, logprobs=False).json()["choices"][0]["logprobs"] is None
+        assert post(server, **wanted, logprobs=0).json()["choices"][0]["logprobs"] is not None
 
 
 def test_the_gate_answers_what_would_be_continued_and_leaves_scores_alone(server: Any) -> None:

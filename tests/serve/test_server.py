@@ -152,7 +152,11 @@ def test_parts_system_and_history_are_taken(client):
         ({"messages": [{"role": "assistant", "content": "x"}]}, "the last message must be the user's"),
         ({"messages": [{"role": "user", "content": " "}]}, "the user's message is empty"),
         ({"messages": [*ASK, {"role": "system", "content": "x"}, *ASK]}, "system message can only be the first"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages.0"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            "messages.0.content.0.type: ",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text: Field required"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "half of a surrogate pair"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
@@ -160,8 +164,9 @@ def test_parts_system_and_history_are_taken(client):
         ({"n": 0}, "n: "),
         ({"n": 9}, "n: at most 8 here"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": ["a" * 65]}, "stop"),
+        ({"stop": ["a"] * 5}, "stop: List should have at most 4 items"),
+        ({"stop": ["a", "a" * 65]}, "stop.1: String should have at most 64 characters"),
+        ({"stop": "a" * 65}, "stop: String should have at most 64 characters"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"presence_penalty": 0.5}, "presence_penalty"),
@@ -175,6 +180,7 @@ def test_parts_system_and_history_are_taken(client):
         ({"store": True}, "store"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"stream_options": {"include_usage": True}}, "stream_options needs stream"),
+        ({"metadata": {"str": 5}}, "metadata.str: Input should be a valid string"),
         ({"metadata": dict.fromkeys(map(str, range(2000)), "x")}, "metadata: has 2000 entries"),
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, *ASK]}, "tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}, *ASK]}, "refusal"),
@@ -195,6 +201,19 @@ def test_wrong_requests_are_named(server, change, message):
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert message in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_a_body_that_is_not_json_is_called_so(server):
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server.address}/v1/chat/completions", content='{"model": "tiny" 5}', headers=headers)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] is None
+    assert error["message"] == "the body is not JSON: Expecting ',' delimiter at character 17"
+
+
+def test_health_may_be_asked_for_without_its_body(server):
+    answer = httpx.head(f"{server.address}/health")
+    assert answer.status_code == 200 and not answer.content
 
 
 OPTIONAL = """
