@@ -137,3 +137,10 @@ def test_harmless_text_comes_out_whole(text, size):
 def test_the_cut_of_the_stream_changes_nothing(parts, size):
     text = "".join(parts)
     assert filtered(text, size) == filtered(text, 10_000)
+
+
+def test_who_is_in_a_crisis_is_answered_though_the_log_cannot_be_written(tmp_path, caplog):
+    gate = Gate(log=tmp_path / "gone" / "log")
+    reply = gate.reply(["我想自杀"])
+    assert reply is not None and reply.assessment.risk is Risk.ACTIVE_IDEATION
+    assert "an event is missing there" in caplog.text and "自杀" not in caplog.text

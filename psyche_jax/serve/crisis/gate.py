@@ -86,9 +86,13 @@ class Gate:
         """Log that something was answered by a fixed text or withheld: when and by what, never what was said."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **what})
         _LOG.warning("%s", line)
-        if self.log is not None:
+        if self.log is None:
+            return
+        try:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
+        except OSError as error:  # a full disk, say, keeps nobody from the answer
+            logging.getLogger("psyche_jax.serve").error("%s: %s; an event is missing there", self.log, error.strerror)
 
 
 def _latest(turns: Sequence[str]) -> Iterator[str]:
