@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
+import pydantic
+from pydantic import FiniteFloat
 
 from psyche_jax import __version__
 from psyche_jax.config import GrpoConfig, SftConfig
@@ -48,6 +50,29 @@ _LEAST_SLOTS = 32  # of the responses at least this part is decoded at once
 _FREE = 0.1  # of the memory is left by the first try, by arithmetic
 
 Record: TypeAlias = dict[str, Any]
+_Ends: TypeAlias = tuple[FiniteFloat, FiniteFloat]
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What a line of the file must hold beside the names of its cell."""
+
+    key: str
+    fits: bool
+    compiled: bool
+    peak_gib: FiniteFloat | None
+    date: str
+    compiler: str
+    jax: str
+    seconds: _Ends | None = None
+    hours: _Ends | None = None
+    price: _Ends | None = None
+    prompts: int = 0
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.fits and not (self.compiled and self.seconds and self.hours and self.price):
+            raise ValueError("a cell that fits has been compiled, and has figures")
 
 
 @dataclass(frozen=True)
@@ -339,12 +364,14 @@ def _as_record(plan: Plan) -> Record:
 
 
 def _is_record(value: Any) -> bool:
-    if not isinstance(value, dict):
+    names = {"program": PROGRAMS, "mode": tuple(MODES), "chip": CHIPS, "model": tuple(MODELS)}
+    if not isinstance(value, dict) or any(value.get(name) not in known for name, known in names.items()):
         return False
-    needed = {"key", "fits", "compiled", "peak_gib", "date", "compiler", "jax"}
-    needed |= {"seconds", "hours", "price"} if value.get("fits") else set()
-    names = {"program": PROGRAMS, "mode": MODES, "chip": CHIPS, "model": MODELS}
-    return needed <= set(value) and all(value.get(name) in known for name, known in names.items())
+    try:
+        pydantic.TypeAdapter(_Figures).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError:
+        return False
+    return True
 
 
 def _is_possible(cell: Cell) -> bool:

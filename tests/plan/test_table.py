@@ -84,6 +84,19 @@ def test_an_interrupted_table_goes_on(tmp_path, compiled, monkeypatch, capsys):
     assert len(compiled) == 1
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"mode": []}, {"key": []}, {"date": 5}, {"peak_gib": "x"}, {"seconds": 3}, {"hours": [None, None]}, {"fits": 1}],
+)
+def test_lines_that_cannot_be_shown_are_skipped(wrong, tmp_path, capsys):
+    out = tmp_path / "which.jsonl"
+    cell = table.Cell("sft", "int8", "v5e-8", "7B")
+    good = {**vars(cell), **fits(cell), "key": "k", "date": "2026-01-01", "compiler": "1.2", "jax": "0.9"}
+    out.write_text("".join(json.dumps(line) + "\n" for line in (good | wrong, good)))
+    assert table.read_records(out) == [good]
+    assert f"{out}:1: is no cell of a table, skipped" in capsys.readouterr().err
+
+
 def test_the_page(tmp_path, compiled):
     out = tmp_path / "which.jsonl"
     assert run(out, **FEW, programs="grpo") == 0
