@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,33 @@ def test_the_most_urgent_thing_said_of_oneself_counts(text, risk):
 )
 def test_ways_to_write_around_a_word_are_seen_through(text):
     assert classify(text).risk.severity >= Risk.PASSIVE_IDEATION.severity
+
+
+@pytest.mark.parametrize("between", [" ", "  ", ".", "，", "*", "_", "-", "\n", "\u2800", "\u3164", "😀"])
+@pytest.mark.parametrize(
+    ("text", "risk"),
+    [
+        ("我想结束生命", Risk.ACTIVE_IDEATION),
+        ("我写好了遗书", Risk.PLAN_OR_PREPARATION),
+        ("我已经吞了一瓶安眠药", Risk.ATTEMPT),
+        ("Iwanttodie", Risk.PASSIVE_IDEATION),
+        ("i want to kill myself", Risk.ACTIVE_IDEATION),
+    ],
+)
+def test_what_is_spelled_out_is_read(text, risk, between):
+    assert classify(between.join(text)).risk is risk
+
+
+def test_letters_that_only_look_latin_and_traditional_characters_are_read():
+    assert classify("і wаnt tо dіе").risk is Risk.PASSIVE_IDEATION
+    assert normalize("尋死 遺囑 計劃 藥劑 繩子") == normalize("寻死 遗嘱 计划 药剂 绳子")
+
+
+def test_long_texts_of_single_letters_take_no_long():
+    for text in ("i " * 30_000, "a   " * 30_000 + "aa", "a a" + " " * 60_000, "a a a" + " " * 60_000 + "!"):
+        start = time.process_time()
+        normalize(text)
+        assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize(
