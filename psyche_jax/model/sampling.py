@@ -57,9 +57,10 @@ def draw(logits: jax.Array, numbers: jax.Array, sampling: Sampling) -> tuple[jax
     Returns:
       int32 [rows], float32 [rows].
     """
+    relative = tempered(logits, sampling.temperature or 1.0)
     if sampling.temperature > 0:
-        logits = filter_logits(tempered(logits, sampling.temperature), sampling)
-    blocks = whole_blocks(logits - logits.max(axis=-1, keepdims=True), 1).reshape(len(logits), -1, _BLOCK)
+        relative = filter_logits(relative, sampling)  # which keeps the largest, 0
+    blocks = whole_blocks(relative, 1).reshape(len(logits), -1, _BLOCK)
     weights = jnp.exp(blocks).sum(axis=-1)
     log_total = jnp.log(weights.sum(axis=-1))
     if sampling.temperature == 0:
@@ -77,9 +78,9 @@ def draw(logits: jax.Array, numbers: jax.Array, sampling: Sampling) -> tuple[jax
 
 
 def tempered(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """`logits` [rows, vocab] at a temperature above 0, a number or [rows, 1], however small.
+    """`logits` [rows, vocab] at a temperature above 0, a number or [rows, 1], however small; the largest is 0.
 
-    They are relative to the largest, which so stays finite where the others overflow.
+    Relative to the largest, that one stays finite where the others overflow.
     """
     return (logits - logits.max(axis=-1, keepdims=True)) / jnp.maximum(temperature, _TINY)
 
