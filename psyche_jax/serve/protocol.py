@@ -7,6 +7,7 @@ library (`openai.types`).
 from itertools import islice
 from typing import Annotated, Any, Literal
 
+from fastapi.exceptions import RequestValidationError
 from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -229,3 +230,30 @@ class ErrorResponse(BaseModel):
     """The body of every answer that reports an error."""
 
     error: ErrorObject
+
+
+def fault_of(error: RequestValidationError) -> tuple[str, str]:
+    """Where in the body the first fault is, and what it is.
+
+    Where a field may be of several types each type has its errors: what counts is the one that read the most.
+    """
+    first, *others = error.errors()[:1000]
+    if first["type"] == "json_invalid":
+        return "", f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
+    of_field = [first, *(other for other in others if other["loc"][:2] == first["loc"][:2])]
+    places = [_place(one, error.body) for one in of_field]
+    other_type = [one["type"].endswith(("_type", "_parsing")) for one in of_field]
+    best = max(range(len(of_field)), key=lambda index: (not other_type[index], len(places[index])))
+    return ".".join(map(str, places[best]))[:200], of_field[best]["msg"].removeprefix("Value error, ")
+
+
+def _place(fault: dict[str, Any], body: Any) -> list[str | int]:
+    """The keys that lead through the body to a fault: its `loc` without the names of types."""
+    keys: list[str | int] = []
+    for part in fault["loc"][1:]:
+        if isinstance(body, list if isinstance(part, int) else dict) and (isinstance(part, int) or part in body):
+            body = body[part]
+        elif fault["type"] != "missing" or part != fault["loc"][-1]:
+            continue
+        keys.append(part)
+    return keys

@@ -185,7 +185,7 @@ def _answer_errors(app: fastapi.FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def wrong(_: fastapi.Request, error: RequestValidationError) -> JSONResponse:
-        place, text = _fault(error)
+        place, text = protocol.fault_of(error)
         message = f"{place}: {text}" if place else text
         return JSONResponse(error_body(400, message, "invalid_request", place or None), 400)
 
@@ -202,33 +202,6 @@ def _answer_errors(app: fastapi.FastAPI) -> None:
     @app.exception_handler(Exception)
     async def broken(_: fastapi.Request, error: Exception) -> JSONResponse:
         return JSONResponse(error_body(500, "something went wrong; the server's log says what", "internal_error"), 500)
-
-
-def _fault(error: RequestValidationError) -> tuple[str, str]:
-    """Where in the body the first fault is, and what it is.
-
-    Where a field may be of several types each type has its errors: what counts is the one that read the most.
-    """
-    first, *others = error.errors()[:1000]
-    if first["type"] == "json_invalid":
-        return "", f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}"
-    of_field = [first, *(other for other in others if other["loc"][:2] == first["loc"][:2])]
-    places = [_place(one, error.body) for one in of_field]
-    other_type = [one["type"].endswith(("_type", "_parsing")) for one in of_field]
-    best = max(range(len(of_field)), key=lambda index: (not other_type[index], len(places[index])))
-    return ".".join(map(str, places[best]))[:200], of_field[best]["msg"].removeprefix("Value error, ")
-
-
-def _place(fault: dict[str, Any], body: Any) -> list[str | int]:
-    """The keys that lead through the body to a fault: its `loc` without the names of types."""
-    keys: list[str | int] = []
-    for part in fault["loc"][1:]:
-        if isinstance(body, list if isinstance(part, int) else dict) and (isinstance(part, int) or part in body):
-            body = body[part]
-        elif fault["type"] != "missing" or part != fault["loc"][-1]:
-            continue
-        keys.append(part)
-    return keys
 
 
 def _no_model(service: Service) -> RefusalError:
