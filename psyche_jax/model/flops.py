@@ -1,5 +1,6 @@
 """FLOPs of the model by arithmetic, and the peaks of known accelerators: of computing and of their memory."""
 
+from psyche_jax.config import AdapterSection
 from psyche_jax.model.config import ModelConfig
 
 # FLOP/s of one device, dense: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; NVIDIA's data sheets.
@@ -89,6 +90,6 @@ def causal_flops(model: ModelConfig, rows: float, length: float, before: float =
     return layers_flops(model, rows, length, length * before + length * length / 2)
 
 
-def update_passes(model: ModelConfig) -> int:
+def update_passes(adapter: AdapterSection | None) -> int:
     """What forward and backward of an update take, in forward passes; a base that is frozen has no gradient."""
-    return 3 if model.adapter is None else 2
+    return 3 if adapter is None else 2

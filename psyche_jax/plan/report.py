@@ -14,6 +14,7 @@ from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.data.dataset import open_dataset
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.flops import update_passes
 from psyche_jax.plan.collectives import PLACES, Collective, WeightBytes, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
     ARGUMENTS,
@@ -81,9 +82,9 @@ class Plan:
         if self.forecast is None:
             return None
         fast, slow = self.forecast.totals
-        # What remat computes again is work that the model does not need.
+        # What remat computes again is work that the model does not need; nor has a frozen base a gradient.
         flops = sum(phase.flops for name, phase in self.phases.items() if name != "backward")
-        flops += 2 * self.phases["forward"].flops
+        flops += (update_passes(self.config.adapter) - 1) * self.phases["forward"].flops
         peak = self.slice_.device_count * self.slice_.chip.bf16_flops
         if isinstance(self.config, SftConfig):
             tokens = self.config.batch_size * self.config.data.max_length

@@ -366,7 +366,7 @@ def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, Any]) 
     prompt = metrics["num_tokens"] / responses - response
     forward = causal_flops(model, config.prompts_per_step, prompt)
     forward += causal_flops(model, responses, response, prompt) + head_flops(model, responses * response)
-    trained = update_passes(model) + (config.objective.top_entropy < 1)
+    trained = update_passes(model.adapter) + (config.objective.top_entropy < 1)
     fixed = (config.objective.kl_coefficient > 0) + (config.updates_per_step > 1)
     return forward * (1 + fixed + trained * config.passes_per_step)
 

@@ -255,7 +255,7 @@ def step_flops(model: ModelConfig, examples: int, metrics: dict[str, float]) -> 
     Attention is counted at the rows' mean length, so a packed row counts as one example: a little too much.
     """
     tokens = metrics["num_tokens"]
-    return update_passes(model) * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
+    return update_passes(model.adapter) * (causal_flops(model, examples, tokens / examples) + head_flops(model, tokens))
 
 
 def train_sft(config: SftConfig, profile_steps: int = 0, accepted: Collection[str] = ()) -> None:

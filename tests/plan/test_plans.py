@@ -95,6 +95,9 @@ def test_adapters_over_a_small_base(program, dtype, tmp_path, capsys):
     code, result, _ = plan(capsys, config, "--set", f"model.dtype={dtype}")
     assert code == 0
     check(result, program)
+    needed = result["flops"] - result["phases"]["backward"]["flops"] + result["phases"]["forward"]["flops"]
+    peak, seconds = 4 * 197e12, result["forecast_seconds"]["total"]
+    assert result["forecast"]["mfu"]["low"] == pytest.approx(needed / peak / seconds), "a frozen base has no gradient"
     memory = result["memory_gib"]
     assert "reference" not in memory
     assert memory["base"] > {"bfloat16": 10, "int8": 4}[dtype] * memory["parameters"] > 0
