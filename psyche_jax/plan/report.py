@@ -99,7 +99,7 @@ class Plan:
             "hours": {"low": hours * fast, "high": hours * slow},
             "price": {end: hours * time * self.slice_.chips * price for end, time in (("low", fast), ("high", slow))},
             "steps": known or _STEPS,
-            "steps_are_known": known is not None,
+            "steps_are_known": bool(known),
             "dollars_per_chip_hour": price,
             "decoding_steps": None if self.decoding is None else self.decoding.steps,
         }

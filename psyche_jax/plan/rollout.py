@@ -6,6 +6,7 @@ import math
 import random
 import re
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,10 +136,12 @@ def _sampled(run: Path) -> list[int]:
     path = run / "samples.jsonl"
     if not path.exists():
         raise UserError(f"--lengths {run}: holds no samples.jsonl; must be {_EXAMPLE}")
-    rows = [row for _, row in read_jsonl(path)]
-    lengths = [row["tokens"] for row in rows if isinstance(row, dict) and isinstance(row.get("tokens"), int)]
+    found = [row.get("tokens") if isinstance(row, dict) else None for _, row in read_jsonl(path)]
+    lengths = [tokens for tokens in found if type(tokens) is int and tokens > 0]  # true is none, though an int
     if not lengths:
         raise UserError(f"--lengths {run}: samples.jsonl holds no response with its number of tokens")
+    if skipped := len(found) - len(lengths):
+        print(f"plan: {path}: skipped {skipped} lines without a number of tokens", file=sys.stderr, flush=True)
     return lengths
 
 

@@ -121,10 +121,11 @@ def test_a_log_normal_distribution_is_as_it_is_described(text):
     assert min(draw_lengths(text, 1000, 500)) >= 1
 
 
-def test_lengths_of_a_run(tmp_path):
-    rows = [{"step": 1, "tokens": tokens} for tokens in (5, 9, 700)]
-    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_lengths_of_a_run(tmp_path, capsys):
+    rows = [{"step": 1, "tokens": tokens} for tokens in (5, 9, 700, True, -3, "7")]
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1, "tok')
     assert sorted(draw_lengths(str(tmp_path), 6, 512)) == [5, 5, 9, 9, 512, 512]
+    assert "samples.jsonl: skipped 4 lines without a number of tokens" in capsys.readouterr().err
     assert draw_lengths(None, 3, 64) == [64] * 3
 
 
