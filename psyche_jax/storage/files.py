@@ -22,8 +22,7 @@ def as_path(path: str | Path) -> Path:
     """What a path or a `gs://` address stands for; the latter has the methods of a path that are used here."""
     if not in_bucket(path):
         return Path(path)
-    if str(path).removeprefix(_BUCKETS)[:1] in ("", "/"):
-        raise UserError(f"{path}: names no bucket")
+    bucket_and_prefix(path)
     from etils import epath
 
     from psyche_jax.storage import buckets  # half a second, which `psyche --help` need not take
@@ -35,6 +34,18 @@ def as_path(path: str | Path) -> Path:
 def in_bucket(path: str | Path) -> bool:
     """Return whether `path` is an address in a bucket."""
     return str(path).startswith(_BUCKETS)
+
+
+def bucket_and_prefix(address: str | Path) -> tuple[str, str]:
+    """The bucket of a `gs://` address, and the prefix within it, without slashes around.
+
+    Raises:
+      UserError: it names no bucket.
+    """
+    bucket, _, prefix = str(address).removeprefix(_BUCKETS).partition("/")
+    if not bucket:
+        raise UserError(f"{address}: names no bucket")
+    return bucket, prefix.strip("/")
 
 
 def absolute(path: Path) -> Path:

@@ -24,7 +24,7 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from psyche_jax.errors import UserError
 from psyche_jax.storage import buckets
-from psyche_jax.storage.files import LOCK_FILE, in_bucket, parsed_json
+from psyche_jax.storage.files import LOCK_FILE, bucket_and_prefix, in_bucket, parsed_json
 
 BEAT_SECONDS = 15.0  # between two writings of the object
 STALE_SECONDS = 90.0  # without a change after which nobody is thought to hold it
@@ -148,9 +148,9 @@ class _FolderLock:
 class _BucketLock:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        bucket, _, prefix = str(folder).removeprefix("gs://").partition("/")
+        bucket, prefix = bucket_and_prefix(folder)
         self._bucket = self._tried(lambda _: buckets.client().bucket(bucket))
-        self._name = f"{prefix.strip('/')}/{LOCK_FILE}"
+        self._name = f"{prefix}/{LOCK_FILE}"
         self._self = _self()
         self._generation = 0
         self._beats = 0

@@ -23,7 +23,7 @@ from google.api_core.exceptions import NotFound, PreconditionFailed
 
 from psyche_jax.errors import UserError
 from psyche_jax.storage import buckets
-from psyche_jax.storage.files import in_bucket
+from psyche_jax.storage.files import bucket_and_prefix, in_bucket
 
 Result = TypeVar("Result")
 _BLOCK = 2**20
@@ -147,10 +147,7 @@ class _Folder:
 
 class _Bucket:
     def __init__(self, address: str) -> None:
-        bucket, _, prefix = address.removeprefix("gs://").partition("/")
-        if not bucket:
-            raise UserError(f"{address}: names no bucket")
-        prefix = prefix.strip("/")
+        bucket, prefix = bucket_and_prefix(address)
         self.address = f"gs://{bucket}/{prefix}".rstrip("/")
         self._bucket_name, self._prefix = bucket, f"{prefix}/" if prefix else ""
         self._seconds = buckets.deadline_seconds()
