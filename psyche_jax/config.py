@@ -383,6 +383,12 @@ class GrpoConfig(Section):
         return self.minibatch_prompts or self.prompts_per_step
 
     @property
+    def on_policy_prompts(self) -> int:
+        """The first prompts of a step, whose one update is that of the policy that sampled: its forward pass gives the
+        old log-probs. Those of the other prompts take a pass of their own."""
+        return self.prompts_per_update if self.passes_per_step == 1 else 0
+
+    @property
     def prompts_per_micro_batch(self) -> int:
         """Prompts whose responses go through forward and backward at once."""
         return self.micro_batch_prompts or self.prompts_per_update

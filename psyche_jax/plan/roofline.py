@@ -106,8 +106,8 @@ class _Counter:
         }
         if config.objective.kl_coefficient:
             phases["reference"] = parts * scoring
-        if updates > 1:
-            phases["old_log_probs"] = parts * scoring
+        if off_policy := 1 - config.on_policy_prompts / config.prompts_per_step:
+            phases["old_log_probs"] = off_policy * parts * scoring
         if config.objective.top_entropy < 1:
             phases["entropies"] = passes * parts * scoring
         return {
@@ -236,7 +236,7 @@ class _Counter:
         if isinstance(config, SftConfig):
             return {"updates": config.batch_size // part.rows * update}
         parts = config.prompts_per_step * config.generations_per_prompt // part.rows
-        scored = bool(config.objective.kl_coefficient) + (config.updates_per_step > 1)
+        scored = bool(config.objective.kl_coefficient) + 1 - config.on_policy_prompts / config.prompts_per_step
         scored += config.passes_per_step * (config.objective.top_entropy < 1)
         return {
             "prefill": self._attention(config.prompts_per_step, config.data.max_prompt_length),

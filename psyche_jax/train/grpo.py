@@ -85,7 +85,7 @@ class Experience(NamedTuple):
     stop token, or none of them;
     `sampler_log_probs`: float32 [responses, max_new_tokens]; `advantages`: float32 [responses];
     `reference_log_probs`, `old_log_probs`: as `sampler_log_probs`, or None: without a KL term, and with one update
-    a step, they are not needed (the old policy then is the current one).
+    a step, they are not needed. Where the old policy is the one that is updated, `old_log_probs` are NaN.
     """
 
     prompt_tokens: jax.Array
@@ -251,14 +251,14 @@ class Iteration:
         )
 
         # Log-probs that stay as they are while the policy is updated: the reference's for the KL term, and the old
-        # policy's for the ratio. With one update a step the old policy is the current one, and costs no pass.
+        # policy's for the ratio. In a step's first update the old policy is the current one, and costs no pass.
         # Of adapters the reference is the base alone: the same arrays, without the adapters' products.
         policy = self.policy(reference, state.parameters)
         if reference is not None and config.objective.kl_coefficient:
             of_reference = self._fixed_log_probs(without_adapter(self.model), reference, experience)
             experience = experience._replace(reference_log_probs=of_reference)
-        if config.updates_per_step > 1:
-            experience = experience._replace(old_log_probs=self._fixed_log_probs(self.model, policy, experience))
+        if config.on_policy_prompts < config.prompts_per_step:
+            experience = experience._replace(old_log_probs=self._old_log_probs(policy, experience))
 
         # The updates, `passes_per_step` times through the minibatches of this step.
         state, history = self._updates(reference, state, experience)
@@ -329,9 +329,17 @@ class Iteration:
     @jax.named_scope("log_probs")
     def _fixed_log_probs(self, model: ModelConfig, parameters: Parameters, experience: Experience) -> jax.Array:
         """Log-probs of the responses under some policy, by micro-batches, without gradient."""
-        micro_batches = self.config.prompts_per_step // self.config.prompts_per_micro_batch
+        micro_batches = len(experience.prompt_tokens) // self.config.prompts_per_micro_batch
         parts = split_rows(experience, micro_batches, self.execution.sharding)
         return join_rows(jax.lax.map(lambda part: self._scores(model, parameters, part).log_probs, parts))
+
+    def _old_log_probs(self, policy: Parameters, experience: Experience) -> jax.Array:
+        """Of all responses, NaN where the update that learns from them finds them by itself."""
+        first, prompts = self.config.on_policy_prompts, self.config.prompts_per_step
+        others = jax.tree.map(lambda leaf: leaf[first * len(leaf) // prompts :], experience)
+        log_probs = self._fixed_log_probs(self.model, policy, others)
+        missing = len(experience.tokens) - len(log_probs)
+        return jnp.pad(log_probs, ((missing, 0), (0, 0)), constant_values=jnp.nan)
 
     def _scores(self, config: ModelConfig, parameters: Parameters, experience: Experience) -> TokenScores:
         """Log-probs (0 off the mask) and entropies of the responses' tokens, [responses, max_new_tokens]."""
@@ -396,7 +404,7 @@ class Iteration:
             scores = self._scores(self.model, self.policy(reference, parameters), experience)
             # On policy the old policy is this one, without its gradient: ratio 1, and the gradient is A·∇log π.
             current_RT = jax.lax.stop_gradient(scores.log_probs)
-            old_RT = current_RT if experience.old_log_probs is None else experience.old_log_probs
+            old_RT = _known(experience.old_log_probs, current_RT)
             reference_RT = current_RT if experience.reference_log_probs is None else experience.reference_log_probs
             correction_RT = None
             if objective.sampler_cap is not None:
@@ -441,8 +449,7 @@ class Iteration:
         def mean(values: jax.Array) -> jax.Array:
             return jnp.sum(values * mask) / tokens / config.passes_per_step
 
-        # On policy the old log-probs are those of the first pass.
-        trainer = scores.log_probs[0] if experience.old_log_probs is None else experience.old_log_probs
+        trainer = _known(experience.old_log_probs, scores.log_probs[0])
         difference = jnp.abs(trainer - experience.sampler_log_probs) * mask
         lengths = rollout.mask.sum(axis=1)
         metrics = {
@@ -472,6 +479,11 @@ class Iteration:
             metrics["sampling/importance_sampling_ratio/min"] = jnp.min(jnp.where(mask, correction, jnp.inf))
             metrics["sampling/importance_sampling_ratio/max"] = jnp.max(jnp.where(mask, correction, 0.0))
         return metrics
+
+
+def _known(old_log_probs: jax.Array | None, on_policy: jax.Array) -> jax.Array:
+    """The old policy's log-probs; where the old policy is the current one, those `on_policy`."""
+    return on_policy if old_log_probs is None else jnp.where(jnp.isnan(old_log_probs), on_policy, old_log_probs)
 
 
 def reward_metrics(

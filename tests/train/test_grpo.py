@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.iterations import FAST, RATE, Bench, Outcome, bench, outcome
+from support.iterations import FAST, RATE, SEVERAL, Bench, Outcome, bench, outcome
 from support.training_fixtures import RULES, execution, grpo_config, largest_difference
 from test_objectives import plain_advantages
 
@@ -103,22 +103,28 @@ def plain_step(model: ModelConfig, outcome: Outcome, step: int) -> Plain:
         )
 
     parameters, losses, norms, sums = start, [], [], []
-    for first in range(0, len(padded), size):
+    for first in [*range(0, len(padded), size)] * config.passes_per_step:
         rows = (np.arange(len(padded)) >= first) & (np.arange(len(padded)) < first + size)
         (value, extras), gradients = loss(parameters, rows)
         losses.append(float(value))
         norms.append(float(optax.global_norm(gradients)))
         sums.append(jax.device_get(extras))
         parameters = jax.tree.map(lambda p, g: p - RATE * g, parameters, gradients)
-    total = {name: sum(float(part[name]) for part in sums) / mask.sum() for name in sums[0]}
+    tokens = mask.sum() * config.passes_per_step
+    total = {name: sum(float(part[name]) for part in sums) / tokens for name in sums[0]}
     return Plain(jax.device_get(parameters), losses, norms, total)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("several", [False, True], ids=["one update", "two updates"])
-def test_a_step_is_that_of_the_plain_implementation(several, tiny_root, tiny_config, figure):
+@pytest.mark.parametrize(
+    ("several", "passes"), [(False, 1), (True, 1), (True, 2)], ids=["one update", "two updates", "twice two updates"]
+)
+def test_a_step_is_that_of_the_plain_implementation(several, passes, tiny_root, tiny_config, figure):
     """The second step: there the policy has left the reference, so that the KL term has a gradient."""
-    ours = outcome(tiny_root, several=several)
+    if passes == 1:
+        ours = outcome(tiny_root, several=several)
+    else:
+        ours = Bench(tiny_root, **SEVERAL, passes_per_step=passes).run(2)
     metrics = ours.metrics[1]
     assert metrics["frac_reward_zero_std"] < 1, "the step must have something to learn"
     plain = plain_step(tiny_config, ours, 1)
