@@ -2,8 +2,9 @@
 
 It is the upper end of a bracket whose lower end is the roofline (`plan/roofline.py`). What carries no estimate:
 
-- collectives: bytes over one link, and a microsecond a hop. Those that run beside other work (the compiler has split
-  them, or fused them with products) count only as far as they take longer than that work.
+- collectives: bytes over one link, and a microsecond a hop. Those that run beside other work count only as far as they
+  take longer than that: what has a start and an end, than what is computed between them; what the compiler has fused
+  with products, than all of the loop's turn.
 - Pallas kernels: attention by arithmetic, at half of the peak or of the bandwidth.
 - gathers, scatters and updates in place: what they write, twice, at the HBM's bandwidth.
 """
@@ -153,26 +154,40 @@ class _Reader:
         scoped = Counter(phase for i in instructions if (phase := phase_of(i.op_name)))
         usual = scoped.most_common(1)[0][0] if scoped else outer or "updates"
         cost: dict[str, float] = defaultdict(float)
+        begun: dict[str, float] = {}  # collectives with what is left of them, which the links carry in turn
         beside = 0.0
         for instruction in instructions:
             phase = phase_of(instruction.op_name) or usual
-            # What runs other computations.
-            if instruction.opcode in ("while", "conditional", "call"):
+            before = sum(cost[phase] for phase in PHASES)
+            if instruction.opcode in ("while", "conditional", "call"):  # what runs other computations
                 turns = self._turns(instruction, outer)
                 for called in self._called(instruction, phase, seen) if turns else ():
                     _add(cost, called, turns)
-                continue
+            else:
+                # What is sent: everything waits for a plain collective, other work for one that has been split.
+                seconds = sum(self._sending(instruction, seen))
+                if instruction.opcode in COLLECTIVES or _is_reduce_scatter(instruction):
+                    cost[UNHIDDEN] += seconds
+                elif instruction.opcode.endswith("-start"):
+                    begun[instruction.name] = seconds
+                else:
+                    beside += seconds
 
-            # What is sent: everything waits for a plain collective, other work for one that has been split.
-            seconds = sum(self._sending(instruction, seen))
-            waits = instruction.opcode in COLLECTIVES or _is_reduce_scatter(instruction)
-            cost[UNHIDDEN] += seconds if waits else 0.0
-            beside += 0.0 if waits else seconds
+                # What is computed.
+                cost[phase] += self._computing(instruction, by_name)
+                if "tpu_custom_call" in instruction.line:
+                    cost[f"kernels/{phase}"] += 1
 
-            # What is computed.
-            cost[phase] += self._computing(instruction, by_name)
-            if "tpu_custom_call" in instruction.line:
-                cost[f"kernels/{phase}"] += 1
+            # What was begun goes on meanwhile; where it ends, all waits for what is left of it.
+            passed = sum(cost[phase] for phase in PHASES) - before
+            for name, left in begun.items():
+                begun[name] = max(0.0, left - passed)
+                passed = max(0.0, passed - left)
+            ended = set(instruction.operands()) & begun.keys() if instruction.opcode.endswith("-done") else set()
+            while ended:
+                name = next(iter(begun))
+                cost[UNHIDDEN] += begun.pop(name)
+                ended.discard(name)
         cost[UNHIDDEN] += max(0.0, beside - sum(cost[phase] for phase in PHASES))
         return cost
 
@@ -206,7 +221,7 @@ class _Reader:
         """Seconds of a collective, or of those within a fusion. One that is in several fusions counts once."""
         if instruction.collective:
             yield collective_seconds(instruction, self.chip)
-        for called in instruction.called("calls"):
+        for called in instruction.called("calls", "to_apply") if not instruction.collective else ():
             for inner in self.module.computations.get(called, ()):
                 if inner.collective and inner.channel not in seen:
                     seen |= {inner.channel} if inner.channel else set()

@@ -127,6 +127,38 @@ def test_collectives_that_nothing_hides():
     assert seconds(text=longer).high[UNHIDDEN] == pytest.approx(23 * sum_)
 
 
+def test_what_is_computed_between_start_and_end_hides_a_collective():
+    """The links carry one after the other; who waits for one waits for those before it."""
+    sparse = 'async_execution_thread="sparsecore", to_apply=%gather'
+    text = "\n".join(
+        [
+            "%gather (p: bf16[8]) -> bf16[8] {",
+            "  ROOT %all-gather.1 = bf16[1000000]{0} all-gather(%p), channel_id=1, replica_groups=[4,4]<=[16]",
+            "}",
+            "",
+            "ENTRY %main (p: bf16[8]) -> bf16[8] {",
+            f"  %a = ((bf16[8], token[]), bf16[1000000]{{0}}) call-start(%p), {sparse}",
+            line("fusion.1", "bf16[8]{0}", "fusion(%p), kind=kLoop, calls=%f", "jit(step)/updates/x", 20000),
+            f"  %b = ((bf16[8], token[]), bf16[1000000]{{0}}) call-start(%p), {sparse.replace('gather', 'second')}",
+            line("fusion.2", "bf16[8]{0}", "fusion(%p), kind=kLoop, calls=%f", "jit(step)/updates/x", 40000),
+            "  %b.done = bf16[1000000]{0} call-done(%b)",
+            "  %a.done = bf16[1000000]{0} call-done(%a)",
+            line("fusion.3", "bf16[8]{0}", "fusion(%p), kind=kLoop, calls=%f", "jit(step)/updates/x", 90000),
+            "}",
+            "",
+            "%second (p: bf16[8]) -> bf16[8] {",
+            "  ROOT %all-gather.2 = bf16[1000000]{0} all-gather(%p), channel_id=2, replica_groups=[4,4]<=[16]",
+            "}",
+        ]
+    )
+    gather = 2e6 * 3 / 4 / 50e9 + 3e-6
+    found = forecast(Module.parse(text), SLICE, {"forward": Phase()}, {}, ())
+    between = 60000 / CHIP.clock
+    assert gather < between < 2 * gather
+    assert found.high[UNHIDDEN] == pytest.approx(2 * gather - between), "nothing is left for the end of the first"
+    assert found.high["updates"] == pytest.approx(150000 / CHIP.clock)
+
+
 def test_kernels_take_twice_their_arithmetic():
     work = Phase(flops=16 * CHIP.bf16_flops)
     plain, with_kernels = seconds().high, seconds(attention={"log_probs": work, "updates": work}).high
