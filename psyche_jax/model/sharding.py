@@ -54,12 +54,15 @@ DECODE_RULES: Rules = MappingProxyType(
 # products in pieces, each of which waits for some of the weights. What is gained: docs/measurements/benchmarks.md.
 # (libtpu refuses a flag that it does not know. To fuse gathers with products is its default on v5e; elsewhere newer
 # versions refuse it: it "might lead to incorrect results".)
-_TPU_FLAGS = ("--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000", "--xla_enable_async_all_gather=true")
+_TPU_FLAGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000 --xla_enable_async_all_gather=true"
+# On v6e a gather occupies the core that computes, unless it is given to the SparseCores. (So it is on v5p, but there
+# that needs settings of the chip, too; v5e has none.)
+_OF_DEVICES = {"TPU v6 lite": {"xla_tpu_enable_sparse_core_collective_offload_all_gather": True}}
 
 
 def set_tpu_flags() -> None:
     """Give libtpu our flags when it starts, unless the environment has `LIBTPU_INIT_ARGS` (which may be empty)."""
-    os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(_TPU_FLAGS))
+    os.environ.setdefault("LIBTPU_INIT_ARGS", _TPU_FLAGS)
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ class Sharding:
     def platform(self) -> str:
         """What its devices are: `tpu`, `gpu` or `cpu`."""
         return self.mesh.devices.flat[0].platform
+
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Of `jax.jit`, for programs that train: what its devices want beside our flags; nothing beside others."""
+        ours = os.environ.get("LIBTPU_INIT_ARGS", _TPU_FLAGS) == _TPU_FLAGS
+        return _OF_DEVICES.get(self.mesh.devices.flat[0].device_kind, {}) if ours else {}
 
     def for_decoding(self) -> "Sharding":
         """The same mesh, as decoding uses it."""

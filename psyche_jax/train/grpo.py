@@ -18,6 +18,7 @@ Shapes: P prompts of a step, G generations per prompt, R = P × G responses (in 
 to one prompt are consecutive rows), T = max_new_tokens. An array named `rewards_PG` is [P, G].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -127,16 +128,16 @@ class Iteration:
 
         The old state's memory is given to the new one; metrics and samples are replicated.
         """
-        everywhere = self.execution.sharding.named()
-        return jax.jit(self.__call__, donate_argnums=0, out_shardings=(self.shardings, everywhere))
+        return self._jitted(self.__call__, (self.shardings, self.execution.sharding.named()), donate=0)
 
     def programs(self) -> tuple[Any, Any]:
         """`sample` and `learn`, jitted: the same in two parts, for Python rewards, which run between them."""
         everywhere = self.execution.sharding.named()
-        return (
-            jax.jit(self.sample, out_shardings=everywhere),
-            jax.jit(self.learn, donate_argnums=0, out_shardings=(self.shardings, everywhere)),
-        )
+        return self._jitted(self.sample, everywhere), self._jitted(self.learn, (self.shardings, everywhere), donate=0)
+
+    def _jitted(self, function: Callable[..., Any], out_shardings: Any, donate: int | None = None) -> Any:
+        options = self.execution.sharding.compiler_options
+        return jax.jit(function, donate_argnums=donate, out_shardings=out_shardings, compiler_options=options)
 
     def __call__(
         self,

@@ -227,7 +227,12 @@ def make_sft_step(
     `base`: the parameters that those of the state, then adapters, are added to; None: the state has all.
     """
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings, execution.sharding.named()))
+    @partial(
+        jax.jit,
+        donate_argnums=0,
+        out_shardings=(shardings, execution.sharding.named()),
+        compiler_options=execution.sharding.compiler_options,
+    )
     def step(
         state: TrainState, batch: dict[str, jax.Array], base: Parameters | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:

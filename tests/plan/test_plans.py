@@ -12,7 +12,7 @@ from psyche_jax.cli.training import load_plan_config
 from psyche_jax.model import sharding
 from psyche_jax.model.flops import peak_flops
 from psyche_jax.model.sharding import TRAIN_RULES
-from psyche_jax.plan.compile import out_of_memory
+from psyche_jax.plan.compile import lower, out_of_memory
 from psyche_jax.plan.hlo import Module
 from psyche_jax.plan.slices import CHIPS, parse_topology
 
@@ -242,6 +242,18 @@ def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
     if devices > 1:
         compute = result["phases"]["forward"]["flops"] / (4 * 2307e12)
         assert result["roofline_seconds"]["forward"] >= compute
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "offloaded"), [(None, True), ("", False)])
+def test_sparse_cores_of_v6e_gather_weights(flags, offloaded, tmp_path, monkeypatch):
+    """As part of the program's own options, since flags are given before it is known what chips there are."""
+    monkeypatch.delenv("LIBTPU_INIT_ARGS", raising=False)
+    if flags is not None:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", flags)
+    config = load_plan_config(write_config(tmp_path, "sft", mesh={"fsdp": 4}), [], None)
+    text = lower(config, parse_topology("v6e:2x2").devices()).lowered.compile().as_text()
+    assert ('execution_thread="sparsecore"' in text) == offloaded
 
 
 @pytest.mark.slow
