@@ -438,7 +438,7 @@ class Iteration:
     def _metrics(
         self, state: TrainState, experience: Experience, rollout: Rollout, finished: jax.Array, history: Update
     ) -> dict[str, jax.Array]:
-        """Means over the tokens that are learned from and over updates, by the names that users of TRL know."""
+        """Means over tokens that are learned from, and over updates with any, by the names that users of TRL know."""
         config, mask = self.config, experience.mask
         tokens = jnp.maximum(mask.sum(), 1)
 
@@ -450,12 +450,15 @@ class Iteration:
         def mean(values: jax.Array) -> jax.Array:
             return jnp.sum(values * mask) / tokens / config.passes_per_step
 
+        def mean_update(values: jax.Array) -> jax.Array:
+            return jnp.sum(values, where=~history.empty) / jnp.maximum(jnp.sum(~history.empty), 1)
+
         trainer = _known(experience.old_log_probs, scores.log_probs[0])
         difference = jnp.abs(trainer - experience.sampler_log_probs) * mask
         lengths = rollout.mask.sum(axis=1)
         metrics = {
-            "loss": history.loss.mean(),
-            "grad_norm": history.grad_norm.mean(),
+            "loss": mean_update(history.loss),
+            "grad_norm": mean_update(history.grad_norm),
             "skipped_updates": jnp.sum(~history.finite),
             "learning_rate": self.schedule(jnp.maximum(updates_counted(state.optimizer_state) - 1, 0)),
             "kl": mean(terms.kl),

@@ -21,11 +21,13 @@ from psyche_jax.config import DynamicSamplingSection, ObjectiveSection, PromptSe
 from psyche_jax.data.chat import opened_text, prompt_tokens
 from psyche_jax.data.records import Message, RlPrompt
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.decode import Rollout
 from psyche_jax.model.qwen2 import bind
 from psyche_jax.rewards import AnswerSetRule, FunctionReward, LengthRule, PatternRule, ThinkFormatRule
 from psyche_jax.rewards.functions import LoadedFunction
 from psyche_jax.rewards.reference import score_response
 from psyche_jax.train import grpo_run
+from psyche_jax.train.grpo import Sampled
 from psyche_jax.train.grpo_run import decoded_samples
 
 
@@ -404,6 +406,31 @@ def test_groups_that_all_fall_out_change_nothing(several, tiny_root):
     gone = {name for name, is_absent in absent.items() if is_absent}
     assert {"reward", "reward_std", "frac_reward_zero_std", "rewards/never/mean", "loss", "kl", "entropy"} <= gone
     assert not {"completions/mean_length", "num_tokens", "learning_rate"} & gone
+
+
+def test_updates_without_a_token_are_no_part_of_the_means(tiny_root):
+    """Dynamic sampling keeps half of the prompts: of two minibatches the second has nothing to learn from. The loss and
+    the norm are those of the first, as where both are one."""
+    this, samples = bench(tiny_root, several=True), outcome(tiny_root, several=True).samples[0]
+    sampled = Sampled(
+        {"tokens": samples["prompts"], "mask": samples["prompt_mask"]},
+        Rollout(samples["tokens"], samples["mask"], np.zeros(samples["tokens"].shape, np.float32)),
+        {name: values.reshape(8, 4) for name, values in samples["rewards_by_rule"].items()},
+        np.arange(8) < 4,
+        {},
+    )
+    found = []
+    for minibatch in (4, 8):
+        config = dataclasses.replace(
+            this.config, minibatch_prompts=minibatch, dynamic_sampling=DynamicSamplingSection(8, "ascii")
+        )
+        learn = jax.jit(dataclasses.replace(this.iteration, config=config).learn, compiler_options=FAST)
+        outputs = learn(this.state(this.read()), this.reference, sampled, {})[1]
+        found.append(jax.device_get(outputs["metrics"]))
+    two, one = found
+    assert (two["empty_updates"], one["empty_updates"]) == (1, 0)
+    for name in ("loss", "grad_norm", "kl", "entropy"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-7), name
 
 
 @pytest.mark.slow
