@@ -1,6 +1,5 @@
 """What a run's folder tells the report: its steps, and its samples side by side."""
 
-import math
 import re
 import shlex
 import statistics
@@ -117,11 +116,9 @@ class RunRecord:
     def remarks(self, say: Speaker = ENGLISH) -> list[str]:
         """What a careful reader would want to be told."""
         found = []
-        for key in ("loss", "grad_norm", "reward", "kl"):
-            values = [(line["step"], line[key]) for line in self.metrics if isinstance(line.get(key), float)]
-            if steps := [step for step, value in values if not math.isfinite(value)]:
-                phrase = "{key} was not finite at {count} of {all} steps, first at {first}."
-                found.append(say(phrase, key=key, count=len(steps), all=len(self.metrics), first=steps[0]))
+        if skipped := [line["step"] for line in self.metrics if real(line.get("skipped_updates")) > 0]:
+            phrase = "The loss or gradient was not finite at {count} of {all} steps, first at {first}."
+            found.append(say(phrase, count=len(skipped), all=len(self.metrics), first=skipped[0]))
         for key, limit, phrase in _LIMITS:
             if self.metrics and real(self.metrics[-1].get(key)) > limit:
                 found.append(say(phrase, share=percent(self.metrics[-1][key])))

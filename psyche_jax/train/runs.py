@@ -180,11 +180,13 @@ class Run:
             self._trackers.write(step, metrics)
 
     def add_metrics(self, step: int, metrics: Metrics) -> None:
-        """Add what is measured late to the line of `step`, the last one that there is; or begin with it."""
+        """Add what is measured late to the line of `step`, the last one; or a line, where that is not there."""
         if not self.writes:
             return
-        *lines, last = self.metrics() or [{}]
-        self._rewrite("metrics.jsonl", [*lines, {**last, "step": step, **metrics}])
+        lines, own = self.metrics(), {"step": step}
+        if lines and lines[-1]["step"] == step:
+            own = lines.pop()
+        self._rewrite("metrics.jsonl", [*lines, {**own, **metrics}])
         if self._trackers is not None:
             self._trackers.write(step, metrics)
 
@@ -274,7 +276,9 @@ def _identity(folder: Path) -> dict[str, str]:
 
 
 def _as_text(line: Mapping[str, Any]) -> str:
-    return json.dumps(line, ensure_ascii=False) + "\n"
+    """JSON has no NaN and no infinity, which Python would write all the same: they are null."""
+    finite = json.loads(json.dumps(line), parse_constant=lambda _: None)
+    return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 @contextmanager

@@ -228,12 +228,12 @@ def test_a_run_named_twice_is_shown_once(tmp_path: Path) -> None:
 def test_remarks_on_what_went_wrong(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "grpo", 4)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines[1]["loss"] = float("nan")
+    lines[1] |= {"loss": None, "skipped_updates": 1.0}
     lines[0]["evaluation_loss"], lines[2]["evaluation_loss"] = 1.0, 1.5
     lines[-1] |= {"completions/clipped_ratio": 0.75, "frac_reward_zero_std": 0.9, "sampling/logp_difference/mean": 0.2}
     write_lines(run / "metrics.jsonl", lines)
     text = plain(report(tmp_path, run))
-    assert "loss was not finite at 1 of 4 steps, first at 2." in text
+    assert "The loss or gradient was not finite at 1 of 4 steps, first at 2." in text
     assert "75.0 % of the completions were cut" in text and "90.0 % of the groups had equal rewards" in text
     assert "The evaluation loss ended at 1.5, above its lowest, 1." in text
     assert "log-probs of sampler and trainer differed" in text

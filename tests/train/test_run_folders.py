@@ -307,6 +307,33 @@ def test_going_on_drops_later_steps_and_a_line_cut_short(tmp_path):
         assert [line["step"] for line in lines_of(folder / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
+def test_every_line_is_json_also_for_readers_outside_python(tmp_path):
+    """Which know no NaN and no infinity, as a skipped step has them."""
+    run = Run(tmp_path, "sft", LOGGING)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n')  # of an older version
+    run.continue_from(1)
+    run.log_metrics(2, {"loss": math.nan, "grad_norm": math.inf, "rate": 0.1})
+    run.log_sample(2, {"rewards": {"a": -math.inf}, "token_ids": [1, 2]})
+    texts = [(tmp_path / name).read_text() for name in ("metrics.jsonl", "samples.jsonl")]
+    assert texts == [
+        '{"step": 1, "loss": null}\n{"step": 2, "loss": null, "grad_norm": null, "rate": 0.1}\n',
+        '{"step": 2, "rewards": {"a": null}, "token_ids": [1, 2]}\n',
+    ]
+
+
+def test_what_is_measured_late_goes_to_its_own_step(tmp_path):
+    run = Run(tmp_path, "sft", LOGGING)
+    run.add_metrics(0, {"evaluation_loss": 4.0})
+    run.log_metrics(1, {"loss": 3.0})
+    run.add_metrics(1, {"evaluation_loss": 3.0})
+    run.add_metrics(2, {"evaluation_loss": 2.0})  # the line of step 2 was lost
+    assert lines_of(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "evaluation_loss": 4.0},
+        {"step": 1, "loss": 3.0, "evaluation_loss": 3.0},
+        {"step": 2, "evaluation_loss": 2.0},
+    ]
+
+
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\x00", "\ud800", "记"])
 def test_any_completion_can_be_logged_and_read(character, tmp_path):
     """Line ends of Unicode are no ends of JSON lines; a random model does say such things."""
