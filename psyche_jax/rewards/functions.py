@@ -22,7 +22,6 @@ from psyche_jax.llm.reply import printable
 from psyche_jax.rewards.config import FunctionReward
 
 _LARGEST = 3e38  # about what float32 holds
-_SHOWN = 40  # characters of a number
 _LONGEST_FAULT = 1000  # characters
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
@@ -110,7 +109,7 @@ class _Call:
         if self._thread.is_alive() or isinstance(self._error, _TookTooLongError):
             fault = f"took longer than timeout_seconds {self.reward.timeout_seconds:g}"
         elif self._error is not None:
-            words = printable(" ".join(str(self._error).split()), _LONGEST_FAULT)
+            words = _words_of(self._error)
             fault = f"raised {type(self._error).__name__}{': ' if words else ''}{words}"
         elif not (fault := self._fault):
             return FunctionValues(self._values)
@@ -151,10 +150,16 @@ def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
         except OverflowError:
             number = math.inf
         if number is not None and not abs(number) <= _LARGEST:
-            shown = f"{value}"[:_SHOWN]
-            return (), f"returned {shown} for completion {index}; a reward must be finite, in float32 too"
+            return (), f"returned {number:g} for completion {index}; a reward must be finite, in float32 too"
         values.append(number)
     return tuple(values), ""
+
+
+def _words_of(error: BaseException) -> str:
+    """What it says, in one line; nothing if that raises too."""
+    with contextlib.suppress(Exception):
+        return printable(" ".join(str(error).split()), _LONGEST_FAULT)
+    return ""
 
 
 def _load(reward: FunctionReward) -> LoadedFunction:
@@ -164,7 +169,7 @@ def _load(reward: FunctionReward) -> LoadedFunction:
         for part in name.split("."):
             function = getattr(function, part)
     except (Exception, SystemExit) as error:  # a module may raise anything while it is imported
-        words = printable(" ".join(str(error).split()), _LONGEST_FAULT)
+        words = _words_of(error)
         raise UsageError(
             f"reward function `{reward.name}` ({reward.function}): cannot be imported: {type(error).__name__}: {words}"
         ) from None

@@ -88,8 +88,18 @@ class Unreadable(list):
         raise ValueError("\x1b[2J" + "x" * 10_000)
 
 
+class SpeechlessError(Exception):
+    def __str__(self):
+        raise KeyError(self)
+
+
+def speechless(prompts, completions, records):
+    raise SpeechlessError
+
+
 FAULTS = {
     raises: "raised KeyError: 'no\\nkey'",
+    speechless: "raised SpeechlessError",
     hangs: "took longer than timeout_seconds 0.2",
     waits: "took longer than timeout_seconds 0.2",
     times_out_by_itself: "raised TimeoutError: the judge's server",
@@ -106,7 +116,8 @@ FAULTS = {
     (lambda p, c, r: np.array(0.5)): "returned ndarray, not a list of numbers",
     (lambda p, c, r: np.array([1, np.inf, 3], np.float16)): "returned inf for completion 1; a reward must be finite",
     (lambda p, c, r: Unreadable([1, 2, 3])): "raised ValueError: [2J",
-    (lambda p, c, r: [1, 10**400, 3]): "returned 1000000000",
+    (lambda p, c, r: [1, 10**400, 3]): "returned inf for completion 1; a reward must be finite",
+    (lambda p, c, r: [1, 10**5000, 3]): "returned inf for completion 1; a reward must be finite",
     (lambda p, c, r: [1, 2, -1e39]): "returned -1e+39 for completion 2; a reward must be finite, in float32 too",
 }
 
