@@ -328,10 +328,13 @@ def held_out_reward(
 ) -> dict[str, float | None]:
     """Rewards of one greedy response to each held-out prompt: the mean of the totals, and of each reward.
 
+    Where a function failed there is no mean of the totals: without its part it could not be compared with others.
+
     `program` is `Iteration.evaluate`, jitted; `check_stop` is called before each batch, and raises to end this.
     """
     parts: list[dict[str, np.ndarray]] = []
     lengths: list[int] = []
+    failed = False
     for start in range(0, len(prompts), config.prompts_per_step):
         check_stop()
         numbers = list(range(start, min(start + config.prompts_per_step, len(prompts))))
@@ -341,12 +344,14 @@ def held_out_reward(
         rows = slice(len(numbers))
         values = {name: value[rows, None] for name, value in by_rule.items()}
         if config.functions:
-            values |= judge(numbers, rollout.tokens[rows], rollout.mask[rows])[0]
+            of_functions, failures = judge(numbers, rollout.tokens[rows], rollout.mask[rows])
+            values |= of_functions
+            failed = failed or any(failures.values())
         parts.append(values)
         lengths += rollout.mask[rows].sum(axis=1).tolist()
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     total, counted = jax.device_get(total_rewards(joined, {reward.name: reward.weight for reward in config.rewards}))
-    metrics: dict[str, float | None] = {"evaluation_reward": _mean(total[counted])}
+    metrics: dict[str, float | None] = {"evaluation_reward": None if failed else _mean(total[counted])}
     metrics |= {f"evaluation_rewards/{name}/mean": _mean(v[~np.isnan(v)]) for name, v in joined.items()}
     return {**metrics, "evaluation_completions/mean_length": _mean(lengths)}
 

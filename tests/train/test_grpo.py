@@ -282,12 +282,12 @@ def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
     _prompts, _ = grpo_run.tokenized_prompts(this.tokenizer, config, str(tiny_root / "rl.jsonl"))
     prompts = _prompts[:11]
     program = jax.jit(iteration.evaluate, compiler_options=FAST)
-    seen = []
+    seen, failing = [], None
 
     def judge(numbers, tokens, mask):
         seen.extend(zip(numbers, tokens, mask, strict=True))
         values = [[np.nan if number == 3 else float(number)] for number in numbers]
-        return {"judge": np.asarray(values, np.float32)}, {}
+        return {"judge": np.asarray(values, np.float32)}, {"rewards/judge/failed": float(failing in numbers)}
 
     state = this.state(this.read())
     arguments = (program, config, this.execution.sharding, this.rules, prompts, judge, state, lambda: None)
@@ -307,6 +307,8 @@ def test_evaluation_is_greedy_and_counts_every_prompt_once(tiny_root):
     assert metrics["evaluation_reward"] == pytest.approx((total.sum() + 2 * sum(numbers)) / 11, rel=1e-5)
     assert metrics["evaluation_completions/mean_length"] == pytest.approx(np.mean([mask.sum() for _, _, mask in seen]))
     assert grpo_run.held_out_reward(*arguments) == metrics
+    failing = 2
+    assert grpo_run.held_out_reward(*arguments) == {**metrics, "evaluation_reward": None}, "no total without a part"
 
 
 TO_HOST = re.compile(r"callback|\b(infeed|outfeed|send|recv|send-done|recv-done)\(|MoveToHost|host_compute", re.I)
