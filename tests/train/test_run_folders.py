@@ -348,8 +348,9 @@ def test_any_completion_can_be_logged_and_read(character, tmp_path):
     assert [line["completion"] for line in read_lines(tmp_path / "samples.jsonl")] == [f"a{character}b"] * 2
 
 
-def test_a_file_broken_in_the_middle_is_not_read_over(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+@pytest.mark.parametrize("line", ['{"st', f'{{"step": 2, "evaluation_loss": 1{"0" * 400}}}'])
+def test_a_file_broken_in_the_middle_is_not_read_over(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl:2: is not JSON"):
         read_lines(tmp_path / "metrics.jsonl")
 
