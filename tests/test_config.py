@@ -200,7 +200,7 @@ WRONG = [
     (GrpoConfig, "rewards: [{rule: pattern, pattern: '('}]", "pattern", "'('"),
     (GrpoConfig, "rewards: [{rule: pattern}]", "'rewards.0.pattern' is missing", ""),
     (GrpoConfig, "rewards: [{rule: length, max_length: x}]", "rewards.0.max_length", "'x'"),
-    (GrpoConfig, "rewards: [{rule: think_format, weight: .inf}]", "weight", "finite"),
+    (GrpoConfig, "rewards: [{rule: think_format, weight: .inf}]", "weight", "1e6"),
     (GrpoConfig, "rewards: [{rule: think_format}, {rule: think_format}]", "think_format", "another `name`"),
     (GrpoConfig, "data: {train: t, max_prompt_length: 0}", "max_prompt_length", "at least 1"),
 ]

@@ -46,7 +46,7 @@ class _Rule:
     def __post_init__(self) -> None:
         if not self.name:
             object.__setattr__(self, "name", self.rule)
-        self._require(math.isfinite(self.weight), "weight", "must be a finite number")
+        self._require(abs(self.weight) <= 1e6, "weight", "must be a number from -1e6 to 1e6")
 
     def _require(self, met: bool, field: str, problem: str) -> None:
         if not met:

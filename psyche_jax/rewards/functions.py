@@ -21,7 +21,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.reply import printable
 from psyche_jax.rewards.config import FunctionReward
 
-_LARGEST = 3e38  # about what float32 holds
+_LARGEST = 1e9  # times the largest weight it has a square that float32 can sum: the std of a group stays finite
 _LONGEST_FAULT = 1000  # characters
 
 RewardFunction = Callable[[list[str], list[str], list[dict[str, Any]]], Any]
@@ -150,7 +150,7 @@ def _checked(answer: Any, count: int) -> tuple[tuple[float | None, ...], str]:
         except OverflowError:
             number = math.inf
         if number is not None and not abs(number) <= _LARGEST:
-            return (), f"returned {number:g} for completion {index}; a reward must be finite, in float32 too"
+            return (), f"returned {number:g} for completion {index}; a reward must be from -1e9 to 1e9"
         values.append(number)
     return tuple(values), ""
 

@@ -108,17 +108,18 @@ FAULTS = {
     (lambda p, c, r: 1.0): "returned float, not a list of numbers",
     (lambda p, c, r: "abc"): "returned str, not a list of numbers",
     (lambda p, c, r: ["1", 2, 3]): "returned str for completion 0, neither a number nor None",
-    (lambda p, c, r: [1, float("nan"), 3]): "returned nan for completion 1; a reward must be finite",
-    (lambda p, c, r: [1, 2, float("inf")]): "returned inf for completion 2; a reward must be finite",
+    (lambda p, c, r: [1, float("nan"), 3]): "returned nan for completion 1; a reward must be from -1e9 to 1e9",
+    (lambda p, c, r: [1, 2, float("inf")]): "returned inf for completion 2; a reward must be from -1e9 to 1e9",
     (lambda p: [1, 2, 3]): "raised TypeError: ",
     (lambda p, c, r: {0: 1.0, 1: 0.0, 2: 1.0}): "returned dict, not a list of numbers",
     (lambda p, c, r: {0.1, 0.5, 0.3}): "returned set, not a list of numbers",
     (lambda p, c, r: np.array(0.5)): "returned ndarray, not a list of numbers",
-    (lambda p, c, r: np.array([1, np.inf, 3], np.float16)): "returned inf for completion 1; a reward must be finite",
+    (lambda p, c, r: np.array([1, np.inf, 3], np.float16)): "returned inf for completion 1; a reward must be from",
     (lambda p, c, r: Unreadable([1, 2, 3])): "raised ValueError: [2J",
-    (lambda p, c, r: [1, 10**400, 3]): "returned inf for completion 1; a reward must be finite",
-    (lambda p, c, r: [1, 10**5000, 3]): "returned inf for completion 1; a reward must be finite",
-    (lambda p, c, r: [1, 2, -1e39]): "returned -1e+39 for completion 2; a reward must be finite, in float32 too",
+    (lambda p, c, r: [1, 10**400, 3]): "returned inf for completion 1; a reward must be from -1e9 to 1e9",
+    (lambda p, c, r: [1, 10**5000, 3]): "returned inf for completion 1; a reward must be from -1e9 to 1e9",
+    (lambda p, c, r: [1, 2, -1e30]): "returned -1e+30 for completion 2; a reward must be from -1e9 to 1e9",
+    (lambda p, c, r: [1, 2, -1e39]): "returned -1e+39 for completion 2; a reward must be from -1e9 to 1e9",
 }
 
 
@@ -166,6 +167,7 @@ def test_functions_are_found_by_name(tmp_path, monkeypatch):
         {"function": "a b:c"},
         {"timeout_seconds": 0},
         {"weight": float("nan")},
+        {"weight": -1e7},
     ],
 )
 def test_what_cannot_be_a_function_is_refused(values):
