@@ -222,7 +222,7 @@ class _ThatStep:
 class EverySoOften:
     """Orbax's EveryNSeconds for clocks that may be set: a jump, also one back, counts as time gone by.
 
-    So a jump makes one checkpoint more stay, or the next stay later by less than `interval`; none else is lost.
+    So a jump makes one checkpoint more stay, or the next stay later by less than twice `interval`; none else is lost.
     """
 
     interval: datetime.timedelta
