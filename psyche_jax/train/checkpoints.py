@@ -75,14 +75,14 @@ def _describe(array: Any) -> str:
 class Checkpoints:
     """The checkpoints of one run, written in the background.
 
-    Kept are the latest ones, the one of step `best` if that is set, and one of every so many hours; see
-    `CheckpointSection`. `saved` is the last step that is known to be on disk whole: not the one being written.
+    Kept are the latest ones, those of the steps `bests`, and one of every so many hours; see `CheckpointSection`.
+    `saved` is the last step that is known to be on disk whole: not the one being written.
     """
 
     def __init__(self, folder: Path, keep: int | None = None, keep_every_hours: float | None = None) -> None:
-        self.best: int | None = None
+        self.bests: Collection[int] = ()
         self._folder = folder
-        policies: list[Any] = [checkpoint_managers.LatestN(keep), _ThatStep(lambda: self.best)]
+        policies: list[Any] = [checkpoint_managers.LatestN(keep), _ThoseSteps(lambda: self.bests)]
         if keep_every_hours is not None:
             policies.append(EverySoOften(datetime.timedelta(hours=keep_every_hours)))
         options = ocp.CheckpointManagerOptions(
@@ -120,7 +120,7 @@ class Checkpoints:
             "optimizer": ocp.args.StandardSave(state.optimizer_state, save_args(state.optimizer_state)),
             "metadata": ocp.args.JsonSave({**metadata, "format": FORMAT, "step": step}),
         }
-        self._wait()
+        self.wait()
         self._saving = step
         with self._write_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -171,15 +171,20 @@ class Checkpoints:
         return TrainState(jax.device_put(jnp.int32(step), place), restored["parameters"], restored["optimizer"])
 
     def close(self) -> None:
+        """Wait until all is written, and end.
+
+        Raises:
+          UserError: it cannot be.
+        """
+        self.wait()
+        self._manager.close()
+
+    def wait(self) -> None:
         """Wait until all is written.
 
         Raises:
           UserError: it cannot be.
         """
-        self._wait()
-        self._manager.close()
-
-    def _wait(self) -> None:
         with self._write_errors():
             self._manager.wait_until_finished()
         if self._saving is not None:
@@ -208,14 +213,14 @@ def _of_another_run(folder: Path, found: Sequence[str]) -> UserError:
 
 
 @dataclass(frozen=True)
-class _ThatStep:
-    """Orbax's policy to preserve the step that a function gives: its BestN wants the metrics with every save, and ours
+class _ThoseSteps:
+    """Orbax's policy to preserve the steps that a function gives: its BestN wants the metrics with every save, and ours
     may be measured in some steps alone, or anew when a run resumes."""
 
-    step: Callable[[], int | None]
+    steps: Callable[[], Collection[int]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        return [checkpoint.step == self.step() for checkpoint in checkpoints]
+        return [checkpoint.step in self.steps() for checkpoint in checkpoints]
 
 
 @dataclass(frozen=True)

@@ -230,7 +230,6 @@ class Training(contextlib.AbstractContextManager["Training"]):
             self._profile = _Profile(run.folder / "profile", self.first + 2, self._profile_steps)
             stack.enter_context(contextlib.closing(self._profile))
             self._evaluations = _Evaluations(self._evaluation, self.total_steps, run, self.first, self._stop)
-            self._checkpoints.best = self._evaluations.best_step
             self._open = stack.pop_all()
         return self
 
@@ -238,15 +237,18 @@ class Training(contextlib.AbstractContextManager["Training"]):
         try:
             self._open.__exit__(kind, error, traceback)  # waits for what is being saved
         finally:
-            self.run.saved = self._checkpoints.saved
+            self._note_saved(self._checkpoints.saved)
         if kind is None:
-            best = self._evaluations.best_so_far()
-            self.run.write_state("done", **best)
+            self.run.write_state("done")
             if self._progress is not None:
                 result = [f"{name} {value}" for name, value in self._progress.shown.items()]
-                if "best" in best:
-                    result.append(f"the best at step {best['best']['step']}")
+                if self.run.best is not None:
+                    result.append(f"the best at step {self.run.best['step']}")
                 self._say_end(f"done in {self._progress.took}: {', '.join(result)}")
+
+    def _note_saved(self, step: int) -> None:
+        """For `state.json`, which whoever reads a run goes by: nothing in it is still being written."""
+        self.run.saved, self.run.best = step, self._evaluations.best_until(step)
 
     def _say_end(self, what: str) -> None:
         folder = self.run.folder
@@ -286,9 +288,8 @@ class Training(contextlib.AbstractContextManager["Training"]):
             places = jax.tree.map(lambda x: x.sharding, abstract)
             state = self._checkpoints.restore(abstract_like(abstract, places), self._metadata, self.run.accepted)
             hosts.say(f"{self.name}: resuming after step {self.first}")
-        if self.run.saved != self.first:  # its state was lost, or its latest checkpoint was
-            self.run.saved = self.first
-            self.run.write_state("running", **self._evaluations.best_so_far())
+        self._note_saved(self.first)  # its state may be lost, or its latest checkpoint
+        self.run.write_state("running")
         self._compile(lower_largest(state))
         if self._evaluations.missed:
             hosts.say(f"{self.name}: evaluating after step {self.first}")
@@ -296,8 +297,8 @@ class Training(contextlib.AbstractContextManager["Training"]):
                 self.run.add_metrics(self.first, self._evaluations.measure(self.first, state))
             except StoppedError:
                 raise _preempted(self._stop, self.first) from None
-            self._checkpoints.best = self._evaluations.best_step
-            self.run.write_state("running", **self._evaluations.best_so_far())
+            self._note_saved(self.first)
+            self.run.write_state("running")
         return state
 
     def _compile(self, programs: Iterable[Any]) -> None:
@@ -366,17 +367,21 @@ class Training(contextlib.AbstractContextManager["Training"]):
         # Every process asks for all of these after every step: some are agreed on between them.
         stopped = stopped_in_evaluation or self._stop.requested(step)
         broken = self._skipped >= self._max_skipped_steps
-        is_best = self._evaluations.best_step == step
+        best = self._evaluations.best_until(step)
+        is_best = best is not None and best["step"] == step
         due = self._pace.due(step, self._checkpoints.writing)
         if last or due or stopped or broken or is_best:
             self.run.confirm_lock()
             self.run.flush()  # before, so that a step that is saved is logged
-            self._checkpoints.best = self._evaluations.best_step
+            # Not yet this one: if the process is killed while it is written, the run resumes from the one before. The
+            # best until then stays as long as the state names it: until the next one is saved, or the run ends.
+            self._checkpoints.wait()
+            self._note_saved(self._checkpoints.saved)
+            self.run.write_state("running")
+            bests = (best,) if last else (best, self.run.best)
+            self._checkpoints.bests = [one["step"] for one in bests if one is not None]
             self._checkpoints.save(state, step, self._metadata)
             self._pace.saved()
-            # Not yet this one: if the process is killed while it is written, the run resumes from the one before.
-            self.run.saved = self._checkpoints.saved
-            self.run.write_state("running", **self._evaluations.best_so_far())
         if broken:
             first = step - self._skipped + 1
             steps = f"step {step} is" if first == step else f"steps {first} to {step} is"
@@ -398,7 +403,7 @@ class _Evaluations:
 
     def __init__(self, evaluation: Evaluation | None, last: int, run: Run, done: int, stop: Stop) -> None:
         self._evaluation, self._last, self._stop = evaluation, last, stop
-        self._best: tuple[float, int] | None = None  # value and step
+        self._bests: list[tuple[int, float]] = []  # steps with their values, each better than those before
         evaluated = set()
         if evaluation is not None:
             if run.best is not None and run.best["step"] <= done:  # `metrics.jsonl` may be lost
@@ -426,26 +431,19 @@ class _Evaluations:
         self._compare(found.get(self._evaluation.best), step)
         return found
 
-    @property
-    def best_step(self) -> int | None:
-        """The first of the best steps that were evaluated; the one before all training is none of them."""
-        return None if self._best is None else self._best[1]
-
-    def best_so_far(self) -> dict[str, Any]:
-        """For `state.json`: which step, and its value."""
-        if self._evaluation is None or self._best is None:
-            return {}
-        return {"best": {"step": self._best[1], self._evaluation.best: self._best[0]}}
+    def best_until(self, step: int) -> dict[str, Any] | None:
+        """The first of the best steps until `step`, and its value; the one before all training is none of them."""
+        known = [best for best in self._bests if best[0] <= step]
+        return {"step": known[-1][0], self._evaluation.best: known[-1][1]} if self._evaluation and known else None
 
     def _compare(self, value: Any, step: int) -> None:
         """`value` may come of a file that was changed by hand."""
         assert self._evaluation is not None
         if step == 0 or not isinstance(value, int | float) or not math.isfinite(value):  # there is no checkpoint at 0
             return
-        if self._best is None or (
-            value > self._best[0] if self._evaluation.higher_is_better else value < self._best[0]
-        ):
-            self._best = value, step
+        best = self._bests[-1][1] if self._bests else None
+        if best is None or (value > best if self._evaluation.higher_is_better else value < best):
+            self._bests.append((step, value))
 
 
 class _Profile:

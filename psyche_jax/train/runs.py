@@ -135,7 +135,7 @@ class Run:
     minute, before each checkpoint and at the end.
 
     `saved`: the steps that are saved whole, None if its state could not tell when it was opened; `best`: the best of
-    them by then, with its value, if there was one; `current`: the step that it is at, or was; `compile_seconds`: what
+    them, with its value, if there is one; `current`: the step that it is at, or was; `compile_seconds`: what
     compiling took when it was last started, if that is known; `accepted`: what may have changed, see `open_run`;
     `evaluated_otherwise`: the last step of which an evaluation is not to be compared with those now.
     """
@@ -211,14 +211,14 @@ class Run:
             raise error or LostLockError(f"{self.folder}: another process took this run over; stopping")
 
     def write_state(self, status: Status, reason: str = "", **extra: Any) -> None:
-        """Replace `state.json`, whose `step` is what is saved; what an earlier call stored in `extra` stays.
+        """Replace `state.json`, whose `step` and `best` are saved whole; what an earlier call stored in `extra` stays.
 
         Its `current_step` is for who looks on; nothing resumes from it.
         """
         if not self.writes:
             return
         self._stated = time.monotonic()
-        steps = {"step": self.saved or 0, "current_step": self.current}
+        steps = {"step": self.saved or 0, "current_step": self.current, "best": self.best}
         new = {"status": status, **steps, "reason": reason, "kind": self._kind, "time": time.time()}
         old = known_state(self.folder)
         write_json(self.folder / STATE, {**old, **self._identity, **new, **extra})
@@ -343,7 +343,7 @@ def open_run(
             extra["accepted"] = [*old.get("accepted", []), entry]
         entries = extra.get("accepted", old.get("accepted", []))
         if EVALUATED & found.keys():
-            run.best = extra["best"] = None  # it was the best by another measure
+            run.best = None  # it was the best by another measure
         run.evaluated_otherwise = max((e["step"] for e in entries if EVALUATED & set(e["kinds"])), default=-1)
         # A checkpoint from before what was accepted earlier may be the last one still.
         run.accepted |= {kind for entry in entries if entry["step"] >= (run.saved or 0) for kind in entry["kinds"]}

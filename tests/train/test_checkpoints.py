@@ -358,7 +358,7 @@ def test_a_clock_that_jumps_loses_none_of_the_latest_and_the_best(tiny_root, tin
             contextlib.closing(Checkpoints(tmp_path / "checkpoints", 2, keep_every_hours=1e6)) as checkpoints,
         ):
             assert checkpoints.latest == (step - 1 or None)
-            checkpoints.best = 2
+            checkpoints.bests = (2,)
             checkpoints.save(state, step, metadata)
     with contextlib.closing(Checkpoints(tmp_path / "checkpoints", 2)) as checkpoints:
         assert checkpoints.latest == 4

@@ -22,6 +22,7 @@ import psyche_jax
 from psyche_jax.config import CheckpointSection, LoggingSection
 from psyche_jax.data.records import Message, RlPrompt, write_records
 from psyche_jax.train import hosts, runs
+from psyche_jax.train.checkpoints import Checkpoints
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.loop import Evaluation, Training
 from psyche_jax.train.preemption import Stop, StoppedError, listening
@@ -29,10 +30,12 @@ from psyche_jax.train.runs import PreemptedError, Run, open_run
 from psyche_jax.train.setup import abstract_like
 from psyche_jax.train.sft import train_sft
 from psyche_jax.train.state import TrainState
+from psyche_jax.train.step_folders import find_checkpoint
 
 
-def toy_training(folder, check=None):
-    """Five steps that change a number; evaluated in three batches before them, after 2, 4 and 5. Step 2 is the best."""
+def toy_training(folder, check=None, keep=2, target=1.0):
+    """Five steps that change a number to 0, 1, 3, 6, 10; evaluated in three batches before them, after 2, 4 and 5: the
+    best is the nearest to `target`."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     start = TrainState(jnp.int32(0), {"w": jnp.zeros(3)}, {"moment": jnp.ones(3)})
     abstract = abstract_like(start, jax.tree.map(lambda _: place, start))
@@ -45,7 +48,7 @@ def toy_training(folder, check=None):
     def measure(state, check_stop):
         for _ in range(3):
             check_stop()
-        return {"distance": abs(float(state.parameters["w"][0]) - 1.0)}
+        return {"distance": abs(float(state.parameters["w"][0]) - target)}
 
     with (
         mock.patch.object(Stop, "check", check or Stop.check),
@@ -58,7 +61,7 @@ def toy_training(folder, check=None):
             header=["about it"],
             total_steps=5,
             metadata={"model": {}},
-            checkpoints=CheckpointSection(every_steps=100),
+            checkpoints=CheckpointSection(every_steps=100, keep=keep),
             max_skipped_steps=3,
             evaluation=Evaluation(2, measure, "distance", higher_is_better=False),
             headline=("loss",),
@@ -112,6 +115,33 @@ def same(folder, whole):
     assert (state_of(folder)["status"], state_of(folder)["best"]) == ("done", state_of(whole)["best"])
     steps = {path.name for path in (folder / "checkpoints").iterdir()}
     assert {"2", "5"} <= steps
+
+
+def test_the_best_that_a_state_names_is_always_there(tmp_path, monkeypatch):
+    """Also while the next best is being written, and once that is whole: a process may be killed at any time."""
+    folder, seen = tmp_path / "run", []
+
+    def look(*_):
+        if (best := state_of(folder).get("best")) is not None:
+            assert find_checkpoint(folder / "best").name == str(best["step"])
+            seen.append(best["step"])
+
+    def write_state(run, *arguments, **more):
+        written(run, *arguments, **more)
+        look()
+
+    def seal(checkpoints):
+        time.sleep(0.3)
+        look()
+        sealed(checkpoints)
+
+    written, sealed = Run.write_state, Checkpoints._seal
+    monkeypatch.setattr(runs, "_STATE_SECONDS", 0.0)
+    monkeypatch.setattr(Run, "write_state", write_state)
+    monkeypatch.setattr(Checkpoints, "_seal", seal)
+    toy_training(folder, look, keep=1, target=10.0)
+    assert sorted({*seen}) == [2, 4, 5]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"5"}
 
 
 def test_a_run_says_what_it_does_and_its_state_follows(tmp_path, monkeypatch, capsys):
