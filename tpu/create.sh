@@ -13,6 +13,7 @@
 begin "$@"
 no_more_arguments
 TRIES=5
+BLIND_LOOKS=40 # so many looks in a row without an answer from gcloud (ten minutes), and we stop
 
 request() {
   local flags=()
@@ -29,12 +30,17 @@ out_of_quota() {
 
 # 0 once ACTIVE, 1 when this request is dead (REASON says why); prints each new state, and a line every 20 looks.
 wait_until_active() {
-  local state last='' looks=0 gone=0 start=$SECONDS
+  local state last='' looks=0 gone=0 blind=0 start=$SECONDS
   while :; do
     state=$(queued_state ACTIVE)
     if [ "$state" != "$last" ] || [ $((looks % 20)) = 0 ]; then say "$NAME: $state ($(((SECONDS - start) / 60)) min)"; fi
+    [ "$state" = UNKNOWN ] || blind=0
     case $state in
       ACTIVE) return 0 ;;
+      UNKNOWN)
+        blind=$((blind + 1))
+        [ "$blind" -lt "$BLIND_LOOKS" ] ||
+          fail "no answer about $NAME $blind times in a row: $(last_error); the request stays: run this again" ;;
       FAILED)
         REASON=$(ask '' gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" \
           --format='value(state.failedData.error.message)' | tr '\n' ' ') || REASON=
@@ -51,6 +57,7 @@ wait_until_active() {
 }
 
 for ((try = 1; try <= TRIES; try++)); do
+  REASON=''
   state=$(queued_state NONE)
   case $state in
     ACTIVE) say "$NAME is ACTIVE already"; exit 0 ;;
@@ -65,9 +72,9 @@ for ((try = 1; try <= TRIES; try++)); do
     # "Quota" and "no capacity" both arrive as RESOURCE_EXHAUSTED: only the second passes with time.
     if complained_of quota; then out_of_quota "$REASON"
     elif ! complained_of 'capacity|stock|RESOURCE_EXHAUSTED|UNAVAILABLE|already ?exists|ALREADY_EXISTS'; then fail "$REASON"; fi
-    complained_of 'already ?exists|ALREADY_EXISTS' || { say "no capacity: $REASON"; back_off "$try" 60 900; continue; }
   fi
-  if wait_until_active; then
+  if [ -n "$REASON" ] && ! complained_of 'already ?exists|ALREADY_EXISTS'; then REASON="no capacity: $REASON"
+  elif wait_until_active; then
     say "$NAME is ACTIVE: $ACCELERATOR in $ZONE, billed until tpu/delete.sh; next: tpu/setup.sh"
     exit 0
   fi

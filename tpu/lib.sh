@@ -52,25 +52,46 @@ begin() {
 
 no_more_arguments() { [ ${#REST[@]} -eq 0 ] || wrong_use "unknown argument '${REST[0]}'; see --help"; }
 
-# Parsed, not sourced: a settings file cannot run code, and a misspelt key is an error.
+# parse LINE: sets key and value of a line KEY=value, which is never executed; of an empty line or a comment, both empty.
+parse() {
+  local line=${1%$'\r'} quoted='^("([^"]*)"|'"'([^']*)'"')[[:space:]]*([[:space:]]#.*)?$'
+  key='' value=''
+  [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && return 0
+  [[ $line =~ ^([A-Za-z_][A-Za-z0-9_]*)=(.*)$ ]] || return 1
+  key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
+  if [[ $value =~ $quoted ]]; then
+    value=${BASH_REMATCH[2]}${BASH_REMATCH[3]}
+  else
+    value=${value%%[[:space:]]#*}
+    value=${value%"${value##*[![:space:]]}"}
+  fi
+}
+
 read_settings() {
-  [ -r "$SETTINGS" ] || wrong_use "no settings at $SETTINGS; copy tpu/settings.env.example and edit it"
-  local line key value number=0
+  { [ -r "$SETTINGS" ] && [ ! -d "$SETTINGS" ]; } ||
+    wrong_use "no settings at $SETTINGS; copy tpu/settings.env.example and edit it"
+  local line key value number=0 seen=' '
   for key in $KEYS; do printf -v "$key" ''; done
   while IFS= read -r line || [ -n "$line" ]; do
-    number=$((number + 1)) line=${line%$'\r'}
-    [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
-    [[ $line =~ ^([A-Z_]+)=(.*)$ ]] || wrong_use "$SETTINGS line $number is not KEY=value"
-    key=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]}
+    number=$((number + 1))
+    parse "$line" || wrong_use "$SETTINGS line $number is not KEY=value"
+    [ -n "$key" ] || continue
     [[ $KEYS =~ [[:space:]]${key}[[:space:]] ]] || wrong_use "$SETTINGS line $number: unknown setting $key"
-    if [[ $value =~ ^\"(.*)\"[[:space:]]*$ || $value =~ ^\'(.*)\'[[:space:]]*$ ]]; then
-      value=${BASH_REMATCH[1]}
-    else
-      value=${value%%[[:space:]]#*}
-      value=${value%"${value##*[![:space:]]}"}
-    fi
+    [[ $seen != *" $key "* ]] || wrong_use "$SETTINGS line $number: $key stands twice; keep one"
+    seen="$seen$key "
     printf -v "$key" '%s' "$value"
   done <"$SETTINGS"
+}
+
+# What ENV_FILE sets, as commands for the worker's shell. A line that is none is named by its number: it may be a secret.
+environment() {
+  local line key value number=0
+  [ -n "$ENV_FILE" ] || return 0
+  while IFS= read -r line || [ -n "$line" ]; do
+    number=$((number + 1))
+    parse "${line#export }" || wrong_use "$ENV_FILE line $number is not KEY=value"
+    [ -z "$key" ] || printf 'export %s\n' "$(quote "$key=$value")"
+  done <"$ENV_FILE"
 }
 
 # need KEY PATTERN WHAT: KEY's value matches PATTERN, or one line says what belongs there.
@@ -84,7 +105,7 @@ check_settings() {
   local pair prefix zone runtime one_host per_host size
   need PROJECT '[a-z0-9.:-]+' "a project id, such as my-gcp-project"
   need NAME '[a-z]([a-z0-9-]{0,61}[a-z0-9])?' "lower-case letters, digits and hyphens, starting with a letter"
-  need ACCELERATOR '(v5litepod|v6e|v5p|v4)-[1-9][0-9]*' "v5litepod-N, v6e-N, v5p-N or v4-N"
+  need ACCELERATOR '(v5litepod|v6e|v5p|v4)-[1-9][0-9]{0,5}' "v5litepod-N, v6e-N, v5p-N or v4-N"
   while read -r prefix zone runtime one_host per_host; do
     # shellcheck disable=SC2153  # ACCELERATOR is a setting, ACCELERATORS the table
     [ "$prefix" = "${ACCELERATOR%-*}" ] || continue
@@ -103,9 +124,10 @@ check_settings() {
   need VERB 'sft|grpo' "sft or grpo"
   need CONFIG '[A-Za-z0-9._/-]+\.ya?ml' "a YAML file, relative to the source's root"
   need PYTHON 'python3(\.[0-9]+)?' "the name of a Python, such as python3.11"
-  need MAX_FAILURES '[1-9][0-9]*' "a number from 1"
+  need MAX_FAILURES '[1-9][0-9]{0,5}' "a number from 1"
   for pair in $OVERRIDES; do
     [[ $pair =~ ^[a-z0-9_.]+=.+$ ]] || wrong_use "$SETTINGS: OVERRIDES is malformed; it is a.b=c pairs separated by spaces"
+    [ "${pair%%=*}" != run.dir ] || wrong_use "$SETTINGS: OVERRIDES sets run.dir; RUN_DIR is the setting for that"
   done
   if [ -n "$REPO" ]; then
     [ -z "$SOURCE" ] || wrong_use "$SETTINGS: set SOURCE or REPO, not both"
@@ -116,17 +138,24 @@ check_settings() {
     SOURCE=${SOURCE/#\~/$HOME}
     SOURCE=$(cd "$ROOT" && cd "${SOURCE:-.}" 2>/dev/null && pwd) || wrong_use "$SETTINGS: SOURCE is not a folder"
     [ -f "$SOURCE/$CONFIG" ] || wrong_use "$SETTINGS: CONFIG: no file $SOURCE/$CONFIG"
+    if [[ /$CONFIG == */../* ]] || git -C "$SOURCE" check-ignore -q -- "$CONFIG" 2>/dev/null; then
+      wrong_use "$SETTINGS: CONFIG: $CONFIG is outside the source or ignored by git, and would not be copied"
+    fi
   fi
   [ -z "$SERVICE_ACCOUNT" ] || need SERVICE_ACCOUNT '[^@[:space:]]+@[^@[:space:]]+' "an e-mail address"
   case ${ENV_FILE:=} in '' | /*) ;; '~'*) ENV_FILE=$HOME${ENV_FILE#?} ;; *) ENV_FILE=$ROOT/$ENV_FILE ;; esac
-  [ -z "$ENV_FILE" ] || [ -r "$ENV_FILE" ] || wrong_use "$SETTINGS: ENV_FILE: no file $ENV_FILE"
+  [ -z "$ENV_FILE" ] || { [ -r "$ENV_FILE" ] && [ ! -d "$ENV_FILE" ]; } ||
+    wrong_use "$SETTINGS: ENV_FILE: no file $ENV_FILE"
+  ENVIRONMENT=$(environment)
 }
 
 check_gcloud() {
+  local account
   [ -z "$DRY_RUN" ] || return 0
   command -v gcloud >/dev/null || fail "gcloud is missing; install the Google Cloud CLI: https://cloud.google.com/sdk/docs/install"
-  [ -n "$(gcloud auth list --filter=status:ACTIVE --format='value(account)' 2>/dev/null)" ] ||
-    fail "gcloud is not logged in; run: gcloud auth login"
+  account=$(gcloud auth list --filter=status:ACTIVE --format='value(account)' 2>"$TMP/err") ||
+    fail "gcloud does not work: $(last_error)"
+  [ -n "$account" ] || fail "gcloud is not logged in; run: gcloud auth login"
 }
 
 # --- running commands ---------------------------------------------------------------------------

@@ -27,14 +27,20 @@ while [ $# -gt 0 ]; do
   shift || true
 done
 [[ $WORKER =~ ^([0-9]+|all)$ ]] || wrong_use "--worker is a number from 0, or all"
-[[ $LINES_SHOWN =~ ^[1-9][0-9]*$ ]] || wrong_use "--lines is a number from 1"
+[[ $LINES_SHOWN =~ ^[1-9][0-9]{0,8}$ ]] || wrong_use "--lines is a number from 1"
 [ -z "$FOLLOW" ] || [ "$WORKER" != all ] || wrong_use "--follow shows one worker, not all"
+[ -z "$FOLLOW" ] || [ -z "$BUCKET_COPY" ] || wrong_use "--follow reads on the worker; --bucket shows the copy as it is"
 
 if [ -n "$BUCKET_COPY" ]; then
   [ "$WORKER" != all ] || WORKER='*'
   ask '' gcloud storage cat "$RUN_DIR/logs/worker-$WORKER.log" --display-url --quiet >"$TMP/out" ||
     fail "no log in the bucket: $(last_error)"
-  tail -n "$LINES_SHOWN" "$TMP/out"
+  # The end of each worker's log, under its address.
+  awk -v most="$LINES_SHOWN" '
+    function show(  i) { for (i = n > most ? n - most : 0; i < n; i++) print kept[i % most]; n = 0 }
+    /^==> gs:.* <==$/ { show(); print; next }
+    { kept[n++ % most] = $0 }
+    END { show() }' "$TMP/out"
 else
   require_active
   on_workers "$WORKER" "bash psyche/worker.sh log $LINES_SHOWN${FOLLOW:+ follow}" ||

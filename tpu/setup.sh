@@ -31,7 +31,8 @@ UPLOAD=$TMP/psyche_upload
 mkdir -p "$UPLOAD"
 chmod 700 "$UPLOAD"
 run cp "$HERE/worker.sh" "$UPLOAD/"
-[ -z "$ENV_FILE" ] || run cp "$ENV_FILE" "$UPLOAD/env"
+# Empty without ENV_FILE: what an earlier one set on the workers ends.
+(umask 077 && printf '%s\n' "$ENVIRONMENT" >"$UPLOAD/env")
 INSTALL=(bash psyche_upload/worker.sh install --python "$PYTHON")
 if [ -n "$REPO" ]; then
   INSTALL+=(--repo "$REPO" --branch "$BRANCH")

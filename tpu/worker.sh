@@ -37,7 +37,8 @@ install() {
   exec 2>&1
   mkdir -p "$BASE"
   cp "$UPLOAD/worker.sh" "$BASE/worker.sh"
-  if [ -f "$UPLOAD/env" ]; then mv "$UPLOAD/env" "$BASE/env"; chmod 600 "$BASE/env"; fi
+  chmod 600 "$UPLOAD/env"
+  mv "$UPLOAD/env" "$BASE/env"
   rm -rf "$BASE/source.new"
   if [ -n "$repo" ]; then
     git clone --quiet --depth 1 --branch "$branch" "$repo" "$BASE/source.new" || fail "cannot clone $repo"
@@ -90,10 +91,8 @@ supervise() {
   shift 2
   target=$run_dir/logs/worker-$(number).log
   copy_log() { gcloud storage cp "$BASE/log" "$target" --quiet >/dev/null 2>&1 || true; }
-  set -a
-  # shellcheck disable=SC1091  # it is on the worker only
-  [ ! -f "$BASE/env" ] || . "$BASE/env"
-  set +a
+  # shellcheck disable=SC1091  # it is on the worker only; tpu/setup.sh made it
+  . "$BASE/env"
   export PYTHONUNBUFFERED=1
   # psyche has flags of its own for the TPU compiler where this is not set; set to nothing, there are none.
   case $libtpu in '') ;; none) export LIBTPU_INIT_ARGS= ;; *) export LIBTPU_INIT_ARGS=$libtpu ;; esac

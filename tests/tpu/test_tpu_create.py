@@ -70,6 +70,14 @@ def test_create_gives_up(cloud: Cloud) -> None:
     assert cloud.asked("queued-resources create") == 5
 
 
+def test_create_without_an_answer_ends(cloud: Cloud) -> None:
+    expired = {"err": "ERROR: (gcloud) There was a problem refreshing your current auth tokens", "rc": 1}
+    cloud.world(
+        next=["WAITING_FOR_RESOURCES"], events=[["queued-resources create", 1, {"rules": [["describe", expired]]}]]
+    )
+    one_line_error(cloud.run("create"), 1, "no answer about psyche-test", "refreshing your current auth tokens")
+
+
 def test_create_not_allowed(cloud: Cloud) -> None:
     error = "ERROR: (gcloud.compute.tpus.queued-resources.create) PERMISSION_DENIED: tpu.nodes.create"
     cloud.world(rules=[["queued-resources create", {"err": error, "rc": 1}]])

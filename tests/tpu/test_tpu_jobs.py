@@ -68,6 +68,31 @@ def test_setup_packs_what_git_does_not_ignore(cloud: Cloud) -> None:
     assert sorted(names) == [".gitignore", "configs/tiny.yaml", "new file.py", "requirements.lock", "uncommitted.py"]
 
 
+def test_setup_brings_the_environment_of_now(cloud: Cloud) -> None:
+    secrets = cloud.folder / "secrets"
+    secrets.write_text("# keys\r\n\nexport A='it is $HOME'\r\nB=one two; touch hacked\nC=\"it's\" # note\nD=")
+    cloud.world(
+        queued="ACTIVE", execute=True, workers=1, rules=[["worker.sh install", {"out": "worker 0: ok installed\n"}]]
+    )
+    cloud.settings(ENV_FILE=str(secrets))
+    assert cloud.run("setup").returncode == 0
+    sent = cloud.folder / "worker-0/psyche_upload/env"
+    told = ["bash", "-euc", '. "$1"; env -0', "-", str(sent)]
+    done = subprocess.run(told, capture_output=True, text=True, check=True, cwd=cloud.folder)
+    values = dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
+    assert [values[key] for key in "ABCD"] == ["it is $HOME", "one two; touch hacked", "it's", ""]
+    assert done.stderr == "" and not (cloud.folder / "hacked").exists()
+
+    cloud.settings()  # no ENV_FILE any more: what it set ends
+    assert cloud.run("setup").returncode == 0 and sent.read_text().strip() == ""
+
+    secrets.write_text("A=1\nsk-very-secret\n")
+    cloud.settings(ENV_FILE=str(secrets))
+    done = cloud.run("setup")
+    one_line_error(done, 2, "secrets line 2 is not KEY=value")
+    assert "very-secret" not in done.stderr
+
+
 def test_setup_from_a_repository(cloud: Cloud) -> None:
     cloud.settings(SOURCE="", REPO="https://github.com/someone/psyche_jax", BRANCH="v1", CONFIG="configs/grpo.yaml")
     cloud.world(queued="ACTIVE")
@@ -131,7 +156,17 @@ def test_logs(cloud: Cloud) -> None:
     one_line_error(cloud.run("logs", "--follow", "--worker", "all"), 2, "--follow")
     one_line_error(cloud.run("logs", "--worker", "x"), 2, "--worker")
     one_line_error(cloud.run("logs", "--lines"), 2, "--lines")
+    one_line_error(cloud.run("logs", "--lines", "9" * 20), 2, "--lines")
+    one_line_error(cloud.run("logs", "--follow", "--bucket"), 2, "--follow", "--bucket")
     one_line_error(cloud.run("logs", "--bucket"), 1, "no log in the bucket")
+
+
+def test_logs_of_all_in_the_bucket(cloud: Cloud) -> None:
+    heads = [f"==> {RUN}/logs/worker-{n}.log <==" for n in range(3)]
+    logs = [head + "".join(f"\n{n}" for n in range(lines)) for head, lines in zip(heads, (9, 1, 2), strict=True)]
+    cloud.world(rules=[["worker-*.log", {"out": "\n".join(logs)}]])
+    shown = cloud.run("logs", "--bucket", "--worker", "all", "--lines", "2").stdout.split("\n")
+    assert shown == [heads[0], "7", "8", heads[1], "0", heads[2], "0", "1", ""]
 
 
 def test_status(cloud: Cloud) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -97,6 +98,12 @@ def test_the_example_settings_are_complete(cloud: Cloud) -> None:
         ({"ENV_FILE": "/nowhere"}, "ENV_FILE"),
         ({"PROYECT": "x"}, "unknown setting PROYECT"),
         ({"MAX_FAILURES": "many"}, "MAX_FAILURES is malformed"),
+        ({"MAX_FAILURES": "99999999999999999999"}, "MAX_FAILURES is malformed"),
+        ({"ACCELERATOR": "v5litepod-99999999999999999999"}, "ACCELERATOR is malformed"),
+        ({"CONFIG": "../source/configs/tiny.yaml"}, "outside the source"),
+        ({"OVERRIDES": "run.dir=gs://other/run"}, "RUN_DIR"),
+        ({"ENV_FILE": "/tmp"}, "ENV_FILE"),
+        ({"ZONE": "us-east5-a\nZONE="}, "line 10: ZONE stands twice"),
     ],
 )
 def test_bad_settings(changes: dict[str, str], word: str, cloud: Cloud) -> None:
@@ -104,6 +111,25 @@ def test_bad_settings(changes: dict[str, str], word: str, cloud: Cloud) -> None:
     done = cloud.run("create")
     one_line_error(done, 2, word)
     assert "secret" not in done.stderr and cloud.calls() == []
+
+
+def test_settings_are_no_folder(cloud: Cloud) -> None:
+    one_line_error(cloud.run("status", "--settings", str(cloud.folder)), 2, "no settings")
+
+
+def test_a_config_that_git_ignores_would_not_be_copied(cloud: Cloud) -> None:
+    subprocess.run(["git", "init", "-q", str(cloud.folder / "source")], check=True)
+    assert cloud.run("create", "--dry-run").returncode == 0
+    (cloud.folder / "source/.gitignore").write_text("tiny.yaml\n")
+    one_line_error(cloud.run("create", "--dry-run"), 2, "configs/tiny.yaml", "ignored by git")
+
+
+def test_a_note_behind_quotes(cloud: Cloud) -> None:
+    cloud.settings(LIBTPU_FLAGS='"--xla=1 --b=2"  # of "today"', OVERRIDES="'epochs=1' # one")
+    made = cloud.run("run", "--dry-run").stdout
+    line = next(line for line in made.splitlines() if "worker.sh start" in line)
+    started = shlex.split(shlex.split(line)[-1])
+    assert started[started.index("--libtpu") + 1] == "--xla=1 --b=2" and started[-1] == "epochs=1"
 
 
 def test_settings_are_read_not_executed(cloud: Cloud) -> None:
@@ -131,9 +157,11 @@ def test_gcloud_is_missing(cloud: Cloud) -> None:
     one_line_error(cloud.run("create"), 1, "gcloud is missing")
 
 
-def test_gcloud_is_not_logged_in(cloud: Cloud) -> None:
+def test_gcloud_is_not_logged_in_or_broken(cloud: Cloud) -> None:
     cloud.world(rules=[["auth list", {"out": ""}]])
     one_line_error(cloud.run("create"), 1, "gcloud auth login")
+    cloud.world(rules=[["auth list", {"err": "ERROR: gcloud failed to load: No module named 'grpc'", "rc": 1}]])
+    one_line_error(cloud.run("create"), 1, "gcloud does not work: gcloud failed to load")
 
 
 @pytest.mark.parametrize(
