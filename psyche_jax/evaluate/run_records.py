@@ -207,12 +207,22 @@ def read_run(folder: Path, name: str, scores: bool = True) -> RunRecord:
             name=name,
             kind=str(state.get("kind", "sft")),
             config=parse_yaml_mapping(folder / "config.yaml"),
-            state=state,
-            metrics=read_steps(folder / "metrics.jsonl"),
-            samples=read_steps(folder / "samples.jsonl"),
+            state=_in_float32(state),
+            metrics=[_in_float32(line) for line in read_steps(folder / "metrics.jsonl")],
+            samples=[_in_float32(line) for line in read_steps(folder / "samples.jsonl")],
             evaluations=sorted(evaluations, key=lambda evaluation: evaluation.step),
             safety=read_json(safety) if scores and safety.is_file() else None,
         )
+
+
+_LARGEST = 2.0**128  # of float32
+
+
+def _in_float32(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with infinity for a number that is none of float32, such as an integer of 400 digits."""
+    held = {name: _in_float32(value) if isinstance(value, dict) else value for name, value in values.items()}
+    beyond = {n: v for n, v in held.items() if isinstance(v, int | float) and abs(v) >= _LARGEST}
+    return held | {name: math.inf if value > 0 else -math.inf for name, value in beyond.items()}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

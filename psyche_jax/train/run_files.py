@@ -10,6 +10,7 @@ from psyche_jax.storage.files import LOCK_FILE, read_json, read_jsonl
 from psyche_jax.train.run_changes import CHANGES, Change, Contents, changes, how_to_accept, refused
 
 STATE = "state.json"
+_MOST_STEPS = 2**53  # which a float counts
 
 
 def check_run(folder: Path) -> None:
@@ -75,6 +76,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         for name, right in (
             ("status", isinstance(state.get("status"), str)),
             ("step", _is_step(state.get("step"))),
+            ("current_step", _is_step(state.get("current_step", 0))),
             ("best", state.get("best") is None or _is_best(state["best"])),
             ("contents", isinstance(state.get("contents", {}), dict)),
             ("accepted", _are_entries(state.get("accepted", []))),
@@ -91,7 +93,7 @@ def _is_best(value: Any) -> bool:
 
 
 def _is_step(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST_STEPS
 
 
 def _are_entries(accepted: Any) -> bool:

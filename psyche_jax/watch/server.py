@@ -1,6 +1,7 @@
 """What `psyche watch` answers: a page, and its fragments as the runs are now."""
 
 import hashlib
+import json
 import sys
 import threading
 import time
@@ -11,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
 
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.curves import Across
@@ -107,7 +107,8 @@ def watch_app(folders: Sequence[Path], token: str, hosts: Sequence[str], languag
                 "samples": fragments.samples(_samples(runs, query, plain)),
                 "settings": fragments.settings(sections),
             }
-        return JSONResponse({"version": version, "fragments": parts})
+        # In ASCII, since a model may say half a surrogate pair, which UTF-8 cannot hold.
+        return Response(json.dumps({"version": version, "fragments": parts}), media_type="application/json")
 
     return app
 
@@ -150,8 +151,7 @@ def _samples(runs: Mapping[str, RunRecord | str], query: Mapping[str, str], say:
         if not steps or not isinstance(run, RunRecord):
             continue
         asked = query.get(f"at{number}", "")
-        step = int(asked) if asked.isdecimal() and int(asked) in steps else steps[-1]
-        place = steps.index(step)
+        place = next((place for place, step in enumerate(steps) if str(step) == asked), len(steps) - 1)
         found.append(
             {
                 "name": name,
@@ -160,7 +160,7 @@ def _samples(runs: Mapping[str, RunRecord | str], query: Mapping[str, str], say:
                 "steps": steps,
                 "earlier": steps[place - 1] if place else None,
                 "later": steps[place + 1] if place + 1 < len(steps) else None,
-                "groups": list(samples_by_prompt(run.samples, step, say, every=True).values()),
+                "groups": list(samples_by_prompt(run.samples, steps[place], say, every=True).values()),
             }
         )
     return found

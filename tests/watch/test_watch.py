@@ -87,6 +87,41 @@ def test_samples_are_paged_through_and_shown_as_text(tmp_path: Path) -> None:
     assert "<img" not in newest and "&lt;img" in newest
 
 
+def test_a_step_that_is_none_shows_the_newest_samples(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "grpo", 9)
+    half = {"prompt": "p", "completion": "\ud83d"}  # of a surrogate pair
+    (run / "samples.jsonl").write_text("".join(json.dumps({"step": step, **half}) + "\n" for step in (3, 9)))
+    client = client_of(run)
+    for asked in ("9" * 4301, "4", "-1", "٣", "²"):
+        assert "2 of 2 recorded steps" in view(client, at0=asked)["samples"]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308, 10**25])
+def test_numbers_beyond_float32_are_shown(kind: str, value: float, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", kind, 4, status="running")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    last = {key: value for key in lines[-1] if key != "step"}
+    write_lines(run / "metrics.jsonl", [*lines[:-1], {**lines[-1], **last}])
+    write_lines(run / "samples.jsonl", [{"step": 4, "prompt": "p", **dict.fromkeys(("reward", "advantage"), value)}])
+    state = json.loads((run / "state.json").read_text(encoding="utf-8"))
+    (run / "state.json").write_text(json.dumps({**state, "total_steps": value, "seconds": {"a": value}}))
+    client = client_of(run)
+    assert "Step 4" in view(client)["runs"] and "<svg" in view(client, by="time")["curves"]
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+
+
+@pytest.mark.parametrize("step", [10**400, -1, "4", True])
+def test_a_step_that_cannot_be_is_named(step: object, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=4)
+    state = json.loads((run / "state.json").read_text(encoding="utf-8"))
+    (run / "state.json").write_text(json.dumps({**state, "status": "running", "current_step": step}))
+    assert "its current_step cannot be used" in view(client_of(run))["runs"]
+    (run / "state.json").write_text(json.dumps(state))
+    write_lines(run / "metrics.jsonl", [{"step": step, "loss": 1.0}])
+    assert "metrics.jsonl:1: has no step" in view(client_of(run))["runs"]
+
+
 def test_only_who_has_the_token_is_shown_anything(tmp_path: Path) -> None:
     client = client_of(make_run(tmp_path / "run", steps=1))
     assert client.get("/view").status_code == 401
