@@ -1,16 +1,16 @@
 """The stages of synthesis in order, what each depends on, and which are done already."""
 
 import asyncio
-import dataclasses
 import shutil
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.dataset import is_dataset, open_dataset
@@ -42,7 +42,6 @@ from psyche_jax.synth.steps import control, rewrite, select, with_twins, write_q
 STAGES: tuple[StageName, ...] = ("clean", "questions", "control", "rationales", "dialogues", "selection", "publish")
 CALLS = "calls.sqlite"
 WINDOW = 4  # items under way for each call that may be under way: what bounds the memory of a stage
-Item = TypeVar("Item")
 
 
 def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, Any]:
@@ -56,29 +55,23 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
     """
     if stage in (None, "publish"):
         check_place(config.out)
-    if stage is None and not Path(config.run.dir).exists():
-        check_keys(config.llms)  # before a folder is made
     with _open_workshop(config, "synth") as shop:
         for name in STAGES if stage is None else (stage,):
             shop.do(name, _synth_stage(shop, config, name))
             if name == "clean" and stage is None:
                 shop.expected = partial(_synth_calls, shop, config)
-        shop.say_what_waits()
-        return shop.reports
+    return shop.reports
 
 
 def run_select(config: SelectConfig) -> dict[str, Any]:
     """Selection and publication of questions from files; returns the reports of the stages by name."""
     check_place(config.out)
-    if not Path(config.run.dir).exists():
-        check_keys(config.llms)
     with _open_workshop(config, "select") as shop:
         states = [_state_of(location) for location in config.questions]
         shop.expected = partial(_select_calls, config)
         shop.do("selection", _selection(shop, states, shop.decided(_sources(config))))
         shop.do("publish", _publication(shop, ["selection"]))
-        shop.say_what_waits()
-        return shop.reports
+    return shop.reports
 
 
 # Tokens of a request and of its reply, a character being one: guesses, until calls of this run say better. To
@@ -101,30 +94,37 @@ class Expected:
 
 @dataclass(frozen=True)
 class _Stage:
-    """What a stage depends on, the files it writes, and `run`, which gives the outcomes in the order of its items.
+    """What a stage depends on, its items, how one becomes an outcome (unless it is one already), what files it writes.
 
-    `after` is called with its folder, even if the stage was already complete.
+    `total`: how many items there are, if that is known. `asks`: whether LLMs are asked about them. `after` is called
+    with the stage's folder, even if it was already complete.
     """
 
     depends_on: tuple[Any, ...]
+    items: Iterable[Any]
+    work: Callable[[Any, Asker], Awaitable[Outcome]]
     files: tuple[str, ...]
-    run: Callable[[Asker], AsyncGenerator[Outcome, None]]
     total: int | None = None
+    asks: bool = True
     after: Callable[[Path], None] = lambda folder: None
-    asks: bool = False
 
 
 @contextmanager
 def _open_workshop(config: SynthConfig | SelectConfig, verb: str) -> Iterator["_Workshop"]:
-    """The folder of a run, locked, with its config written and its stores open."""
-    prompts, folder = Prompts(config.prompts), Path(config.run.dir)
+    """The folder of a run, locked, with its config written and its stores open; at the end what waits is said."""
+    folder = Path(config.run.dir)
+    if not folder.exists():
+        check_keys(config.llms)  # before a folder is made
+    prompts = Prompts(config.prompts)
     make_folder(folder, "run.dir")
     with locked(folder):
         for left in folder.glob(".*.partial"):
             shutil.rmtree(left, ignore_errors=True)
         write_text(folder / "config.yaml", dump_yaml(config_to_dict(config)))
         with closing(CallStore(folder / CALLS)) as store, closing(ReviewStore(folder)) as review:
-            yield _Workshop(config, verb, prompts, store, review)
+            shop = _Workshop(config, verb, prompts, store, review)
+            yield shop
+            shop.say_what_waits()
 
 
 class _Workshop:
@@ -191,6 +191,10 @@ class _Workshop:
                 file=sys.stderr,
             )
 
+    def queue(self, folder: Path) -> None:
+        """Add what a stage leaves to people to the review queue."""
+        self.review.add(iterate(Question, folder / "review.jsonl"))
+
     def do(self, name: str, stage: _Stage) -> None:
         """Make a stage's folder, unless it is there and depends on the same."""
         folder = self.folder / name
@@ -206,51 +210,31 @@ class _Workshop:
         stage.after(folder)
 
     async def _run(self, name: str, stage: _Stage, fingerprint: str) -> dict[str, Any]:
-        client = Client(self.config.llms, self.config.calls, self.config.budget, self.store, self._names)
-        asker = Asker(client, self.prompts, self.config.calls.reasks, self.config.calls.give_up_after)
+        """Make a stage; one that asks LLMs fails where what one of them says is never of use and nothing is kept."""
+        calls = self.config.calls
+        client = Client(self.config.llms, calls, self.config.budget, self.store, self._names)
+        asker = Asker(client, self.prompts, calls.reasks, calls.give_up_after)
+
+        async def work(item: Any) -> Outcome:
+            return item if isinstance(item, Outcome) else await stage.work(item, asker)
+
+        async def results() -> AsyncGenerator[Outcome, None]:
+            kept = False
+            async with aclosing(outcomes(stage.items, work, WINDOW * calls.concurrency)) as made:
+                async for outcome in made:
+                    kept = kept or bool(outcome.records)
+                    yield outcome
+            asker.check(kept)
+
         try:
-            progress = Progress(self.verb, name, stage.total, asker, self.cost)
-            async with aclosing(stage.run(asker)) as results:
-                return await write_stage(self.folder / name, fingerprint, stage.files, results, progress)
+            progress = Progress(self.verb, name, stage.total, client, self.cost)
+            async with aclosing(results()) as found:
+                return await write_stage(self.folder / name, fingerprint, stage.files, found, progress)
         except UserError:
             await client.finish()  # what is in flight is paid for
             raise
         finally:
             await client.close()
-
-    def asking(
-        self,
-        section: Any,
-        asked: list[Any],
-        inputs: Sequence[Any],
-        items: Iterable[Item],
-        work: Callable[[Item, Asker], Awaitable[Outcome]],
-        files: tuple[str, ...],
-        total: int | None,
-        after: Callable[[Path], None] = lambda folder: None,
-    ) -> _Stage:
-        """A stage that asks LLMs about each item; it fails if no item yields a record.
-
-        Args:
-          section: its settings.
-          asked: what its replies depend on, see `asked`.
-          inputs: what else it depends on: files, or what JSON can hold.
-          items, work: what is worked on, and how one becomes an outcome.
-          files: that it writes.
-          total: how many items there are, if that is known.
-          after: see `_Stage`.
-        """
-
-        async def run(asker: Asker) -> AsyncGenerator[Outcome, None]:
-            window = WINDOW * self.config.calls.concurrency
-            kept = False
-            async with aclosing(outcomes(items, lambda item: work(item, asker), window)) as results:
-                async for outcome in results:
-                    kept = kept or bool(outcome.records)
-                    yield outcome
-            asker.check(kept)
-
-        return _Stage((dataclasses.asdict(section), *asked, *inputs), files, run, total, after, True)
 
     def input(self, stage: str, file: str) -> Path:
         """A file that an earlier stage made.
@@ -331,55 +315,56 @@ def _synth_calls(shop: _Workshop, config: SynthConfig) -> list[Expected]:
 
 
 def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stage:
-    """A stage of `psyche synth`: what it reads, what it asks, what it does with one item, what it writes."""
+    """A stage of `psyche synth`: what it depends on, its items, what is done with each, what it writes."""
     if name == "clean":
-        sources = (*config.sources.passages, *config.sources.dialogues)
-        depends = (dataclasses.asdict(config.clean), *map(_state_of, sources))
-        return _Stage(depends, ("passages", "dialogues"), partial(_clean, config))
+        passages = (iterate_source(Passage, place) for place in config.sources.passages)
+        dialogues = (iterate_source(Dialogue, place) for place in config.sources.dialogues)
+        states = map(_state_of, (*config.sources.passages, *config.sources.dialogues))
+        items, clean = chain(*passages, *dialogues), partial(_clean, cleaner=Cleaner(config.clean))
+        return _Stage((asdict(config.clean), *states), items, clean, ("passages", "dialogues"), asks=False)
     if name == "questions":
         source = shop.input("clean", "passages")
-        asked = shop.asked(["questions"], [config.questions.llm])
-        passages, work = iterate(Passage, source), partial(write_questions, section=config.questions)
-        return shop.asking(config.questions, asked, [source], passages, work, ("questions",), _lines(source))
+        depends_on = (asdict(config.questions), *shop.asked(["questions"], [config.questions.llm]), source)
+        write = partial(write_questions, section=config.questions)
+        return _Stage(depends_on, iterate(Passage, source), write, ("questions",), _lines(source))
     if name == "control":
         source = shop.input("questions", "questions")
         asked = shop.asked(["filter"], config.control.llms)
         asked += shop.asked(["twins"], [config.control.twins]) if config.control.twins else []
-        files = ("questions", "review")
         pairs = with_twins(iterate(Question, source), config.control)
-        judge, queue = partial(control, section=config.control), partial(_queue, shop)
-        return shop.asking(config.control, asked, [source], pairs, judge, files, _lines(source), queue)
+        judge, files = partial(control, section=config.control), ("questions", "review")
+        return _Stage((asdict(config.control), *asked, source), pairs, judge, files, _lines(source), after=shop.queue)
     if name == "rationales":
-        inputs = [shop.input("control", file) for file in ("questions", "review")]
+        sources = [shop.input("control", file) for file in ("questions", "review")]
         llms = [config.rationales.llm, *([config.rationales.judge] if config.rationales.judge else [])]
         asked = shop.asked(["instruction", "rationale", "improve", "judge"], llms)
-        items = shop.decided(question for path in inputs for question in iterate(Question, path))
-        explain, total = partial(_rationale, config=config), sum(map(_lines, inputs))
-        states = [*inputs, shop.decisions()]
-        return shop.asking(config.rationales, asked, states, items, explain, ("questions",), total)
+        depends_on = (asdict(config.rationales), *asked, *sources, shop.decisions())
+        questions = shop.decided(chain.from_iterable(iterate(Question, path) for path in sources))
+        explain = partial(write_rationale, section=config.rationales)
+        return _Stage(depends_on, questions, explain, ("questions",), sum(map(_lines, sources)))
     if name == "dialogues":
         source = shop.input("clean", "dialogues")
         asked = shop.asked(["dialogue", "check"], [config.dialogues.llm, config.dialogues.checker])
-        dialogues, warm = iterate(Dialogue, source), partial(rewrite, section=config.dialogues)
-        files = ("dialogues", "crisis")
-        return shop.asking(config.dialogues, asked, [source], dialogues, warm, files, _lines(source))
+        depends_on, files = (asdict(config.dialogues), *asked, source), ("dialogues", "crisis")
+        warm = partial(rewrite, section=config.dialogues)
+        return _Stage(depends_on, iterate(Dialogue, source), warm, files, _lines(source))
     if name == "selection":
         source = shop.input("rationales", "questions")
         return _selection(shop, [source], iterate(Question, source), _lines(source))
     return _publication(shop, ["clean", "questions", "control", "rationales", "dialogues", "selection"])
 
 
+async def _clean(record: Passage | Dialogue, _: Asker, cleaner: Cleaner) -> Outcome:
+    return cleaner.passage(record) if isinstance(record, Passage) else cleaner.dialogue(record)
+
+
 def _selection(
     shop: _Workshop, states: list[Any], questions: Iterable[Question | Outcome], total: int | None = None
 ) -> _Stage:
     section = shop.config.selection
-
-    async def work(item: Question | Outcome, asker: Asker) -> Outcome:
-        return item if isinstance(item, Outcome) else await select(item, asker, section)
-
-    asked, depends = shop.asked(["answer"], section.llms), [*states, shop.decisions()]
-    files = ("sft", "rl", "review")
-    return shop.asking(section, asked, depends, questions, work, files, total, partial(_queue, shop))
+    depends_on = (asdict(section), *shop.asked(["answer"], section.llms), *states, shop.decisions())
+    answer, files = partial(select, section=section), ("sft", "rl", "review")
+    return _Stage(depends_on, questions, answer, files, total, after=shop.queue)
 
 
 def _publication(shop: _Workshop, stages: list[str]) -> _Stage:
@@ -392,40 +377,12 @@ def _publication(shop: _Workshop, stages: list[str]) -> _Stage:
     fingerprint = digest([report["fingerprint"] for report in made], *files)
     config = config_to_dict(shop.config)
 
-    async def run(_: Asker) -> AsyncGenerator[Outcome, None]:
+    async def write(out: str, _: Asker) -> Outcome:
         dialogues = shop.folder / "dialogues" if "dialogues" in stages else None
-        selection = shop.folder / "selection"
-        counts = publish(shop.config.out, selection, dialogues, made, shop.store.usage(), config, fingerprint)
-        yield Outcome(counts=Counter({f"published/{name}": count for name, count in counts.items()}))
+        counts = publish(out, shop.folder / "selection", dialogues, made, shop.store.usage(), config, fingerprint)
+        return Outcome(counts=Counter({f"published/{name}": count for name, count in counts.items()}))
 
-    return _Stage((shop.config.out, fingerprint), (), run)
-
-
-async def _clean(config: SynthConfig, _: Asker) -> AsyncGenerator[Outcome, None]:
-    cleaner = Cleaner(config.clean)
-    for location in config.sources.passages:
-        for passage in iterate_source(Passage, location):
-            yield _faulty(passage) if isinstance(passage, str) else cleaner.passage(passage)
-    for location in config.sources.dialogues:
-        for dialogue in iterate_source(Dialogue, location):
-            yield _faulty(dialogue) if isinstance(dialogue, str) else cleaner.dialogue(dialogue)
-
-
-async def _rationale(item: Question | Outcome, asker: Asker, config: SynthConfig) -> Outcome:
-    if isinstance(item, Outcome):
-        return item
-    if "flags" in item.meta and "review" not in item.meta:
-        return Outcome().drop("waits for review: psyche review", item)
-    return await write_rationale(item, asker, config.rationales)
-
-
-def _faulty(line: str) -> Outcome:
-    return Outcome().drop(f"bad record: {line}", None)
-
-
-def _queue(shop: _Workshop, folder: Path) -> None:
-    """Add what a stage leaves to people to the review queue."""
-    shop.review.add(iterate(Question, folder / "review.jsonl"))
+    return _Stage((shop.config.out, fingerprint), [shop.config.out], write, (), asks=False)
 
 
 def _sources(config: SelectConfig) -> Iterator[Question | Outcome]:
@@ -434,14 +391,15 @@ def _sources(config: SelectConfig) -> Iterator[Question | Outcome]:
     contents: set[str] = set()
     for location in config.questions:
         for question in iterate_source(Question, location):
-            if isinstance(question, str):
-                yield _faulty(question)
+            if isinstance(question, Outcome):
+                yield question
                 continue
             content = digest(question.stem, question.options)
             if content in contents:
                 yield Outcome().drop("duplicate: the question was there before", question)
             elif seen.setdefault(question.id, content) != content:
-                yield _faulty(f"{location}: the id {question.id} is that of another question before it")
+                why = f"bad record: {location}: the id {question.id} is that of another question before it"
+                yield Outcome().drop(why, None)
             else:
                 contents.add(content)
                 yield question
@@ -451,7 +409,7 @@ def _state_of(location: str) -> Any:
     """What a user's data is known by: a file by its content, a data set by its manifest."""
     location = source_place(location)
     if is_dataset(location):
-        return dataclasses.asdict(open_dataset(location).manifest)
+        return asdict(open_dataset(location).manifest)
     if not Path(location).is_file():
         raise UserError(f"{location}: there is no such file")
     return Path(location)

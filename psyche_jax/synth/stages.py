@@ -19,7 +19,8 @@ from psyche_jax.data.records import BaseRecord, Record, checked, fault_of, recor
 from psyche_jax.errors import UserError
 from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.storage.files import new_folder, read_json, read_jsonl, write_json
-from psyche_jax.synth.asking import Asker, SetAsideError
+from psyche_jax.synth.asking import SetAsideError
+from psyche_jax.synth.client import Client
 
 Item = TypeVar("Item")
 REPORT = "report.json"  # in the folder of a stage; written last
@@ -160,14 +161,17 @@ def source_place(location: str) -> str:
     return str(shipped) if first == "psyche_jax" and not Path(location).exists() and shipped.exists() else location
 
 
-def iterate_source(kind: type[Record], location: str) -> Iterator[Record | str]:
-    """The records of a user's JSONL file or data set, one after the other; a faulty one is a line that says why.
+def iterate_source(kind: type[Record], location: str) -> Iterator[Record | Outcome]:
+    """The records of a user's JSONL file or data set, one after the other; what became of a faulty one.
 
     Raises:
       UserError: it cannot be read, or holds records of another kind.
     """
     for where, found in checked(kind, read_values(kind, source_place(location))):
-        yield f"{where}: {fault_of(found)}" if isinstance(found, ValueError) else found
+        if isinstance(found, ValueError):
+            yield Outcome().drop(f"bad record: {where}: {fault_of(found)}", None)
+        else:
+            yield found
 
 
 def _write_line(file: IO[str], value: Mapping[str, Any]) -> None:
@@ -181,16 +185,16 @@ class Progress:
     """
 
     def __init__(
-        self, verb: str, stage: str, total: int | None, asker: Asker | None, expected_cost: float | None = None
+        self, verb: str, stage: str, total: int | None, client: Client, expected_cost: float | None = None
     ) -> None:
         self._name = f"{verb}: {stage}"
         self._total = total
         self._expected_cost = expected_cost
-        self._client = asker.client if asker else None
+        self._client = client
         self._terminal = sys.stderr.isatty()
         self.pause = 0.2 if self._terminal else 5.0
         self._started = self._shown = time.monotonic()
-        self._sent = self._client.sent if self._client else 0
+        self._sent = client.sent
 
     def show(self, counts: Counter[str], set_aside: Counter[str]) -> None:
         """Say it, if it is time."""
@@ -215,11 +219,10 @@ class Progress:
         kept = ", ".join(f"{counts[key]} {key.partition('/')[2]}" for key in files)
         total = f"/{self._total}" if self._total is not None else ""
         line = f"{self._name}: {counts['in']}{total} items; {kept or 'nothing'} kept, {set_aside.total()} skipped"
-        if client := self._client:
-            sent = client.sent - self._sent
-            line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"
-            of = f" of about {self._expected_cost:.4g}" if self._expected_cost else ""
-            line += f", cost {client.cost:.4g}{of}" if client.cost else ""
-            line += f"; last fault: {client.last_fault}" if client.last_fault else ""
+        client, sent = self._client, self._client.sent - self._sent
+        line += f"; {sent} calls ({sent / seconds:.1f}/s), {client.faults} faults, {client.tokens} tokens"
+        of = f" of about {self._expected_cost:.4g}" if self._expected_cost else ""
+        line += f", cost {client.cost:.4g}{of}" if client.cost else ""
+        line += f"; last fault: {client.last_fault}" if client.last_fault else ""
         width = shutil.get_terminal_size().columns - 1
         return f"{line[:width]:<{width}}" if self._terminal else line

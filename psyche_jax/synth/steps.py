@@ -241,8 +241,13 @@ class Verdict:
 
 
 async def write_rationale(question: Question, asker: Asker, section: RationalesSection) -> Outcome:
-    """The question with the last rationale that came to the right answer; skipped if the first one did not."""
+    """The question with the last rationale that came to the right answer; skipped if the first one did not.
+
+    What waits for a person is left out until then.
+    """
     outcome = Outcome()
+    if "flags" in question.meta and "review" not in question.meta:
+        return outcome.drop("waits for review: psyche review", question)
     text = question_text(question)
     instruction = asker.prompts["instruction"].text()
     best = await _answered(asker, section.llm, text, instruction)

@@ -21,7 +21,6 @@ from typing import Any
 import psutil
 
 from psyche_jax.data.records import Passage
-from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import completion
 from psyche_jax.synth.client import Client
@@ -90,7 +89,7 @@ async def measure(llm: LlmSection, calls: int, concurrency: int, folder: Path) -
                 if done % max(len(numbers) // 10, 1) == 0:
                     memory.append(process.memory_info().rss >> 20)
 
-        progress = Progress("throughput", name, None, Asker(client, Prompts(), 0))
+        progress = Progress("throughput", name, None, client)
         await write_stage(folder / name, name, ("passages",), results(), progress)
         return memory
 

@@ -477,7 +477,7 @@ def test_select_takes_each_question_once(tmp_path, url):
 
 def test_progress_is_said_while_no_item_is_done_with_the_last_fault(tmp_path, capsys):
     client = SimpleNamespace(sent=3, faults=2, tokens=0, cost=0.0, last_fault="writer: Connection refused")
-    progress = Progress("synth", "questions", 9, SimpleNamespace(client=client))
+    progress = Progress("synth", "questions", 9, client)
     progress.pause = 0.02
 
     async def nothing_comes():
@@ -496,7 +496,8 @@ def test_items_without_a_reply_are_named_with_the_reason_of_theirs(tmp_path):
             raise NoReplyError("writer: no reply in time")
         raise SetAsideError("no usable reply: questions")
 
-    progress = Progress("synth", "questions", 2, None)
+    client = SimpleNamespace(sent=0, faults=0, tokens=0, cost=0.0, last_fault="")
+    progress = Progress("synth", "questions", 2, client)
     with pytest.raises(UserError, match=r"of 1 of 2 items got no reply \(writer: no reply in time\)"):
         asyncio.run(write_stage(tmp_path / "questions", "", (), outcomes(range(2), work, 1), progress))
     assert not (tmp_path / "questions").exists()
