@@ -167,7 +167,7 @@ class Client:
     def _spend(self, name: str, prompt_tokens: int, completion_tokens: int) -> None:
         self.tokens += prompt_tokens + completion_tokens
         if llm := self._llms.get(name):
-            self.cost += (prompt_tokens * llm.input_price + completion_tokens * llm.output_price) / 1e6
+            self.cost += llm.cost(prompt_tokens, completion_tokens)
 
     def _check_running(self) -> None:
         if self._stopping:

@@ -43,6 +43,10 @@ class LlmSection(Section):
         if unknown := [name for name in self.parameters if name not in PARAMETERS]:
             raise ValueError(f"parameters: cannot send {unknown[0]!r}, only {', '.join(PARAMETERS)}")
 
+    def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+        """What so many tokens cost."""
+        return (prompt_tokens * self.input_price + completion_tokens * self.output_price) / 1e6
+
 
 @dataclass(frozen=True)
 class CallsSection(Section):

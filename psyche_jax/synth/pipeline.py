@@ -135,6 +135,7 @@ class _Workshop:
     ) -> None:
         self.config, self.verb, self.prompts, self.store, self.review = config, verb, prompts, store, review
         self.folder = Path(config.run.dir)
+        self.llms = {llm.name: llm for llm in config.llms}
         self.reports: dict[str, Any] = {}
         self._names: dict[str, Names] = {}
         self.expected: Callable[[], list[Expected]] = list  # what this run will ask
@@ -145,13 +146,7 @@ class _Workshop:
         if not (expected := self.expected()):
             return
         self.expected = list
-        llms = {llm.name: llm for llm in self.config.llms}
         usage = self.store.usage()
-
-        def cost(llm: str, calls: int, asked: float, said: float) -> float:
-            prices = (llms[llm].input_price, llms[llm].output_price) if llm in llms else (0.0, 0.0)
-            return calls * (asked * prices[0] + said * prices[1]) / 1e6
-
         by_prompt: Counter[str] = Counter()
         left, tokens, to_come = 0, 0.0, 0.0
         for one in expected:
@@ -165,9 +160,10 @@ class _Workshop:
             by_prompt[one.prompt] += one.calls
             left += missing
             tokens += missing * (asked + said)
-            to_come += cost(one.llm, missing, asked, said)
+            to_come += missing * self.llms[one.llm].cost(asked, said)
         # What was spent before counts in the budget, and in the cost that progress shows.
-        spent = sum(cost(row.llm, 1, row.prompt_tokens, row.completion_tokens) for row in usage)
+        priced = [(self.llms[row.llm], row) for row in usage if row.llm in self.llms]
+        spent = sum(llm.cost(row.prompt_tokens, row.completion_tokens) for llm, row in priced)
         used = sum(row.prompt_tokens + row.completion_tokens for row in usage)
         self.cost = spent + to_come or None
         line = f"{self.verb}: forecast: at most {by_prompt.total()} calls ("
@@ -249,9 +245,8 @@ class _Workshop:
 
     def asked(self, prompts: Iterable[str], llms: Iterable[str]) -> list[Any]:
         """What replies depend on: the prompts' versions, the LLMs as they are asked, and the rule of asking again."""
-        by_name = {llm.name: llm for llm in self.config.llms}
         sampled = []
-        for llm in (by_name[name] for name in llms):
+        for llm in (self.llms[name] for name in llms):
             left_out = sorted(name for name, known in llm.parameters.items() if known is None)
             sampled.append((llm.name, llm.model, llm.temperature, llm.top_p, llm.max_tokens, *left_out))
         return [[self.prompts[name].id for name in (*prompts, "again")], sampled, self.config.calls.reasks]
