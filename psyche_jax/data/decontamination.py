@@ -176,7 +176,7 @@ class _Index:
     def _leak(self, reason: Reason, similarity: float, record: BaseRecord, text: str, number: int) -> Leak:
         question = self._questions[number]
         asked, _ = _text(question)
-        return Leak(reason, similarity, record.id, text[:200], question.id, asked[:200])  # type: ignore[attr-defined]
+        return Leak(reason, similarity, record.id, text[:200], question.id, asked[:200])
 
 
 def _held_by_most(conversations: Sequence[frozenset[str]]) -> frozenset[str]:

@@ -205,7 +205,7 @@ def records_of(source: str, config: ImportConfig, notes: Notes) -> Iterator[tupl
             if isinstance(row, RowError):
                 raise row
             record = record_of(row, config)
-            identity, key = record.id, getattr(record, "answer", None)  # type: ignore[attr-defined]
+            identity, key = record.id, getattr(record, "answer", None)
             earlier, its_key = seen.setdefault(identity, (where, key))
             if earlier != where:
                 other = "" if key == its_key else " with a different answer"

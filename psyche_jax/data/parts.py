@@ -71,7 +71,7 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
             left_out = {leak.train_id for leak in found.leaks}
             train = list(found.clean)
             for where, record in placed:
-                if record.id in left_out:  # type: ignore[attr-defined]
+                if record.id in left_out:
                     notes.note(where, f"nearly the same as a held-out {_NOUNS[type(record)]}")
         if not train:
             raise UserError(f"{source}: nothing is left to train on; set --hold-out 0")

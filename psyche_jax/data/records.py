@@ -43,7 +43,11 @@ class Message(Strict):
 
 
 class BaseRecord(Strict):
-    """Base of all records."""
+    """Base of all records. The `id`, if none is given, is a hash of the content."""
+
+    source: str
+    meta: dict[str, Any]
+    id: str
 
 
 @dataclass(frozen=True)
@@ -196,8 +200,8 @@ def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def record_to_json(record: BaseRecord) -> dict[str, Any]:
-    """A record's plain values."""
+def record_to_json(record: Any) -> dict[str, Any]:
+    """The plain values of a record, or of another dataclass that pydantic knows."""
     return _adapter(type(record)).dump_python(record, mode="json")
 
 
@@ -300,6 +304,6 @@ def _check_turns(turns: Sequence[Message], last: str) -> None:
 
 def _set_id(record: BaseRecord, *content: Any) -> None:
     """Fill in an absent id: a hash of the content, so that the same content has the same id everywhere."""
-    if not record.id:  # type: ignore[attr-defined]
+    if not record.id:
         digest = hashlib.sha256(json.dumps(content, ensure_ascii=False).encode()).hexdigest()[:16]
         object.__setattr__(record, "id", digest)

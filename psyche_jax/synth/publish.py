@@ -54,8 +54,8 @@ def publish(
     for name, records in writers.items():
         for record in records():
             counts[name] = counts.get(name, 0) + 1
-            sources[getattr(record, "source", "") or "unknown"] += 1
-            licences[str(getattr(record, "meta", {}).get("licence") or "unknown")] += 1  # a user's may be a list
+            sources[record.source or "unknown"] += 1
+            licences[str(record.meta.get("licence") or "unknown")] += 1  # a user's may be a list
     if not counts:
         raise UserError(f"{out}: there is nothing to publish; see what was skipped in {selection.parent}")
     # A data set appears as a whole, so one that is there is either this synthesis' own or another one's.
