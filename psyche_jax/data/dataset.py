@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydantic
 
 import psyche_jax
 from psyche_jax.data.records import (
@@ -32,6 +31,7 @@ from psyche_jax.data.records import (
     Strict,
     collected,
     fault_of,
+    from_json,
     record_to_json,
 )
 from psyche_jax.errors import UserError, first_reason
@@ -212,7 +212,7 @@ def write_contents(
 
 def write_manifest(store: Store, manifest: Manifest) -> None:
     """Make the shards that are there a data set."""
-    values = pydantic.TypeAdapter(Manifest).dump_python(manifest, mode="json")
+    values = record_to_json(manifest)
     sealed = {**values, "crc32c": seal(values)}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / MANIFEST
@@ -422,7 +422,7 @@ def _read_manifest(store: Store) -> Manifest:
             raise UserError(f"{where}: was written by a newer version of psyche_jax (format {version}); upgrade it")
         if checksum != seal(values):
             raise ValueError("its CRC32C does not match: it was changed")
-        return pydantic.TypeAdapter(Manifest).validate_python(values)
+        return from_json(Manifest, values)
     except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{where}: the manifest is broken ({fault_of(error)})") from None
 

@@ -16,6 +16,7 @@ import jinja2
 import pydantic
 from jinja2.sandbox import SandboxedEnvironment
 
+from psyche_jax.data.records import from_json
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.extraction import answer_part
 from psyche_jax.llm.objects import json_object
@@ -243,7 +244,6 @@ def _names(call: Call) -> str:
 
 def read_json(kind: type[T]) -> Callable[[str], T]:
     """A reader of replies that hold one JSON object of the form of the dataclass `kind`, whatever is around it."""
-    adapter = pydantic.TypeAdapter(kind)
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]
     names = {field.name for field in fields if field.default is dataclasses.MISSING}
 
@@ -253,7 +253,7 @@ def read_json(kind: type[T]) -> Callable[[str], T]:
             if value is None:
                 raise FaultyReplyError("回答里没有 JSON 对象")
             json.dumps(value, ensure_ascii=False).encode()  # raises for half of a surrogate pair
-            return adapter.validate_python(value)
+            return from_json(kind, value)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))

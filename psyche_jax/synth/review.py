@@ -17,7 +17,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
-from psyche_jax.data.records import Kind, Passage, Question, record_from_json, record_to_json
+from psyche_jax.data.records import Kind, Passage, Question, from_json, record_from_json, record_to_json
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.private import private_app, serve_private
 from psyche_jax.storage.files import read_jsonl, write_text
@@ -60,20 +60,12 @@ class Decision:
             raise ValueError("an edit, and nothing else, comes with the edited question")
 
 
-_ADAPTER = pydantic.TypeAdapter(Decision)
-
-
 @dataclass(frozen=True)
 class Item:
     """A question in the queue and the decision that counts, if there is one."""
 
     question: Question
     decision: Decision | None
-
-    def as_json(self) -> dict[str, Any]:
-        """The item as the page and exported files hold it."""
-        decision = as_json(self.decision) if self.decision is not None else None
-        return {"question": record_to_json(self.question), "decision": decision}
 
 
 class ReviewConflictError(UserError):
@@ -170,7 +162,7 @@ class ReviewStore:
 
     def export(self, path: Path) -> int:
         """Write the queue as JSONL: one object an item, with its decision (or null) to fill in elsewhere."""
-        lines = [json.dumps(item.as_json(), ensure_ascii=False) for item in self.items()]
+        lines = [json.dumps(record_to_json(item), ensure_ascii=False) for item in self.items()]
         write_text(path, "".join(f"{line}\n" for line in lines))
         return len(lines)
 
@@ -190,7 +182,7 @@ class ReviewStore:
                 if value.get("decision") is None:
                     continue
                 given = {"who": who, **value["decision"], "item": value["question"]["id"], "number": 0}
-                decision = _ADAPTER.validate_python(given)
+                decision = from_json(Decision, given)
                 if (decision.item, decision.verdict, decision.who, decision.time) in known:
                     continue
                 stored = self.decide(decision)
@@ -289,11 +281,6 @@ def reviewed(question: Question, decision: Decision) -> Question | None:
     return replace(edited, rationale=rationale, source=question.source, meta={**question.meta, "review": meta})
 
 
-def as_json(decision: Decision) -> dict[str, Any]:
-    """A decision as JSON holds it."""
-    return _ADAPTER.dump_python(decision, mode="json")
-
-
 def _dumped(question: Question) -> str:
     return json.dumps(record_to_json(question), ensure_ascii=False)
 
@@ -337,8 +324,8 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: Sequence[str], b
         for item in queue:
             name = item.question.id
             mine = replace(item, decision=own.get(who, {}).get(name)) if blind else item
-            by = [] if blind else [as_json(decided[name]) for decided in own.values() if name in decided]
-            shown.append({**mine.as_json(), "by": by, "after": last.get(name, 0)})
+            by = [] if blind else [record_to_json(decided[name]) for decided in own.values() if name in decided]
+            shown.append({**record_to_json(mine), "by": by, "after": last.get(name, 0)})
         pairs = [] if blind else [asdict(pair) for pair in agreement(history)]
         return {"who": who, "blind": blind, "items": shown, "passages": store.passages(queue), "agreement": pairs}
 
@@ -352,7 +339,7 @@ def review_app(store: ReviewStore, who: str, token: str, hosts: Sequence[str], b
             raise HTTPException(409, str(error)) from None
         except (UserError, ValueError) as error:
             raise HTTPException(422, str(error)) from None
-        return as_json(decision)
+        return record_to_json(decision)
 
     app.mount("/", StaticFiles(packages=[("psyche_jax.synth", "page")], html=True))
     return app
