@@ -42,7 +42,7 @@ class Prompt:
 
     def messages(self, **values: Any) -> tuple[dict[str, str], ...]:
         """System and user turns."""
-        turns = (("system", self._block("system", values)), ("user", self._block("user", values)))
+        turns = ((role, self._block(role, values)) for role in ("system", "user"))
         return tuple({"role": role, "content": content} for role, content in turns if content)
 
     def _block(self, name: str, values: Mapping[str, Any]) -> str:
@@ -113,20 +113,18 @@ class SetAsideError(Exception):
 
 
 class Asker:
-    """A client with prompts. `asked_again` counts replies that had to be asked again, `unusable` all without use.
+    """A client with prompts. `asked_again` counts replies that had to be asked again.
 
     Where `give_up_after` replies of one LLM to one prompt in a row are of no use, it asks for nothing more.
     """
 
-    def __init__(
-        self, client: Client, prompts: Prompts, reasks: int, give_up_after: int = CallsSection.give_up_after
-    ) -> None:
+    def __init__(self, client: Client, prompts: Prompts, calls: CallsSection) -> None:
         self.client = client
         self.prompts = prompts
-        self.asked_again = self.unusable = 0
+        self.asked_again = 0
         self._of_use: set[tuple[str, str]] = set()  # LLMs and prompts that brought something
-        self._reasks = reasks
-        self._give_up_after = give_up_after
+        self._reasks = calls.reasks
+        self._give_up_after = calls.give_up_after
         self._rows: dict[tuple[str, str], list[tuple[Call, Reply, str]]] = {}  # those since the last one of use
         self._stopped: UserError | None = None
 
@@ -195,7 +193,6 @@ class Asker:
         Raises:
           UserError: so were many before it.
         """
-        self.unusable += 1
         if not reply.stored:
             self.client.fault(call.llm, fault)
         row = self._rows.setdefault((call.llm, call.prompt), [])

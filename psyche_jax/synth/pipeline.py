@@ -209,7 +209,7 @@ class _Workshop:
         """Make a stage; one that asks LLMs fails where what one of them says is never of use and nothing is kept."""
         calls = self.config.calls
         client = Client(self.config.llms, calls, self.config.budget, self.store, self._names)
-        asker = Asker(client, self.prompts, calls.reasks, calls.give_up_after)
+        asker = Asker(client, self.prompts, calls)
 
         async def work(item: Any) -> Outcome:
             return item if isinstance(item, Outcome) else await stage.work(item, asker)

@@ -34,9 +34,10 @@ def ask(tmp_path: Path) -> Callable[..., Any]:
                 LlmSection(name, name, f"{url}/v1", "FAULTY_KEY", **{"timeout_seconds": 5.0, **(llm or {})})
                 for name in ("llm", "other")
             ]
-            client = Client(sections, CallsSection(**{**FAST, **calls}), budget or BudgetSection(), store)
+            section = CallsSection(**{**FAST, **calls})
+            client = Client(sections, section, budget or BudgetSection(), store)
             try:
-                return await work(Asker(client, Prompts(), calls.get("reasks", 2), calls.get("give_up_after", 20)))
+                return await work(Asker(client, Prompts(), section))
             finally:
                 await client.close()
                 store.close()
