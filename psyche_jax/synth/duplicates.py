@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from datasketch import MinHash, MinHashLSH
 
 from psyche_jax.data.records import Question
@@ -226,7 +225,7 @@ def _shingles(stem: str, options: Sequence[str]) -> set[str]:
 
 
 def _hash(data: bytes) -> int:
-    return int(np.frombuffer(hashlib.blake2b(data, digest_size=4).digest(), np.uint32)[0])
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little")
 
 
 class _Redis:

@@ -68,9 +68,7 @@ async def write_questions(passage: Passage, asker: Asker, section: QuestionsSect
         "least_options": section.least_options,
     }
     questions = await asker.ask(section.llm, "questions", values, _reader(passage, asker, section))
-    outcome = Outcome()
-    for question in questions:
-        outcome.keep("questions", question)
+    outcome = Outcome([("questions", question) for question in questions])
     if len(questions) < section.single + section.multi:
         outcome.counts["fewer than asked for"] += 1
     return outcome
@@ -90,9 +88,9 @@ def _reader(passage: Passage, asker: Asker, section: QuestionsSection) -> Callab
         written = read(text).questions
         if not written:
             raise FaultyReplyError("一道题也没有")
-        return [_checked(question, number, section.least_options) for number, question in enumerate(written, start=1)]
+        return [checked(question, number) for number, question in enumerate(written, start=1)]
 
-    def _checked(written: WrittenQuestion, number: int, least: int) -> Question:
+    def checked(written: WrittenQuestion, number: int) -> Question:
         try:
             stem, _ = clean_text(written.stem, _RULES)
             options = {letter.strip(): clean_text(option, _RULES)[0] for letter, option in written.options.items()}
@@ -100,8 +98,8 @@ def _reader(passage: Passage, asker: Asker, section: QuestionsSection) -> Callab
             question = Question(stem, options, letters, written.kind, None, passage.source, meta)
         except ValueError as error:
             raise FaultyReplyError(f"第{number}题：{error}") from None
-        if len(options) < least:
-            raise FaultyReplyError(f"第{number}题：只有 {len(options)} 个选项，至少要有 {least} 个")
+        if len(options) < section.least_options:
+            raise FaultyReplyError(f"第{number}题：只有 {len(options)} 个选项，至少要有 {section.least_options} 个")
         if len({re.sub(r"\W", "", option) for option in options.values()}) < len(options):
             raise FaultyReplyError(f"第{number}题：有两个选项相同")
         if written.kind == "multi" and not 2 <= len(letters) < len(options):
