@@ -12,18 +12,11 @@ from typing import Any, Literal
 import numpy as np
 
 from psyche_jax.data.dataset import load_any_records, write_dataset
-from psyche_jax.data.records import BaseRecord, Dialogue, Question
+from psyche_jax.data.records import BaseRecord, Question, turns_of
 from psyche_jax.data.text import comparable, lettered_options
 from psyche_jax.errors import UserError
 
-SHINGLE = 5
-
-
-def shingles(text: str) -> frozenset[str]:
-    """All runs of five characters of a comparable text; a shorter text is its only one."""
-    return frozenset(text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1)))
-
-
+SHINGLE = 5  # characters
 NEAR = 0.3  # of the shingles of both; docs/data.md says what was seen above and below
 SHARED_CASE = 0.5  # of a case's shingles
 HELD = 0.8  # of the shingles of one, where the other one is longer
@@ -66,15 +59,13 @@ class Decontaminated:
         return {**counts, "examples": examples}
 
 
-def decontaminate(
-    train: Iterable[BaseRecord], evaluation: Sequence[BaseRecord], near: float = NEAR, shared_case: float = SHARED_CASE
-) -> Decontaminated:
+def decontaminate(train: Iterable[BaseRecord], evaluation: Sequence[BaseRecord], near: float = NEAR) -> Decontaminated:
     """Take out of `train` what `evaluation` asks.
 
     Each record is compared with each question. It leaks if its text is the question's stem and options, in whatever
     order ("exact"); if the Jaccard similarity of their five-character shingles is at least `near`, or one of them holds
     at least `HELD` of the other's, which may be a question with its case ("near"); or if it holds at least
-    `shared_case` of the shingles of a case that the question is about (`meta["case"]`). A question on a case is also
+    `SHARED_CASE` of the shingles of a case that the question is about (`meta["case"]`). A question on a case is also
     compared without it, unless it is too short to be one. Of a conversation all that the user says is compared; where
     that is as short, only exact copies count.
     """
@@ -82,7 +73,7 @@ def decontaminate(
     clean, leaks = [], []
     leaked: dict[str, Reason] = {}
     for record in train:
-        found = index.leaks(record, near, shared_case)
+        found = index.leaks(record, near)
         for leak in found:
             known = leaked.get(leak.evaluation_id, leak.reason)
             leaked[leak.evaluation_id] = min(known, leak.reason, key=_REASONS.index)
@@ -120,13 +111,13 @@ class _Index:
         case_of = []
         sizes = []
         asked = [_asked(question) for question in questions]
-        whole = [shingles(_joined(stem, options)) for stem, options, _ in asked]
+        whole = [_shingles(_joined(stem, options)) for stem, options, _ in asked]
         self._common = _held_by_most([one for one, (*_, case) in zip(whole, asked, strict=True) if case is None])
         for number, (stem, options, of_case) in enumerate(asked):
             case = of_case or ""
             if case not in cases:
                 cases[case] = len(cases)
-                case_shingles.append(shingles(case))
+                case_shingles.append(_shingles(case))
             case_of.append(cases[case])
             own = whole[number] - self._common
             sizes.append(len(own) if of_case == "" or len(own) >= _LEAST else 0)
@@ -143,19 +134,19 @@ class _Index:
         self._sizes, self._case_of = np.array(sizes, int), np.array(case_of, int)
         self._case_sizes = np.array([len(found) for found in case_shingles])
 
-    def leaks(self, record: BaseRecord, near: float, shared_case: float) -> list[Leak]:
+    def leaks(self, record: BaseRecord, near: float) -> list[Leak]:
         """What is found of each question in a record, exact copies first, then shared cases, the nearest first."""
         text, options = _text(record)
         exact = self._exact.get(_key(text, options), [])
         found: dict[int, tuple[Reason, float]] = dict.fromkeys(exact, ("exact", 1.0))
-        parts = shingles(_joined(text, options)) - self._common
+        parts = _shingles(_joined(text, options)) - self._common
         # A case is looked for in the text alone, without options between its parts.
-        whole = shingles(comparable(text))
+        whole = _shingles(comparable(text))
         count = len(self._questions)
         shared = self._counts(parts)
         own, beyond_case, in_case = shared[:count], shared[count : 2 * count], shared[2 * count :]
         case_share = (self._counts(whole)[2 * count :] / np.maximum(self._case_sizes, 1))[self._case_of]
-        for number in np.flatnonzero(case_share >= shared_case):
+        for number in np.flatnonzero(case_share >= SHARED_CASE):
             found.setdefault(int(number), ("case", float(case_share[number])))
         similarity = own / np.maximum(len(parts) + self._sizes - own, 1)
         held = np.where(self._sizes >= _LEAST, own / np.maximum(self._sizes, 1), 0)
@@ -177,6 +168,11 @@ class _Index:
         question = self._questions[number]
         asked, _ = _text(question)
         return Leak(reason, similarity, record.id, text[:200], question.id, asked[:200])
+
+
+def _shingles(text: str) -> frozenset[str]:
+    """All runs of five characters of a comparable text; a shorter text is its only one."""
+    return frozenset(text[start : start + SHINGLE] for start in range(max(1, len(text) - SHINGLE + 1)))
 
 
 def _held_by_most(conversations: Sequence[frozenset[str]]) -> frozenset[str]:
@@ -205,6 +201,5 @@ def _text(record: BaseRecord) -> tuple[str, tuple[str, ...]]:
     """What a record asks or says, and its options; of conversations the user's turns, options found by letters."""
     if isinstance(record, Question):
         return record.stem, tuple(record.options.values())
-    turns = record.turns if isinstance(record, Dialogue) else record.messages  # type: ignore[attr-defined]
-    text = unicodedata.normalize("NFKC", "\n".join(turn.content for turn in turns if turn.role == "user"))
-    return lettered_options(text)
+    text = "\n".join(turn.content for turn in turns_of(record) if turn.role == "user")
+    return lettered_options(unicodedata.normalize("NFKC", text))

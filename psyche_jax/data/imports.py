@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from psyche_jax.data.dataset import Manifest, write_dataset
-from psyche_jax.data.records import BaseRecord, Dialogue, Message, SftExample, fault_of
+from psyche_jax.data.records import BaseRecord, Dialogue, Message, SftExample, fault_of, turns_of
 from psyche_jax.errors import RowError, UserError
 
 _LABELS = {  # how transcripts call the side that must not speak in a turn of this one
@@ -97,8 +97,7 @@ class DialogueRemarks:
         """Take note of a record, if it is a conversation."""
         if not isinstance(record, Dialogue | SftExample):
             return
-        said = record.turns if isinstance(record, Dialogue) else record.messages
-        turns = [turn for turn in said if turn.role != "system"]
+        turns = [turn for turn in turns_of(record) if turn.role != "system"]
         self._first_turns[turns[0].content] += 1
         if mixed := sum(_holds_other_side(turns, place) for place in range(len(turns))):
             self._mixed_turns += mixed

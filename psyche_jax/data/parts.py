@@ -18,6 +18,7 @@ from psyche_jax.data.records import (
     SftExample,
     question_to_rl,
     question_to_sft,
+    turns_of,
 )
 from psyche_jax.data.text import comparable
 from psyche_jax.errors import UserError
@@ -122,8 +123,7 @@ def _beginning(record: BaseRecord) -> str:
     if isinstance(record, Question):
         text = str(record.meta.get("case") or record.stem)
     else:
-        turns = record.turns if isinstance(record, Dialogue) else record.messages  # type: ignore[attr-defined]
-        text = "".join(turn.content for turn in turns if turn.role == "user")
+        text = "".join(turn.content for turn in turns_of(record) if turn.role == "user")
     return comparable(text)[:_SAME_BEGINNING] or text
 
 

@@ -251,6 +251,11 @@ def fault_of(error: Exception) -> str:
     return " ".join(f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}".split())
 
 
+def turns_of(record: BaseRecord) -> tuple[Message, ...]:
+    """The turns of a conversation of any kind."""
+    return record.turns if isinstance(record, Dialogue) else record.messages  # type: ignore[attr-defined]
+
+
 def question_text(question: Question) -> str:
     """The question as a user asks it: kind, stem and lettered options."""
     kind = "单项选择题" if question.kind == "single" else "多项选择题"
