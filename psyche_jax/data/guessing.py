@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from psyche_jax.config_files import parse_config, read_values
-from psyche_jax.data.mapping import HEAD, KINDS, USES, ColumnsSection, Form, ImportConfig
+from psyche_jax.data.mapping import FORMS, HEAD, KINDS, USES, ColumnsSection, Form, ImportConfig
 from psyche_jax.data.sources import guess_encoding, read_rows
 from psyche_jax.data.text import lettered_options
 from psyche_jax.errors import RowError, UsageError
@@ -67,7 +67,7 @@ def guess_config(source: str, overrides: Sequence[str] = ()) -> tuple[ImportConf
         raise UsageError(f"{first[0][0]}: {first[0][1]}, nor can the rows that follow be read")
     there = list(dict.fromkeys(name for row in head for name in row))
     columns = {**_columns(there, head, given), **(given.get("columns") or {})}
-    if not any(columns.get(form) for form in ("question", "user", "messages")):
+    if not any(columns.get(form) for form in FORMS):
         names = ", ".join(there) or "none; is it empty, or in another encoding?"
         how = "name them, for example --set columns.question=… --set columns.answer=…"
         raise UsageError(
@@ -102,7 +102,7 @@ def _plain(name: str) -> str:
 def _columns(there: Sequence[str], head: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """The parts that `given` does not name, by their columns."""
     named = given.get("columns") or {}
-    taken = {column for value in named.values() for column in (value if isinstance(value, list) else [value])}
+    taken = _all_columns(named)
     free = {column: _plain(column) for column in there if column not in taken}
 
     def first(part: str) -> str | None:
@@ -110,36 +110,29 @@ def _columns(there: Sequence[str], head: Sequence[Mapping[str, Any]], given: Map
         fits = (column for column in of_name if part != "kind" or _holds_kinds(column, head))
         return None if part in named else next(fits, None)
 
-    found: dict[str, Any] = {}
+    # Options come first, since their letters are names of other parts too (`q`, `a`); they may stand in the question.
     of_letters = [] if "options" in named else _options(free)
     for column in of_letters:
         del free[column]
     question, answer = first("question"), first("answer")
     options: Any = of_letters or first("options")
-    asked = named.get("question") or question
-    if (
-        options is None
-        and "options" not in named
-        and asked
-        and any(lettered_options(str(row.get(asked)))[1] for row in head)
-    ):
-        options = asked
+    if options is None and "options" not in named and (asked := named.get("question") or question):
+        options = asked if any(lettered_options(str(row.get(asked)))[1] for row in head) else None
+
+    # What each form would be made of. An answer that is no letters is a reply.
     letters = any(_is_key(row.get(named.get("answer") or answer or "")) for row in head)
     alpaca = [column for name in ("instruction", "input") for column in free if free[column] == name]
     user = alpaca[0] if len(alpaca) == 1 else alpaca or first("user") or question
+    reply = first("assistant")
+    replied = {"answer": answer} if letters and reply is None else {"assistant": reply or answer}
     candidates: dict[Form, dict[str, Any]] = {
-        "messages": {"messages": first("messages"), **({"answer": answer} if letters else {})},
+        "messages": {"messages": first("messages"), "answer": answer if letters else None},
         "question": {"question": question, "options": options, "answer": answer},
-        "user": {
-            "user": user,
-            "assistant": first("assistant") or (None if letters else answer),
-            "system": first("system"),
-        },
+        "user": {"user": user, "system": first("system"), **replied},
     }
-    if letters and candidates["user"]["assistant"] is None:
-        candidates["user"]["answer"] = answer
-    forms = [form for form in candidates if named.get(form)] or list(candidates)
-    for form in forms:
+
+    # The first form of which all is there that it needs.
+    for form in [form for form in candidates if named.get(form)] or candidates:
         parts = {name: column for name, column in candidates[form].items() if column and name not in named}
         record = given.get("record") or (
             "Question" if form == "question" else "RlPrompt" if "answer" in parts else "Dialogue"
@@ -148,16 +141,19 @@ def _columns(there: Sequence[str], head: Sequence[Mapping[str, Any]], given: Map
             continue
         must, may = USES[record, form]
         if all(name in parts or named.get(name) for name in (form, *must)):
-            others = {name: first(name) for name in ("kind", "rationale", "case")}
-            found = {**{name: column for name, column in others.items() if column}, **parts}
-            found = {name: column for name, column in found.items() if name in (form, *must, *may)}
-            break
-    else:
-        return {}
-    used = {column for value in found.values() for column in (value if isinstance(value, list) else [value])}
-    if "meta" not in named:
-        found["meta"] = [column for column, name in free.items() if name in _NAMES["meta"] and column not in used]
-    return found
+            parts = {**{name: first(name) for name in ("kind", "rationale", "case")}, **parts}
+            parts = {name: column for name, column in parts.items() if column and name in (form, *must, *may)}
+            if "meta" not in named:
+                used = _all_columns(parts)
+                meta = (column for column, name in free.items() if name in _NAMES["meta"])
+                parts["meta"] = [column for column in meta if column not in used]
+            return parts
+    return {}
+
+
+def _all_columns(parts: Mapping[str, Any]) -> set[str]:
+    """All columns that are named for any part: one, or a list."""
+    return {column for value in parts.values() for column in (value if isinstance(value, list) else [value])}
 
 
 def _options(free: Mapping[str, str]) -> list[str]:
@@ -184,10 +180,10 @@ def _holds_kinds(column: str, head: Sequence[Mapping[str, Any]]) -> bool:
 
 
 def _is_key(answer: Any) -> bool:
+    """Return whether an answer is letters."""
     parts = answer if isinstance(answer, list) else [answer]
-    return all(re.fullmatch(r"[A-Za-z](?:[\s,，、;；]*[A-Za-z]){0,7}", str(part).strip()) for part in parts) and any(
-        parts
-    )
+    letters = re.compile(r"[A-Za-z](?:[\s,，、;；]*[A-Za-z]){0,7}")
+    return any(parts) and all(letters.fullmatch(str(part).strip()) for part in parts)
 
 
 def _forms(columns: Mapping[str, Any], head: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import string
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from psyche_jax.config import Section
 from psyche_jax.config_files import config_to_dict
@@ -32,38 +32,22 @@ from psyche_jax.rewards.reference import with_thought
 from psyche_jax.storage.files import named_once
 
 Form: TypeAlias = Literal["question", "user", "messages"]
+FORMS: tuple[Form, ...] = get_args(Form)
 
 HEAD = 1000  # rows in which a column must appear
 _LETTERS = string.ascii_uppercase
 _NO_TEXT = (bool, list, Mapping)
-KINDS: Mapping[str, Kind] = {  # words for a question of one answer and of several
-    **dict.fromkeys(
-        ["single", "单选", "单选题", "单项选择", "单项选择题", "判断", "判断题", "是非题", "A1", "A2", "true/false"],
-        "single",
-    ),
-    **dict.fromkeys(
-        [
-            "multi",
-            "multiple",
-            "多选",
-            "多选题",
-            "多项选择",
-            "多项选择题",
-            "不定项",
-            "不定项选择",
-            "不定项选择题",
-            "X型题",
-        ],
-        "multi",
-    ),
+_WORDS: Mapping[Kind, str] = {
+    "single": "single 单选 单选题 单项选择 单项选择题 判断 判断题 是非题 A1 A2 true/false",
+    "multi": "multi multiple 多选 多选题 多项选择 多项选择题 不定项 不定项选择 不定项选择题 X型题",
 }
+KINDS = {word: kind for kind, words in _WORDS.items() for word in words.split()}
 _BEFORE_ANSWER = re.compile(r"^(?:(?:正确|标准|参考)?答案|answer|应选|选)?\s*[是为]?\s*:?\s*", re.IGNORECASE)
-_TRUTH = {  # what is ticked of a statement: whether it is right
-    **dict.fromkeys(["正确", "对", "是", "√", "✓", "✔", "真", "true", "t", "yes", "y", "right"], True),
-    **dict.fromkeys(
-        ["错误", "错", "否", "×", "✗", "✘", "假", "false", "f", "no", "n", "wrong", "不正确", "不对"], False
-    ),
+_TICKS = {  # of a statement: whether it is right
+    True: "正确 对 是 √ ✓ ✔ 真 true t yes y right",
+    False: "错误 错 否 × ✗ ✘ 假 false f no n wrong 不正确 不对",
 }
+_TRUTH = {word: right for right, words in _TICKS.items() for word in words.split()}
 
 
 @dataclass(frozen=True)
@@ -116,11 +100,11 @@ class ImportConfig(Section):
     record: Literal["Question", "Dialogue", "SftExample", "RlPrompt"] | None = None  # null: all that the rows yield
     turns: TurnsSection = field(default_factory=TurnsSection)
     answer_is: Literal["letters", "index", "number", "text"] = "letters"  # "A,C"; 0 for A; 1 for A; the option's text
-    kinds: dict[str, Kind] = field(default_factory=lambda: dict(KINDS))  # the words used in `columns.kind`
+    kinds: dict[str, Kind] = field(default_factory=KINDS.copy)  # the words used in `columns.kind`
     reading: ReadingSection = field(default_factory=ReadingSection)
 
     def __post_init__(self) -> None:
-        named = [name for name in ("question", "user", "messages") if getattr(self.columns, name) is not None]
+        named = [form for form in FORMS if getattr(self.columns, form) is not None]
         if len(named) != 1:
             found = " and ".join(named) or "none"
             raise ValueError(f"columns must name one of question, user and messages, not {found}")
@@ -146,9 +130,7 @@ class ImportConfig(Section):
     @property
     def form(self) -> Form:
         """Which of the three shapes the rows have."""
-        if self.columns.question is not None:
-            return "question"
-        return "user" if self.columns.user is not None else "messages"
+        return next(form for form in FORMS if getattr(self.columns, form) is not None)
 
     def named_columns(self) -> Iterator[tuple[str, str]]:
         """The parts that are named, with their columns."""
