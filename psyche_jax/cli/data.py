@@ -131,9 +131,9 @@ def _import(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--hold-out must be at least 0 and below 1, not {share:g}")
     from psyche_jax.data.imports import Imported, NoRecordsError
     from psyche_jax.data.mapping import import_rows
-    from psyche_jax.data.parts import SKIPPED, Parts, import_parts
+    from psyche_jax.data.parts import SKIPPED, import_parts
 
-    def report(found: Imported | Parts | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
+    def report(found: Imported | NoRecordsError, records: int, remarks: Sequence[str] = ()) -> None:
         if arguments.report is not None:
             from psyche_jax.storage.files import write_json
 
@@ -147,7 +147,7 @@ def _import(arguments: argparse.Namespace) -> None:
         if config is None:
             from psyche_jax.data.public import import_public
 
-            imported: Imported | Parts = import_public(arguments.format, Path(uri), to)
+            imported = import_public(arguments.format, Path(uri), to)
         elif config.record is not None:
             imported = import_rows(uri, to, config)
         else:
@@ -155,10 +155,10 @@ def _import(arguments: argparse.Namespace) -> None:
     except NoRecordsError as error:
         report(error, 0)
         raise
-    manifests = imported.manifests if isinstance(imported, Parts) else {"": imported.manifest}
+    manifests, in_parts = imported.manifests, "" not in imported.manifests
     for name, manifest in manifests.items():
         print(f"{to}{name and '/'}{name}: {manifest}")
-    shown = imported.set_aside[: 10 if isinstance(imported, Parts) else None]
+    shown = imported.set_aside[: 10 if in_parts else None]
     for line in shown:
         print(f"skipped: {line}", file=sys.stderr)
     if len(shown) < len(imported.set_aside):
@@ -170,7 +170,7 @@ def _import(arguments: argparse.Namespace) -> None:
         print(f"{count:8} {fault}")
     for remark in imported.remarks:
         print(f"warning: {remark}")
-    if isinstance(imported, Parts):
+    if in_parts:
         verb = "sft" if "sft" in manifests else "grpo"
         train = f"{to}/{'sft' if verb == 'sft' else 'rl'}"
         run = f"runs/{Path(to).name}_{verb}"

@@ -43,15 +43,15 @@ class Notes:
 
 @dataclass(frozen=True)
 class Imported:
-    """What came of it: the data set's manifest, a line for each row skipped, and how many for each reason.
+    """What came of it: manifests by the data sets' names, a line for each row skipped, and how many for each reason.
 
-    `remarks` say what is odd about the dialogues among them.
+    Where there is one data set alone its name is empty. `remarks` say what is to be known of the records.
     """
 
-    manifest: Manifest
+    manifests: Mapping[str, Manifest]
     set_aside: tuple[str, ...]
     faults: Counter[str]
-    remarks: tuple[str, ...] = ()
+    remarks: tuple[str, ...]
 
 
 class NoRecordsError(UserError):
@@ -82,7 +82,7 @@ def write_import(
             raise NoRecordsError(none(), notes)
 
     manifest = write_dataset(target, seen(), origin)
-    return Imported(manifest, tuple(notes.set_aside), +notes.faults, remarks.lines())
+    return Imported({"": manifest}, tuple(notes.set_aside), +notes.faults, remarks.lines())
 
 
 class DialogueRemarks:

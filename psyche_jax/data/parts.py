@@ -1,14 +1,13 @@
 """All records that a table gives, written at once, with a share of them held out that training does not contain."""
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from psyche_jax.config_files import config_to_dict
-from psyche_jax.data.dataset import Manifest, write_dataset
+from psyche_jax.data.dataset import write_dataset
 from psyche_jax.data.decontamination import decontaminate
-from psyche_jax.data.imports import DialogueRemarks, NoRecordsError, Notes
+from psyche_jax.data.imports import DialogueRemarks, Imported, NoRecordsError, Notes
 from psyche_jax.data.mapping import ImportConfig, no_record, records_of
 from psyche_jax.data.records import (
     BaseRecord,
@@ -30,17 +29,7 @@ _NOUNS: Mapping[type[BaseRecord], str] = {Question: "question", Dialogue: "dialo
 _SAME_BEGINNING = 32  # comparable characters: texts that share as many are on one case, or one question
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The data sets that were written, by name; what was skipped and why; what is to be known of the rest."""
-
-    manifests: Mapping[str, Manifest]
-    set_aside: tuple[str, ...]
-    faults: Counter[str]
-    remarks: tuple[str, ...]
-
-
-def import_parts(source: str, target: str, config: ImportConfig, share: float) -> Parts:
+def import_parts(source: str, target: str, config: ImportConfig, share: float) -> Imported:
     """Write what the rows of a source give as data sets in a new folder, which appears as a whole.
 
     Questions give `questions`, `rl`, `sft` (those with a rationale) and `held_out`, which holds questions too; prompts
@@ -87,7 +76,7 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
         manifests = {name: write_dataset(str(folder / name), part, origin) for name, part in parts.items() if part}
         if notes.set_aside:
             write_text(folder / SKIPPED, "".join(f"{line}\n" for line in notes.set_aside))
-    return Parts(manifests, tuple(notes.set_aside), +notes.faults, (*said, *remarks.lines()))
+    return Imported(manifests, tuple(notes.set_aside), +notes.faults, (*said, *remarks.lines()))
 
 
 def hold_out(records: Sequence[BaseRecord], share: float) -> tuple[list[BaseRecord], list[BaseRecord]]:
