@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import time
+from email.utils import formatdate
 
 import pytest
 from starlette.requests import Request
@@ -431,6 +432,9 @@ def test_retry_after_of_every_kind_is_a_number_or_nothing():
         seconds = retry_after({"retry-after": value})
         assert seconds is None or 0 <= seconds < 1e12, value
     assert retry_after({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}) == 0
+    assert 1 < retry_after({"retry-after": formatdate(time.time() + 3, usegmt=True)}) <= 3
+    for value, seconds in (("3", 3), ("0.5", 0.5), ("-1", 0), ("soon", None), ("inf", None), ("", None)):
+        assert retry_after({"retry-after": value}) == seconds
     for value, seconds in (("1500", 1.5), ("-1", 0), ("nan", 7), ("junk", 7)):
         assert retry_after({"retry-after": "7", "retry-after-ms": value}) == seconds
 

@@ -6,13 +6,11 @@ import sqlite3
 import time
 from email.utils import formatdate
 
-import httpx2
 import pytest
 from support.faulty_server import KEY, FaultyServer, answering, send_answer, stored_keys
 
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.reply import NoReplyError, Reply
-from psyche_jax.llm.retries import retry_after
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import Call, CallStore
 from psyche_jax.synth.canned import completion, serving
@@ -95,28 +93,13 @@ def test_retry_after_is_waited_for_by_all_calls_to_that_llm(ask, form):
     assert gap > 0.5
 
 
-def test_retry_after_in_both_forms():
-    def seconds(value):
-        return retry_after(httpx2.Headers({"retry-after": value}))
-
-    assert seconds("3") == 3 and seconds("0.5") == 0.5 and seconds("-1") == 0
-    assert 1 < seconds(formatdate(time.time() + 3, usegmt=True)) <= 3
-    assert seconds("soon") is None and seconds("inf") is None and seconds("") is None
-
-
-@pytest.mark.parametrize("wait", ["1e9", "Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 2001 00:00:00 GMT", "nan", "-5"])
-def test_a_server_is_waited_for_only_so_long_and_that_is_said_once(ask, capsys, wait):
-    server = Scripted((429, [(b"retry-after", wait.encode())]), "ok")
+def test_a_server_is_waited_for_only_so_long_and_that_is_said_once(ask, capsys):
+    server = Scripted((429, [(b"retry-after", b"1e9")]), "ok")
     started = time.monotonic()
     replies, _ = ask(server, many(3), longest_rest_seconds=0.3, concurrency=3)
     assert len(replies) == 3 and time.monotonic() - started < 3
-    said = [line for line in capsys.readouterr().err.splitlines() if "asks to wait" in line]
-    if wait in ("1e9", "Fri, 31 Dec 9999 23:59:59 GMT"):
-        (line,) = said
-        assert line.startswith("LLM llm at http://") and "waiting 0.3 s, see calls.longest_rest_seconds" in line
-        assert wait != "1e9" or "asks to wait 1,000,000,000 s;" in line
-    else:
-        assert said == []
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "asks to wait" in line)
+    assert line.startswith("LLM llm at http://") and "asks to wait 1,000,000,000 s; waiting 0.3 s, see calls." in line
 
 
 def test_a_call_that_never_succeeds_fails_alone(ask):
@@ -146,12 +129,11 @@ def test_what_no_retry_mends_ends_the_run_without_showing_the_key(ask, tmp_path,
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("status", [301, 307, 308])
-def test_prompts_do_not_follow_to_another_host(ask, status):
+def test_prompts_do_not_follow_to_another_host(ask):
     elsewhere = FaultyServer(share=0.0)
     with serving(elsewhere) as url:
-        server = Scripted((status, [(b"location", f"{url}/v1/chat/completions".encode())]))
-        with pytest.raises(UserError, match=f"HTTP {status}: redirects to {url}"):
+        server = Scripted((307, [(b"location", f"{url}/v1/chat/completions".encode())]))
+        with pytest.raises(UserError, match=f"HTTP 307: redirects to {url}"):
             ask(server, many(3), concurrency=1)
     assert not elsewhere.tries and len(server.times) <= 2, "the second may be under way"
 
@@ -170,9 +152,8 @@ class Odd(FaultyServer):
         await send_answer(send, 200, {**value, **self.changes})
 
 
-@pytest.mark.parametrize("count", [10**30, -7, 1.5, "12", None, [], True, 2**63])
-def test_counts_that_no_store_can_hold_are_taken_for_unknown(ask, count):
-    server = Odd(usage={"prompt_tokens": count, "completion_tokens": count})
+def test_counts_that_no_store_can_hold_are_taken_for_unknown(ask):
+    server = Odd(usage={"prompt_tokens": 10**30, "completion_tokens": 2**63})
     (reply,), client = ask(server, many(1))
     assert (reply.prompt_tokens, reply.completion_tokens) == (3, 1), "a character a token"
     assert client.tokens == 4
@@ -194,31 +175,25 @@ def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path, text, co
     asyncio.run(work())
 
 
-@pytest.mark.parametrize("finish", ["error", "insufficient_system_resource"])
-def test_what_a_server_broke_off_is_asked_again_and_never_a_reply(ask, tmp_path, finish):
+def test_what_a_server_broke_off_is_asked_again_and_never_a_reply(ask, tmp_path):
     async def work(asker):
-        with pytest.raises(NoReplyError, match=f"no answer: {finish}"):
+        with pytest.raises(NoReplyError, match="no answer: error"):
             await call(asker, "问")
         return asker.client.sent
 
-    assert ask(Odd({"finish_reason": finish}), work, retries=2) == 3
+    assert ask(Odd({"finish_reason": "error"}), work, retries=2) == 3
     assert stored_keys(tmp_path / "calls.sqlite") == {}
 
 
 @pytest.mark.parametrize(
-    ("message", "text"),
+    ("content", "text"),
     [
-        ({"content": "答案：A", "reasoning": "想"}, "<think>想</think>答案：A"),
-        ({"content": "想</think>答案：A"}, "<think>想</think>答案：A"),
-        (
-            {"content": "<think>写出来的</think>答案：A", "reasoning_content": "自己想的"},
-            "<think>写出来的</think>答案：A",
-        ),
-        ({"content": [{"type": "thinking", "thinking": "想"}, {"type": "text", "text": "好"}]}, "<think>想</think>好"),
+        ("答案：A", "<think>自己想的</think>答案：A"),
+        ("<think>写出来的</think>答案：A", "<think>写出来的</think>答案：A"),
     ],
 )
-def test_a_reply_has_the_thought_wherever_the_server_put_it(ask, message, text):
-    (reply,), _ = ask(Odd({"message": message}), many(1))
+def test_a_reply_has_the_thought_that_was_asked_for_else_the_llms_own(ask, content, text):
+    (reply,), _ = ask(Odd({"message": {"content": content, "reasoning": "自己想的"}}), many(1))
     assert reply.text == text
 
 
@@ -274,21 +249,12 @@ def test_an_llm_that_refuses_everything_ends_the_run_and_is_asked_again_when_it_
     assert {reply.finish for reply in replies} == {"stop"} and client.known == 0
 
 
-@pytest.mark.parametrize(
-    "body", ["[]", '{"choices": []}', '{"choices": [{}]}', "<html>", '{"choices": [{"message": 3}]}']
-)
-def test_what_is_no_completion_is_tried_again(ask, body):
+def test_what_is_no_completion_is_tried_again(ask):
     class Once(FaultyServer):
         async def _respond(self, request, headers, send):
             if not self.tries["odd"]:
                 self.tries["odd"] += 1
-                head = {
-                    "type": "http.response.start",
-                    "status": 200,
-                    "headers": [(b"content-type", b"application/json")],
-                }
-                await send(head)
-                return await send({"type": "http.response.body", "body": body.encode()})
+                return await send_answer(send, 200, {"choices": []})
             return await super()._respond(request, headers, send)
 
     (reply,), client = ask(Once(share=0.0), many(1))

@@ -8,7 +8,7 @@ from support.faulty_server import FaultyServer, answering, send_answer
 
 from psyche_jax.data.records import Dialogue, Message, Passage, Question
 from psyche_jax.errors import UsageError
-from psyche_jax.synth.asking import FaultyReplyError, Prompts, SetAsideError, fenced
+from psyche_jax.synth.asking import FaultyReplyError, Prompts, SetAsideError, fenced, read_json
 from psyche_jax.synth.canned import completion
 from psyche_jax.synth.config import (
     ControlSection,
@@ -18,6 +18,7 @@ from psyche_jax.synth.config import (
     SelectionSection,
 )
 from psyche_jax.synth.steps import (
+    WrittenQuestions,
     agreed_answer,
     control,
     read_answered,
@@ -86,13 +87,16 @@ SECTION = QuestionsSection("llm", 1, 0)
         '{"questions": [{"kind": "single", "stem": "\\ud800", "options": {}, "answer": "A"}]}',
     ],
 )
-def test_a_malformed_reply_is_asked_again_with_its_fault_then_set_aside(ask, faulty):
+def test_a_malformed_reply_is_asked_again(ask, faulty):
     with answering(faulty, f"```json\n{written()}\n```") as server:
         outcome, asked = ask(server, lambda asker: pair(write_questions(PASSAGE, asker, SECTION), asker))
-        (question,) = kept(outcome, "questions")
-        assert (question.stem, question.answer, asked.asked_again) == (QUESTION.stem, "A", 1)
-    with answering(faulty + " ") as server, pytest.raises(SetAsideError, match="no usable reply"):
-        ask(server, lambda asker: write_questions(dataclasses.replace(PASSAGE, id="x"), asker, SECTION), reasks=0)
+    (question,) = kept(outcome, "questions")
+    assert (question.stem, question.answer, asked.asked_again) == (QUESTION.stem, "A", 1)
+
+
+def test_what_stays_malformed_is_set_aside(ask):
+    with answering("[]") as server, pytest.raises(SetAsideError, match="no usable reply"):
+        ask(server, lambda asker: write_questions(PASSAGE, asker, SECTION), reasks=0)
 
 
 @pytest.mark.parametrize(
@@ -106,16 +110,13 @@ def test_a_malformed_reply_is_asked_again_with_its_fault_then_set_aside(ask, fau
         "选项集合是 {{A, B}}。{}",
     ],
 )
-def test_an_object_is_read_whatever_stands_around_it(ask, form):
-    with answering(form.format(written())) as server:
-        outcome, asker = ask(server, lambda asker: pair(write_questions(PASSAGE, asker, SECTION), asker))
-    assert asker.asked_again == 0 and kept(outcome, "questions")[0].stem == QUESTION.stem
+def test_an_object_is_read_whatever_stands_around_it(form):
+    assert read_json(WrittenQuestions)(form.format(written())).questions[0].stem == QUESTION.stem
 
 
-def test_the_draft_in_a_thought_is_no_answer(ask):
-    with answering(f"<think>{written()}</think>抱歉，我不能协助。", written()) as server:
-        _, asker = ask(server, lambda asker: pair(write_questions(PASSAGE, asker, SECTION), asker))
-    assert asker.asked_again == 1
+def test_the_draft_in_a_thought_is_no_answer():
+    with pytest.raises(FaultyReplyError, match="没有 JSON 对象"):
+        read_json(WrittenQuestions)(f"<think>{written()}</think>抱歉，我不能协助。")
 
 
 class Filtering(FaultyServer):
