@@ -15,6 +15,7 @@ import pytest
 import yaml
 from starlette.requests import Request
 from support.bucket import running_bucket
+from support.faulty_server import send_answer
 
 from psyche_jax import cli
 from psyche_jax.config_files import config_to_dict
@@ -26,7 +27,7 @@ from psyche_jax.rewards.reference import think_format
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
-from psyche_jax.synth.config import BudgetSection, CleanSection, ControlSection, SelectConfig
+from psyche_jax.synth.config import BudgetSection, CleanSection, ControlSection, SelectConfig, SelectionSection
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.review import Decision, ReviewStore
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
@@ -127,6 +128,16 @@ def test_the_card_counts_what_there_is(made):
     assert "| Apache-2.0 | 39 |" in page and "near duplicate" in page
 
 
+def select_config(tmp_path, url, *files, **changes):
+    """Selection among the questions of so many files."""
+    paths = [tmp_path / f"{number}.jsonl" for number in range(len(files))]
+    for path, questions in zip(paths, files, strict=True):
+        write_records(path, questions)
+    base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+    config = SelectConfig(base.run, base.out, tuple(map(str, paths)), base.llms, selection=base.selection)
+    return replace(config, **changes)
+
+
 def unusable_config(tmp_path, url, passages, **calls):
     """A synthesis of so many passages."""
     config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
@@ -222,12 +233,9 @@ def test_of_two_keys_of_one_question_a_reviewer_keeps_one(tmp_path, options):
 
 def test_questions_of_ones_own_may_have_anything_in_their_meta(tmp_path):
     meta = {"licence": ["CC0", "MIT"], "prompts": ["p"], "llms": None, "flags": "x", "selection": 3}
-    write_records(
-        tmp_path / "q.jsonl", [Question("题", {"A": "甲", "B": "乙"}, "A", "single", "因为是甲。", meta=meta)]
-    )
+    question = Question("题", {"A": "甲", "B": "乙"}, "A", "single", "因为是甲。", meta=meta)
     with serving(replay_app(lambda request: "答案：A")) as url:
-        base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
-        run_select(SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection))
+        run_select(select_config(tmp_path, url, [question]))
     assert json.loads((tmp_path / "out" / "card.json").read_text())["licences"] == {"['CC0', 'MIT']": 1}
 
 
@@ -247,22 +255,16 @@ def test_one_of_use_in_between_lets_a_stage_go_on(tmp_path):
 
 def test_selection_stops_where_an_llm_gives_no_letters(tmp_path):
     questions = [Question(f"第{n}题", {"A": "甲", "B": "乙"}, "A", "single") for n in range(50)]
-    write_records(tmp_path / "q.jsonl", questions)
-    with serving(replay_app(lambda request: "")) as url:
-        base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
-        config = SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection)
-        with pytest.raises(UserError, match=r"answer, solver-a: 20 replies in a row .*no letters.*was: \(nothing\)"):
-            run_select(config)
+    stops = pytest.raises(UserError, match=r"answer, solver-a: 20 replies in a row .*no letters.*was: \(nothing\)")
+    with serving(replay_app(lambda request: "")) as url, stops:
+        run_select(select_config(tmp_path, url, questions))
 
 
 def test_selection_of_few_questions_says_where_no_llm_gives_letters(tmp_path, capsys):
     """Not all of them hard questions, though they go to RL."""
     questions = [Question(f"第{n}题", {"A": "甲", "B": "乙"}, "A", "single") for n in range(3)]
-    write_records(tmp_path / "q.jsonl", questions)
     with serving(replay_app(lambda request: "不知道")) as url:
-        base = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
-        config = SelectConfig(base.run, base.out, (str(tmp_path / "q.jsonl"),), base.llms, selection=base.selection)
-        counts = run_select(config)["selection"]["counts"]
+        counts = run_select(select_config(tmp_path, url, questions))["selection"]["counts"]
     assert counts["out/rl"] == 3
     assert len(re.findall(r"warning: .*: none of 3 replies .*: no letters", capsys.readouterr().err)) == 2, (
         "of each solver"
@@ -292,15 +294,15 @@ def test_a_refused_parameter_is_asked_about_once_in_a_run_of_many_stages(tmp_pat
 
         if "top_p" in (request := json.loads(body)):
             refused[request["model"]] += 1
-            content = json.dumps({"error": {"message": "`temperature` and `top_p` cannot both be specified"}}).encode()
-            await send(
-                {"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]}
-            )
-            return await send({"type": "http.response.body", "body": content})
+            said = "`temperature` and `top_p` cannot both be specified"
+            return await send_answer(send, 400, {"error": {"message": said}})
         return await replay_app(canned_answer)(scope, again, send)
 
     with serving(picky) as url:
         config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
+        few = tmp_path / "few.jsonl"
+        write_records(few, read_records(Passage, Path(config.sources.passages[0])).good[:3])
+        config = replace(config, sources=replace(config.sources, passages=(str(few),), dialogues=()))
         run_synth(replace(config, calls=replace(config.calls, concurrency=1)))
     assert set(refused.values()) == {1} and len(refused) == 4
     assert capsys.readouterr().err.count("from now on psyche leaves top_p out") == 4
@@ -444,14 +446,10 @@ def test_select_alone_on_questions_of_ones_own_into_a_bucket(tmp_path, url):
     ]
     fields = ("stem", "options", "answer", "kind", "rationale")
     records = [Question(**{name: question[name] for name in fields}) for question in questions]
-    write_records(tmp_path / "questions.jsonl", [*records[:30], replace(records[30], rationale=None)])
+    records = [*records[:30], replace(records[30], rationale=None)]
     with running_bucket() as bucket:
-        config = canned_config(tmp_path, tmp_path, url, 0)
         out = f"{bucket}/select"
-        run = replace(config.run, dir=str(tmp_path / "run"))
-        sections = SelectConfig(run, out, (str(tmp_path / "questions.jsonl"),), config.llms, selection=config.selection)
-        reports = run_select(sections)
-        counts = reports["selection"]["counts"]
+        counts = run_select(select_config(tmp_path, url, records, out=out))["selection"]["counts"]
         assert counts["in"] == 31 and counts["out/review"] == 1
         assert len(open_dataset(f"{out}/sft")) == counts["out/sft"] - 1, "one has no rationale to train on"
         assert len(open_dataset(f"{out}/rl")) == counts["out/rl"]
@@ -460,18 +458,10 @@ def test_select_alone_on_questions_of_ones_own_into_a_bucket(tmp_path, url):
 def test_select_takes_each_question_once(tmp_path, url):
     options = {"A": "甲", "B": "乙"}
     first, other = (Question(f"第{n}问？", options, "A", "single", rationale="想一想以后作答。") for n in range(2))
-    write_records(tmp_path / "one.jsonl", [first, other, first])
-    write_records(tmp_path / "two.jsonl", [replace(first, id="7"), replace(other, stem="第三问？")])
-    config = canned_config(tmp_path, tmp_path, url, 0)
-    files = tuple(str(tmp_path / name) for name in ("one.jsonl", "two.jsonl"))
-    run = replace(config.run, dir=str(tmp_path / "run"))
-    reports = run_select(
-        SelectConfig(
-            run, str(tmp_path / "out"), files, config.llms, selection=replace(config.selection, llms=("writer",))
-        )
-    )
-    assert reports["selection"]["set_aside"] == {"bad record": 1, "duplicate": 2}
-    assert "two.jsonl: the id" in Path(run.dir, "selection", "set_aside.jsonl").read_text(encoding="utf-8")
+    files = [first, other, first], [replace(first, id="7"), replace(other, stem="第三问？")]
+    config = select_config(tmp_path, url, *files, selection=SelectionSection(("writer",)))
+    assert run_select(config)["selection"]["set_aside"] == {"bad record": 1, "duplicate": 2}
+    assert "1.jsonl: the id" in Path(config.run.dir, "selection", "set_aside.jsonl").read_text(encoding="utf-8")
     assert len(open_dataset(f"{tmp_path}/out/sft")) == 2
 
 

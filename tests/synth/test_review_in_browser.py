@@ -1,10 +1,10 @@
 """The review page in a real browser: decisions by keyboard, an edit in the middle of which the page is reloaded."""
 
-import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,9 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from psyche_jax.data.records import Passage, Question, record_to_json
+from psyche_jax.data.records import Passage, Question, write_records
+from psyche_jax.serve.guard import LOOPBACK
+from psyche_jax.synth.canned import serving
 from psyche_jax.synth.review import Decision, ReviewStore, agreement, review_app
 
 PASSAGE = Passage("人们常把成功归于自己，把失败归于环境，这叫作自我服务偏差。", "书", "CC0")
@@ -31,35 +33,43 @@ def make_question(number: int) -> Question:
 
 
 @pytest.fixture
-def address(tmp_path: Path) -> Iterator[tuple[str, Path]]:
-    """The command with six questions in the queue; its address, and the store."""
+def store(tmp_path: Path) -> Iterator[ReviewStore]:
+    """A queue of six questions."""
     (tmp_path / "clean").mkdir()
-    (tmp_path / "clean" / "passages.jsonl").write_text(json.dumps(record_to_json(PASSAGE)) + "\n", encoding="utf-8")
-    store = ReviewStore(tmp_path)
-    store.add(make_question(number) for number in range(6))
-    store.close()
+    write_records(tmp_path / "clean" / "passages.jsonl", [PASSAGE])
+    with closing(ReviewStore(tmp_path)) as store:
+        store.add(make_question(number) for number in range(6))
+        yield store
+
+
+@pytest.fixture
+def address(store: ReviewStore) -> Iterator[str]:
+    """The page with that queue."""
+    with serving(review_app(store, "李老师", "token", LOOPBACK)) as url:
+        yield f"{url}/#token"
+
+
+@pytest.fixture
+def address_of_command(store: ReviewStore, tmp_path: Path) -> Iterator[str]:
+    """The same, served by `psyche review`."""
     command = [sys.executable, "-m", "psyche_jax.cli", "review", str(tmp_path), "--who", "李老师"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         match = re.search(r"http://\S+", process.stdout.readline())
         assert match
-        yield match[0], tmp_path
+        yield match[0]
         process.terminate()
 
 
-def items(folder: Path) -> list[tuple[str | None, str | None]]:
-    store = ReviewStore(folder)
-    decided = [(i.decision.verdict, i.decision.who) if i.decision else (None, None) for i in store.items()]
-    store.close()
-    return decided
+def items(store: ReviewStore) -> list[tuple[str | None, str | None]]:
+    return [(i.decision.verdict, i.decision.who) if i.decision else (None, None) for i in store.items()]
 
 
-def test_a_whole_review_by_keyboard(browser: Any, address: tuple[str, Path]) -> None:
-    url, folder = address
+def test_a_whole_review_by_keyboard(browser: Any, address_of_command: str, store: ReviewStore) -> None:
     page = browser.new_page()
     faults: list[str] = []
     page.on("pageerror", lambda error: faults.append(str(error)))
-    page.goto(url)
+    page.goto(address_of_command)
     page.get_by_text("0 of 6 decided").wait_for()
     page.keyboard.press("a")
     page.get_by_text("Item 2 of 6").wait_for()
@@ -86,21 +96,19 @@ def test_a_whole_review_by_keyboard(browser: Any, address: tuple[str, Path]) -> 
     page.get_by_text("accepted by 李老师").wait_for()
     page.keyboard.press("u")
     page.locator("#verdict", has_text="not decided").wait_for()
-    assert items(folder) == [("accept", "李老师"), ("reject", "李老师"), ("edit", "李老师"), *[(None, None)] * 3]
-    store = ReviewStore(folder)
+    assert items(store) == [("accept", "李老师"), ("reject", "李老师"), ("edit", "李老师"), *[(None, None)] * 3]
     edited = list(store.items())[2].decision
     assert edited is not None and edited.edited is not None
     assert (edited.edited.stem, edited.edited.answer) == ("改过的题干是什么？", "D")
     assert [decision.verdict for decision in store.history()] == ["accept", "reject", "edit", "accept", "undo"]
     assert store.history()[1].note == "Unclear"
-    store.close()
     assert page.title() == "psyche review" and not faults, "a stem is text, not markup"
     page.close()
 
 
-def test_what_a_reviewer_needs_is_there_in_chinese_too(browser: Any, address: tuple[str, Path]) -> None:
+def test_what_a_reviewer_needs_is_there_in_chinese_too(browser: Any, address: str) -> None:
     page = browser.new_page(locale="zh-CN")
-    page.goto(address[0])
+    page.goto(address)
     page.get_by_text("6 题中已审 0 题").wait_for()
     assert page.locator("#flags").inner_text() == "各模型都答 B，而答案是 C"
     page.keyboard.press("j")
@@ -133,10 +141,8 @@ def test_what_a_reviewer_needs_is_there_in_chinese_too(browser: Any, address: tu
     page.close()
 
 
-def test_two_reviewers_agreement_is_counted_where_the_second_was_blind(tmp_path: Path) -> None:
-    store = ReviewStore(tmp_path)
+def test_two_reviewers_agreement_is_counted_where_the_second_was_blind(store: ReviewStore) -> None:
     names = [make_question(number).id for number in range(6)]
-    store.add(make_question(number) for number in range(6))
     for name, verdict in zip(names, ["accept", "accept", "reject", "reject", "accept"], strict=False):
         store.decide(Decision(name, verdict, "李"))  # type: ignore[arg-type]
     headers = {"Authorization": "Bearer token"}
@@ -154,27 +160,22 @@ def test_two_reviewers_agreement_is_counted_where_the_second_was_blind(tmp_path:
     blind.post("/api/decisions", json={"item": names[1], "verdict": "undo"})
     decision = list(store.items())[1].decision
     assert decision is not None and decision.who == "李", "an undo brings back the one before"
-    store.close()
 
 
-def test_who_reviews_blind_takes_back_only_what_they_decided(tmp_path: Path) -> None:
-    store = ReviewStore(tmp_path)
+def test_who_reviews_blind_takes_back_only_what_they_decided(store: ReviewStore) -> None:
     name = make_question(0).id
-    store.add([make_question(0)])
     store.decide(Decision(name, "reject", "王", blind=True))
     store.decide(Decision(name, "accept", "李"))
     for _ in range(2):
         store.decide(Decision(name, "undo", "王", blind=True))
-        (item,) = store.items()
+        item, *_ = store.items()
         assert item.decision is not None and (item.decision.who, item.decision.verdict) == ("李", "accept")
-    store.close()
 
 
-def test_two_reviewers_do_not_overwrite_each_other(browser: Any, address: tuple[str, Path]) -> None:
-    url, folder = address
+def test_two_reviewers_do_not_overwrite_each_other(browser: Any, address: str, store: ReviewStore) -> None:
     one, other = browser.new_page(), browser.new_page()
     for page in (one, other):
-        page.goto(url)
+        page.goto(address)
         page.get_by_text("0 of 6 decided").wait_for()
     one.keyboard.press("a")
     one.get_by_text("1 of 6 decided").wait_for()
@@ -182,14 +183,14 @@ def test_two_reviewers_do_not_overwrite_each_other(browser: Any, address: tuple[
     other.keyboard.press("1")
     other.get_by_role("alert").filter(has_text="someone else").wait_for()
     other.get_by_text("1 of 6 decided").wait_for()
-    assert items(folder)[0] == ("accept", "李老师")
+    assert items(store)[0] == ("accept", "李老师")
     one.close()
     other.close()
 
 
-def test_the_page_fits_a_phone_and_can_be_used_without_a_mouse(browser: Any, address: tuple[str, Path]) -> None:
+def test_the_page_fits_a_phone_and_can_be_used_without_a_mouse(browser: Any, address: str) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 800})
-    page.goto(address[0])
+    page.goto(address)
     page.get_by_text("0 of 6 decided").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     reached: list[str] = []
@@ -201,9 +202,8 @@ def test_the_page_fits_a_phone_and_can_be_used_without_a_mouse(browser: Any, add
     page.close()
 
 
-def test_nothing_without_the_token(browser: Any, address: tuple[str, Path]) -> None:
-    url, folder = address
-    bare = url.partition("#")[0]
+def test_nothing_without_the_token(browser: Any, address: str, store: ReviewStore) -> None:
+    bare, _, token = address.partition("#")
     page = browser.new_page()
     page.goto(bare)
     page.get_by_role("alert").filter(has_text="token").wait_for()
@@ -215,8 +215,7 @@ def test_nothing_without_the_token(browser: Any, address: tuple[str, Path]) -> N
     assert (
         httpx.post(f"{bare}api/decisions", json=decision, headers={"Authorization": b"Bearer \xe9"}).status_code == 401
     )
-    token = url.partition("#")[2]
     there = {"Authorization": f"Bearer {token}"}
     assert httpx.get(f"{bare}api/items", headers={**there, "Host": "evil.example"}).status_code == 421
     assert httpx.post(f"{bare}api/decisions", json=decision, headers=there).status_code == 422
-    assert items(folder) == [(None, None)] * 6
+    assert items(store) == [(None, None)] * 6
