@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from functools import partial
 
 import pyarrow as pa
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from support.tables import COLUMNS, ROWS, config, imported, write
 
-from psyche_jax.data.dataset import open_dataset
+from psyche_jax.data.dataset import open_dataset, write_dataset
 from psyche_jax.data.mapping import record_of
 from psyche_jax.data.records import Question, question_text
 from psyche_jax.errors import RowError, UsageError, UserError
@@ -250,7 +251,7 @@ def test_no_flipped_bit_in_parquet_with_page_checksums_becomes_data(tmp_path):
 
 def test_a_source_that_ends_in_the_middle_leaves_no_data_set(tmp_path, monkeypatch):
     """Shards that were written before are no data set."""
-    monkeypatch.setattr("psyche_jax.data.dataset.SHARD_BYTES", 500)
+    monkeypatch.setattr("psyche_jax.data.imports.write_dataset", partial(write_dataset, shard_bytes=500))
     rows = [{**ROWS[0], "题目": f"{n}"} for n in range(5000)]
     table = pa.Table.from_pylist(rows)
     parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1000, write_page_checksum=True)
@@ -260,5 +261,6 @@ def test_a_source_that_ends_in_the_middle_leaves_no_data_set(tmp_path, monkeypat
     (tmp_path / "a.parquet").write_bytes(content)
     with pytest.raises(UserError, match=r"a.parquet: is broken after row \d+"):
         imported(tmp_path / "a.parquet", tmp_path / "out", config())
+    assert len(list((tmp_path / "out").iterdir())) > 100
     with pytest.raises(UserError, match="is not a data set"):
         open_dataset(str(tmp_path / "out"))
