@@ -384,8 +384,6 @@ def _write_shards(store: Store, contents: Iterator[bytes], shard_bytes: int) -> 
             number = crc32c_of(path)
             stored = store.upload(path, f"{len(shards):05}-{number:08x}.array_record")
             shards.append(Shard(stored.name, records, stored.bytes, number))
-    if not shards:
-        raise UserError(f"{store.address}: there are no records to write")
     return tuple(shards)
 
 

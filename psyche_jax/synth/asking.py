@@ -65,7 +65,7 @@ class Prompts:
             if path.stem not in self._paths:
                 raise UsageError(f"{path}: no stage has a prompt of that name; known: {', '.join(self._paths)}")
             self._paths[path.stem] = path
-        self._environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=False)
+        self._environment = SandboxedEnvironment(undefined=jinja2.StrictUndefined)
         self._environment.filters["fenced"] = fenced
         self._prompts: dict[str, Prompt] = {}
 

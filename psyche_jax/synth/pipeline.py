@@ -238,10 +238,15 @@ class _Workshop:
         Raises:
           UsageError: that stage was not run.
         """
-        path = self.folder / stage / f"{file}.jsonl"
-        if stage_report(self.folder / stage) is None:
+        self.report(stage)
+        return self.folder / stage / f"{file}.jsonl"
+
+    def report(self, stage: str) -> dict[str, Any]:
+        """The report of an earlier stage; raises as `input`."""
+        report = stage_report(self.folder / stage)
+        if report is None:
             raise UsageError(f"{self.folder}: stage {stage} is missing; run it first, or all without --stage")
-        return path
+        return report
 
     def asked(self, prompts: Iterable[str], llms: Iterable[str]) -> list[Any]:
         """What replies depend on: the prompts' versions, the LLMs as they are asked, and the rule of asking again."""
@@ -363,9 +368,7 @@ def _selection(
 
 
 def _publication(shop: _Workshop, stages: list[str]) -> _Stage:
-    for name in stages:
-        shop.input(name, "")
-    made = [report for name in stages if (report := stage_report(shop.folder / name)) is not None]
+    made = [shop.report(name) for name in stages]
     # Another run of the same settings may have other replies, so the records count too.
     records = [("selection", "sft"), ("selection", "rl"), ("dialogues", "dialogues"), ("dialogues", "crisis")]
     files = [shop.input(stage, file) for stage, file in records if stage in stages]
@@ -412,4 +415,4 @@ def _state_of(location: str) -> Any:
 
 def _lines(path: Path) -> int:
     with path.open("rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(partial(file.read, 1 << 20), b""))
+        return sum(1 for _ in file)
