@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.held_out import measure_held_out
 from support.planted import make_question, measure, near_duplicate, with_options
@@ -40,6 +40,7 @@ def test_the_samples_are_all_different():
     assert [question.stem for question in questions if duplicates.find(question)] == []
 
 
+@settings(max_examples=40)
 @given(st.integers(0, 400), st.integers(0, 4), st.randoms(use_true_random=False))
 def test_a_duplicate_has_the_id_of_the_first(number, kind, random_):
     question = make_question(random.Random(number), number)
@@ -51,6 +52,7 @@ def test_a_duplicate_has_the_id_of_the_first(number, kind, random_):
     assert twin is not None and twin.exact
 
 
+@settings(max_examples=30)
 @given(st.integers(0, 400), st.permutations(range(4)))
 def test_the_order_of_options_does_not_matter(number, order):
     question = make_question(random.Random(number), number)
