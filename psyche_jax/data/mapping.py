@@ -218,8 +218,7 @@ def record_of(row: Mapping[str, Any], config: ImportConfig) -> BaseRecord:
         json.dumps(row, ensure_ascii=False, default=str).encode()
     except (ValueError, RecursionError):  # half of a surrogate pair ("\ud800") is not text
         raise RowError("holds characters that are not valid text") from None
-    columns = config.columns
-    meta = {name: _plain(row.get(name)) for name in columns.meta}
+    meta = {name: _plain(row.get(name)) for name in config.columns.meta}
     if config.form == "question":
         question = _question(row, config, meta)
         if config.base == "Question":
@@ -264,9 +263,7 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
     if isinstance(value, str) and value.strip():
         value = [*lettered_options(value)[1]] or _json(value, columns)
     if isinstance(value, Mapping):
-        letters = sorted(
-            name for name, text in value.items() if _is_filled(text) or isinstance(text, bool | list | dict)
-        )
+        letters = sorted(name for name, text in value.items() if _is_filled(text) or isinstance(text, _NO_TEXT))
         if letters != list(_LETTERS[: len(letters)]):
             raise RowError("options are not lettered A, B, …", ", ".join(map(str, letters)))
         value = [value[letter] for letter in letters]
@@ -289,12 +286,8 @@ def _options(row: Mapping[str, Any], config: ImportConfig) -> dict[str, str]:
     if empty := [letter for letter, text in zip(_LETTERS, texts, strict=False) if not _is_filled(text)]:
         raise RowError(f"option {empty[0]} is empty and a later one is not")
     options = {letter: str(text).strip() for letter, text in zip(_LETTERS, texts, strict=False)}
-    marked = [re.match(rf"{letter}\s*[.．、:：)）]\s*(?=\S)", text) for letter, text in options.items()]
-    if all(marked):  # `A. 甲` under A
-        return {
-            letter: text[mark.end() :] for mark, (letter, text) in zip(marked, options.items(), strict=True) if mark
-        }
-    return options
+    bare = {letter: re.sub(rf"^{letter}\s*[.．、:：)）]\s*(?=\S)", "", text) for letter, text in options.items()}
+    return bare if all(bare[letter] != options[letter] for letter in options) else options  # `A. 甲` under A
 
 
 def _answer(row: Mapping[str, Any], config: ImportConfig, options: Mapping[str, str]) -> str:

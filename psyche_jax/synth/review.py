@@ -98,10 +98,14 @@ class ReviewStore:
 
     def as_item(self, question: Question) -> Question:
         """The question, with an id of its own where the item of its id reads otherwise or has another key, or did."""
-        own = f"{question.id}-{digest(question.stem, question.options, question.answer)[:8]}"
+
+        def text(one: Question) -> str:
+            return digest(one.stem, one.options, one.answer)
+
+        own = f"{question.id}-{text(question)[:8]}"
         sql = "SELECT id, question FROM items WHERE id IN (?, ?)"
         found = dict(self._database.execute(sql, (question.id, own)).fetchall())
-        same = question.id not in found or same_text(record_from_json(Question, found[question.id]), question)
+        same = question.id not in found or text(record_from_json(Question, found[question.id])) == text(question)
         return question if same and own not in found else replace(question, id=own)
 
     def keep(self, questions: Iterable[Question]) -> None:
@@ -258,11 +262,6 @@ def agreement(history: Sequence[Decision]) -> list[Agreement]:
         kappa = None if chance == 1 else round((same / both - chance) / (1 - chance), 3)
         found.append(Agreement(pair, both, same, kappa))
     return found
-
-
-def same_text(one: Question, other: Question) -> bool:
-    """Whether stem, options and key are the same."""
-    return (one.stem, one.options, one.answer) == (other.stem, other.options, other.answer)
 
 
 def reviewed(question: Question, decision: Decision) -> Question | None:

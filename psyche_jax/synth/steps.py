@@ -123,11 +123,6 @@ class Vote:
     worth: Score
     reason: str = ""
 
-    @property
-    def lowest(self) -> int:
-        """Its lowest score, which decides."""
-        return min(getattr(self, name) for name in CRITERIA)
-
 
 @dataclass(frozen=True)
 class Compared:
@@ -166,7 +161,8 @@ async def control(item: tuple[Question, Twin | None], asker: Asker, section: Con
     if votes:
         scores = {name: round(fmean(getattr(vote, name) for vote in votes), 3) for name in CRITERIA}
         question = _made_by(question, asker, {"filter": list(section.llms)}, ["filter"], scores=scores)
-        against = [vote.reason for vote in votes if vote.lowest < section.least_score]
+        least = section.least_score
+        against = [vote.reason for vote in votes if min(getattr(vote, name) for name in CRITERIA) < least]
         ayes = len(votes) - len(against)
         summary = f"{ayes} of {len(votes)} votes for it; {next(iter(against), '')}"
         if 2 * ayes <= len(votes):

@@ -1,21 +1,15 @@
 """The sample data is what the README and the demo say it is."""
 
 import json
-import unicodedata
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
 
 from psyche_jax.data.records import Dialogue, Question, question_text, question_to_rl, question_to_sft, read_records
+from psyche_jax.synth.duplicates import fold
 
 SAMPLES = Path(str(files("psyche_jax.data") / "samples"))
-
-
-def plain(text: str) -> str:
-    """What is left of a text when width, composition, case, white space and punctuation do not count."""
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in folded if unicodedata.category(c)[0] in "LN")
 
 
 def objects(name: str) -> list[dict]:
@@ -52,7 +46,7 @@ def test_questions_are_whole(questions):
         assert question.stem == question.stem.strip()
         if question.kind == "multi":
             assert 2 <= len(question.answer) <= len(question.options), question.stem
-        options = [plain(option) for option in question.options.values()]
+        options = [fold(option) for option in question.options.values()]
         assert len(set(options)) == len(options), question.stem
         # An option that holds its own letter would be asked as "A. A. …".
         assert not any(option[:2] in {f"{x}." for x in "ABCDEFG"} for option in question.options.values())
@@ -83,19 +77,15 @@ def test_passages():
 
 def test_nothing_stands_twice(questions, dialogues):
     for texts in (
-        [plain(question.stem) for question in questions],
-        [plain(question.rationale or "") for question in questions],
-        [plain(dialogue.turns[0].content) for dialogue in dialogues],
-        [plain(dialogue.turns[1].content) for dialogue in dialogues],
-        [plain(passage["text"]) for passage in objects("passages.jsonl")],
-        [plain(passage["meta"]["title"]) for passage in objects("passages.jsonl")],
+        [fold(question.stem) for question in questions],
+        [fold(question.rationale or "") for question in questions],
+        [fold(dialogue.turns[0].content) for dialogue in dialogues],
+        [fold(dialogue.turns[1].content) for dialogue in dialogues],
+        [fold(passage["text"]) for passage in objects("passages.jsonl")],
+        [fold(passage["meta"]["title"]) for passage in objects("passages.jsonl")],
     ):
         assert len(texts) > 30
         assert len(set(texts)) == len(texts)
-
-
-def test_plain_sees_through_spelling():
-    assert plain("ＡＢ  心理。") == plain("ab心 理.") != plain("ab心里")
 
 
 def test_ids(questions, dialogues):
