@@ -17,7 +17,7 @@ import pydantic
 
 from psyche_jax.errors import NotTextError, RowError, UserError
 from psyche_jax.rewards.reference import with_thought
-from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
+from psyche_jax.storage.files import read_jsonl, write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
@@ -189,9 +189,14 @@ def checked(
     """The records of (place, value) pairs, as `read_jsonl` gives them; a `ValueError` where a value is not a record."""
     for where, value in values:
         try:
-            yield where, record_of_json(kind, value)
+            record = from_json(kind, value)
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is not text
+            yield where, RowError("not JSON", str(error))
         except ValueError as error:
             yield where, error
+        else:
+            yield where, record
 
 
 def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
@@ -203,29 +208,6 @@ def write_records(path: Path, records: Iterable[BaseRecord]) -> None:
 def record_to_json(record: Any) -> dict[str, Any]:
     """The plain values of a record, or of another dataclass that pydantic knows."""
     return _adapter(type(record)).dump_python(record, mode="json")
-
-
-def record_from_json(kind: type[Record], text: str) -> Record:
-    """The record of a JSON text.
-
-    Raises:
-      ValueError: it holds none; `fault_of` says why.
-    """
-    return record_of_json(kind, parsed_json(text))
-
-
-def record_of_json(kind: type[Record], value: Any) -> Record:
-    """The record of a JSON value.
-
-    Raises:
-      ValueError: it is none, or a `RowError` already; `fault_of` says why.
-    """
-    record = from_json(kind, value)
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:  # half of a surrogate pair ("\ud800") is not text
-        raise RowError("not JSON", str(error)) from None
-    return record
 
 
 def from_json(kind: type[Class], value: Any) -> Class:

@@ -17,10 +17,10 @@ from fastapi import FastAPI, HTTPException
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, ConfigDict, Field
 
-from psyche_jax.data.records import Kind, Passage, Question, from_json, record_from_json, record_to_json
+from psyche_jax.data.records import Kind, Passage, Question, from_json, record_to_json
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.private import private_app, serve_private
-from psyche_jax.storage.files import read_jsonl, write_text
+from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
 from psyche_jax.synth.calls import database_errors
 from psyche_jax.synth.stages import digest, iterate
 
@@ -105,7 +105,7 @@ class ReviewStore:
         own = f"{question.id}-{text(question)[:8]}"
         sql = "SELECT id, question FROM items WHERE id IN (?, ?)"
         found = dict(self._database.execute(sql, (question.id, own)).fetchall())
-        same = question.id not in found or text(record_from_json(Question, found[question.id])) == text(question)
+        same = question.id not in found or text(_loaded(found[question.id])) == text(question)
         return question if same and own not in found else replace(question, id=own)
 
     def keep(self, questions: Iterable[Question]) -> None:
@@ -120,7 +120,7 @@ class ReviewStore:
         """All items in the order in which they came."""
         decisions = standing(self.history())
         for name, text in self._database.execute("SELECT id, question FROM items ORDER BY number").fetchall():
-            yield Item(record_from_json(Question, text), decisions.get(name))
+            yield Item(_loaded(text), decisions.get(name))
 
     def passages(self, items: Iterable[Item]) -> dict[str, str]:
         """The texts that items were made from, by id, where the store lies in the folder of its run."""
@@ -136,7 +136,7 @@ class ReviewStore:
         )
         decisions = []
         for item, verdict, who, text, note, at, number, blind in rows:
-            edited = record_from_json(Question, text) if text else None
+            edited = _loaded(text) if text else None
             decisions.append(Decision(item, verdict, who, edited, note, at, number, bool(blind)))
         return decisions
 
@@ -282,6 +282,10 @@ def reviewed(question: Question, decision: Decision) -> Question | None:
 
 def _dumped(question: Question) -> str:
     return json.dumps(record_to_json(question), ensure_ascii=False)
+
+
+def _loaded(text: str) -> Question:
+    return from_json(Question, parsed_json(text))
 
 
 class Edited(BaseModel):
