@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Route
 
 from psyche_jax.config import RunSection
 from psyche_jax.storage.files import read_jsonl
@@ -29,20 +31,14 @@ from psyche_jax.synth.config import (
 )
 
 
-def replay_app(answer: Callable[[Mapping[str, Any]], str]) -> Callable[..., Any]:
-    """An ASGI application: `answer` says what the assistant replies to a request's JSON; any other address is a 404."""
+def replay_app(answer: Callable[[Mapping[str, Any]], str]) -> Starlette:
+    """An application whose `answer` says what the assistant replies to a request's JSON."""
 
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return
-        if scope["path"].endswith("/chat/completions"):
-            request = await Request(scope, receive).json()
-            response = JSONResponse(completion(request, answer(request)))
-        else:
-            response = JSONResponse({"error": {"message": "only chat/completions is served here"}}, 404)
-        await response(scope, receive, send)
+    async def reply(request: Request) -> JSONResponse:
+        body = await request.json()
+        return JSONResponse(completion(body, answer(body)))
 
-    return app
+    return Starlette(routes=[Route("/v1/chat/completions", reply, methods=["POST"])])
 
 
 def completion(request: Mapping[str, Any], text: str) -> dict[str, Any]:

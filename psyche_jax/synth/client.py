@@ -9,7 +9,7 @@ from psyche_jax.llm.reply import NoReplyError, Reply
 from psyche_jax.llm.retries import Pace, Patience, ask_patiently
 from psyche_jax.llm.server import Names, Server
 from psyche_jax.synth.calls import Call, CallStore
-from psyche_jax.synth.config import BudgetSection, CallsSection, LlmSection
+from psyche_jax.synth.config import SAMPLING, BudgetSection, CallsSection, LlmSection
 
 
 class Client:
@@ -65,13 +65,9 @@ class Client:
     def request(self, llm: str, prompt: str, messages: Sequence[Mapping[str, str]], sample: int = 0) -> Call:
         """What an LLM is asked, with the parameters that its section names."""
         section = self._llms[llm]
-        parameters = (
-            ("temperature", section.temperature),
-            ("top_p", section.top_p),
-            ("max_tokens", section.max_tokens),
-        )
-        sent = tuple(item for item in parameters if section.parameters.get(item[0], "") is not None)
-        return Call(llm, section.model, prompt, tuple(messages), sent, sample)
+        sent = [name for name in SAMPLING if section.parameters.get(name, "") is not None]
+        parameters = tuple((name, getattr(section, name)) for name in sent)
+        return Call(llm, section.model, prompt, tuple(messages), parameters, sample)
 
     async def reply(self, call: Call) -> Reply:
         """The stored reply to a call, or that of the same call now under way, or a new one.

@@ -8,7 +8,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from psyche_jax.config import RunSection, Section
 
-PARAMETERS = ("temperature", "top_p", "max_tokens", "stream", "stream_options")  # that requests to LLMs have
+SAMPLING = ("temperature", "top_p", "max_tokens")  # parameters of requests to LLMs: of every one,
+PARAMETERS = (*SAMPLING, "stream", "stream_options")  # and of any
 StageName: TypeAlias = Literal["clean", "questions", "control", "rationales", "dialogues", "selection", "publish"]
 
 
