@@ -141,9 +141,8 @@ def pceb_questions(place: Path, notes: Notes) -> Iterator[Question]:
     yield from _questions(_pceb_values(place), _pceb_item, "PCEB", notes)
 
 
-def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[tuple[Essay, ...], Counter[str]]:
-    """The essay questions of PCEB, and how often each fault was seen; what is not an essay is named in `set_aside`."""
-    essays, notes = [], Notes(set_aside=[] if set_aside is None else set_aside)
+def pceb_essays(place: Path, notes: Notes) -> Iterator[Essay]:
+    """The essay questions of PCEB; what is no essay goes into `notes`."""
     for found in published_values(place):
         if _folder_of(found.path) != "essay":
             continue
@@ -160,8 +159,7 @@ def load_pceb_essays(place: Path, set_aside: list[str] | None = None) -> tuple[t
                 continue
             notes.faults["reference embeds marks"] += bool(_MARKS.search(essay.answer))
             asked = without_prefix(clean_text(_MARKS.sub("", essay.question)))
-            essays.append(Essay(case.text, asked, clean_text(_MARKS.sub("", essay.answer))))
-    return tuple(essays), +notes.faults
+            yield Essay(case.text, asked, clean_text(_MARKS.sub("", essay.answer)))
 
 
 def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from psyche_jax.data.dataset import kind_at, load_any_records, load_records
 from psyche_jax.data.decontamination import decontaminate
-from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays
+from psyche_jax.data.imports import Notes
+from psyche_jax.data.public import load_cpsyexam, load_pceb, pceb_essays
 from psyche_jax.data.records import BaseRecord, Dialogue, Message, Question
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.evaluate.tasks import CHOICE_KINDS, Benchmark, Task, choice_task, dialogue_task, with_examples
@@ -77,7 +78,7 @@ def _pceb(folder: Path) -> Benchmark:
     if not tasks:
         raise UserError(f"{folder}: holds no PCEB questions; give the folder that contains cases, moral and theory")
     if any((folder / "cases").rglob("*.json")):
-        for number, essay in enumerate(load_pceb_essays(folder / "cases", set_aside)[0], start=1):
+        for number, essay in enumerate(pceb_essays(folder / "cases", Notes(set_aside)), start=1):
             text = f"{essay.case}\n{essay.question}"
             turns = (Message("user", text),)
             tasks.append(Task(f"essay-{number}", "essay", "essay", turns, text, essay.reference, group=essay.case))

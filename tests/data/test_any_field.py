@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from psyche_jax.cli import main
 from psyche_jax.config_files import parse_config
 from psyche_jax.data.dataset import load_records
+from psyche_jax.data.imports import Notes
 from psyche_jax.data.mapping import ImportConfig, import_rows
-from psyche_jax.data.public import load_cpsyexam, load_pceb, load_pceb_essays, load_smile
+from psyche_jax.data.public import load_cpsyexam, load_pceb, load_smile, pceb_essays
 from psyche_jax.data.records import Dialogue, Question, RlPrompt, SftExample, read_records
 from psyche_jax.evaluate.benchmarks import read_benchmark
 
@@ -149,10 +150,10 @@ def test_pceb_essays(tmp_path, change):
     path = tmp_path / "cases" / "essay" / "third" / "a.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps([*changed([PCEB_ESSAY], *change), PCEB_ESSAY]))
-    set_aside: list[str] = []
-    essays, _ = load_pceb_essays(tmp_path, set_aside)
-    assert len(essays) + len(set_aside) == 2 or change[1] == [], (change, set_aside)
-    assert all(line.startswith(f"{path}: 1") for line in set_aside)
+    notes = Notes()
+    essays = list(pceb_essays(tmp_path, notes))
+    assert len(essays) + len(notes.set_aside) == 2 or change[1] == [], (change, notes.set_aside)
+    assert all(line.startswith(f"{path}: 1") for line in notes.set_aside)
     assert not NOT_TEXT.search(repr(essays))
 
 

@@ -141,6 +141,10 @@ def test_the_sample_data(made):
     tokens = sum(len(tokens) // 4 for tokens, _ in expected(made, samples()))
     assert manifest.packing.tokens == tokens
     assert manifest.packing.padding_share == pytest.approx(1 - tokens / (manifest.records * 2048))
+    values = json.loads((made / "packed" / "manifest.json").read_text())
+    assert values["config"]["prompt"] == {"system": "专家。", "instruction": "想：", "thinking": None}
+    assert values["kind"] == "Packed"
+    assert len(values["packing"]["tokenizer_sha256"]) == 64
 
 
 def test_long_examples_are_set_aside_or_cut(made):
@@ -218,11 +222,3 @@ def test_the_command_from_bucket_to_bucket(made, tmp_path, capsys):
     for override, expected in (("max_length=1", "must be at least 2"), ("too_long=x", "too_long"), ("a=1", "'a'")):
         assert main(["pack", "--config", str(tmp_path / "pack.yaml"), "--set", override]) == 2
         assert expected in capsys.readouterr().err
-
-
-def test_records_as_json(made):
-    pack(config(made))
-    manifest = json.loads((made / "packed" / "manifest.json").read_text())
-    assert manifest["config"]["prompt"] == {"system": "专家。", "instruction": "想：", "thinking": None}
-    assert manifest["kind"] == "Packed"
-    assert len(manifest["packing"]["tokenizer_sha256"]) == 64

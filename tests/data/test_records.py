@@ -205,15 +205,6 @@ def test_missing_folder_and_other_encodings(tmp_path):
         read_records(Question, path)
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_files_of_windows(encoding, end, tmp_path):
-    text = json.dumps(QUESTION, ensure_ascii=False) + end
-    (tmp_path / "q.jsonl").write_bytes((text + text).encode(encoding))
-    read = read_records(Question, tmp_path / "q.jsonl")
-    assert (len(read.good), read.set_aside) == (2, ())
-
-
 def test_lines_of_json(tmp_path):
     """Each value with its place; what is none is named in its place, the last line cut short by a crash too."""
     path = tmp_path / "a.jsonl"

@@ -151,7 +151,6 @@ def test_no_bucket_and_nothing_in_it(bucket, tmp_path, capsys):
         ("decontaminate", "--train", "gs://none/a", "--eval", "x", "--out", "y"): "does not exist",
         ("report", "gs://none/a"): "gs://none/a: is not a run",
         ("report", f"{bucket}/empty"): "empty: is not a run",
-        ("data", "verify", f"{bucket}/empty"): "empty: is not a data set (nothing is there)",
         ("data", "ls", f"{bucket}/empty"): "empty: there is no data set here",
         ("decontaminate", "--train", f"{bucket}/empty", "--eval", "x", "--out", "y"): "nothing is there",
     }
