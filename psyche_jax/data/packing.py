@@ -165,8 +165,8 @@ def unpacked_rows(contents: Sequence[bytes], length: int) -> Batch:
     Raises:
       ValueError: a content is not a row of at most that length.
     """
-    batch = {name: np.zeros((len(contents), length), np.int32) for name in ("tokens", "segments", "positions")}
-    loss_mask = np.zeros((len(contents), length), bool)
+    batch: Batch = {name: np.zeros((len(contents), length), np.int32) for name in ("tokens", "segments", "positions")}
+    batch["loss_mask"] = np.zeros((len(contents), length), bool)
     for row, content in enumerate(contents):
         size, examples = np.frombuffer(content, "<i4", 2)
         if len(content) != 8 + 4 * (size + examples) + -(-size // 8) or size > length:
@@ -177,8 +177,8 @@ def unpacked_rows(contents: Sequence[bytes], length: int) -> Batch:
         batch["segments"][row, :size] = np.repeat(np.arange(1, examples + 1, dtype=np.int32), lengths)
         batch["positions"][row, :size] = np.arange(size, dtype=np.int32) - np.repeat(starts, lengths)
         mask = np.frombuffer(content, np.uint8, -1, 8 + 4 * (size + examples))
-        loss_mask[row, :size] = np.unpackbits(mask, count=int(size)).astype(bool)
-    return {**batch, "loss_mask": loss_mask}
+        batch["loss_mask"][row, :size] = np.unpackbits(mask, count=int(size))
+    return batch
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

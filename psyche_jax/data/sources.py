@@ -166,13 +166,10 @@ def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
                 for line in range(begin + 1, reader.line_num + 1):  # that a quote which does not end has taken along
                     yield f"{name}:{line}", RowError("not CSV", f"within the row of line {begin}")
                 continue
-            yield where, NotTextError(f"not {encoding} text", "set reading.encoding") if _no_text(values) else values
+            no_text = NO_TEXT.search("".join(values))
+            yield where, NotTextError(f"not {encoding} text", "set reading.encoding") if no_text else values
 
     yield from _under_header(cells())
-
-
-def _no_text(values: Sequence[str]) -> bool:
-    return NO_TEXT.search("".join(values)) is not None
 
 
 def _xlsx(name: str, path: Path, _: str) -> Iterator[Row]:

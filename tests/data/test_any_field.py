@@ -11,29 +11,18 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tables import CPSYEXAM, config, imported
 
 from psyche_jax.cli import main
-from psyche_jax.config_files import parse_config
-from psyche_jax.data.dataset import load_records
 from psyche_jax.data.imports import Notes
-from psyche_jax.data.mapping import ImportConfig, import_rows
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_smile, pceb_essays
-from psyche_jax.data.records import Dialogue, Question, RlPrompt, SftExample, read_records
+from psyche_jax.data.records import Dialogue, Question, read_records
 from psyche_jax.evaluate.benchmarks import read_benchmark
 
 OTHERS = (None, True, False, 0, 7, -1.5, [], ["甲"], [None], {}, {"A": None}, [[]], [{}], 10**30, "\ud800")
 NOT_TEXT = re.compile(r"None|True|False|null|nan")
 
-CPSYEXAM = {
-    "id": "1",
-    "subject_name": "普通心理学",
-    "question_type": "multi",
-    "kind": "knowledge",
-    "question": "记忆的种类包括",
-    "options": {"A": "形象记忆", "B": "情绪记忆", "C": "逻辑记忆", "D": "运动记忆", "E": ""},
-    "answer": "ABCD",
-    "explanation": "按内容分。",
-}
+PUBLISHED = {**CPSYEXAM, "id": "1", "explanation": "按内容分。"}
 PCEB_ITEM = {
     "id": 1,
     "question": "1．动机的功能是",
@@ -114,11 +103,11 @@ def check(loaded, bad: str, good: int, place) -> None:
     json.dumps([record.meta for record in loaded.good], ensure_ascii=False).encode()
 
 
-@many(CPSYEXAM)
+@many(PUBLISHED)
 def test_cpsyexam(tmp_path, change):
     path = tmp_path / "a.json"
-    good = {**CPSYEXAM, "question": "另一题"}
-    path.write_text(json.dumps([good, changed(CPSYEXAM, *change)]))
+    good = {**PUBLISHED, "question": "另一题"}
+    path.write_text(json.dumps([good, changed(PUBLISHED, *change)]))
     loaded = load_cpsyexam(path)
     check(loaded, f"{path}: 2: ", 1, change)
     unused = ("id", "subject_name")
@@ -184,19 +173,16 @@ CONFIGS = {
 @settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(change=changes(TABLE))
 def test_rows_by_a_config(tmp_path, record, change):
-    config = parse_config(ImportConfig, {"record": record, "columns": CONFIGS[record]}, "test")
     source = tmp_path / "a.jsonl"
     other = {**TABLE, "题": "另一题", "谈": [{**CHAT[0], "content": "别的"}, CHAT[1]]}
     source.write_text(f"{json.dumps(other)}\n{json.dumps(changed(TABLE, *change))}\n")
-    kinds = {kind.__name__: kind for kind in (Question, SftExample, Dialogue, RlPrompt)}
     target = tmp_path / str(len(list(tmp_path.iterdir())))
-    imported = import_rows(str(source), str(target), config)
-    good = load_records(kinds[record], str(target)).good
-    assert len(good) + len(imported.set_aside) == 2
-    assert all(line.startswith(f"{source}:2: ") for line in imported.set_aside)
+    good, result = imported(source, target, config(record, CONFIGS[record]))
+    assert len(good) + len(result.set_aside) == 2
+    assert all(line.startswith(f"{source}:2: ") for line in result.set_aside)
     assert not NOT_TEXT.search(repr(good).replace("rationale=None", ""))
     if change[0][0] in CONFIGS[record].values() and isinstance(change[1], bool) and len(change[0]) == 1:
-        assert imported.set_aside
+        assert result.set_aside
 
 
 @many(QUESTION)
@@ -230,7 +216,7 @@ def test_a_bad_essay_is_named_in_the_benchmark(tmp_path: Path):
 
 def test_the_command_on_a_file_of_such_rows(tmp_path, capsys):
     """All of them at once: exit 0, each named, no traceback."""
-    rows = [CPSYEXAM, *(changed({**CPSYEXAM, "question": f"题{n}"}, ("answer",), o) for n, o in enumerate(OTHERS))]
+    rows = [PUBLISHED, *(changed({**PUBLISHED, "question": f"题{n}"}, ("answer",), o) for n, o in enumerate(OTHERS))]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     command = ["data", "import", str(tmp_path / "a.json"), str(tmp_path / "out"), "--format", "cpsyexam"]
     assert main(command) == 0

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from support.tables import CPSYEXAM, write
 
 from psyche_jax.cli import main
 from psyche_jax.data.dataset import load_records
@@ -58,20 +59,11 @@ def test_smile():
 
 
 def question(**changes):
-    row = {
-        "question": "记忆的种类包括",
-        "options": {"A": "形象记忆", "B": "情绪记忆", "C": "逻辑记忆", "D": "运动记忆", "E": ""},
-        "answer": "ABCD",
-        "question_type": "multi",
-        "explanation": "",
-    }
-    return {**row, **changes}
+    return {**CPSYEXAM, **changes}
 
 
 def load(tmp_path, *rows):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return load_cpsyexam(path)
+    return load_cpsyexam(write(tmp_path / "rows.jsonl", rows))
 
 
 FATAL = {
@@ -174,7 +166,7 @@ def test_what_an_import_says_of_dialogues(tmp_path, capsys):
     )
     assert len(json.loads((tmp_path / "r.json").read_text())["remarks"]) == 2
     chats = [{"m": [{"role": "user", "content": "早"}, {"role": "assistant", "content": f"早{n}"}]} for n in range(2)]
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chats))
+    write(tmp_path / "b.jsonl", chats)
     (tmp_path / "c.yaml").write_text("record: SftExample\ncolumns: {messages: m}\n")
     command = ["data", "import", str(tmp_path / "b.jsonl"), str(tmp_path / "sft"), "--config", str(tmp_path / "c.yaml")]
     assert main(command) == 0
@@ -231,9 +223,7 @@ def test_dialogues(tmp_path):
         turns(("client", "在吗"), ("doctor", "在")),
         {"id": "y"},
     ]
-    path = tmp_path / "smile.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    loaded = load_smile(path)
+    loaded = load_smile(write(tmp_path / "smile.jsonl", rows))
     (dialogue,) = loaded.good
     assert [(t.role, t.content) for t in dialogue.turns] == [("user", "我睡不着\n很久了"), ("assistant", "多久？")]
     assert len(loaded.set_aside) == 3
@@ -247,8 +237,7 @@ def test_text():
 
 
 def test_the_command(tmp_path, capsys):
-    rows = [question(), question(question="乙", answer="")]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "a.jsonl", [question(), question(question="乙", answer="")])
     arguments = ["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out")]
     assert main([*arguments, "--format", "cpsyexam"]) == 0
     captured = capsys.readouterr()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.tables import CPSYEXAM, write
 
 from psyche_jax.cli import main
 from psyche_jax.data import json_stream
@@ -19,15 +20,6 @@ from psyche_jax.data.public import load_cpsyexam, load_pceb, load_smile
 from psyche_jax.data.records import Dialogue
 from psyche_jax.errors import RowError, UserError
 
-QUESTION = {
-    "subject_name": "普通心理学",
-    "question_type": "multi",
-    "kind": "knowledge",
-    "question": "记忆的种类包括",
-    "options": {"A": "形象记忆", "B": "情绪记忆", "C": "逻辑记忆", "D": "运动记忆", "E": ""},
-    "answer": "ABCD",
-    "explanation": "",
-}
 WORDS = "我最近总是睡不好觉心里很烦不知道该怎么办才能让自己平静下来工作压力大家人也理解"
 
 
@@ -55,11 +47,11 @@ def dialogue(*contents: str):
 
 def test_cpsyexam_as_a_zip_a_folder_an_array_and_lines(tmp_path, capsys):
     """By subject in `train`, `dev` and `test`; `kind` may stand in the name alone, options as columns."""
-    row = {key: value for key, value in QUESTION.items() if key not in ("kind", "question_type", "options")}
+    row = {key: value for key, value in CPSYEXAM.items() if key not in ("kind", "question_type", "options")}
     columns = {**row, "question": "艾宾浩斯研究", "answer": "A", "A": "记忆", "B": "知觉", "C": "", "D": "", "E": ""}
-    keyless = [{key: value for key, value in QUESTION.items() if key != "answer"}]
+    keyless = [{key: value for key, value in CPSYEXAM.items() if key != "answer"}]
     folder = tmp_path / "cpsyexam"
-    written(folder / "train" / "KG-GEE-普通心理学-多项选择题.json", [QUESTION], indent=2)
+    written(folder / "train" / "KG-GEE-普通心理学-多项选择题.json", [CPSYEXAM], indent=2)
     written(folder / "train" / "CA-心理咨询-单项选择题.json", [columns])
     written(folder / "test" / "KG-GEE-普通心理学-多项选择题.json", keyless)
     written(folder / "mapping.json", {"KG-GEE-普通心理学-多项选择题": {"name": "普通心理学"}})
@@ -74,9 +66,7 @@ def test_cpsyexam_as_a_zip_a_folder_an_array_and_lines(tmp_path, capsys):
         without_key = place / "test" / "KG-GEE-普通心理学-多项选择题.json"
         assert f"{without_key}: 1: empty answer" in loaded.set_aside
         assert len(load_cpsyexam(place / "train").good) == 2 and not load_cpsyexam(place / "train").set_aside
-    lines = tmp_path / "rows.jsonl"
-    lines.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in (QUESTION, columns)))
-    assert len(load_cpsyexam(lines).good) == 2
+    assert len(load_cpsyexam(write(tmp_path / "rows.jsonl", [CPSYEXAM, columns])).good) == 2
 
     report = tmp_path / "report.json"
     command = ["data", "import", str(folder / "test"), str(tmp_path / "out"), "--format", "cpsyexam"]
@@ -100,8 +90,7 @@ def test_smile_as_a_folder_of_dialogues_a_zip_an_array_and_lines(tmp_path):
     ]
     lines = [dialogue(*contents) for contents in said]
     for name, rows in (("lines.jsonl", lines), ("objects.jsonl", [{"turns": turns} for turns in lines])):
-        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        places.append(tmp_path / name)
+        places.append(write(tmp_path / name, rows))
     for place in places:
         loaded = load_smile(place)
         assert not loaded.set_aside, place

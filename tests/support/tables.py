@@ -20,6 +20,16 @@ ROWS = [
     {"题目": "哪些是情绪的成分？", "甲": "体验", "乙": "表情", "丙": "", "答案": "A,B", "科": "普心"},
     {"题目": "谁提出了精神分析？", "甲": "华生", "乙": "弗洛伊德", "丙": "罗杰斯", "答案": "b", "科": "史"},
 ]
+# A question as CPsyExam publishes it.
+CPSYEXAM = {
+    "subject_name": "普通心理学",
+    "question_type": "multi",
+    "kind": "knowledge",
+    "question": "记忆的种类包括",
+    "options": {"A": "形象记忆", "B": "情绪记忆", "C": "逻辑记忆", "D": "运动记忆", "E": ""},
+    "answer": "ABCD",
+    "explanation": "",
+}
 
 
 def config(record="Question", columns=COLUMNS, **changes) -> ImportConfig:
