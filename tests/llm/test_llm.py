@@ -308,17 +308,15 @@ def test_a_long_stream_of_short_events_is_read():
 # Parameters
 
 
-def refusing(*names, successor="", message="Unsupported parameter: '{}' is not supported with this model."):
+def refusing(*names, successor=""):
     def answer(request, path):
         for name in names:
             if name in request:
-                said = message.format(name) + (
-                    f" Use '{successor}' instead." if name == "max_tokens" and successor else ""
-                )
+                said = f"Unsupported parameter: '{name}' is not supported with this model."
+                said += f" Use '{successor}' instead." if successor else ""
                 return 400, {}, [json.dumps({"error": {"message": said, "param": None, "code": None}}).encode()]
-        return {**message_of("好"), "served": list(request)}
+        return message(content="好")
 
-    message_of = lambda text: globals()["message"](content=text)  # noqa: E731
     return answer
 
 
