@@ -89,6 +89,21 @@ def database_errors(path: Path, what: str) -> Iterator[None]:
         raise UserError(f"{fault}; put a copy in its place, or move it away") from None
 
 
+@contextmanager
+def writing(database: sqlite3.Connection, path: Path) -> Iterator[None]:
+    """A transaction that holds the lock from its beginning, so that what it reads is still so when it writes.
+
+    Raises:
+      UserError: it cannot be written; nothing of it is.
+    """
+    try:
+        with database:  # which commits, or takes back what was written before a fault
+            database.execute("BEGIN IMMEDIATE")
+            yield
+    except (sqlite3.Error, OverflowError, ValueError) as error:  # a full disk, half of a surrogate pair
+        raise UserError(f"{path}: cannot be written ({error})") from None
+
+
 class CallStore:
     """Requests and replies are there before a method returns, and survive a killed process.
 
@@ -164,10 +179,6 @@ class CallStore:
         self._write(waiting)
 
     def _write(self, statements: Sequence[tuple[str, tuple[Any, ...]]]) -> None:
-        try:
-            with self._database:  # which commits, or takes back what was written before a fault
-                self._database.execute("BEGIN IMMEDIATE")
-                for sql, values in statements:
-                    self._database.execute(sql, values)
-        except (sqlite3.Error, OverflowError, ValueError) as error:  # a full disk, half of a surrogate pair
-            raise UserError(f"{self._path}: cannot be written ({error})") from None
+        with writing(self._database, self._path):
+            for sql, values in statements:
+                self._database.execute(sql, values)

@@ -5,7 +5,6 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from itertools import combinations
@@ -21,7 +20,7 @@ from psyche_jax.data.records import Kind, Passage, Question, from_json, record_t
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.serve.private import private_app, serve_private
 from psyche_jax.storage.files import parsed_json, read_jsonl, write_text
-from psyche_jax.synth.calls import database_errors
+from psyche_jax.synth.calls import database_errors, writing
 from psyche_jax.synth.stages import digest, iterate
 
 Verdict: TypeAlias = Literal["accept", "edit", "reject", "undo"]
@@ -88,7 +87,7 @@ class ReviewStore:
 
     def add(self, questions: Iterable[Question]) -> int:
         """Put questions into the queue; those that are there stay as they are. Returns how many are new."""
-        with self._writing():
+        with writing(self._database, self.path):
             last = self._database.execute("SELECT coalesce(max(number), 0) FROM items").fetchone()[0]
             added = 0
             for question in map(self.as_item, questions):
@@ -110,7 +109,7 @@ class ReviewStore:
 
     def keep(self, questions: Iterable[Question]) -> None:
         """Take out of the queue what no one decided and is none of these."""
-        with self._writing():
+        with writing(self._database, self.path):
             made = {self.as_item(question).id for question in questions}
             undecided = [item.question.id for item in self.items() if item.decision is None]
             rows = [(name,) for name in undecided if name not in made]
@@ -150,7 +149,7 @@ class ReviewStore:
           UserError: the item is not in the queue.
           ReviewConflictError: there is a later decision than `after`.
         """
-        with self._writing():
+        with writing(self._database, self.path):
             if self._database.execute("SELECT 1 FROM items WHERE id = ?", (decision.item,)).fetchone() is None:
                 raise UserError(f"{self.path}: has no item {decision.item}")
             sql = "SELECT coalesce(max(number), 0) FROM decisions WHERE item = ?"
@@ -204,16 +203,6 @@ class ReviewStore:
     def close(self) -> None:
         """End."""
         self._database.close()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        """A transaction that holds the lock from its beginning, so that what it reads is still so when it writes."""
-        try:
-            with self._database:  # which commits, or takes back what was written before a fault
-                self._database.execute("BEGIN IMMEDIATE")
-                yield
-        except sqlite3.Error as error:  # a full disk
-            raise UserError(f"{self.path}: cannot be written ({error})") from None
 
 
 def standing(history: Iterable[Decision]) -> dict[str, Decision]:
