@@ -139,10 +139,6 @@ def _unicode(text: str) -> tuple[str, int]:
     return folded, int(folded != text)
 
 
-def _invisible(text: str) -> tuple[str, int]:
-    return _INVISIBLE.subn("", text.replace("\r\n", "\n").replace("\r", "\n"))
-
-
 def _without_sentences(pattern: re.Pattern[str]) -> Callable[[str], tuple[str, int]]:
     def rule(text: str) -> tuple[str, int]:
         if not pattern.search(text):
@@ -207,7 +203,7 @@ def _repetitions(text: str) -> tuple[str, int]:
 _RULES: tuple[tuple[str, Callable[[str], tuple[str, int]]], ...] = (
     ("emoticons", lambda text: _EMOTICON.subn("", text)),  # before NFKC takes them apart
     ("unicode", _unicode),
-    ("invisible", _invisible),
+    ("invisible", lambda text: _INVISIBLE.subn("", text.replace("\r\n", "\n").replace("\r", "\n"))),
     ("advertisements", _without_sentences(_ADVERTISEMENT)),  # before their links and numbers are gone
     ("injections", _without_sentences(_INJECTION)),
     ("personal", _personal),  # before links: an address of mail holds a domain

@@ -42,18 +42,25 @@ def publish(
       UserError: there are other records at `out` already, nothing is to be written, or the place cannot be used.
     """
     store = open_store(out)
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     licences: Counter[str] = Counter()
     sources: Counter[str] = Counter()
+
+    def talks(file: str) -> Iterator[Dialogue]:
+        return iterate(Dialogue, dialogues / file) if dialogues else iter(())
+
     writers: dict[str, Callable[[], Iterator[BaseRecord]]] = {
-        "sft": lambda: chain(_sft(selection / "sft.jsonl"), _dialogues(dialogues)),
-        "rl": lambda: (question_to_rl(question) for question in iterate(Question, selection / "rl.jsonl")),
-        "crisis": lambda: iterate(Dialogue, dialogues / "crisis.jsonl") if dialogues else iter(()),
+        "sft": lambda: chain(
+            (question_to_sft(one) for one in iterate(Question, selection / "sft.jsonl") if one.rationale),
+            (SftExample(one.turns, one.source, one.meta) for one in talks("dialogues.jsonl")),
+        ),
+        "rl": lambda: map(question_to_rl, iterate(Question, selection / "rl.jsonl")),
+        "crisis": lambda: talks("crisis.jsonl"),
     }
     # The card needs all counts, and a bucket should hear of an empty synthesis before anything is written.
     for name, records in writers.items():
         for record in records():
-            counts[name] = counts.get(name, 0) + 1
+            counts[name] += 1
             sources[record.source or "unknown"] += 1
             licences[str(record.meta.get("licence") or "unknown")] += 1  # a user's may be a list
     if not counts:
@@ -138,15 +145,3 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         lines += ["", f"## {title}", "", f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
         lines += [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join(lines) + "\n"
-
-
-def _sft(path: Path) -> Iterator[SftExample]:
-    for question in iterate(Question, path):
-        if question.rationale:
-            yield question_to_sft(question)
-
-
-def _dialogues(folder: Path | None) -> Iterator[SftExample]:
-    if folder is not None:
-        for dialogue in iterate(Dialogue, folder / "dialogues.jsonl"):
-            yield SftExample(dialogue.turns, dialogue.source, dialogue.meta)
