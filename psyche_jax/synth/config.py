@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -10,7 +10,6 @@ from psyche_jax.config import RunSection, Section
 
 SAMPLING = ("temperature", "top_p", "max_tokens")  # parameters of requests to LLMs: of every one,
 PARAMETERS = (*SAMPLING, "stream", "stream_options")  # and of any
-StageName: TypeAlias = Literal["clean", "questions", "control", "rationales", "dialogues", "selection", "publish"]
 
 
 @dataclass(frozen=True)

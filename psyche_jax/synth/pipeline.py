@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from psyche_jax.config_files import config_to_dict, dump_yaml
 from psyche_jax.data.dataset import is_dataset, open_dataset
@@ -23,7 +23,7 @@ from psyche_jax.synth.asking import Asker, Prompts
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.clean import Cleaner
 from psyche_jax.synth.client import Client, check_keys
-from psyche_jax.synth.config import SelectConfig, StageName, SynthConfig
+from psyche_jax.synth.config import SelectConfig, SynthConfig
 from psyche_jax.synth.publish import check_place, publish
 from psyche_jax.synth.review import ReviewStore, reviewed
 from psyche_jax.synth.stages import (
@@ -39,7 +39,8 @@ from psyche_jax.synth.stages import (
 )
 from psyche_jax.synth.steps import control, rewrite, select, with_twins, write_questions, write_rationale
 
-STAGES: tuple[StageName, ...] = ("clean", "questions", "control", "rationales", "dialogues", "selection", "publish")
+StageName: TypeAlias = Literal["clean", "questions", "control", "rationales", "dialogues", "selection", "publish"]
+STAGES: tuple[StageName, ...] = get_args(StageName)
 CALLS = "calls.sqlite"
 WINDOW = 4  # items under way for each call that may be under way: what bounds the memory of a stage
 
@@ -351,7 +352,7 @@ def _synth_stage(shop: _Workshop, config: SynthConfig, name: StageName) -> _Stag
     if name == "selection":
         source = shop.input("rationales", "questions")
         return _selection(shop, [source], iterate(Question, source), _lines(source))
-    return _publication(shop, ["clean", "questions", "control", "rationales", "dialogues", "selection"])
+    return _publication(shop, STAGES[:-1])
 
 
 async def _clean(record: Passage | Dialogue, _: Asker, cleaner: Cleaner) -> Outcome:
@@ -367,7 +368,7 @@ def _selection(
     return _Stage(depends_on, questions, answer, files, total, after=shop.queue)
 
 
-def _publication(shop: _Workshop, stages: list[str]) -> _Stage:
+def _publication(shop: _Workshop, stages: Sequence[str]) -> _Stage:
     made = [shop.report(name) for name in stages]
     # Another run of the same settings may have other replies, so the records count too.
     records = [("selection", "sft"), ("selection", "rl"), ("dialogues", "dialogues"), ("dialogues", "crisis")]
