@@ -106,26 +106,21 @@ class _Index:
         self._exact: defaultdict[Any, list[int]] = defaultdict(list)
         # Of each shingle the places where it counts: questions, the same again for what their cases do not hold, cases.
         places: defaultdict[str, list[int]] = defaultdict(list)
-        cases: dict[str, int] = {"": 0}
-        case_shingles: list[frozenset[str]] = [frozenset()]
-        case_of = []
         sizes = []
         asked = [_asked(question) for question in questions]
+        cases = {case: number for number, case in enumerate(dict.fromkeys(["", *(case or "" for *_, case in asked)]))}
+        case_shingles = [_shingles(case) if case else frozenset() for case in cases]
+        case_of = [cases[case or ""] for *_, case in asked]
         whole = [_shingles(_joined(stem, options)) for stem, options, _ in asked]
         self._common = _held_by_most([one for one, (*_, case) in zip(whole, asked, strict=True) if case is None])
-        for number, (stem, options, of_case) in enumerate(asked):
-            case = of_case or ""
-            if case not in cases:
-                cases[case] = len(cases)
-                case_shingles.append(_shingles(case))
-            case_of.append(cases[case])
+        for number, (stem, options, case) in enumerate(asked):
             own = whole[number] - self._common
-            sizes.append(len(own) if of_case == "" or len(own) >= _LEAST else 0)
+            sizes.append(len(own) if case == "" or len(own) >= _LEAST else 0)
             if sizes[-1] or not case:
                 self._exact[_key(stem, options)].append(number)
             for shingle in own:
                 places[shingle].append(number)
-            for shingle in own - case_shingles[cases[case]]:
+            for shingle in own - case_shingles[case_of[number]]:
                 places[shingle].append(len(questions) + number)
         for number, found in enumerate(case_shingles):
             for shingle in found:
