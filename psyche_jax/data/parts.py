@@ -53,6 +53,8 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
             raise NoRecordsError(no_record(source, config, notes), notes)
         records = [record for _, record in placed]
         said = list(_fewer_options(records, config))
+
+        # What is nearly the same as something held out is in neither part: it would leak, or be asked twice.
         held, train = hold_out(records, share)
         if share and not held:
             said.append("nothing is held out: all rows are about one case, or begin the same way")
@@ -65,6 +67,8 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
                     notes.note(where, f"nearly the same as a held-out {_NOUNS[type(record)]}")
         if not train:
             raise UserError(f"{source}: nothing is left to train on; set --hold-out 0")
+
+        # The folder appears with all its data sets or not at all.
         for record in records:
             remarks.see(record)
         parts = {**_training_parts(train), HELD_OUT: held}

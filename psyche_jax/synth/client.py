@@ -32,6 +32,9 @@ class Client:
         self._llms = {llm.name: llm for llm in llms}
         self._budget = budget
         self._store = store
+        self._give_up_after = calls.give_up_after
+
+        # Calls under way and patience are limited for all LLMs together; each has a pace and connections of its own.
         self._slots = asyncio.Semaphore(calls.concurrency)
         self._asking: dict[str, asyncio.Task[Reply]] = {}
         self._patience = Patience(
@@ -53,7 +56,8 @@ class Client:
             )
             for llm in llms
         }
-        self._give_up_after = calls.give_up_after
+
+        # What earlier starts of the run spent counts in its budget.
         self._stopping = False
         self.sent = self.faults = self.known = self.failed = 0
         self.last_fault = ""

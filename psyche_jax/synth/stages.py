@@ -100,6 +100,8 @@ async def write_stage(
         }
         showing = asyncio.create_task(progress.keep_showing(counts, reasons))
         stack.callback(showing.cancel)
+
+        # Outcomes are written as they come, so that none but those under way are in memory.
         async for outcome in results:
             counts["in"] += 1
             counts.update(outcome.counts)
@@ -112,6 +114,8 @@ async def write_stage(
                 reasons[kind] += 1
                 _write_line(opened[SET_ASIDE], {"reason": reason, "item": item})
             progress.show(counts, reasons)
+
+        # Replies are stored: a stage that lacks some is made anew from them, with calls for the others alone.
         if counts[UNANSWERED]:
             raise UserError(
                 f"{folder.name}: the calls of {counts[UNANSWERED]} of {counts['in']} items got no reply "
