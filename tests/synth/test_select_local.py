@@ -1,4 +1,4 @@
-"""Selection with three tiny models of one's own behind `psyche serve`: the rule of the split holds on what they say."""
+"""Selection with two tiny models of one's own behind `psyche serve`: the rule of the split holds on what they say."""
 
 import json
 import os
@@ -17,7 +17,6 @@ from psyche_jax.synth.config import CallsSection, LlmSection, SelectConfig, Sele
 from psyche_jax.synth.pipeline import run_select
 
 SAMPLES = Path(__file__).parents[2] / "psyche_jax" / "data" / "samples"
-SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "cpsyexam_train.jsonl"
 
 
 @contextmanager
@@ -35,28 +34,13 @@ def served(model: Path) -> Iterator[str]:
             process.kill()
 
 
-def real_questions() -> list[Question]:
-    """A few short exam questions, real ones where they are at hand."""
-    if not SHARED.is_file():
-        return list(read_records(Question, SAMPLES / "questions.jsonl").good[:4])
-    found = []
-    with SHARED.open(encoding="utf-8") as file:
-        for value in map(json.loads, file):
-            options = {letter: text for letter, text in value["options"].items() if text.strip()}
-            if len(value["question"]) < 30 and value["question_type"] == "single" and len(value["answer"]) == 1:
-                found.append(Question(value["question"], options, value["answer"], "single"))
-            if len(found) == 4:
-                break
-    return found
-
-
 @pytest.mark.slow
 def test_the_split_rule_on_what_local_models_say(tmp_path: Path) -> None:
-    questions = real_questions()
+    questions = read_records(Question, SAMPLES / "questions.jsonl").good[:4]
     write_records(tmp_path / "questions.jsonl", questions)
     with ExitStack() as stack:
         llms = []
-        for seed in range(3):
+        for seed in range(2):
             model = save_model(tmp_path / f"model-{seed}", seed=seed, max_position_embeddings=1024)
             address = stack.enter_context(served(model))
             llms.append(LlmSection(f"m{seed}", model.name, f"{address}/v1", None, max_tokens=8))
