@@ -163,10 +163,7 @@ class Dataset:
 
 
 def write_dataset(
-    uri: str,
-    records: Iterable[BaseRecord],
-    config: Mapping[str, Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
+    uri: str, records: Iterable[BaseRecord], config: Mapping[str, Any] | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Manifest:
     """Write records of one kind as a new data set.
 

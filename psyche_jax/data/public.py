@@ -190,8 +190,7 @@ def smile_dialogues(place: Path, notes: Notes) -> Iterator[Dialogue]:
             notes.leave_out(where, error, "no dialogue")
 
 
-Reader = Callable[[Path, Notes], Iterator[BaseRecord]]
-READERS: Mapping[str, Reader] = {
+READERS: Mapping[str, Callable[[Path, Notes], Iterator[BaseRecord]]] = {
     "cpsyexam": cpsyexam_questions,
     "pceb": pceb_questions,
     "smile": smile_dialogues,
@@ -205,7 +204,7 @@ def load_public(name: str, place: Path) -> Records[Any]:
     return Records(good, tuple(notes.set_aside), +notes.faults)
 
 
-load_cpsyexam, load_pceb, load_smile = (partial(load_public, name) for name in ("cpsyexam", "pceb", "smile"))
+load_cpsyexam, load_pceb, load_smile = (partial(load_public, name) for name in READERS)
 
 
 def import_public(name: str, place: Path, target: str) -> Imported:

@@ -1,10 +1,10 @@
 """Chat rendering and the loss mask, with a tiny tokenizer and with Qwen's own."""
 
 import copy
-import importlib.util
 import itertools
 import json
 import unicodedata
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ TALK = (
     Message("assistant", "<think>加法</think>\n答案：B"),
 )
 ASKED = (Message("system", "你是猫。"), *TALK)
-SAMPLES = Path(str(importlib.util.find_spec("psyche_jax.data").submodule_search_locations[0])) / "samples"  # type: ignore
+SAMPLES = Path(str(files("psyche_jax.data") / "samples"))
 
 
 @pytest.fixture(params=["tiny", "qwen"])
