@@ -27,6 +27,7 @@ from psyche_jax.rewards.reference import think_format
 from psyche_jax.synth.asking import SetAsideError
 from psyche_jax.synth.calls import CallStore
 from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, serving
+from psyche_jax.synth.clean import Cleaner
 from psyche_jax.synth.config import BudgetSection, CleanSection, ControlSection, SelectConfig, SelectionSection
 from psyche_jax.synth.pipeline import run_select, run_synth
 from psyche_jax.synth.review import Decision, ReviewStore
@@ -408,7 +409,8 @@ def test_the_command_and_its_mistakes(tmp_path, url, capsys, monkeypatch):
         "clean, questions, control, rationales, dialogues, selection, publish",
     )
     assert "there is no LLM 'nobody'" in failed("--set", "questions.llm=nobody")[1]
-    assert "no SUCH_KEY" in failed("--set", "llms.0.key_env=SUCH_KEY", "--set", "run.dir=keyless")[1]
+    for stage in ([], ["--stage", "clean"]):
+        assert "no SUCH_KEY" in failed(*stage, "--set", "llms.0.key_env=SUCH_KEY", "--set", "run.dir=keyless")[1]
     assert not Path("keyless").exists()
     code, line = failed("--set", "sources.passages=[absent.jsonl]")
     assert code == 1 and "absent.jsonl: there is no such file" in line
@@ -505,3 +507,17 @@ def test_cleaning_can_be_switched_off(copy):
     off = {name: False for name, value in config_to_dict(CleanSection()).items() if isinstance(value, bool)}
     report = run_synth(replace(copy, clean=CleanSection(**off)), "clean")["clean"]
     assert not [key for key in report["counts"] if key.startswith("rule/")]
+
+
+def test_cleaning_can_be_interrupted(tmp_path, monkeypatch):
+    """Ctrl-C is heeded when the event loop has its turn, not only at the end of all passages."""
+    turns, seen = [], []
+
+    def passage(*_):
+        asyncio.get_running_loop().call_soon(turns.append, None)
+        seen.append(len(turns))
+        return Outcome()
+
+    monkeypatch.setattr(Cleaner, "passage", passage)
+    run_synth(unusable_config(tmp_path, "http://127.0.0.1:1", 200), "clean")
+    assert len(seen) == 200 and seen[-1] > 0
