@@ -1,9 +1,7 @@
 """Rules as tables over token ids, kept on disk, and scores of responses from them in the graph.
 
-    compiled = compile_rules(rules, token_bytes_from_tokenizer(tokenizer), stop_token_ids)
-    total, by_rule = jax.jit(score)(compiled, tokens, gold_mask)
-
-or, while decoding: `initial_state`, then `advance` for every token, then `finish`. `score` is these three.
+compiled = compile_rules(rules, token_bytes_from_tokenizer(tokenizer), stop_token_ids)
+total, by_rule = jax.jit(score)(compiled, tokens, gold_mask)
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -123,25 +121,10 @@ class CompiledRules:
     stop_token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class RewardState:
-    """What is known of N responses so far; a pytree of arrays [N]."""
-
-    length: Array
-    """int32: tokens so far, the stop token included."""
-    stopped: Array
-    """bool: whether the stop token was seen. Tokens after it change nothing."""
-    node: dict[str, Array]
-    """int32: the state of each rule's automaton."""
-    letters: dict[str, Array]
-    """int32: the letters that each answer rule has read."""
-
-
 jax.tree_util.register_dataclass(
     TokenAutomaton, ["class_of", "next", "effect", "effects", "accept", "start", "letters"], []
 )
 jax.tree_util.register_dataclass(CompiledRules, ["tables"], ["rules", "stop_token_ids"])
-jax.tree_util.register_dataclass(RewardState, ["length", "stopped", "node", "letters"], [])
 
 
 def compile_rules(
@@ -174,93 +157,67 @@ def compile_rules(
     return CompiledRules(tables, tuple(rules), stops)
 
 
-def _is_stop(tokens: Array, stop_token_ids: Sequence[int]) -> Array:
-    return jnp.isin(tokens, jnp.asarray(stop_token_ids, tokens.dtype))
+def score(compiled: CompiledRules, tokens: Array, gold_mask: Array | None = None) -> tuple[Array, dict[str, Array]]:
+    """The rewards of responses `tokens` int32 [N, T]; can be jitted, and traced inside any program.
 
+    A response ends at its first stop token, which counts as one of its tokens but is not text; what comes after it does
+    not matter. `gold_mask` int32 [N] holds the gold letters of an `answer_set` rule (bit 0 is A).
 
-def initial_state(compiled: CompiledRules, batch: int) -> RewardState:
-    """The state of `batch` responses before their first token."""
-    answers = [rule.name for rule in compiled.rules if isinstance(rule, AnswerSetRule)]
-    return RewardState(
-        length=jnp.zeros(batch, jnp.int32),
-        stopped=jnp.zeros(batch, bool),
-        node={name: jnp.full(batch, table.start) for name, table in compiled.tables.items()},
-        letters={name: jnp.full(batch, compiled.tables[name].letters) for name in answers},
-    )
-
-
-def advance(compiled: CompiledRules, state: RewardState, token: Array, active: Array | None = None) -> RewardState:
-    """The state after one more `token` int32 [N]. Responses that have stopped stay as they are, and so do
-    those that are not `active` (bool [N])."""
-    goes_on = ~state.stopped if active is None else ~state.stopped & active
-    stop = goes_on & _is_stop(token, compiled.stop_token_ids)
-    text = goes_on & ~stop
-    node, letters = dict(state.node), dict(state.letters)
-    for name, table in compiled.tables.items():
-        tokens = table.class_of.shape[0]
-        known = (token >= 0) & (token < tokens)
-        symbol = jnp.where(known, table.class_of[jnp.clip(token, 0, tokens - 1)], 0).astype(jnp.int32)
-        if table.effect is not None and table.effects is not None:
-            effect = table.effects[table.effect[node[name], symbol]]
-            kept = jnp.where(effect & CLEAR, 0, letters[name])
-            letters[name] = jnp.where(text, kept | (effect & (CLEAR - 1)), letters[name])
-        node[name] = jnp.where(text, table.next[node[name], symbol].astype(jnp.int32), node[name])
-    return RewardState(state.length + goes_on, state.stopped | stop, node, letters)
-
-
-def finish(
-    compiled: CompiledRules, state: RewardState, gold_mask: Array | None = None, tokens: Array | None = None
-) -> tuple[Array, dict[str, Array]]:
-    """The rewards of responses that are at their end.
-
-    `gold_mask` int32 [N] holds the gold letters of an `answer_set` rule (bit 0 is A). `tokens` int32 [N, T]
-    are the responses, which only a `repetition` rule needs.
-
-    Returns (total float32 [N], {rule's name: its unweighted value float32 [N]}). Raises UsageError if an
-    argument is missing that a rule needs.
+    Returns (total float32 [N], {rule's name: its unweighted value float32 [N]}). Raises UsageError if an `answer_set`
+    rule has no `gold_mask`.
     """
-    by_rule = {}
+    steps = tokens.shape[1]
+    stops = jnp.isin(tokens, jnp.asarray(compiled.stop_token_ids, tokens.dtype))
+    text_length = jnp.min(jnp.where(stops, jnp.arange(steps), steps), axis=1, initial=steps)
+    stopped = text_length < steps
+    read = _read(compiled.tables, tokens, text_length)
+    total, by_rule = jnp.zeros(len(tokens)), {}
     for rule in compiled.rules:
         if isinstance(rule, LengthRule):
-            by_rule[rule.name] = _length(rule, state.length)
+            value = _length(rule, text_length + stopped)
         elif isinstance(rule, RepetitionRule):
-            if tokens is None:
-                raise UsageError(f"reward rule `{rule.name}` needs the responses: pass `tokens`")
-            by_rule[rule.name] = _repetition(rule, tokens, state.length - state.stopped)
+            value = _repetition(rule, tokens, text_length)
         else:
-            good = compiled.tables[rule.name].accept[state.node[rule.name]]
+            state, letters = read[rule.name]
+            good = compiled.tables[rule.name].accept[state]
             if isinstance(rule, ThinkFormatRule) or rule.require_stop:
-                good = good & state.stopped
-            value = jnp.ones_like(good, jnp.float32)
+                good &= stopped
+            value = good.astype(jnp.float32)
             if isinstance(rule, AnswerSetRule):
                 if gold_mask is None:
                     raise UsageError(f"reward rule `{rule.name}` needs the gold letters: pass `gold_mask`")
-                value = _credit(rule, state.letters[rule.name], gold_mask)
-            by_rule[rule.name] = jnp.where(good, value, 0.0)
-    total = jnp.zeros_like(state.length, jnp.float32)
-    for rule in compiled.rules:
-        total = total + rule.weight * by_rule[rule.name]
+                value *= _credit(rule, letters, gold_mask)
+        by_rule[rule.name] = value
+        total += rule.weight * value
     return total, by_rule
 
 
-def score(
-    compiled: CompiledRules, tokens: Array, gold_mask: Array | None = None, lengths: Array | None = None
-) -> tuple[Array, dict[str, Array]]:
-    """The rewards of whole responses `tokens` int32 [N, T]; can be jitted, and traced inside any program.
+_Read: TypeAlias = dict[str, tuple[Array, Array]]
+"""By rule on text: the state of its automaton, and the letters that it has read; int32 [N]."""
 
-    A response ends at its first stop token, which counts as one of its tokens but is not text, or after
-    `lengths` int32 [N] tokens (T if None) if there is none before. What comes after that does not matter.
-    Arguments, results and errors are otherwise those of `finish`.
-    """
-    batch, steps = tokens.shape
-    limit = jnp.full(batch, steps, jnp.int32) if lengths is None else lengths
 
-    def step(state: RewardState, at: tuple[Array, Array]) -> tuple[RewardState, None]:
+def _read(tables: dict[str, TokenAutomaton], tokens: Array, text_length: Array) -> _Read:
+    """Where each automaton is at the end of each response's text."""
+
+    def step(read: _Read, at: tuple[Array, Array]) -> tuple[_Read, None]:
         index, token = at
-        return advance(compiled, state, token, index < limit), None
+        is_text, read = index < text_length, dict(read)
+        for name, table in tables.items():
+            state, letters = read[name]
+            known = (token >= 0) & (token < len(table.class_of))
+            symbol = jnp.where(known, table.class_of[token], 0).astype(jnp.int32)
+            if table.effect is not None and table.effects is not None:
+                effect = table.effects[table.effect[state, symbol]]
+                kept = jnp.where(effect & CLEAR, 0, letters)
+                letters = jnp.where(is_text, kept | (effect & (CLEAR - 1)), letters)
+            read[name] = jnp.where(is_text, table.next[state, symbol], state), letters
+        return read, None
 
-    state, _ = jax.lax.scan(step, initial_state(compiled, batch), (jnp.arange(steps), tokens.T))
-    return finish(compiled, state, gold_mask, tokens)
+    begin = {
+        name: (jnp.full(len(tokens), table.start), jnp.full(len(tokens), table.letters))
+        for name, table in tables.items()
+    }
+    return jax.lax.scan(step, begin, (jnp.arange(tokens.shape[1]), tokens.T))[0]
 
 
 def _length(rule: LengthRule, length: Array) -> Array:

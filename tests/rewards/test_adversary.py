@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from support.adversary import FORM_RULES, RULES, TOKENS, Vocabulary, batches, compare
-
-from psyche_jax.rewards.score import advance, compile_rules, finish, initial_state, score
+from support.adversary import FORM_RULES, RULES, Vocabulary, compare
 
 # At least so many of 10,000 must get something, or the comparison says little.
 ACCEPTED = {"think_format": 2000, "answer_set": 300, "elastic": 300, "tangled": 60, "exam": 30}
@@ -46,20 +41,3 @@ def test_graph_agrees_with_reference_on_what_the_prompt_has_opened(opened: str, 
     assert outcome.mismatches == []
     for rule in ("think_format", "answer_set", "elastic"):
         assert outcome.nonzero[rule] >= 100, rule
-
-
-def test_token_by_token_is_the_same_as_at_once(tiny: Vocabulary) -> None:
-    (batch,) = batches(tiny, 500, 500, seed=3)
-    compiled = compile_rules(RULES, tiny.token_bytes, tiny.stops, cache_dir=None)
-    tokens, gold = jnp.asarray(batch.tokens), jnp.asarray(batch.gold)
-    lengths = jnp.asarray(np.random.default_rng(0).integers(0, TOKENS + 1, len(tokens)), jnp.int32)
-    state = initial_state(compiled, len(tokens))
-    step = jax.jit(advance)
-    for i in range(TOKENS):
-        state = step(compiled, state, tokens[:, i], i < lengths)
-    total, by_rule = finish(compiled, state, gold, tokens)
-    expected_total, expected = jax.jit(score)(compiled, tokens, gold, lengths)
-    np.testing.assert_allclose(total, expected_total, atol=1e-6)
-    assert by_rule.keys() == expected.keys() == {rule.name for rule in RULES}
-    for name, values in expected.items():
-        np.testing.assert_allclose(by_rule[name], values, rtol=1e-6, err_msg=name)

@@ -25,11 +25,10 @@ def compiled_rules(*rules: object) -> CompiledRules:
     return compile_rules(rules, BYTES, [STOP, STOP2], cache_dir=None)  # type: ignore[arg-type]
 
 
-def values(rule: object, rows: list[list[int]], gold: int = 0b11, lengths: list[int] | None = None) -> list[float]:
+def values(rule: object, rows: list[list[int]], gold: int = 0b11) -> list[float]:
     width = max(len(row) for row in rows)
     tokens = jnp.asarray([row + [STOP] * (width - len(row)) for row in rows], jnp.int32)
-    limit = None if lengths is None else jnp.asarray(lengths, jnp.int32)
-    _, by_rule = score(compiled_rules(rule), tokens, jnp.full(len(rows), gold, jnp.int32), limit)
+    _, by_rule = score(compiled_rules(rule), tokens, jnp.full(len(rows), gold, jnp.int32))
     (found,) = by_rule.values()
     assert found.dtype == jnp.float32
     return found.tolist()
@@ -44,14 +43,6 @@ def test_either_stop_token_ends_a_response_and_nothing_after_it_matters() -> Non
     assert values(PatternRule(pattern=".+", require_stop=True), rows) == [1, 1, 0, 0]
     assert values(LengthRule(max_length=9, buffer=5), rows) == pytest.approx([-0.6, -0.6, -1, 0])
     assert values(RepetitionRule(ngram=1), rows) == pytest.approx([0, 0, 0.4, 0])
-
-
-def test_lengths_end_a_response_too() -> None:
-    rows = [[*GOOD, STOP]] * 4
-    assert values(ThinkFormatRule(), rows, lengths=[7, 6, 0, 99]) == [1, 0, 0, 1]
-    assert values(AnswerSetRule(), rows, gold=0b1, lengths=[7, 6, 5, 0]) == [0, 0, 1, 0]
-    assert values(LengthRule(max_length=5), rows, lengths=[7, 6, 5, 0]) == [-1, -1, 0, 0]
-    assert values(RepetitionRule(ngram=1), [[A, A, A, A]] * 3, lengths=[4, 2, 1]) == [0.75, 0.5, 0]
 
 
 def test_ids_without_bytes_fail_rules_on_text() -> None:
