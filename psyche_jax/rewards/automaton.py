@@ -227,10 +227,6 @@ def to_bytes(automaton: CharacterAutomaton, max_states: int) -> Automaton:
     return Automaton((full & 0xFFFFFFFF).astype(np.int32), (full >> 32).astype(np.int32), accept)
 
 
-def _compose_effects(first: Ints, second: Ints) -> Ints:
-    return np.where(second & CLEAR, second, first | second)
-
-
 def to_tokens(
     automaton: Automaton, token_bytes: Sequence[bytes | None], max_bytes: int, opened: bytes = b""
 ) -> TokenAutomaton:
@@ -246,10 +242,7 @@ def to_tokens(
     automaton, dead = with_dead_state(automaton)
     states = len(automaton.accept)
     first, byte_class = group_rows(np.concatenate([automaton.next, automaton.effect]).T)
-    byte_next, byte_effect = (
-        automaton.next[:, first].T,
-        automaton.effect[:, first].T,
-    )  # [byte classes, states]
+    byte_next, byte_effect = automaton.next[:, first].T, automaton.effect[:, first].T  # [byte classes, states]
     has_effects = bool(automaton.effect.any())
 
     # Function 0 is what tokens without bytes do, function 1 what empty tokens do.
@@ -275,7 +268,8 @@ def to_tokens(
             target = byte_next[symbol][targets[prefix]]
             effect = effects[0]
             if has_effects:
-                effect = _compose_effects(effects[prefix], byte_effect[symbol][targets[prefix]])
+                before, then = effects[prefix], byte_effect[symbol][targets[prefix]]
+                effect = np.where(then & CLEAR, then, before | then)
             key = _key(target, effect, has_effects)
             if key not in known:
                 known[key] = len(targets)

@@ -9,7 +9,7 @@ without text gets 0 from every rule on text. A response without a stop token is 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -118,9 +118,10 @@ def _but(*characters: str) -> str:
 @lru_cache(maxsize=64)
 def grammar(rule: AnswerSetRule) -> Grammar:
     """What the rule reads, with its letters, separators, closers and forms."""
+    forms = known_forms(rule)
 
     def on(form: str, expression: str) -> str:
-        return expression if form in known_forms(rule) else ""
+        return expression if form in forms else ""
 
     def either(*expressions: str) -> str:
         return "(?:" + "|".join(e for e in expressions if e) + ")"
@@ -193,7 +194,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
     # Answers over several lines; a new paragraph ends them.
     next_line = f"{closing}*{new_line}(?:{_NUMBER}{_any(rule.separators, emphasis, openers)}*)?"
     fresh = _but(letters, "\r\n", rule.separators, emphasis, openers, _BULLETS, "0123456789", _CIRCLED)
-    new_text = either(on("lines", f"{new_line}(?:{fresh}.*)?"), "" if on("lines", "-") else r"[\r\n].*")
+    new_text = f"(?:{new_line}(?:{fresh}.*)?)" if "lines" in forms else r"(?:[\r\n].*)"
 
     # "B is right" behind the letters, for answers that have no marker.
     right = either(f"{between}*{several}{between}*{_RIGHT}", "" if rule.lower_case else _IS_RIGHT)
@@ -212,13 +213,13 @@ def grammar(rule: AnswerSetRule) -> Grammar:
 
     # A statement is what leads to an answer, and the answer. The first that matches counts: on one line, below its
     # marker, or alone.
-    opening = f"(?:(?:{_CONCLUDES})[，,]?)?(?:(?:选项|[Oo]ption) ?)?" if on("markers", "-") else ""
-    lines = bool(on("lines", "lines"))
+    opening = on("markers", f"(?:(?:{_CONCLUDES})[，,]?)?(?:(?:选项|[Oo]ption) ?)?")
+    lines = "lines" in forms
     statements = [(lead, answer(lines=False))]
     if lines:
         numbered = f"(?:{_FIRST_NUMBER}{_any(rule.separators, emphasis, openers)}*)?"
         statements.append((rf"{lead}[\r\n]{below}*{numbered}", answer(lines)))
-    if on("alone", "alone"):
+    if "alone" in forms:
         start = f"{_any(chr(13), chr(10), rule.separators, emphasis, openers, _BULLETS)}*{opening}"
         statements.append((start, answer(lines, on("markers", is_right))))
     # What takes a statement back or denies it, wherever it comes later.
@@ -241,7 +242,7 @@ def grammar(rule: AnswerSetRule) -> Grammar:
         f".*(?:{either(_TAKEN_BACK, instead, empty)}.*|{_NOT_SO}{closing}*)",
         f".*{either(f'(?:{_DENIED}){_BETWEEN}{_any(emphasis)}*{first}', in_english)}",
         f"{first}|[aAcC]",
-        either(joined, boxes) if on("boxed", "-") else joined,
+        either(joined, on("boxed", boxes)),
         either(delimited, spaced),
     )
 
@@ -270,10 +271,11 @@ def split_thought(text: str) -> tuple[str | None, str]:
 def decode(ids: Sequence[int], token_bytes: Sequence[bytes | None]) -> str | None:
     """The text of token ids without a stop token, or None if they have none."""
     pieces = [token_bytes[i] if 0 <= i < len(token_bytes) else None for i in ids]
-    if any(piece is None for piece in pieces):
+    known = [piece for piece in pieces if piece is not None]
+    if len(known) < len(ids):
         return None
     try:
-        return b"".join(piece for piece in pieces if piece is not None).decode("utf-8")
+        return b"".join(known).decode("utf-8")
     except UnicodeDecodeError:
         return None
 
@@ -320,7 +322,7 @@ def extract_letters(text: str, rule: AnswerSetRule | None = None) -> frozenset[s
 
 
 def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
-    """What the last statement gives: a letter that comes where `forms.grammar` lets an answer begin, and the rest."""
+    """What the last statement gives: a letter that comes where `grammar` lets an answer begin, and the rest."""
     if rule.answer_after is not None:
         text = text[_end_of_last(text, rule.answer_after) :]
     if rule.answer_after == CLOSE and OPEN in text:
@@ -339,8 +341,7 @@ def _in_forms(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
             if not found or match(known.withdrawn, rest):
                 return None
             given = found["bare"] and re.sub(known.unlisted, "", found["bare"])
-            given = given or re.sub(known.texts, "", found["named"])
-            return frozenset(chr(ord("A") + bits[c].bit_length() - 1) for c in given if c in bits)
+            return _options(given or re.sub(known.texts, "", found["named"]), bits)
     return None
 
 
@@ -361,7 +362,12 @@ def _on_the_line(text: str, rule: AnswerSetRule) -> frozenset[str] | None:
     after_letters = line.lstrip("".join(bits) + rule.separators)
     if after_letters.strip(rule.closers + rule.separators):
         return None
-    return frozenset(chr(ord("A") + bits[c].bit_length() - 1) for c in line if c in bits)
+    return _options(line, bits)
+
+
+def _options(text: str, bits: Mapping[str, int]) -> frozenset[str]:
+    """The letters in a text, as capitals."""
+    return frozenset(chr(ord("A") + bits[c].bit_length() - 1) for c in text if c in bits)
 
 
 def _end_of_last(text: str, part: str) -> int:

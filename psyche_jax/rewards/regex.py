@@ -15,7 +15,6 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NoReturn
 
 import numpy as np
@@ -190,18 +189,15 @@ class _Parser:
 
 
 def _flags(letters: str) -> int:
-    flags = re.NOFLAG
-    for letter in letters:
-        flags |= re.RegexFlag[letter.upper()]
-    return flags
+    return functools.reduce(operator.or_, (re.RegexFlag[letter.upper()] for letter in letters), re.NOFLAG)
 
 
-@lru_cache(maxsize=1)
+@functools.cache
 def _all_characters() -> str:
     return np.arange(CODE_POINTS, dtype="<u4").tobytes().decode("utf-32-le", "surrogatepass")
 
 
-@lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=1024)
 def spans_of(source: str, flags: int) -> tuple[Span, ...]:
     """The code points that a pattern of exactly one character matches, as `re` says."""
     if len(source) == 1 and source != "." and not flags & re.IGNORECASE:
