@@ -1,8 +1,4 @@
-"""Rules as tables over token ids, kept on disk, and scores of responses from them in the graph.
-
-compiled = compile_rules(rules, token_bytes_from_tokenizer(tokenizer), stop_token_ids)
-total, by_rule = jax.jit(score)(compiled, tokens, gold_mask)
-"""
+"""Rules as tables over token ids, kept on disk, and scores of responses from them in the graph."""
 
 from __future__ import annotations
 

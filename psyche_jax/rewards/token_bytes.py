@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from psyche_jax.errors import UsageError
+from psyche_jax.rewards.reference import CLOSE, OPEN
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -16,16 +16,14 @@ def _byte_of_character() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def token_bytes_from_tokenizer(
-    tokenizer: Any, vocab_size: int | None = None, text_tokens: Sequence[str] = ("<think>", "</think>")
-) -> list[bytes | None]:
+def token_bytes_from_tokenizer(tokenizer: Any, vocab_size: int | None = None) -> list[bytes | None]:
     """The bytes of every token of a byte-level BPE tokenizer; None for ids that are not text.
 
     `tokenizer` is a fast tokenizer of `transformers`, or a `tokenizers.Tokenizer`. `vocab_size` is the
     model's, which may be larger (padding rows); the list has this length. Added tokens count as their text
     (Qwen3's `<think>`, `<tool_call>`), except those that the tokenizer calls special (`<|im_start|>`): these
-    steer, and a response that holds one before its stop token has no text. A special token that is one of
-    `text_tokens` is text all the same. Ids that no token has are None.
+    steer, and a response that holds one before its stop token has no text. `<think>` and `</think>` are text all the
+    same. Ids that no token has are None.
 
     Raises UsageError if the tokenizer is not fast or not byte-level, or has more tokens than `vocab_size`.
     """
@@ -62,6 +60,6 @@ def token_bytes_from_tokenizer(
                     "rewards need a byte-level BPE such as Qwen's"
                 ) from error
     for i, token in added.items():
-        if not token.special or token.content in text_tokens:
+        if not token.special or token.content in (OPEN, CLOSE):
             result[i] = token.content.encode("utf-8")
     return result

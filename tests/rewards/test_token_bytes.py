@@ -42,8 +42,6 @@ def test_special_tags_are_text() -> None:
     tag, x = tokenizer.token_to_id("<think>"), tokenizer.token_to_id("<|x|>")
     found = token_bytes_from_tokenizer(tokenizer)
     assert (found[tag], found[x]) == (b"<think>", None)
-    found = token_bytes_from_tokenizer(tokenizer, text_tokens=["<|x|>"])
-    assert (found[tag], found[x]) == (None, b"<|x|>")
 
 
 def test_every_single_byte_is_a_token(qwen: Vocabulary) -> None:
