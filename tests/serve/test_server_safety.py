@@ -70,7 +70,7 @@ def test_a_missing_model_an_endpoint_and_a_taken_port_are_one_line(server, tiny_
 
 def test_only_this_machine_and_its_own_page_may_ask(server):
     url = server.address + URL
-    assert httpx.post(url, json=BODY).status_code == 200
+    assert httpx.post(url, json=BODY, timeout=60).status_code == 200  # the first may have to compile
     assert httpx.post(url, json=BODY, headers={"host": "evil.example"}).status_code == 403
     assert httpx.get(server.address, headers={"host": "evil.example"}).status_code == 403
     answer = httpx.post(url, json=BODY, headers={"origin": "http://evil.example"})
