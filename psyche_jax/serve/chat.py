@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
@@ -46,7 +46,7 @@ class LocalModel:
         self.name = self._service.name
         self.gate = self._service.gate
 
-    async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
+    async def answer(self, turns: Sequence[Message]) -> AsyncGenerator[str, None]:
         """The answer to the last turn, piece by piece.
 
         Raises:
@@ -54,7 +54,7 @@ class LocalModel:
         """
         try:
             answer = await self._service.answer(Wanted(turns, self._config.temperature, self._config.top_p))
-            async with contextlib.aclosing(answer.parts) as parts:  # type: ignore[type-var]
+            async with contextlib.aclosing(answer.parts) as parts:
                 async for said in parts:
                     yield said.delta.text
         except TooLongError as error:
@@ -81,7 +81,7 @@ class RemoteModel:
             raise UsageError("thinking: the endpoint's server sets this; leave it out")
         self._names: Names = {}  # of parameters, as the endpoint turns out to want them
 
-    async def answer(self, turns: Sequence[Message]) -> AsyncIterator[str]:
+    async def answer(self, turns: Sequence[Message]) -> AsyncGenerator[str, None]:
         """As `LocalModel.answer`."""
         own = [turn.content for turn in turns if turn.role == "user"]
         reply = self.gate.reply(own) if self.gate else None
@@ -235,7 +235,7 @@ class Chat:
         async def speak() -> None:
             system = [Message("system", self._system)] if self._system else []
             answer = self._model.answer([*system, *map(without_reasoning, self.turns), turn])
-            async with contextlib.aclosing(answer) as pieces:  # type: ignore[type-var]
+            async with contextlib.aclosing(answer) as pieces:
                 async for piece in pieces:
                     said.append(piece)
                     self._screen.feed(piece)

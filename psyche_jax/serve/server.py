@@ -10,7 +10,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from importlib.resources import files
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body, impatient, listen
-from psyche_jax.serve.service import Answer, FailedError, Said, Scored, Service, TokenLogProb, TooLongError, Wanted
+from psyche_jax.serve.service import Answer, FailedError, Scored, Service, TokenLogProb, TooLongError, Wanted
 
 T = TypeVar("T")
 TOKEN_VARIABLE = "PSYCHE_SERVE_TOKEN"
@@ -174,7 +174,7 @@ def create_app(service: Service, config: ServeConfig, token: str | None = None) 
                 scored = await _all(service.score(body.prompts, body.logprobs or 0), request, limit)
                 return JSONResponse({**_scored(scored, body, service), **_about("cmpl", service)})
             answer = await service.answer(wanted)
-        return JSONResponse(await _continued(answer, _about("cmpl", service, answer), service, body, request, limit))
+        return JSONResponse(await _whole(answer, _about("cmpl", service, answer), service, body, request, limit))
 
     _answer_errors(app)
     return Guard(app, config.limits, token, config.host in LOOPBACK)
@@ -259,48 +259,30 @@ async def _whole(
     answer: Answer,
     about: dict[str, Any],
     service: Service,
-    body: protocol.ChatRequest,
+    body: protocol.ChatRequest | protocol.CompletionRequest,
     request: fastapi.Request,
     limit: float,
 ) -> dict[str, Any]:
-    """The completion in one piece."""
-    parts = _by_choice(await _all(answer.parts, request, limit))
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(part.delta.text for part in own), "refusal": None},
-            "finish_reason": own[-1].delta.finish or "length",
-            "logprobs": _log_probs([one for part in own for one in part.delta.log_probs], service, body),
-        }
-        for index, own in parts.items()
-    ]
-    usage = _usage(answer, {index: own[-1].tokens for index, own in parts.items()})
-    return {"object": "chat.completion", "choices": choices, "usage": usage, "crisis": None, **about}
-
-
-async def _continued(
-    answer: Answer,
-    about: dict[str, Any],
-    service: Service,
-    body: protocol.CompletionRequest,
-    request: fastapi.Request,
-    limit: float,
-) -> dict[str, Any]:
-    """How prompts go on, in OpenAI's older form."""
-    parts = _by_choice(await _all(answer.parts, request, limit))
-    choices = []
-    for index, own in parts.items():
-        entries = [one for part in own for one in part.delta.log_probs]
+    """The completion in one piece; of a prompt in OpenAI's older form."""
+    chat = isinstance(body, protocol.ChatRequest)
+    parts = await _all(answer.parts, request, limit)
+    choices, tokens = [], {}
+    for index in sorted({said.choice for said in parts}):
+        own = [said for said in parts if said.choice == index]
+        text = "".join(said.delta.text for said in own)
+        entries = [entry for said in own for entry in said.delta.log_probs]
         choices.append(
             {
                 "index": index,
-                "text": "".join(part.delta.text for part in own),
-                "finish_reason": own[-1].delta.finish or "length",
-                "logprobs": None if body.logprobs is None else _plain_log_probs([], entries, service),
+                **({"message": {"role": "assistant", "content": text, "refusal": None}} if chat else {"text": text}),
+                "finish_reason": own[-1].delta.finish,
+                "logprobs": _log_probs(entries, service, body),
             }
         )
-    usage = _usage(answer, {index: own[-1].tokens for index, own in parts.items()})
-    return {"object": "text_completion", "choices": choices, "usage": usage, "crisis": None, **about}
+        tokens[index] = own[-1].tokens
+    usage = _usage(answer.prompt_tokens, sum(tokens.values()))
+    kind = "chat.completion" if chat else "text_completion"
+    return {"object": kind, "choices": choices, "usage": usage, "crisis": None, **about}
 
 
 def _scored(scored: list[Scored], body: protocol.CompletionRequest, service: Service) -> dict[str, Any]:
@@ -316,65 +298,38 @@ def _scored(scored: list[Scored], body: protocol.CompletionRequest, service: Ser
         ]
         entries = [TokenLogProb(*entry) for entry in zip(tokens[1:], log_probs, best, strict=False)]
         own = _plain_log_probs(tokens[:1], entries, service)
+        shown = None if body.logprobs is None else own
         text = "".join(own["tokens"])
-        choices.append(
-            {
-                "index": one.place,
-                "text": text,
-                "finish_reason": "length",
-                "logprobs": None if body.logprobs is None else own,
-            }
-        )
-    asked, said = sum(len(one.tokens) for one in scored), len(scored) * body.max_tokens
-    usage = {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
+        choices.append({"index": one.place, "text": text, "finish_reason": "length", "logprobs": shown})
+    usage = _usage(sum(len(one.tokens) for one in scored), len(scored) * body.max_tokens)
     return {"object": "text_completion", "choices": choices, "usage": usage}
 
 
-def _by_choice(parts: Sequence[Said]) -> dict[int, list[Said]]:
-    return {
-        index: [said for said in parts if said.choice == index] for index in sorted({said.choice for said in parts})
-    }
-
-
-async def _all(parts: AsyncIterator[T], request: fastapi.Request, limit: float) -> list[T]:
+async def _all(parts: AsyncGenerator[T, None], request: fastapi.Request, limit: float) -> list[T]:
     """All parts. What makes them stops once the client is gone or the time is up."""
-    watch = asyncio.ensure_future(_gone(request))
+
+    async def gather() -> list[T]:
+        async with contextlib.aclosing(parts):
+            return [part async for part in parts]
+
+    async def client_gone() -> None:
+        while not await request.is_disconnected():
+            await asyncio.sleep(0.5)
+
+    gathering, gone = asyncio.create_task(gather()), asyncio.create_task(client_gone())
     try:
-        async with asyncio.timeout(limit):
-            return [part async for part in _until(parts, watch)]
-    except TimeoutError:
-        raise RefusalError(504, "the response took too long", "timeout") from None
+        await asyncio.wait({gathering, gone}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+        if gathering.done():
+            return gathering.result()
+        if not gone.done():
+            raise RefusalError(504, "the response took too long", "timeout")
+        raise FailedError
     except FailedError:
         raise RefusalError(503, "the response could not be finished", "failed") from None
     finally:
-        watch.cancel()
-        await parts.aclose()  # type: ignore[attr-defined]
-
-
-async def _gone(request: fastapi.Request) -> None:
-    """Returns once the client has gone away."""
-    while not await request.is_disconnected():
-        await asyncio.sleep(0.5)
-
-
-async def _until(parts: AsyncIterator[T], watch: "asyncio.Future[None]") -> AsyncIterator[T]:
-    """`parts`, broken off once `watch` is done."""
-    while True:
-        following: asyncio.Future[T | None] = asyncio.ensure_future(anext(parts, None))
-        either: set[asyncio.Future[Any]] = {following, watch}
-        try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            if unfinished := not following.done():
-                following.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await following
-        if unfinished:
-            raise FailedError
-        part = following.result()
-        if part is None:
-            return
-        yield part
+        gathering.cancel()
+        gone.cancel()
+        await asyncio.wait({gathering, gone})
 
 
 async def _events(
@@ -392,7 +347,7 @@ async def _events(
 
     tokens: dict[int, int] = {}
     try:
-        async with asyncio.timeout(limit):
+        async with contextlib.aclosing(answer.parts), asyncio.timeout(limit):
             # Clients want to be told who speaks before anything is said.
             for index in range(body.n or 1):
                 yield event(part(index, role="assistant", content=""))
@@ -405,30 +360,24 @@ async def _events(
                 if said.delta.finish is not None:
                     yield event(part(said.choice, said.delta.finish))
             if body.stream_options and body.stream_options.include_usage:
-                yield event([], usage=_usage(answer, tokens))
+                yield event([], usage=_usage(answer.prompt_tokens, sum(tokens.values())))
         yield "data: [DONE]\n\n"
     except (TimeoutError, FailedError) as error:
         # The status was sent long ago: an error in the stream is all that can still be said.
         message = "the response took too long" if isinstance(error, TimeoutError) else "the response broke off"
         yield f"data: {json.dumps(error_body(500, message, 'failed'))}\n\n"
-    finally:
-        await answer.parts.aclose()  # type: ignore[attr-defined]
 
 
-def _usage(answer: Answer, tokens: dict[int, int]) -> dict[str, int]:
-    """`tokens`: said so far, by choice."""
-    said = sum(tokens.values())
-    return {
-        "prompt_tokens": answer.prompt_tokens,
-        "completion_tokens": said,
-        "total_tokens": answer.prompt_tokens + said,
-    }
+def _usage(asked: int, said: int) -> dict[str, int]:
+    return {"prompt_tokens": asked, "completion_tokens": said, "total_tokens": asked + said}
 
 
 def _log_probs(
-    entries: list[TokenLogProb], service: Service, body: protocol.ChatRequest
-) -> dict[str, list[dict[str, Any]] | None] | None:
+    entries: list[TokenLogProb], service: Service, body: protocol.ChatRequest | protocol.CompletionRequest
+) -> dict[str, Any] | None:
     """Log-probs of tokens under the model at temperature 1 before top-p; None if the request wants none."""
+    if isinstance(body, protocol.CompletionRequest):
+        return None if body.logprobs is None else _plain_log_probs([], entries, service)
 
     def known(token: int, log_prob: float) -> dict[str, Any]:
         text, own = service.token_text(token)

@@ -3,10 +3,9 @@
 import asyncio
 import queue
 import secrets
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -169,14 +168,14 @@ class Said:
 
 @dataclass(frozen=True)
 class Answer:
-    """What is being answered: an asynchronous iterator of `Said`. Left early, decoding stops.
+    """What is being answered. Where `parts` are left early, decoding stops.
 
     `prompt_tokens`: of all prompts; `gate_reply`: the first, if the gate answered any.
     """
 
     prompt_tokens: int
     gate_reply: GateReply | None
-    parts: AsyncIterator[Said]
+    parts: AsyncGenerator[Said, None]
 
 
 @dataclass(frozen=True)
@@ -190,7 +189,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class _Read:
-    """A prompt's tokens, a person's turns in it, and the gate's reply, if any."""
+    """A prompt's tokens, a person's turns in it (one at least), and the gate's reply, if any."""
 
     tokens: list[int]
     said: list[str]
@@ -276,20 +275,12 @@ class Service:
           BusyError, ClosingError: the request is refused.
           UserError: the chat template refuses these turns, or a prompt is empty or holds no tokens of the model's.
         """
-        first = next(iter(wanted.asked), None)
-        if first is None or isinstance(first, Message):
+        if isinstance(wanted.asked[0], Message):
             prompts, opened = [await self._in_thread(self._read, wanted.asked)], self._opened
         else:
             prompts, opened = [await self._in_thread(self._read_plain, *one) for one in enumerate(wanted.asked)], ""
         prompts = [await self._with_opinion(prompt) for prompt in prompts]
-        # The batcher's thread hands pieces over to this event loop, and may outlive it by a moment.
         pieces: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(first: int, piece: Piece | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(pieces.put_nowait, (first, piece))
-
         # Who is in a crisis hears the gate, before any model. For the others each choice is a row with a seed of its
         # own: the same seed gives the same choices again.
         fixed: list[Said] = []
@@ -307,10 +298,9 @@ class Service:
                 RowSettings(longest, wanted.temperature, wanted.top_p, (seed + choice * 0x9E3779B1) % 2**32)
                 for choice in range(wanted.choices)
             ]
-            job = Job(prompt.tokens, settings, wanted.alternatives or 0, partial(deliver, first_choice))
-            language = language_of(prompt.said[-1]) if prompt.said else None
+            job = Job(prompt.tokens, settings, wanted.alternatives or 0, _deliver_to(pieces, first_choice))
             for choice in choices:
-                output = OutputFilter(self.gate, language) if self.gate else None
+                output = OutputFilter(self.gate, language_of(prompt.said[-1])) if self.gate else None
                 speech = Speech(self.tokenizer, wanted.stop, output, wanted.alternatives is not None, opened)
                 voices[choice] = job, speech
         if voices:
@@ -318,7 +308,7 @@ class Service:
         reply = next((prompt.reply for prompt in prompts if prompt.reply is not None), None)
         return Answer(sum(len(prompt.tokens) for prompt in prompts), reply, _speak(fixed, voices, pieces))
 
-    async def score(self, prompts: Sequence[str | Sequence[int]], alternatives: int) -> AsyncIterator[Scored]:
+    async def score(self, prompts: Sequence[str | Sequence[int]], alternatives: int) -> AsyncGenerator[Scored, None]:
         """How likely the tokens of prompts are, as these are done. Nothing is said, so no gate reads them.
 
         Raises as `answer` does, and:
@@ -328,13 +318,7 @@ class Service:
         if long := next((own for own in tokens if len(own) > self._places), None):
             raise TooLongError(f"a prompt has {len(long)} tokens, more than the context of {self._places}")
         done: asyncio.Queue[tuple[int, PromptScores | None]] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def deliver(place: int, scores: PromptScores | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(done.put_nowait, (place, scores))
-
-        jobs = [ScoreJob(own, alternatives, partial(deliver, place)) for place, own in enumerate(tokens)]
+        jobs = [ScoreJob(own, alternatives, _deliver_to(done, place)) for place, own in enumerate(tokens)]
         self._batcher.submit(*jobs)
         try:
             for _ in jobs:
@@ -362,7 +346,7 @@ class Service:
 
     async def _with_opinion(self, prompt: _Read) -> _Read:
         """What the gate lets pass is shown to whoever is asked for a second opinion, if anybody is."""
-        if not (self.gate and self._opinion and prompt.said) or prompt.reply is not None:
+        if not (self.gate and self._opinion) or prompt.reply is not None:
             return prompt
         last = prompt.said[-1]
         opinion = await (self._own_opinion(last) if self._opinion == SERVED else ask_endpoint(self._opinion, last))
@@ -378,21 +362,11 @@ class Service:
         prompt = prompt_tokens(self.tokenizer, turns, replace(self._prompt, system="", instruction="")) + self._verdict
         if len(prompt) >= self._places:
             return None
-        loop = asyncio.get_running_loop()
-        said: asyncio.Future[Piece | None] = loop.create_future()
-
-        def settle(piece: Piece | None) -> None:
-            if not said.done():
-                said.set_result(piece)
-
-        def deliver(piece: Piece | None) -> None:
-            if not loop.is_closed():
-                loop.call_soon_threadsafe(settle, piece)
-
-        job = Job(prompt, [RowSettings(1, 0.0, 1.0, 0)], CANDIDATES, deliver)
+        said: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
+        job = Job(prompt, [RowSettings(1, 0.0, 1.0, 0)], CANDIDATES, _deliver_to(said, 0))
         self._batcher.submit(job)
         try:
-            piece = await said
+            _, piece = await said.get()
         finally:
             job.give_up()
         best = piece.best[0] if piece is not None and piece.best else []
@@ -418,25 +392,34 @@ class Service:
         return _Read(tokens, [text], self.gate.reply([text]) if self.gate else None)
 
     def _read(self, turns: Sequence[Message]) -> _Read:
-        """A conversation. The gate reads no message that is too long.
+        """A conversation, of which a person has the last word. The gate reads no message that is too long.
 
         A short one in a long conversation it does read: who is in a crisis gets its answer and no error.
         """
-        last = turns[-1].content if turns else ""
+        last = turns[-1].content
         if len(last.encode()) > self._most_bytes:
             raise TooLongError(f"the message has {len(last.encode())} bytes: no room in a context of {self._places}")
         prompt = prompt_tokens(self.tokenizer, turns, self._prompt)
         said = _last_said(turns)
         fits = len(prompt) < self._places
-        readable = fits or (
-            said and len(prompt_tokens(self.tokenizer, [Message("user", said[-1])], self._prompt)) < self._places
-        )
-        reply = self.gate.reply(said) if self.gate and readable else None
+        alone = prompt if fits else prompt_tokens(self.tokenizer, [Message("user", said[-1])], self._prompt)
+        reply = self.gate.reply(said) if self.gate and len(alone) < self._places else None
         if reply is None and not fits:
             raise TooLongError(
                 f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
             )
         return _Read(prompt, said, reply)
+
+
+def _deliver_to(waiting: "asyncio.Queue[tuple[int, T | None]]", number: int) -> Callable[[T | None], None]:
+    """For the batcher's thread, which may outlive this event loop by a moment: puts what it is given, and `number`."""
+    loop = asyncio.get_running_loop()
+
+    def deliver(given: T | None) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(waiting.put_nowait, (number, given))
+
+    return deliver
 
 
 def _last_said(turns: Sequence[Message]) -> list[str]:
@@ -455,7 +438,7 @@ def _last_said(turns: Sequence[Message]) -> list[str]:
 
 async def _speak(
     fixed: Sequence[Said], voices: Mapping[int, tuple[Job, Speech]], pieces: "asyncio.Queue[tuple[int, Piece | None]]"
-) -> AsyncIterator[Said]:
+) -> AsyncGenerator[Said, None]:
     """`voices`: by choice; `pieces`: with the first choice of their job."""
     try:
         for said in fixed:
