@@ -82,7 +82,7 @@ class _Running:
         """Free the slots of rows that have ended, or that nobody waits for."""
         for slot, (job, row) in self.rows.items():
             if row in job.given_up:
-                self.batch.give_up(slot)
+                self.batch.left[slot] = 0
         self.rows = {slot: own for slot, own in self.rows.items() if self.batch.left[slot] > 0}
 
 

@@ -100,22 +100,16 @@ class _Rows(NamedTuple):
 
 
 class Batch:
-    """Responses that are decoded together, each in a slot of one cache. `left` [rows]: how long each may still get."""
+    """Responses that are decoded together, each in a slot of one cache.
+
+    `left` [rows]: how many tokens each may still get; 0 gives a row up, and frees its slot.
+    """
 
     def __init__(self) -> None:
         self.shape = _Shape(0, 0, 0)
         self.state: _State | None = None
         self.rows = _Rows(*(np.zeros(0, dtype) for dtype in (np.int32, np.int32, np.float32, np.float32, np.uint32)))
         self.left = np.zeros(0, np.int32)
-
-    def give_up(self, slot: int) -> None:
-        """Nobody waits for the rest of this row."""
-        self.left[slot] = 0
-
-    @property
-    def done(self) -> bool:
-        """No row has anything left to say."""
-        return not self.left.any()
 
 
 class Engine:
@@ -198,7 +192,7 @@ class Engine:
         """How likely prompts are by themselves. So many alternatives come with each place, one at least."""
         rows = self._parts << (-(-len(prompts) // self._parts) - 1).bit_length()
         padded = pad_prompts([*prompts, *[prompts[0]] * (rows - len(prompts))], self.config.max_positions)
-        count = 1 if alternatives <= 1 else min(MOST_ALTERNATIVES, self.config.vocab_size)
+        count = 1 if alternatives <= 1 else MOST_ALTERNATIVES
         scores = jax.device_get(self._score(self._parameters, padded["tokens"], padded["mask"], count=count))
         own = [[part[row, -len(prompt) :] for part in scores] for row, prompt in enumerate(prompts)]
         return [PromptScores(log_probs[:-1], *best) for log_probs, *best in own]
@@ -334,7 +328,7 @@ def _advance(
         # The likeliest tokens want a sort of the vocabulary, so only batches that asked for them pay for it.
         best_log_probs, best = jax.lax.cond(
             alternatives,
-            lambda: _likeliest(log_probs),
+            lambda: tuple(jax.lax.top_k(log_probs, MOST_ALTERNATIVES)),
             lambda: (jnp.zeros((rows, MOST_ALTERNATIVES)), jnp.zeros((rows, MOST_ALTERNATIVES), jnp.int32)),
         )
         chunk = Chunk(
@@ -369,10 +363,3 @@ def _draw(logits: jax.Array, slots: _Rows, said: jax.Array) -> jax.Array:
     keys = jax.vmap(lambda seed, said: jax.random.fold_in(jax.random.key(seed), said))(slots.seed, said)
     sampled = jax.vmap(jax.random.categorical)(keys, likely)
     return jnp.where(slots.temperature > 0, sampled, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
-
-
-def _likeliest(log_probs: jax.Array) -> tuple[jax.Array, jax.Array]:
-    count = min(MOST_ALTERNATIVES, log_probs.shape[-1])
-    best_log_probs, best = jax.lax.top_k(log_probs, count)
-    missing = ((0, 0), (0, MOST_ALTERNATIVES - count))
-    return jnp.pad(best_log_probs, missing, constant_values=-jnp.inf), jnp.pad(best, missing)

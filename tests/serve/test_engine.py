@@ -43,7 +43,7 @@ def responses(engine, prompts, settings, alternatives=False):
     batch = Batch()
     slots = engine.join(batch, prompts, settings)
     chunks = []
-    while not batch.done:
+    while batch.left.any():
         chunks.append(Chunk(*(part[slots] for part in engine.advance(batch, alternatives))))
     tokens, mask, log_probs = (np.concatenate([chunk[i] for chunk in chunks], axis=1) for i in range(3))
     rows = [(t[m].tolist(), p[m]) for t, m, p in zip(tokens, mask, log_probs, strict=True)]
@@ -92,7 +92,7 @@ def staggered(engine, arrivals):
     batch, owners, turn = Batch(), {}, 0
     said = [([], []) for _ in arrivals]
     slots_used = set()
-    while turn <= max(at for at, _, _ in arrivals) or not batch.done:
+    while turn <= max(at for at, _, _ in arrivals) or batch.left.any():
         due = [number for number, (at, _, _) in enumerate(arrivals) if at == turn]
         if due:
             slots = engine.join(batch, [arrivals[number][1] for number in due], [arrivals[n][2] for n in due])
@@ -216,8 +216,8 @@ def test_a_row_that_is_given_up_says_no_more(engine):
     batch = Batch()
     engine.join(batch, PROMPTS, [replace(GREEDY, max_new_tokens=64)] * 5)
     engine.advance(batch)
-    batch.give_up(0)
-    while not batch.done:
+    batch.left[0] = 0
+    while batch.left.any():
         assert not engine.advance(batch).mask[0].any()
 
 
