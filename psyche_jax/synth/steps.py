@@ -366,7 +366,7 @@ def _read_reply(text: str) -> str:
     if _REFUSAL.search(reply):
         raise FaultyReplyError("这是拒绝，不是改写后的回复")
     if (broken := check_output(reply)) is not None:
-        raise FaultyReplyError(f"改写里有不安全的内容（{broken.kind}）")
+        raise FaultyReplyError(f"改写里有不安全的内容（{broken.name}）")
     return reply
 
 

@@ -86,12 +86,12 @@ def test_the_notice_says_ai_and_no_clinician():
     assert "AI" in Gate("US").notice("en") and "988" in Gate("US").notice("en")
 
 
-@pytest.mark.parametrize("rule", output_rules(), ids=lambda rule: rule.kind)
+@pytest.mark.parametrize("rule", output_rules(), ids=lambda rule: rule.name)
 def test_output_rules_hold_their_examples(rule):
-    assert rule.rule.examples and rule.rule.counterexamples
-    for sentence in rule.rule.examples:
+    assert rule.examples and rule.counterexamples and rule.action
+    for sentence in rule.examples:
         assert check_output(sentence) == rule, sentence
-    for sentence in rule.rule.counterexamples:
+    for sentence in rule.counterexamples:
         assert check_output(sentence) is None, sentence
 
 

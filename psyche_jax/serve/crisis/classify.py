@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
@@ -18,8 +18,6 @@ _LONGEST = 4  # characters of an n-gram
 _APART = 4  # places between the two characters of a pair, at most
 SEPARATOR = "\n"  # between n-grams in the file: no n-gram holds it
 _GAP = "\0"  # between the characters of a pair
-
-
 _BLANK = "□"
 _PART = 400  # characters of a long text that are read at once
 _OVERLAP = 60
@@ -78,12 +76,16 @@ EXPLICIT = Risk.ACTIVE_IDEATION  # from here on what a rule says stands
 
 @dataclass(frozen=True)
 class Rule:
-    """One named pattern of the data file and sentences that it is held to."""
+    """One named pattern of a data file and sentences that it is held to.
+
+    `action`, of outputs.yaml: `unsafe` (the reply ends) or `claim` (the sentence is replaced).
+    """
 
     name: str
     pattern: re.Pattern[str]
     examples: tuple[str, ...]
     counterexamples: tuple[str, ...]
+    action: str = ""
 
 
 @dataclass(frozen=True)
@@ -270,27 +272,37 @@ def _known_words() -> frozenset[str]:
 @cache
 def rule_book() -> RuleBook:
     """rules.yaml, compiled once."""
-    data = yaml.safe_load((files("psyche_jax.serve.crisis") / "rules.yaml").read_text(encoding="utf-8"))
-    terms = {name: join_lines(term) for name, term in data["terms"].items()}
-
-    def rules(entries: list[dict[str, Any]]) -> tuple[Rule, ...]:
-        return tuple(read_rule(entry, terms) for entry in entries)
-
+    data = read_yaml("rules.yaml")
+    terms = data["terms"]
     return RuleBook(
         tuple((word, re.compile(pattern)) for word, pattern in data["spellings"].items()),
-        rules(data["set_aside"]),
-        rules(data["check_in"]),
-        {Risk(name): rules(entries) for name, entries in data["crisis"].items()},
+        read_rules(data["set_aside"], terms),
+        read_rules(data["check_in"], terms),
+        {Risk(name): read_rules(entries, terms) for name, entries in data["crisis"].items()},
     )
 
 
-def read_rule(entry: dict[str, Any], terms: dict[str, str]) -> Rule:
-    """One entry of a data file of rules, its pattern compiled with the <terms> filled in."""
-    pattern = re.sub(r"<(\w+)>", lambda term: terms[term[1]], join_lines(entry["pattern"]))
-    examples, counterexamples = entry["examples"], entry.get("counterexamples", ())
-    return Rule(entry["name"], re.compile(pattern), tuple(examples), tuple(counterexamples))
+def read_yaml(name: str) -> dict[str, Any]:
+    """A data file of the package."""
+    return yaml.safe_load((files("psyche_jax.serve.crisis") / name).read_text(encoding="utf-8"))
 
 
-def join_lines(pattern: str) -> str:
-    """A pattern that is written on several lines, as one."""
-    return "".join(line.strip() for line in pattern.splitlines())
+def read_rules(entries: Iterable[dict[str, Any]], terms: Mapping[str, str]) -> tuple[Rule, ...]:
+    """Entries of a data file, their patterns compiled: written on several lines, with <terms>."""
+
+    def joined(pattern: str) -> str:
+        return "".join(line.strip() for line in pattern.splitlines())
+
+    def compiled(pattern: str) -> re.Pattern[str]:
+        return re.compile(re.sub(r"<(\w+)>", lambda term: joined(terms[term[1]]), joined(pattern)))
+
+    return tuple(
+        Rule(
+            entry["name"],
+            compiled(entry["pattern"]),
+            tuple(entry["examples"]),
+            tuple(entry.get("counterexamples", ())),
+            entry.get("action", ""),
+        )
+        for entry in entries
+    )

@@ -7,14 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from psyche_jax.errors import UsageError
-from psyche_jax.serve.crisis.classify import Assessment, Risk, Rule, classify, join_lines, normalize, read_rule
+from psyche_jax.serve.crisis.classify import Assessment, Risk, Rule, classify, normalize, read_rules, read_yaml
 
 _LOG = logging.getLogger("psyche_jax.crisis")
 Language = Literal["zh", "en"]
@@ -117,7 +114,7 @@ def regions() -> dict[str, str]:
 
 @cache
 def _texts() -> dict[str, Any]:
-    return yaml.safe_load((files("psyche_jax.serve.crisis") / "replies.yaml").read_text(encoding="utf-8"))
+    return read_yaml("replies.yaml")
 
 
 _SENTENCE = re.compile(r".*?(?:[。！？!?；;\n]+[”’\"')）】]*|\.(?=\s)|$)", re.DOTALL)
@@ -125,30 +122,17 @@ _LONGEST = 400  # characters: a text without any full stop is checked in parts o
 _CONTEXT = 60  # characters of what was said before that a part is checked with
 
 
-@dataclass(frozen=True)
-class OutputRule:
-    """A kind of thing not to be said; `action` is `unsafe` (the reply ends) or `claim` (the sentence is replaced)."""
-
-    kind: str
-    action: str
-    rule: Rule
-
-
 @cache
-def output_rules() -> tuple[OutputRule, ...]:
-    """outputs.yaml, compiled once."""
-    data = yaml.safe_load((files("psyche_jax.serve.crisis") / "outputs.yaml").read_text(encoding="utf-8"))
-    terms = {name: join_lines(term) for name, term in data["terms"].items()}
-    return tuple(
-        OutputRule(kind, entry["action"], read_rule({"name": kind, **entry}, terms))
-        for kind, entry in data["kinds"].items()
-    )
+def output_rules() -> tuple[Rule, ...]:
+    """outputs.yaml, compiled once: a rule for each kind of thing not to be said."""
+    data = read_yaml("outputs.yaml")
+    return read_rules(({"name": kind, **entry} for kind, entry in data["kinds"].items()), data["terms"])
 
 
-def check_output(text: str) -> OutputRule | None:
+def check_output(text: str) -> Rule | None:
     """The first rule that `text` breaks."""
     text = normalize(text)
-    return next((rule for rule in output_rules() if rule.rule.pattern.search(text)), None)
+    return next((rule for rule in output_rules() if rule.pattern.search(text)), None)
 
 
 class OutputFilter:
@@ -195,7 +179,7 @@ class OutputFilter:
             return sentence
         self.withheld += 1
         self._said = ""  # what was withheld must not count against what follows
-        self._gate.record("reply", kind=broken.kind)
+        self._gate.record("reply", kind=broken.name)
         self.stopped = broken.action == "unsafe"
         if self.stopped:
             self._waiting = ""

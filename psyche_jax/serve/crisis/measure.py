@@ -4,15 +4,12 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.evaluate.comparison import wilson
-from psyche_jax.serve.crisis.classify import Assessment, Risk, classify
+from psyche_jax.serve.crisis.classify import Assessment, Risk, classify, read_yaml
 from psyche_jax.serve.crisis.gate import check_output
 from psyche_jax.storage.files import read_json, read_jsonl, write_json
 
@@ -63,7 +60,7 @@ def own_sentences(*parts: str) -> list[Post]:
 
     `parts`: `before` and `after`, that is when the rules were done; both if none is named.
     """
-    data = yaml.safe_load((files("psyche_jax.serve.crisis") / "sentences.yaml").read_text(encoding="utf-8"))
+    data = read_yaml("sentences.yaml")
     chosen = [data[part] for part in parts or data]
     return [Post(text, Risk(label).value) for part in chosen for label, texts in part.items() for text in texts]
 
@@ -176,7 +173,7 @@ def measure_turns(turns: Sequence[Turn], learned: bool = True, second_opinion: s
 
 def measure_replies(replies: Iterable[str]) -> dict[str, Any]:
     """How many of a model's replies the output filter would not let pass as they are."""
-    kinds = [rule.kind if (rule := check_output(reply)) else "" for reply in replies]
+    kinds = [rule.name if (rule := check_output(reply)) else "" for reply in replies]
     return {
         "count": len(kinds),
         "withheld": share(sum(map(bool, kinds)), len(kinds)),
