@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jinja2
 import pydantic
@@ -38,8 +38,6 @@ Score: TypeAlias = Literal[1, 2, 3, 4, 5]
 class Marks:
     """What a judge gives one reply."""
 
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="ignore")
-
     technique: Score
     attitude: Score
     emotional_empathy: Score
@@ -55,8 +53,6 @@ class Marks:
 @dataclass(frozen=True)
 class Judgement:
     """What a judge says of two replies, in the order in which it saw them."""
-
-    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="ignore")
 
     first: Marks
     second: Marks
@@ -163,8 +159,7 @@ def summarize_empathy(pairs: Sequence[Pair], judged: Mapping[str, Mapping[Key, J
     for name, judgements in judged.items():
         both = [pair.id for pair in pairs if (pair.id, 0) in judgements and (pair.id, 1) in judgements]
         outcomes[name] = {}
-        firsts = same = 0
-        preferences = 0
+        firsts = same = preferences = 0
         for id_ in both:
             forward, backward = judgements[id_, 0], judgements[id_, 1]
             marks += [(id_, forward.first, forward.second), (id_, backward.second, backward.first)]
@@ -224,12 +219,8 @@ def _sign(one: Marks, other: Marks) -> int:
 
 def _prompt(pair: Pair, order: int) -> str:
     first, second = (pair.reply, pair.other) if order == 0 else (pair.other, pair.reply)
-    template = (files("psyche_jax.evaluate") / "judge.zh.jinja").read_text(encoding="utf-8")
-    return (
-        jinja2.Environment(undefined=jinja2.StrictUndefined)
-        .from_string(template)
-        .render(dialogue=pair.dialogue, first=first or "（没有回复）", second=second or "（没有回复）")
-    )
+    template = jinja2.Template((files("psyche_jax.evaluate") / "judge.zh.jinja").read_text(encoding="utf-8"))
+    return template.render(dialogue=pair.dialogue, first=first or "（没有回复）", second=second or "（没有回复）")
 
 
 def _parse(text: str) -> Judgement:
