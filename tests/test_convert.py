@@ -305,7 +305,7 @@ def test_transformers_says_the_same(exported, monkeypatch):
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
     parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
     execution = Execution(sharding, jnp.dtype("float32"))
-    ours = complete(stored.config, parameters, tokenizer, prompts, Sampling(24, 0.0), execution, 3)
+    ours = dict(complete(stored.config, parameters, tokenizer, prompts, Sampling(24, 0.0), execution, 3))
 
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
     assert type(theirs) is transformers.Qwen2ForCausalLM

@@ -1,6 +1,6 @@
 """A model on this machine as one who answers: completions batch by batch."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -37,28 +37,23 @@ def complete(
     execution: Execution,
     batch_size: int,
     seed: int = 0,
-    keep: Callable[[int, Completion], object] = lambda index, completion: None,
     skip: Collection[int] = (),
     opened: str = "",
-) -> dict[int, Completion]:
-    """One completion for each prompt, by its place.
+) -> Iterator[tuple[int, Completion]]:
+    """One completion for each prompt, with its place, as they come.
 
     `batch_size` prompts are answered at once; where prompts are short beside answers, more of them are read, and each
     takes the slot of one that has ended. Prompts are sorted by length, so that little is padded and few shapes are
-    compiled. `keep(place, completion)` is called as they come. Prompts at the places `skip` have theirs already; the
-    others get what they would have got without it, since parts are always cut alike. `batch_size` is rounded up to a
-    multiple of what the mesh's batch axes need. `opened` is what the chat template has written of each response; their
-    texts begin with it.
+    compiled. Prompts at the places `skip` have theirs already; the others get what they would have got without it,
+    since parts are always cut alike. `batch_size` is rounded up to a multiple of what the mesh's batch axes need.
+    `opened` is what the chat template has written of each response; their texts begin with it.
     """
     places = execution.sharding.parts("batch")
     rows = -(-min(batch_size, len(prompts)) // places) * places
     sampling = replace(sampling, slots=rows)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    program: Callable[..., Rollout] = jax.jit(
-        partial(generate, config, sampling=sampling, execution=execution), donate_argnums=()
-    )
+    program: Callable[..., Rollout] = jax.jit(partial(generate, config, sampling=sampling, execution=execution))
     place = execution.sharding.named("batch", None)
-    completions: dict[int, Completion] = {}
     start = 0
     while start < len(order):
         # The prompts of what waits take memory too: half as much as answers at most.
@@ -79,9 +74,7 @@ def complete(
             tokens = rollout.tokens[row][rollout.mask[row]].tolist()
             finished = bool(tokens) and tokens[-1] in config.stop_token_ids
             text = opened + decoded_text(tokenizer, tokens[:-1] if finished else tokens)
-            completions[index] = Completion(text, len(tokens), finished)
-            keep(index, completions[index])
-    return completions
+            yield index, Completion(text, len(tokens), finished)
 
 
 class LocalModel:
@@ -188,9 +181,10 @@ class LocalModel:
                     f"the {self._stored.config.max_positions} positions of {self.name}"
                 )
         keys = list(prompts)
-        if all(key in known for key in keys):
+        answered = {place for place, key in enumerate(keys) if key in known}
+        if len(answered) == len(keys):  # so the weights need not be read
             return failed
-        complete(
+        completions = complete(
             self._stored.config,
             self._stored.read_parameters(self._sharding, jnp.dtype(self._dtype)),
             self._tokenizer,
@@ -199,8 +193,9 @@ class LocalModel:
             Execution(self._sharding, jnp.dtype(self._dtype)),
             self._batch_size,
             self._seed,
-            lambda place, completion: keep(keys[place], completion),
-            {place for place, key in enumerate(keys) if key in known},
+            answered,
             opened,
         )
+        for place, completion in completions:
+            keep(keys[place], completion)
         return failed

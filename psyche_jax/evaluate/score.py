@@ -53,13 +53,13 @@ def bootstrap_shares(
     return low + (high - low) * random.beta(count * score + 0.5, count * (1 - score) + 0.5, RESAMPLES)
 
 
-def interval(means: np.ndarray, estimate: float | None = None) -> tuple[float, float]:
+def interval(means: np.ndarray, estimate: float) -> tuple[float, float]:
     """The 95 % percentile interval of resampled means, which holds the estimate that it is given for.
 
     The posterior's percentiles leave out a score of exactly 0 or 1; resamples of few groups may leave out others.
     """
     low, high = map(float, np.percentile(means, [2.5, 97.5]))
-    return (low, high) if estimate is None else (min(low, estimate), max(high, estimate))
+    return min(low, estimate), max(high, estimate)
 
 
 def answer_record(task: Task, completion: Completion, sample: int = 0) -> dict[str, Any]:

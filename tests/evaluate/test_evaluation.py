@@ -52,8 +52,7 @@ def run(model):
             parameters = stored.read_parameters(sharding, jnp.dtype("float32"))
             execution = Execution(sharding, jnp.dtype("float32"))
             sampling = Sampling(new_tokens, temperature)
-            done = []
-            result = complete(
+            done = complete(
                 stored.config,
                 parameters,
                 tokenizer,
@@ -62,11 +61,10 @@ def run(model):
                 execution,
                 batch_size,
                 seed,
-                lambda place, completion: done.append((place, completion)),
                 skip,
             )
-            assert dict(done) == result and len(done) == len(prompts) - len(skip)
-            known[key] = [result[place] for place in range(len(prompts)) if place in result]
+            known[key] = [completion for _, completion in sorted(done, key=lambda one: one[0])]
+            assert len(known[key]) == len(prompts) - len(skip)
         return known[key]
 
     return completions
