@@ -194,12 +194,12 @@ def test_one_model_alone_has_no_before_and_after(tmp_path: Path) -> None:
     assert "One right answer" not in text  # all questions are of that kind
 
 
-@pytest.mark.parametrize("key", ["step_time", "num_tokens", "loss", "reward", "memory/device_gib"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, "x"])
-def test_a_metric_that_is_no_number_hides_nothing_else(tmp_path: Path, key: str, value: Any) -> None:
+def test_a_metric_that_is_no_number_hides_nothing_else(tmp_path: Path, value: Any) -> None:
     run = make_chain(tmp_path)[-1]
     file = run / "metrics.jsonl"
-    lines = [{**json.loads(line), key: value} for line in file.read_text().splitlines()[:4]]
+    bad = dict.fromkeys(("step_time", "num_tokens", "loss", "reward", "memory/device_gib"), value)
+    lines = [json.loads(line) | bad for line in file.read_text().splitlines()[:4]]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert "Gradient norm" in plain(report(tmp_path, run))
     assert charts(grpo_metrics(list(lines[0])), [("run", lines)], "time")
