@@ -88,11 +88,11 @@ class Metric:
 
 @dataclass(frozen=True)
 class Chart:
-    """A drawn chart. `rows`: at some of its points, what they are called and the value of each curve."""
+    """A drawn chart. `rows`: some of its places, what they are called, and the value of each curve there."""
 
     metric: Metric
     series: tuple[Series, ...]
-    rows: list[tuple[str, list[str]]]
+    rows: list[tuple[float, str, list[str]]]
     summary: str  # what a screen reader says
     svg: str
 
@@ -188,30 +188,19 @@ def charts(
     places = {run: _places(lines, across) for run, lines in runs}
     result: list[Chart] = []
     for metric in metrics:
-        metric = replace(
-            metric,
-            title=say.term(metric.title),
-            unit=say.term(metric.unit),
-            about=metric.about and say.term(metric.about),
-        )
+        title, unit, about = map(say.term, (metric.title, metric.unit, metric.about))
+        metric = replace(metric, title=title, unit=unit, about=about)
         found = [
             _series(lines, places[run], key, say.term(name) if alone else run, style, metric.band if alone else None)
             for run_index, (run, lines) in enumerate(runs)
             for style, (key, name) in ((run_index + key_index, pair) for key_index, pair in enumerate(metric.keys))
         ]
         series = tuple(one for one in found if one.steps)
-        if series and not (metric.if_any and not any(any(one.values) for one in series)):
+        if series and (not metric.if_any or any(any(one.values) for one in series)):
             salt = f"{metric.title} {len(result)} {'|'.join(run for run, _ in runs)}"
-            rows = _rows(series, across)
-            named = [
-                (_place(place, across, say), [number(v) if v is not None else "–" for v in values])
-                for place, values in rows
-            ]
+            rows = _rows(series, across, say)
             summary = _summary(metric, series, across, say)
-            svg = _draw(
-                metric, series, salt, across, say, [(place, *one) for (place, _), one in zip(rows, named, strict=True)]
-            )
-            result.append(Chart(metric, series, named, summary, svg))
+            result.append(Chart(metric, series, rows, summary, _draw(metric, series, salt, across, say, rows)))
     return result
 
 
@@ -221,10 +210,6 @@ def _places(lines: Sequence[dict[str, Any]], across: Across) -> list[float]:
         return [line["step"] for line in lines]
     times = (line.get("step_time") for line in lines)
     return list(accumulate(time if isinstance(time, int | float) and math.isfinite(time) else 0.0 for time in times))
-
-
-def _place(place: float, across: Across, say: Speaker) -> str:
-    return say("step {n}", n=int(place)) if across == "step" else duration(place, say)
 
 
 def _summary(metric: Metric, series: Sequence[Series], across: Across, say: Speaker) -> str:
@@ -239,22 +224,24 @@ def _summary(metric: Metric, series: Sequence[Series], across: Across, say: Spea
     return say("{title} {span}, first → last: {values}", title=metric.title, span=span, values=values)
 
 
-def _rows(series: Sequence[Series], across: Across) -> list[tuple[float, list[float | None]]]:
-    """Places, at most `ROWS` of each curve, and the values there: by step those of the step, by time the latest."""
+def _rows(series: Sequence[Series], across: Across, say: Speaker) -> list[tuple[float, str, list[str]]]:
+    """At most `ROWS` places of each curve, and the values there: by step those of the step, by time the latest."""
     chosen: set[float] = set()
     for one in series:
         count = len(one.steps)
-        chosen |= {
-            one.steps[round(index * (count - 1) / max(1, min(ROWS, count) - 1))] for index in range(min(ROWS, count))
-        }
+        rows = min(ROWS, count)
+        chosen |= {one.steps[round(row * (count - 1) / max(1, rows - 1))] for row in range(rows)}
 
-    def value(one: Series, place: float) -> float | None:
+    def value(one: Series, place: float) -> str:
         index = bisect.bisect_right(one.steps, place) - 1
         if index < 0 or place > one.steps[-1] or (across == "step" and one.steps[index] != place):
-            return None
-        return one.values[index]
+            return "–"
+        return number(one.values[index])
 
-    return [(place, [value(one, place) for one in series]) for place in sorted(chosen)]
+    def name(place: float) -> str:
+        return say("step {n}", n=int(place)) if across == "step" else duration(place, say)
+
+    return [(place, name(place), [value(one, place) for one in series]) for place in sorted(chosen)]
 
 
 def moving_mean(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:

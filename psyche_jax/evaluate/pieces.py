@@ -12,7 +12,7 @@ from psyche_jax.config_files import dump_yaml
 from psyche_jax.evaluate.curves import SFT_METRICS, Across, charts, grpo_metrics
 from psyche_jax.evaluate.formatting import brief, cell, clip, interval, percent, points, spoken
 from psyche_jax.evaluate.language import Speaker
-from psyche_jax.evaluate.run_records import KINDS, RunRecord, flat
+from psyche_jax.evaluate.run_records import RunRecord, flat
 
 
 def environment(say: Speaker) -> jinja2.Environment:
@@ -26,13 +26,9 @@ def environment(say: Speaker) -> jinja2.Environment:
     )
     plain = Speaker(say.language)
     templates.globals |= {"say": say, "plain": plain, "markup": Markup}
-    templates.filters |= {"percent": percent, "points": points, "spoken": spoken, "brief": brief, "term": say.term}
-    templates.filters |= {
-        "dumped": dump_yaml,
-        "cell": cell,
-        "interval": interval,
-        "clip": lambda text: clip(text, plain),
-    }
+    templates.filters |= {"percent": percent, "points": points, "interval": interval, "brief": brief, "cell": cell}
+    templates.filters |= {"spoken": spoken, "clip": lambda text: clip(text, plain), "term": say.term}
+    templates.filters["dumped"] = dump_yaml
     return templates
 
 
@@ -55,14 +51,15 @@ def kind_sections(runs: Sequence[RunRecord], say: Speaker, across: Across = "ste
         keys = list(dict.fromkeys(key for run in chosen for line in run.metrics for key in line))
         metrics = grpo_metrics(keys) if kind == "grpo" else SFT_METRICS
         settings = _settings(chosen, plain)
-        section = {
-            "name": plain.term(KINDS.get(kind, kind)),
-            "runs": chosen,
-            "charts": charts(metrics, [(run.name, run.metrics) for run in chosen], across, plain),
-            "settings": settings,
-            "differences": [row for row in settings if row[2]],
-        }
-        sections.append(section)
+        sections.append(
+            {
+                "name": chosen[0].kind_name(plain),
+                "runs": chosen,
+                "charts": charts(metrics, [(run.name, run.metrics) for run in chosen], across, plain),
+                "settings": settings,
+                "differences": [row for row in settings if row[2]],
+            }
+        )
     return sections
 
 

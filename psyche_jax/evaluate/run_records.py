@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.config_files import dump_yaml, parse_yaml_mapping
+from psyche_jax.config_files import parse_yaml_mapping
 from psyche_jax.evaluate.comparison import Evaluation
 from psyche_jax.evaluate.formatting import duration, number, percent
 from psyche_jax.evaluate.language import ENGLISH, Speaker
@@ -16,7 +16,7 @@ from psyche_jax.storage.files import as_path, bucket_errors, in_bucket, read_jso
 from psyche_jax.storage.locks import is_left_behind
 from psyche_jax.train.run_files import check_run, read_state, read_steps
 
-KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
+_KINDS = {"sft": "Supervised fine-tuning", "grpo": "GRPO"}
 _STATUS = {
     "done": "Done after {n} step|Done after {n} steps",
     "running": "Running; at step {n}",
@@ -37,8 +37,6 @@ _LIMITS = (  # metric, what it should not be above at the last step, what to say
     ),
 )
 _STEPS_OF_PACE = 20  # the last ones: what is left goes by their median
-_NO_METRICS = "This run has no metrics (metrics.jsonl is missing or empty), so no curves and no timings."
-_NO_SAMPLES = "This run has no samples (samples.jsonl is missing or empty), so no completions from training."
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ class RunRecord:
 
     def kind_name(self, say: Speaker = ENGLISH) -> str:
         """What the run did, in words."""
-        return say.term(KINDS.get(self.kind, self.kind))
+        return say.term(_KINDS.get(self.kind, self.kind))
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -87,11 +85,7 @@ class RunRecord:
             phrase = _STATUS["on its way"]
             left = duration((total - step) * statistics.median(times[-_STEPS_OF_PACE:]), say)
         sentence = say(phrase, n=step, status=say.term(status.capitalize()), all=total, left=left)
-        return (
-            say("{sentence}: {reason}", sentence=sentence, reason=reason)
-            if reason
-            else say("{sentence}.", sentence=sentence)
-        )
+        return say("{sentence}: {reason}" if reason else "{sentence}.", sentence=sentence, reason=reason)
 
     def facts(self, say: Speaker = ENGLISH) -> list[tuple[str, str]]:
         """Numbers that tell how it went."""
@@ -120,7 +114,7 @@ class RunRecord:
             phrase = "The loss or gradient was not finite at {count} of {all} steps, first at {first}."
             found.append(say(phrase, count=len(skipped), all=len(self.metrics), first=skipped[0]))
         for key, limit, phrase in _LIMITS:
-            if self.metrics and real(self.metrics[-1].get(key)) > limit:
+            if self.metrics and _real(self.metrics[-1].get(key)) > limit:
                 found.append(say(phrase, share=percent(self.metrics[-1][key])))
         losses = _values(self.metrics, "evaluation_loss")
         if losses and losses[-1] > 1.02 * min(losses):
@@ -130,9 +124,13 @@ class RunRecord:
 
     def missing(self, say: Speaker = ENGLISH) -> list[str]:
         """What the folder does not hold, in words."""
-        absent = [] if self.metrics else [say(_NO_METRICS)]
+        absent = []
+        if not self.metrics:
+            phrase = "This run has no metrics (metrics.jsonl is missing or empty), so no curves and no timings."
+            absent.append(say(phrase))
         if self.kind == "grpo" and not self.samples:
-            absent.append(say(_NO_SAMPLES))
+            phrase = "This run has no samples (samples.jsonl is missing or empty), so no completions from training."
+            absent.append(say(phrase))
         return absent
 
     @property
@@ -175,11 +173,6 @@ class RunRecord:
                     card = read_json(folder / "card.json")
                     return card if isinstance(card, dict) else {}
         return {}
-
-    @property
-    def yaml(self) -> str:
-        """The config as text."""
-        return dump_yaml(self.config)
 
     def timings(self, say: Speaker = ENGLISH) -> list[tuple[str, str]]:
         """What the run timed itself, if it did."""
@@ -240,7 +233,7 @@ def _values(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     return [float(line[key]) for line in lines if isinstance(line.get(key), int | float)]
 
 
-def real(value: Any) -> float:
+def _real(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
@@ -278,14 +271,14 @@ def samples_by_prompt(
             said.setdefault(str(sample.get("prompt", "")), []).append(sample)
     result = {}
     for prompt, ones in said.items():
-        ones.sort(key=lambda sample: -real(sample.get("reward")))
+        ones.sort(key=lambda sample: -_real(sample.get("reward")))
         turns = _TURN.findall(prompt)
         result[prompt] = {
             "step": step,
             "question": (turns[-1] if turns else prompt).strip(),
             "prompt": prompt,
             "count": len(ones),
-            "mean_reward": sum(real(sample.get("reward")) for sample in ones) / len(ones),
+            "mean_reward": sum(_real(sample.get("reward")) for sample in ones) / len(ones),
             "samples": [
                 {"text": str(sample.get("completion", "")), "facts": _facts(sample, say)}
                 for sample in (ones if every or len(ones) <= 2 else (ones[0], ones[-1]))
@@ -295,9 +288,9 @@ def samples_by_prompt(
 
 
 def _facts(sample: Mapping[str, Any], say: Speaker) -> str:
-    facts = [say("reward {value}", value=number(real(sample.get("reward"))))]
+    facts = [say("reward {value}", value=number(_real(sample.get("reward"))))]
     rules = sample.get("rewards")
-    facts += [f"{rule} {number(real(value))}" for rule, value in (rules.items() if isinstance(rules, dict) else ())]
+    facts += [f"{rule} {number(_real(value))}" for rule, value in (rules.items() if isinstance(rules, dict) else ())]
     if isinstance(sample.get("advantage"), int | float):
         facts.append(say("advantage {value}", value=f"{sample['advantage']:+.2f}".replace("-", "−")))
     if isinstance(sample.get("tokens"), int):
