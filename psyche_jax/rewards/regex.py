@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 
@@ -243,6 +243,9 @@ def _check_anchors(pattern: str, node: Node, *, first: bool, last: bool) -> None
             _check_anchors(pattern, item, first=first and not before, last=last and not after)
 
 
+_Reading: TypeAlias = tuple[tuple[int, int], ...]  # bits that were read, positions (as bits) reached with them
+
+
 class _Positions:
     """A nondeterministic automaton: position i goes on a character of `sets[i]` to `follows[i]`, or, if that
     has no set, to all of `jumps[i]` on nothing."""
@@ -310,95 +313,72 @@ def _character_classes(sets: Sequence[tuple[Span, ...]]) -> tuple[np.ndarray, np
     return np.repeat(group, np.diff(cuts)).astype(np.int32), member[first].T.astype(bool)
 
 
-def compile_pattern(pattern: str, flags: int = 0, max_states: int = MAX_STATES) -> CharacterAutomaton:
+def compile_pattern(
+    pattern: str, flags: int = 0, max_states: int = MAX_STATES, letters: Mapping[str, int] | None = None
+) -> CharacterAutomaton:
     """The smallest automaton that accepts what `re.fullmatch(pattern, text, flags)` matches.
 
-    Raises UsageError for patterns that are refused, TooLarge beyond `max_states`.
-    """
-    tree = parse(pattern, flags)
-    positions = _Positions(4 * max_states)
-    goal = positions.add(None, [])
-    start = positions.build(tree, goal)
-    sets = sorted({spans for spans in positions.sets if spans is not None})
-    class_of, member = _character_classes(sets)
-    classes = {spans: np.flatnonzero(row).tolist() for spans, row in zip(sets, member, strict=True)}
-    moves: dict[int, tuple[list[int], int]] = {}  # position → its character classes, where it leads
-
-    def move(position: int) -> tuple[list[int], int]:
-        if position not in moves:
-            spans = positions.sets[position]
-            reached = positions.closure(positions.follows[position][0])
-            moves[position] = ([] if spans is None else classes[spans], reached)
-        return moves[position]
-
-    def successors(state: int) -> list[tuple[int, int]]:
-        row = [0] * member.shape[1]
-        for position in _bits(state & ~1):
-            symbols, reached = move(position)
-            for symbol in symbols:
-                row[symbol] |= reached
-        return [(target, 0) for target in row]
-
-    table = explore(positions.closure(start), successors, lambda state: bool(state & 1), max_states)
-    return CharacterAutomaton(class_of, minimize(table))
-
-
-def compile_letters(
-    pattern: str, bits: Mapping[str, int], flags: int = 0, max_states: int = MAX_STATES
-) -> CharacterAutomaton:
-    """The automaton of `compile_pattern` which also reads letters: those of `bits` in a capturing group (not
-    a named one) have their bit or-ed into the register.
-
-    A state is a set of positions, each with the bits that were read on the way there and not on every way here: they
+    It reads `letters` too: each that is matched in a capturing group (not a named one) has its bit or-ed into the
+    register. A state is sets of positions, by the bits that were read on the way there and not on every way here: those
     are given out as soon as it is certain.
 
-    Raises Ambiguous if some text can be read in two ways, or its letters are certain only at its end.
+    Raises UsageError for patterns that are refused, TooLarge beyond `max_states`, Ambiguous if some text can be read in
+    two ways, or its letters are certain only at its end.
     """
-    positions = _Positions(8 * max_states)
+    letters = letters or {}
+    positions = _Positions(4 * max_states)
     goal = positions.add(None, [])
     start = positions.build(parse(pattern, flags), goal)
-    letters = [((ord(letter), ord(letter) + 1),) for letter in bits]
     # Characters that no position tells apart are one symbol; each letter is a symbol of its own.
-    sets = sorted({spans for spans in positions.sets if spans is not None}.union(letters))
+    own = [((ord(letter), ord(letter) + 1),) for letter in letters]
+    sets = sorted({spans for spans in positions.sets if spans is not None}.union(own))
     class_of, member = _character_classes(sets)
-    symbols = {spans: np.flatnonzero(row).tolist() for spans, row in zip(sets, member, strict=True)}
+    symbols_of = {spans: np.flatnonzero(row).tolist() for spans, row in zip(sets, member, strict=True)}
     bit_of = [0] * member.shape[1]
-    for letter, bit in bits.items():
+    for letter, bit in letters.items():
         bit_of[class_of[ord(letter)]] = bit
-    example = [chr(int(np.argmax(class_of == symbol))) for symbol in range(len(bit_of))]
-    # Kept beside each state, so that an ambiguity can be shown as a text.
-    begin = tuple((position, 0) for position in _bits(positions.closure(start)))
-    texts = {begin: ""}  # a state → a text that leads there
-    moves: dict[int, list[int]] = {}
+    came_from: dict[_Reading, tuple[_Reading, int]] = {}  # so that an ambiguity can be shown as a text
 
-    def successors(state: tuple[tuple[int, int], ...]) -> list[tuple[tuple[tuple[int, int], ...], int]]:
-        reached: list[dict[int, int]] = [{} for _ in bit_of]
-        for position, read in state:
-            spans = positions.sets[position]
-            if spans is None:
-                continue
-            if position not in moves:
-                moves[position] = _bits(positions.closure(positions.follows[position][0]))
-            for symbol in symbols[spans]:
-                bits_now = read | (bit_of[symbol] if positions.captured[position] else 0)
-                for target in moves[position]:
-                    if reached[symbol].setdefault(target, bits_now) != bits_now:
-                        raise Ambiguous(texts[state] + example[symbol])
+    @functools.cache
+    def move(position: int) -> tuple[list[int], int]:
+        """Its symbols, and the positions to which they lead."""
+        spans = positions.sets[position]
+        assert spans is not None  # else it would be in no closure
+        return symbols_of[spans], positions.closure(positions.follows[position][0])
+
+    def successors(state: _Reading) -> list[tuple[_Reading, int]]:
+        reached: list[dict[int, int]] = [{} for _ in bit_of]  # by symbol: bits that were read → positions
+        for read, here in state:
+            for position in _bits(here & ~1):
+                symbols, there = move(position)
+                for symbol in symbols:
+                    bits = read | bit_of[symbol] if positions.captured[position] else read
+                    reached[symbol][bits] = reached[symbol].get(bits, 0) | there
         # Bits that all ways share are certain: they go into the register now, and out of the state.
         found = []
-        for symbol, targets in enumerate(reached):
-            certain = functools.reduce(operator.and_, targets.values()) if targets else 0
-            target_state = tuple(sorted((at, read & ~certain) for at, read in targets.items()))
-            texts.setdefault(target_state, texts[state] + example[symbol])
-            found.append((target_state, certain))
+        for symbol, ways in enumerate(reached):
+            certain = functools.reduce(operator.and_, ways) if ways else 0
+            target = tuple(sorted((read & ~certain, there) for read, there in ways.items()))
+            came_from.setdefault(target, (state, symbol))
+            if sum(ways.values()) != functools.reduce(operator.or_, ways.values(), 0):  # one position, read in two ways
+                raise Ambiguous(text_to(target))
+            found.append((target, certain))
         return found
 
-    def accepts(state: tuple[tuple[int, int], ...]) -> bool:
-        read = dict(state).get(goal)
-        if read:
-            raise Ambiguous(texts[state])
-        return read is not None
+    def accepts(state: _Reading) -> bool:
+        read = [bits for bits, here in state if here & 1]
+        if any(read):
+            raise Ambiguous(text_to(state))
+        return bool(read)
 
+    def text_to(state: _Reading) -> str:
+        text = ""
+        while state != begin:
+            state, symbol = came_from[state]
+            text = chr(int(np.argmax(class_of == symbol))) + text
+        return text
+
+    begin: _Reading = ((0, positions.closure(start)),)
     return CharacterAutomaton(class_of, minimize(explore(begin, successors, accepts, max_states)))
 
 

@@ -25,7 +25,7 @@ from psyche_jax.rewards.automaton import (
 )
 from psyche_jax.rewards.config import MAX_STATES, AnswerSetRule, PatternRule, ThinkFormatRule
 from psyche_jax.rewards.reference import CLOSE, OPEN, grammar, known_forms, spellings
-from psyche_jax.rewards.regex import Ambiguous, compile_letters, compile_pattern
+from psyche_jax.rewards.regex import Ambiguous, compile_pattern
 
 TextRule = PatternRule | AnswerSetRule | ThinkFormatRule
 MAX_TABLE_BYTES = 160 << 20
@@ -167,7 +167,7 @@ def answer_in_forms(rule: AnswerSetRule) -> CharacterAutomaton:
     known, bits = grammar(rule), spellings(rule)
     leads = [compile_pattern(before, re.DOTALL, MAX_STATES) for before, _ in known.statements]
     distinct = list(dict.fromkeys(answer for _, answer in known.statements))
-    answers = [compile_letters(answer, bits, re.DOTALL, MAX_STATES) for answer in distinct]
+    answers = [compile_pattern(answer, re.DOTALL, MAX_STATES, bits) for answer in distinct]
     goes_on, withdrawn, denied = (
         compile_pattern(part, re.DOTALL, MAX_STATES) for part in (known.goes_on, known.withdrawn, known.denied)
     )

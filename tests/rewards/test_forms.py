@@ -13,7 +13,7 @@ from support.forms import NOTHING, RIGHT, WRONG, letters, table
 from psyche_jax.errors import UserError
 from psyche_jax.rewards import AnswerSetRule, RuleConfig, extract_letters, rules
 from psyche_jax.rewards.config import FORMS
-from psyche_jax.rewards.regex import Ambiguous, compile_letters
+from psyche_jax.rewards.regex import Ambiguous, compile_pattern
 from psyche_jax.rewards.rules import compile_text_rule
 
 ADAPTER: pydantic.TypeAdapter[RuleConfig] = pydantic.TypeAdapter(RuleConfig)
@@ -136,10 +136,10 @@ def test_unknown_names_are_refused_with_the_nearest(mapping: dict[str, Any], exp
 
 def test_what_could_be_read_in_two_ways_is_no_automaton(tiny: Vocabulary) -> None:
     bits = {"A": 1, "B": 2}
-    compile_letters("(?:([AB])c|[AB]d)", bits)  # the next character tells
+    compile_pattern("(?:([AB])c|[AB]d)", letters=bits)  # the next character tells
     for pattern in ("(?:([AB])[AB]|[AB]([AB]))", "(?:([AB])|[AB])c*", "(?:([AB])|[AB]c)"):
         with pytest.raises(Ambiguous):
-            compile_letters(pattern, bits)
+            compile_pattern(pattern, letters=bits)
     rule = AnswerSetRule(reading="natural", separators="、，共")
     with pytest.raises(UserError, match="can be read in two ways; leave some of them out"):
         compile_text_rule(rule, tiny.token_bytes)
