@@ -145,17 +145,15 @@ def with_dead_state(automaton: Automaton) -> tuple[Automaton, int]:
     return extended, len(states)
 
 
-def intersect(
-    left: CharacterAutomaton, right: CharacterAutomaton, *, not_right: bool, max_states: int
-) -> CharacterAutomaton:
-    """Accepts what `left` accepts and `right` accepts (with `not_right`: does not). Effects are dropped."""
+def difference(left: CharacterAutomaton, right: CharacterAutomaton, max_states: int) -> CharacterAutomaton:
+    """Accepts what `left` accepts and `right` does not. Effects are dropped."""
     member, class_of = group_rows(np.stack([left.class_of, right.class_of], axis=1))
     left_next = left.table.next[:, left.class_of[member]].tolist()
     right_next = right.table.next[:, right.class_of[member]].tolist()
     table = explore(
         (0, 0),
         lambda state: [(pair, 0) for pair in zip(left_next[state[0]], right_next[state[1]], strict=True)],
-        lambda state: bool(left.table.accept[state[0]] and right.table.accept[state[1]] != not_right),
+        lambda state: bool(left.table.accept[state[0]] and not right.table.accept[state[1]]),
         max_states,
     )
     return CharacterAutomaton(class_of.astype(np.int32), minimize(table))

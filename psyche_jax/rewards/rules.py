@@ -15,9 +15,9 @@ from psyche_jax.rewards.automaton import (
     CharacterAutomaton,
     TokenAutomaton,
     TooLarge,
+    difference,
     explore,
     group_rows,
-    intersect,
     minimize,
     to_bytes,
     to_tokens,
@@ -91,7 +91,7 @@ def think_format() -> CharacterAutomaton:
     result = compile_pattern(rf"\s*{once_open}.*\S.*{once_close}.*\S.*", re.DOTALL)
     for tag in (once_open, once_close):
         twice = compile_pattern(f".*{tag}.*{tag}.*", re.DOTALL)
-        result = intersect(result, twice, not_right=True, max_states=MAX_STATES)
+        result = difference(result, twice, MAX_STATES)
     return result
 
 
