@@ -68,7 +68,7 @@ def test_an_unknown_region_names_the_known_ones():
 def test_events_are_logged_without_the_text(tmp_path, caplog):
     gate = Gate(log=tmp_path / "events.jsonl")
     gate.reply(["我叫王小明，住在长安街，我想自杀"])
-    output = OutputFilter(gate)
+    output = OutputFilter(gate, "zh")
     output.feed("王小明，那你就去死吧。")
     output.finish()
     assert output.stopped
@@ -96,7 +96,7 @@ def test_output_rules_hold_their_examples(rule):
 
 
 def filtered(text, size, gate=None):
-    output = OutputFilter(gate or Gate())
+    output = OutputFilter(gate or Gate(), "zh")
     shown = "".join(output.feed(text[start : start + size]) for start in range(0, len(text), size))
     return shown + output.finish(), output.stopped
 

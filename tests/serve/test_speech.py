@@ -23,7 +23,7 @@ def tokenizer(tmp_path_factory):
 
 def say(tokenizer, text, sizes, stop=(), filtered=False, finish="length", log_probs=False):
     """Text, ending and log-probs of `text` spoken in chunks of `sizes` tokens, over and over."""
-    speech = Speech(tokenizer, stop, OutputFilter(Gate()) if filtered else None, log_probs)
+    speech = Speech(tokenizer, stop, OutputFilter(Gate(), "zh") if filtered else None, log_probs)
     ids = tokenizer.encode(text, add_special_tokens=False)
     shown, entries, place, turn = "", [], 0, 0
     while speech.finish is None:
@@ -81,7 +81,7 @@ def test_bytes_that_are_no_character_end_as_a_mark(tokenizer):
 
 
 def test_what_the_template_has_opened_comes_first_and_holds_no_stop_string(tokenizer):
-    speech = Speech(tokenizer, ("\n", "<think>"), OutputFilter(Gate()), True, "<think>\n")
+    speech = Speech(tokenizer, ("\n", "<think>"), OutputFilter(Gate(), "zh"), True, "<think>\n")
     ids = tokenizer.encode("想</think>好\n", add_special_tokens=False)
     first = speech.feed(Piece(0, [], [], [], None))
     assert (first.text, first.finish) == ("<think>\n", None)

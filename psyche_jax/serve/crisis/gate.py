@@ -138,11 +138,12 @@ def check_output(text: str) -> Rule | None:
 class OutputFilter:
     """Takes a model's reply in pieces and gives back what may be shown, whole sentences at a time.
 
-    `stopped` turns True when something unsafe was said; nothing more comes out then, and generation may end.
-    `withheld` counts the sentences that were not shown as they were said.
+    `language`: of what is said in place of the model's words. `stopped` turns True when something unsafe was said;
+    nothing more comes out then, and generation may end. `withheld` counts the sentences that were not shown as they
+    were said.
     """
 
-    def __init__(self, gate: Gate, language: Language | None = None) -> None:
+    def __init__(self, gate: Gate, language: Language) -> None:
         self.stopped = False
         self.withheld = 0
         self._gate = gate
@@ -183,7 +184,7 @@ class OutputFilter:
         self.stopped = broken.action == "unsafe"
         if self.stopped:
             self._waiting = ""
-        text = self._gate.withheld(broken.action, self._language or language_of(sentence))
+        text = self._gate.withheld(broken.action, self._language)
         if not self.stopped and broken.action in self._claims:
             return ""
         self._claims.add(broken.action)
