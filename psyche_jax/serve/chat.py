@@ -156,7 +156,9 @@ class Screen:
                 return
             if begun.startswith(OPEN):
                 self._part, self._waiting = "thought", begun.removeprefix(OPEN)
-                self._note("thinking …" if not self.show_reasoning else "")
+                if self._colour and not self.show_reasoning:
+                    self._out.write("\x1b[2mthinking …\x1b[0m")
+                    self._out.flush()
             else:
                 self._part = "answer"
         if self._part == "thought":
@@ -200,11 +202,6 @@ class Screen:
         else:
             back = "\r\x1b[K" if self._colour else ""
             self._out.write(f"{back}[reasoning folded: {self._thought} characters; /think shows it]\n")
-
-    def _note(self, text: str) -> None:
-        if self._colour:
-            self._out.write(f"\x1b[2m{text}\x1b[0m")
-            self._out.flush()
 
 
 class Chat:

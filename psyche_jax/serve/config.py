@@ -40,13 +40,12 @@ class CrisisSection(Section):
     region: str = "CN"  # region of the hotline
     log: str | None = None  # file for crisis events, without any text
     classifier: bool = True  # decides where no explicit rule matches
-    second_opinion: str | None = (
-        None  # about messages the gate lets pass: `served`, the model itself; or an endpoint, URL#MODEL
-    )
+    # about messages the gate lets pass: `served`, the model itself; or an endpoint, URL#MODEL
+    second_opinion: str | None = None
 
     def __post_init__(self) -> None:
         other = self.second_opinion
-        if other not in (None, "served") and not re.fullmatch(r"https?://[^#]+#.+", str(other)):
+        if other is not None and not re.fullmatch(r"served|https?://[^#]+#.+", other):
             raise UsageError(f"second_opinion must be `served`, or URL#MODEL of an endpoint, not {other!r}")
 
 

@@ -12,6 +12,7 @@ from openai.types.shared import ErrorObject
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from psyche_jax.serve.engine import MOST_ALTERNATIVES
+from psyche_jax.storage.files import NO_TEXT
 
 _MOST_MESSAGES = 512
 _MOST_PARTS = 512  # of a message
@@ -70,10 +71,8 @@ class ChatMessage(_Request):
 
     @model_validator(mode="after")
     def _check(self) -> "ChatMessage":
-        try:
-            self.text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("the content has half of a surrogate pair, which is not text") from None
+        if NO_TEXT.search(self.text):
+            raise ValueError("the content has half of a surrogate pair, which is not text")
         if self.role == "user" and not self.text.strip():
             raise ValueError("the user's message is empty")
         return self
@@ -205,7 +204,7 @@ class CompletionRequest(_Generation):
 def _is_prompt(value: Any) -> bool:
     """A text, or token ids. An empty one is refused later, by its place."""
     if isinstance(value, str):
-        return not any("\ud800" <= character <= "\udfff" for character in value)  # half of a pair is no text
+        return NO_TEXT.search(value) is None
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
