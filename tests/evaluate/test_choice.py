@@ -77,28 +77,15 @@ def test_chance_is_the_mean_over_all_guesses(options):
 @pytest.mark.parametrize(
     ("text", "predicted"),
     [
-        ("<think>…</think>\n答案：AC", "AC"),
-        ("答案：CA", "AC"),
-        ("答案：A、C。", "AC"),
-        ("答案: A 和 C", "AC"),
-        ("**答案：Ａ，Ｃ**", "AC"),
-        ("答案：B\n更正，答案：AC", "AC"),
+        ("<think>…</think>\n**答案：Ｃ、A**", "AC"),
         ("答案：ACC", "AC"),
         ("答案：A\n因为C不对", "A"),
         ("答案：BANANA", "ABN"),
-        ("答案：", None),
-        ("答案：以上都对", None),
-        ("答案：选A", None),
         ("选A和C", None),
-        ("", None),
-        ("AC", None),
-        ("答案：AC 答案：", None),
         ("<think>答案：AC</think>", None),
-        ("<think>答案：AC</think>我不知道", None),
-        ("答案：a", None),
     ],
 )
-def test_extraction(text, predicted):
+def test_what_is_read_is_scored(text, predicted):
     item = asked(text)
     assert item["predicted"] == predicted
     assert item["strict"] == (predicted == "AC")

@@ -5,19 +5,18 @@ from __future__ import annotations
 import pytest
 from support.adversary import FORM_RULES, RULES, Vocabulary, compare
 
-# At least so many of 10,000 must get something, or the comparison says little.
-ACCEPTED = {"think_format": 2000, "answer_set": 300, "elastic": 300, "tangled": 60, "exam": 30}
+# At least such a share must get something, or the comparison says little.
+ACCEPTED = {"think_format": 0.2, "answer_set": 0.03, "elastic": 0.03, "tangled": 0.006, "exam": 0.003}
 
 
-@pytest.mark.parametrize(("name", "seed"), [("tiny", 1), ("qwen", 2)])
-def test_graph_agrees_with_reference(name: str, seed: int, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 10_000, 1), ("qwen", 4_000, 2)])
+def test_graph_agrees_with_reference(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
     vocab: Vocabulary = request.getfixturevalue(name)
-    outcome = compare(vocab, 10_000, seed)
-    assert outcome.checked == 10_000
+    outcome = compare(vocab, count, seed)
+    assert outcome.checked == count
     assert outcome.mismatches == []
     for rule in RULES:
-        assert outcome.nonzero[rule.name] >= ACCEPTED.get(rule.name, 1000), rule.name
-        assert outcome.nonzero[rule.name] < 9500, rule.name
+        assert ACCEPTED.get(rule.name, 0.1) <= outcome.nonzero[rule.name] / count < 0.95, rule.name
 
 
 SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", 20_000, 6), ("qwen", 6_000, 5))]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche_jax.serve.crisis import Risk, classify
+from psyche_jax.serve.crisis import Assessment, Risk, classify
 from psyche_jax.serve.crisis.classify import normalize, rule_book
 
 ROOT = Path(__file__).parents[2]
@@ -132,24 +132,14 @@ def test_long_texts_of_single_letters_end():
         assert normalize(text)
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        " ",
-        "\n",
-        "?",
-        "今天天气真好",
-        "如何准备心理咨询师考试？",
-        "单项选择题：艾宾浩斯研究的是？A. 记忆 B. 思维",
-        "我想换工作",
-        "a",
-        "🙂",
-    ],
-)
+ORDINARY = """|?|a|🙂|今天天气真好，想出去走走|如何准备心理咨询师考试？|请解释一下习得性无助|我好多了|我想换工作
+| |单项选择题：艾宾浩斯研究的是？A. 记忆 B. 思维"""
+
+
+@pytest.mark.parametrize("text", ORDINARY.split("|"))
 def test_ordinary_messages_are_none(text):
-    assert classify(text) == classify("好")
-    assert classify(text).risk is Risk.NONE
+    for learned in (True, False):
+        assert classify(text, learned) == Assessment(Risk.NONE)
 
 
 @given(st.text(max_size=300))
