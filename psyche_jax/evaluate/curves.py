@@ -20,7 +20,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from psyche_jax.evaluate.formatting import duration, number
+from psyche_jax.evaluate.formatting import change, duration, number
 from psyche_jax.evaluate.language import ENGLISH, Speaker
 
 SMOOTH_ABOVE = 30  # points; a longer curve gets a moving mean over its faint raw line
@@ -66,10 +66,7 @@ class Series:
     @property
     def change(self) -> str:
         """First and last finite value; empty if there is none."""
-        finite = [value for value in self.values if math.isfinite(value)]
-        if not finite:
-            return ""
-        return number(finite[0]) if len(finite) == 1 else f"{number(finite[0])} → {number(finite[-1])}"
+        return change([value for value in self.values if math.isfinite(value)])
 
 
 @dataclass(frozen=True)

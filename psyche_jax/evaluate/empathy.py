@@ -109,17 +109,17 @@ def judge_pairs(
 
         async def one(server: Server, key: Key) -> None:
             messages = [{"role": "user", "content": prompts[key]}]
-            text = (await judge.ask(server, messages, 0)).whole
-            try:
-                judgements[key] = _parse(text)
-            except ValueError as error:
-                fault = f"格式不对：{error}。请只输出所要求的 JSON 对象。"
-                messages += [{"role": "assistant", "content": text or "（空）"}, {"role": "user", "content": fault}]
-                text = (await judge.ask(server, messages, 1)).whole
+            for seed in (0, 1):
+                text = (await judge.ask(server, messages, seed)).whole
                 try:
                     judgements[key] = _parse(text)
-                except ValueError as again:
-                    raise NoReplyError(f"no judgement: {again}", came=True) from None
+                    break
+                except ValueError as error:
+                    fault = str(error)
+                again = f"格式不对：{fault}。请只输出所要求的 JSON 对象。"
+                messages += [{"role": "assistant", "content": text or "（空）"}, {"role": "user", "content": again}]
+            else:
+                raise NoReplyError(f"no judgement: {fault}", came=True)
             answers.keep(key, Completion(text, 0, True))
 
         failed = judge.run_all([key for key in keys if key not in answers.known], one)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from psyche_jax.evaluate.language import ENGLISH, Speaker
@@ -23,6 +23,11 @@ def number(value: float) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"
     return text.replace("-", "−")
+
+
+def change(values: Sequence[float]) -> str:
+    """The first and the last of these values, as far as there are."""
+    return " → ".join(map(number, [*values[:1], *values[1:][-1:]]))
 
 
 def cell(text: str) -> str:

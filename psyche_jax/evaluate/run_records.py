@@ -10,7 +10,7 @@ from typing import Any
 
 from psyche_jax.config_files import parse_yaml_mapping
 from psyche_jax.evaluate.comparison import Evaluation
-from psyche_jax.evaluate.formatting import duration, number, percent
+from psyche_jax.evaluate.formatting import change, duration, number, percent
 from psyche_jax.evaluate.language import ENGLISH, Speaker
 from psyche_jax.storage.files import as_path, bucket_errors, in_bucket, read_json
 from psyche_jax.storage.locks import is_left_behind
@@ -94,7 +94,7 @@ class RunRecord:
         for key, name in (("loss", "Loss"), ("evaluation_loss", "Evaluation loss"), ("reward", "Reward")):
             # The loss of GRPO says little: it starts at zero by construction.
             if (values := _values(self.metrics, key)) and not (key == "loss" and self.kind == "grpo"):
-                facts.append((name, number(values[0]) if len(values) == 1 else _change(values)))
+                facts.append((name, change(values)))
         if times:
             facts.append(("Time spent in steps", duration(sum(times), say)))
             facts.append(("Median step", duration(statistics.median(times), say)))
@@ -235,10 +235,6 @@ def _values(lines: Sequence[Mapping[str, Any]], key: str) -> list[float]:
 
 def _real(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
-
-
-def _change(values: Sequence[float]) -> str:
-    return f"{number(values[0])} → {number(values[-1])}"
 
 
 # As ChatML and as R1-Distill's template write what the user says.
