@@ -30,6 +30,7 @@ const WORDS = {
 const STORE = "psyche.conversation";
 const SLOW = 4; // seconds without a word, after which the page says why
 const find = id => document.getElementById(id);
+const main = document.querySelector("main");
 const state = {
   id: newId(), turns: [], system: "", language: "zh", running: null, editing: null,
   about: { model: "", notice: null, numbers: [], token_required: false },
@@ -43,12 +44,12 @@ function isTurn(turn) {
   return turn && ["user", "assistant"].includes(turn.role) && typeof turn.content === "string";
 }
 
-// What is in the store: settings, and all conversations, the latest first. Before there were several it held `turns`.
+// What is in the store: settings, and all conversations, the latest first.
 function kept() {
   try {
-    const found = JSON.parse(localStorage.getItem(STORE)) || {};
-    const all = Array.isArray(found.conversations) ? found.conversations : [{ id: "first", turns: found.turns }];
-    return { ...found, conversations: all.filter(one => Array.isArray(one?.turns) && one.turns.length && one.turns.every(isTurn)) };
+    const found = JSON.parse(localStorage.getItem(STORE)) ?? { conversations: [] };
+    const whole = one => Array.isArray(one?.turns) && one.turns.length && one.turns.every(isTurn);
+    return { ...found, conversations: found.conversations.filter(whole) };
   } catch {
     return { conversations: [] }; // not ours: begin anew
   }
@@ -247,15 +248,9 @@ function busy() {
   for (const name of ["fresh", "delete", "conversations"]) find(name).disabled = state.running !== null;
 }
 
-function atEnd() {
-  const main = document.querySelector("main");
-  return main.scrollHeight - main.scrollTop - main.clientHeight < 80;
-}
+function atEnd() { return main.scrollHeight - main.scrollTop - main.clientHeight < 80; }
 
-function toEnd() {
-  const main = document.querySelector("main");
-  main.scrollTop = main.scrollHeight;
-}
+function toEnd() { main.scrollTop = main.scrollHeight; }
 
 function headers() {
   const token = find("token").value.trim();
@@ -388,10 +383,10 @@ find("message").addEventListener("keydown", event => {
     find("composer").requestSubmit();
   }
 });
-document.addEventListener("keydown", event => {
-  if (event.key === "Escape" && state.running) state.running.abort.abort();
-});
-find("stop").addEventListener("click", () => state.running?.abort.abort());
+const stop = () => state.running?.abort.abort();
+document.addEventListener("keydown", event => { if (event.key === "Escape") stop(); });
+find("stop").addEventListener("click", stop);
+
 function turnTo(conversation) {
   open(conversation);
   draw();
