@@ -51,7 +51,7 @@ def evaluate(
     Returns:
       `label, model, parameters, bench, step, samples, sampling, scores, set_aside, no_answer, items`. `no_answer`
       counts what is skipped since no answer came, by reason (`content_filter`, say). `scores` is what
-      `choice.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
+      `score.summarize` returns, with `essays` beside it if there are any, and `decontaminated` (the scores without
       leaked tasks) and `leaked` (how many) if leaks were looked for. With judges also `empathy`, which is what
       `empathy.summarize_empathy` returns, and `judgements`.
 

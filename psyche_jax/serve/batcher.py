@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from psyche_jax.serve.engine import Batch, Chunk, Engine, PromptScores, RowSettings
+from psyche_jax.serve.engine import Batch, Chunk, Engine, PromptScores, RowSettings, likeliest
 
 _LOG = logging.getLogger("psyche_jax.serve")
 _SCORED = 8192  # tokens, with padding, of prompts that are scored at once; one prompt may have more
@@ -238,17 +238,9 @@ class Batcher:
         tokens: list[int] = chunk.tokens[index][said].tolist()
         stopped = bool(tokens) and tokens[-1] in self._engine.config.stop_token_ids
         count = len(tokens) - stopped
-        best = [
-            list(zip(tokens_.tolist(), log_probs.tolist(), strict=True))[:alternatives]
-            for tokens_, log_probs in zip(chunk.best[index][said], chunk.best_log_probs[index][said], strict=True)
-        ]
-        return Piece(
-            row,
-            tokens[:count],
-            chunk.log_probs[index][said].tolist()[:count],
-            best[:count],
-            "stop" if stopped else "length" if finished else None,
-        )
+        best = likeliest(chunk.best[index][said], chunk.best_log_probs[index][said], alternatives)
+        finish: Literal["stop", "length"] | None = "stop" if stopped else "length" if finished else None
+        return Piece(row, tokens[:count], chunk.log_probs[index][said].tolist()[:count], best[:count], finish)
 
 
 def _rows(jobs: Sequence[Job]) -> tuple[list[Sequence[int]], list[RowSettings]]:

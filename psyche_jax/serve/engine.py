@@ -56,6 +56,12 @@ class Chunk(NamedTuple):
     best_log_probs: Any
 
 
+def likeliest(tokens: np.ndarray, log_probs: np.ndarray, count: int | None) -> list[list[tuple[int, float]]]:
+    """Of each place the first `count` of its likeliest tokens, with their log-probs."""
+    places = zip(tokens.tolist(), log_probs.tolist(), strict=True)
+    return [list(zip(*place, strict=True))[:count] for place in places]
+
+
 class PromptScores(NamedTuple):
     """How likely a prompt of n tokens is.
 

@@ -112,12 +112,8 @@ class Guard:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             known = hmac.compare_digest(given.strip().encode(), self._token.encode())
             if scheme.lower() != "bearer" or not known:
-                raise RefusalError(
-                    401,
-                    "a token is required: Authorization: Bearer …",
-                    "invalid_api_key",
-                    {"www-authenticate": "Bearer"},
-                )
+                asked = {"www-authenticate": "Bearer"}
+                raise RefusalError(401, "a token is required: Authorization: Bearer …", "invalid_api_key", asked)
         client = scope["client"][0] if scope.get("client") else ""
         if (wait := self._wait(client)) > 0:
             raise RefusalError(

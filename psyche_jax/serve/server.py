@@ -28,6 +28,7 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.serve import protocol
 from psyche_jax.serve.batcher import BusyError, ClosingError
 from psyche_jax.serve.config import ServeConfig
+from psyche_jax.serve.engine import likeliest
 from psyche_jax.serve.guard import LOOPBACK, Guard, RefusalError, error_body, impatient, listen
 from psyche_jax.serve.service import Answer, FailedError, Scored, Service, TokenLogProb, TooLongError, Wanted
 
@@ -292,10 +293,7 @@ def _scored(scored: list[Scored], body: protocol.CompletionRequest, service: Ser
         scores = one.scores
         tokens = [*one.tokens, *([int(scores.best[-1, 0])] if body.max_tokens else [])]
         log_probs = [*scores.log_probs.tolist(), float(scores.best_log_probs[-1, 0])]
-        best = [
-            list(zip(own.tolist(), values.tolist(), strict=True))[: body.logprobs]
-            for own, values in zip(scores.best, scores.best_log_probs, strict=True)
-        ]
+        best = likeliest(scores.best, scores.best_log_probs, body.logprobs)
         entries = [TokenLogProb(*entry) for entry in zip(tokens[1:], log_probs, best, strict=False)]
         own = _plain_log_probs(tokens[:1], entries, service)
         shown = None if body.logprobs is None else own
