@@ -58,12 +58,6 @@ class RunRecord:
         return say.term(_KINDS.get(self.kind, self.kind))
 
     @property
-    def environment(self) -> dict[str, Any]:
-        """Versions and machine, as the run wrote them."""
-        environment = self.state.get("environment")
-        return environment if isinstance(environment, dict) else {}
-
-    @property
     def step(self) -> int:
         """How far it is: while it runs the step that it is at, else the last one saved."""
         saved = self.state.get("step", 0)
@@ -173,12 +167,6 @@ class RunRecord:
                     card = read_json(folder / "card.json")
                     return card if isinstance(card, dict) else {}
         return {}
-
-    def timings(self, say: Speaker = ENGLISH) -> list[tuple[str, str]]:
-        """What the run timed itself, if it did."""
-        seconds = self.state.get("seconds")
-        pairs = seconds.items() if isinstance(seconds, dict) else []
-        return [(str(name), duration(value, say)) for name, value in pairs if isinstance(value, int | float)]
 
 
 def read_run(folder: Path, name: str, scores: bool = True) -> RunRecord:
