@@ -157,10 +157,9 @@ def cell_name(cell: str) -> str:
     return f"{part.capitalize()}, {kinds[kind]}" if part and kind in kinds else cell
 
 
-def wilson(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share seen in `count` independent questions."""
-    if not count:
-        return 0.0, 1.0
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share seen in `count` independent questions, of which there are some."""
+    z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))

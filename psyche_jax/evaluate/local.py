@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from psyche_jax.config import Dtype, MeshSection, PromptSection
+from psyche_jax.config import Dtype, PromptSection
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.chat import chosen_prompt, decoded_text, opened_text, prompt_tokens
 from psyche_jax.data.streams import pad_prompts
@@ -85,7 +85,6 @@ class LocalModel:
         path: str,
         sampling: Sampling,
         *,
-        mesh: MeshSection | None = None,
         compute_dtype: Dtype = "float32",
         batch_size: int = 64,
         seed: int = 0,
@@ -98,7 +97,6 @@ class LocalModel:
         Args:
           path: a Hugging Face folder, a checkpoint or a run.
           sampling: lengths and temperature.
-          mesh: sizes of the mesh's axes; all devices along `fsdp` if None.
           compute_dtype: dtype of activations and of the weights while decoding.
           batch_size: questions at once.
           seed: of sampling.
@@ -112,8 +110,7 @@ class LocalModel:
         self.name = path
         self._stored = open_model(path)
         self._stored.check_shapes()
-        mesh = mesh or MeshSection()
-        self._sharding = Sharding(make_mesh(mesh.data, mesh.fsdp, mesh.tensor), TRAIN_RULES)
+        self._sharding = Sharding(make_mesh(), TRAIN_RULES)
         check_mesh_fits(self._sharding, self._stored.config)
         self._tokenizer = load_tokenizer(self._stored.tokenizer_folder)
         self._prompt = chosen_prompt(prompt, self._stored.prompt, thinking)
