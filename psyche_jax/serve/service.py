@@ -6,6 +6,7 @@ import secrets
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -70,7 +71,7 @@ class Speech:
     ) -> None:
         self.finish: Finish | None = None
         self.tokens = 0
-        self._tokenizer = tokenizer
+        self._decode = partial(decoded_text, tokenizer)
         self._stop = tuple(stop)
         self._output = output
         self._keep = keep_log_probs
@@ -127,9 +128,6 @@ class Speech:
         released = [entry for start, entry in self._log_probs if start < place]
         self._log_probs = [entry for entry in self._log_probs if entry[0] >= place]
         return released
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return decoded_text(self._tokenizer, ids)
 
 
 class TooLongError(ValueError):
