@@ -8,7 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import pytest
-from support.tiny import save_model
+from support.tiny import OPENED_THOUGHT, THINKING_SWITCH, begin_responses, save_model
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
@@ -260,9 +260,7 @@ def test_a_part_of_a_benchmark_never_takes_the_place_of_the_whole(benchmark, tmp
 
 def test_a_thought_that_the_template_has_opened_is_part_of_the_response(model, benchmark, tmp_path):
     """A random model never ends it, so that it gives no answer, whatever letters it says."""
-    folder = shutil.copytree(model, tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n{{ '' }}"))
+    folder = begin_responses(shutil.copytree(model, tmp_path / "model"), OPENED_THOUGHT)
     found = evaluate(folder, benchmark)
     assert all(item["response"].startswith("<think>\n") for item in found["items"])
     assert {item["failure"] for item in found["items"]} <= {"reasoning only", "cut at the limit"}
@@ -270,10 +268,7 @@ def test_a_thought_that_the_template_has_opened_is_part_of_the_response(model, b
 
 def test_thinking_is_as_trained_unless_it_is_switched(model, benchmark, tmp_path):
     """In a model trained without it the prompt closes an empty thought, also where it is asked bare."""
-    folder = shutil.copytree(model, tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text()
-    switch = "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{{ '' }}"
-    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", switch))
+    folder = begin_responses(shutil.copytree(model, tmp_path / "model"), THINKING_SWITCH)
     some = dataclasses.replace(benchmark, tasks=benchmark.tasks[:4])
     for trained, options, closed in (
         (None, {}, False),

@@ -19,7 +19,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny import save_model
+from support.tiny import OPENED_THOUGHT, THINKING_SWITCH, begin_responses, save_model
 
 from psyche_jax import cli
 from psyche_jax.cli import start
@@ -132,9 +132,7 @@ def piped(model, lines, *arguments, **environment):
 
 def test_a_template_that_opens_the_thought(tmp_path):
     """A random model never ends it, so that all it says is reasoning."""
-    folder = save_model(tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text()
-    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n{{ '' }}"))
+    folder = begin_responses(save_model(tmp_path / "model"), OPENED_THOUGHT)
     model = LocalModel(ServeConfig(str(folder), limits=LimitsSection(new_tokens=8)))
     try:
         out, chat = talk(model, "你好")
@@ -146,10 +144,7 @@ def test_a_template_that_opens_the_thought(tmp_path):
 
 def test_thinking_switched_off(tmp_path):
     """As for a model that is served; what the prompt has closed is folded with nothing in it."""
-    folder = save_model(tmp_path / "model")
-    template = (folder / "chat_template.jinja").read_text()
-    switch = "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{{ '' }}"
-    (folder / "chat_template.jinja").write_text(template.replace("assistant\n", switch))
+    folder = begin_responses(save_model(tmp_path / "model"), THINKING_SWITCH)
     model = LocalModel(ServeConfig(str(folder), thinking=False, limits=LimitsSection(new_tokens=8)))
     try:
         _, chat = talk(model, "你好")

@@ -22,6 +22,17 @@ def save_tokenizer(folder: Path) -> Path:
     return folder
 
 
+OPENED_THOUGHT = "<think>\n"
+THINKING_SWITCH = "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+
+
+def begin_responses(folder: Path, written: str) -> Path:
+    """Have a folder's chat template write the first words of each response."""
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text().replace("assistant\n", f"assistant\n{written}{{{{ '' }}}}"))
+    return folder
+
+
 def save_model(folder: Path, dtype: str = "float32", seed: int = 0, **changes: object) -> Path:
     """A model folder; `changes` are fields of its ModelConfig."""
     folder.mkdir(parents=True, exist_ok=True)
