@@ -2,8 +2,9 @@
 
 import dataclasses
 import difflib
+import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -14,6 +15,7 @@ import yaml
 from psyche_jax.errors import UsageError
 
 Config = TypeVar("Config")
+_adapter: Callable[[Any], pydantic.TypeAdapter[Any]] = functools.cache(pydantic.TypeAdapter)  # to make one takes long
 
 
 def load_config(kind: type[Config], path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -74,7 +76,7 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> 
             values, note = renamed(values)
             if note:
                 print(f"{origin}: {note}", file=sys.stderr, flush=True)
-        config = pydantic.TypeAdapter(kind).validate_python(values)
+        config = _adapter(kind).validate_python(values)
         _refuse_truth_values(values, config_to_dict(config))
         return config
     except pydantic.ValidationError as error:
@@ -87,7 +89,7 @@ def parse_config(kind: type[Config], values: Mapping[str, Any], origin: str) -> 
 
 def config_to_dict(config: Any) -> dict[str, Any]:
     """Plain values of a config, every field present, as `config.yaml` holds them."""
-    return pydantic.TypeAdapter(type(config)).dump_python(config, mode="json")
+    return _adapter(type(config)).dump_python(config, mode="json")
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:

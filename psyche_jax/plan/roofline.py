@@ -1,5 +1,6 @@
 """FLOPs and bytes of each phase, counted by arithmetic with loops multiplied out, and the time they take at least."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -78,7 +79,10 @@ def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[i
     responses = config.prompts_per_step * config.generations_per_prompt
     lengths = [config.max_new_tokens] * responses if lengths is None else lengths
     mesh = decoding_mesh(config, mesh)
-    return simulate(lengths, config.slots, batch_places(mesh), config.max_new_tokens)
+    return _simulate(tuple(lengths), config.slots, batch_places(mesh), config.max_new_tokens)
+
+
+_simulate = functools.cache(simulate)  # many variants of a search decode in the same way
 
 
 @dataclass(frozen=True)
