@@ -34,7 +34,6 @@ GIB = 2**30
 class Lowered:
     """A program before compilation, and what its arguments take."""
 
-    program: str
     model: ModelConfig
     mesh: dict[str, int]  # the sizes of its axes, as training uses them
     lowered: Any
@@ -50,7 +49,6 @@ class Compiled:
     seconds: float
     peak_bytes: int | None  # live at once; where the compiler refused, what it asked for, if it said so
     limit_bytes: int | None  # where the compiler has named it
-    message: str = ""
 
 
 def find_architecture(config: PlanConfig) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -102,11 +100,11 @@ def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
     section = config.model
     execution = Execution(sharding, jnp.dtype(section.compute_dtype), section.remat, section.attention)
     if isinstance(config, SftConfig):
-        lowered, arguments, more = _lower_sft(config, model, execution)
+        lowered, arguments = _lower_sft(config, model, execution)
     else:
-        lowered, arguments, more = _lower_grpo(config, model, execution)
-    program = "sft" if isinstance(config, SftConfig) else "grpo"
-    return Lowered(program, model, sharding.sizes, lowered, arguments, (*assumptions, *more))
+        lowered, arguments = _lower_grpo(config, model, execution)
+        assumptions += _assumptions(config)
+    return Lowered(model, sharding.sizes, lowered, arguments, assumptions)
 
 
 def compile_lowered(lowered: Lowered) -> Compiled:
@@ -119,7 +117,7 @@ def compile_lowered(lowered: Lowered) -> Compiled:
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
         used, limit = out_of_memory(message)
-        return Compiled(None, time.perf_counter() - started, used, limit, message)
+        return Compiled(None, time.perf_counter() - started, used, limit)
     memory = executable.memory_analysis()
     return Compiled(executable, time.perf_counter() - started, int(memory.peak_memory_in_bytes), None)
 
@@ -147,9 +145,7 @@ def _bytes(number: str, unit: str) -> int:
     return int(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit])
 
 
-def _lower_sft(
-    config: SftConfig, model: ModelConfig, execution: Execution
-) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+def _lower_sft(config: SftConfig, model: ModelConfig, execution: Execution) -> tuple[Any, dict[str, Any]]:
     micro_batch = config.rows_per_micro_batch
     check_rows(micro_batch, "micro_batch_size", execution.sharding)
     schedule = make_schedule(config.optimizer, _STEPS)
@@ -160,20 +156,18 @@ def _lower_sft(
     place = execution.sharding.named("batch", "sequence")
     kinds = {"tokens": jnp.int32, "segments": jnp.int32, "positions": jnp.int32, "loss_mask": jnp.bool_}
     batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in kinds.items()}
-    arguments = {"parameters": state.parameters, "optimizer": state.optimizer_state, "batch": batch}
+    arguments = {"parameters": state.parameters, "optimizer": state.optimizer_state}
     if config.adapter is None:
-        return step.lower(state, batch), arguments, ()
+        return step.lower(state, batch), {**arguments, "batch": batch}
     base = _abstract_base(config, model, execution.sharding)
-    return step.lower(state, batch, base), {**arguments, "base": base}, ()
+    return step.lower(state, batch, base), {**arguments, "base": base, "batch": batch}
 
 
 def _abstract_base(config: PlanConfig, model: ModelConfig, sharding: Sharding) -> Any:
     return abstract_parameters(without_adapter(model), sharding, jnp.dtype(config.model.dtype))
 
 
-def _lower_grpo(
-    config: GrpoConfig, model: ModelConfig, execution: Execution
-) -> tuple[Any, dict[str, Any], tuple[str, ...]]:
+def _lower_grpo(config: GrpoConfig, model: ModelConfig, execution: Execution) -> tuple[Any, dict[str, Any]]:
     sharding = execution.sharding
     check_grpo_rows(config, sharding)  # what a run would refuse before its first step
     # The very program of a run, with shapes in place of arrays.
@@ -210,31 +204,31 @@ def _lower_grpo(
         "reference" if config.adapter is None else "base": reference,
         "batch": (batch, rules),
     }
-    assumptions = (
+    return program.lower(state, reference, rules, batch, key), arguments
+
+
+def _assumptions(config: GrpoConfig) -> tuple[str, ...]:
+    more_prompts = config.candidates_per_step > config.prompts_per_step
+    return (
         "reward tables are those of a vocabulary of single bytes (the real one's have a column more for each kind "
         "of token, a few MiB; some 40 where answers have forms)",
         FULL_LENGTH,
-        *(["dynamic sampling finds all of its prompts at the first try"] if prompts > config.prompts_per_step else []),
+        *(["dynamic sampling finds all of its prompts at the first try"] if more_prompts else []),
         *(["reward functions take no time"] if config.functions else []),
     )
-    return program.lower(state, reference, rules, batch, key), arguments, assumptions
-
-
-ARGUMENTS = ("parameters", "optimizer", "reference", "base", "batch")
-WITHIN_TEMPORARIES = ("gradients", "saved_activations", "kv_cache", "decoding_weights")
 
 
 def memory_by_kind(lowered: Lowered, config: PlanConfig, peak: int | None) -> dict[str, float | None]:
     """GiB a chip. The arguments and `temporaries` add up to `peak`; the other kinds are part of the temporaries, and
     not all at the same time (the cache and the decoding weights are gone when there are gradients)."""
-    kinds: dict[str, float | None] = {
-        name: bytes_per_chip(lowered.arguments.get(name)) / GIB for name in ARGUMENTS if name in lowered.arguments
-    }
-    held = sum(value for value in kinds.values() if value is not None)
-    kinds["temporaries"] = None if peak is None else max(0.0, peak / GIB - held)
-    kinds["peak"] = None if peak is None else peak / GIB
+    arguments = {name: bytes_per_chip(tree) / GIB for name, tree in lowered.arguments.items()}
     parts = estimated_parts(config, lowered.model, lowered.mesh)
-    return {**kinds, **{name: size / GIB for name, size in parts.items()}}
+    return {
+        **arguments,
+        "temporaries": None if peak is None else max(0.0, peak / GIB - sum(arguments.values())),
+        "peak": None if peak is None else peak / GIB,
+        **{name: size / GIB for name, size in parts.items()},
+    }
 
 
 def estimated_parts(config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int]) -> dict[str, float]:

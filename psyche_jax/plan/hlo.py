@@ -26,11 +26,10 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Array:
-    """One array of a shape. `order`: its dimensions from the fastest to the slowest; `memory`: 0 is the chip's HBM."""
+    """One array of a shape. `memory`: 0 is the chip's HBM."""
 
     dtype: str
     dimensions: tuple[int, ...]
-    order: tuple[int, ...]
     memory: int
 
     @property
@@ -49,11 +48,9 @@ def arrays(shape: str) -> list[Array]:
     """The arrays of a shape, those of a tuple in order."""
     found = []
     for dtype, dimensions, layout in _ARRAY.findall(shape):
-        order = re.match(r"[\d,]*", layout)
         memory = re.search(r"S\((\d+)\)", layout)
         sizes = tuple(int(size) for size in dimensions.split(",") if size)
-        places = tuple(int(place) for place in (order[0] if order else "").split(",") if place)
-        found.append(Array(dtype, sizes, places, int(memory[1]) if memory else 0))
+        found.append(Array(dtype, sizes, int(memory[1]) if memory else 0))
     return found
 
 
@@ -82,11 +79,6 @@ class Instruction:
         """Its kind, if it is a collective or begins one."""
         opcode = self.opcode.removesuffix("-start")
         return opcode if opcode in COLLECTIVES else None
-
-    @property
-    def is_root(self) -> bool:
-        """Whether it is the result of its computation."""
-        return self.line.lstrip().startswith("ROOT ")
 
     @property
     def op_name(self) -> str:
@@ -166,7 +158,7 @@ class Module:
         """What a turn adds to the counter: more than 1 where the compiler has unrolled the loop."""
         body = self._named(loop, "body")
         index = re.search(r"index=(\d+)", counter.line.rpartition("get-tuple-element(")[2]) if counter else None
-        root = next((i for i in body.values() if i.opcode == "tuple" and i.is_root), None)
+        root = next((i for i in body.values() if i.opcode == "tuple" and i.line.lstrip().startswith("ROOT ")), None)
         if index is None or root is None or int(index[1]) >= len(root.operands()):
             return 1
         added = body.get(root.operands()[int(index[1])])

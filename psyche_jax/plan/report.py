@@ -17,10 +17,8 @@ from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import update_passes
 from psyche_jax.plan.collectives import PLACES, Collective, WeightBytes, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
-    ARGUMENTS,
     FULL_LENGTH,
     GIB,
-    WITHIN_TEMPORARIES,
     PlanConfig,
     batch_places,
     compile_lowered,
@@ -55,7 +53,6 @@ class Plan:
 
     config: PlanConfig
     slice_: Slice
-    program: str
     mesh: dict[str, int]
     fits: bool
     peak_bytes: int | None
@@ -70,6 +67,11 @@ class Plan:
     compile_seconds: float
     assumptions: tuple[str, ...]
     advice: tuple[str, ...]
+
+    @property
+    def program(self) -> str:
+        """That of which verb."""
+        return "sft" if isinstance(self.config, SftConfig) else "grpo"
 
     @property
     def seconds(self) -> float:
@@ -107,6 +109,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         """One JSON object."""
         seconds = {name: phase.seconds(self.slice_) for name, phase in self.phases.items()}
+        ends = self.forecast
         return {
             "topology": self.slice_.name,
             "program": self.program,
@@ -123,12 +126,8 @@ class Plan:
                 name: {**dataclasses.asdict(phase), "bound": phase.bound(self.slice_)}
                 for name, phase in self.phases.items()
             },
-            "forecast_seconds": None
-            if self.forecast is None
-            else self.forecast.high | {"total": self.forecast.totals[1]},
-            "forecast_seconds_at_least": (
-                None if self.forecast is None else self.forecast.low | {"total": self.forecast.totals[0]}
-            ),
+            "forecast_seconds": ends and ends.high | {"total": ends.totals[1]},
+            "forecast_seconds_at_least": ends and ends.low | {"total": ends.totals[0]},
             "forecast": self.run,
             "compile_seconds": round(self.compile_seconds, 2),
             "assumptions": list(self.assumptions),
@@ -173,7 +172,6 @@ def make_plan(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     return Plan(
         config=config,
         slice_=slice_,
-        program=lowered.program,
         mesh=mesh,
         fits=fits,
         peak_bytes=compiled.peak_bytes,
@@ -295,11 +293,10 @@ def advise(
 
 def describe(config: PlanConfig) -> str:
     """What a search varies, as `--set` takes it."""
-    keys = {"model.remat": config.model.remat}
     if isinstance(config, SftConfig):
-        return " ".join(f"{k}={v}" for k, v in {**keys, "micro_batch_size": config.micro_batch_size}.items())
-    more = {"micro_batch_prompts": config.micro_batch_prompts, "rollout.slots": config.slots}
-    return " ".join(f"{k}={v}" for k, v in {**keys, **more}.items())
+        return f"model.remat={config.model.remat} micro_batch_size={config.micro_batch_size}"
+    sizes = f"micro_batch_prompts={config.micro_batch_prompts} rollout.slots={config.slots}"
+    return f"model.remat={config.model.remat} {sizes}"
 
 
 def _smaller(rows: int, whole: int, places: int, unit: int = 1) -> int | None:
@@ -317,16 +314,18 @@ def _gib(size: int | None) -> float | None:
     return None if size is None else round(size / GIB, 3)
 
 
+# What is there all the time, then what comes and goes within the program.
 _LABELS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
     "reference": "reference policy",
     "base": "base of the adapters",
     "batch": "batch and reward tables",
-    "gradients": "gradients",
-    "saved_activations": "activations kept for backward",
-    "kv_cache": "KV cache of prompts and slots",
-    "decoding_weights": "weights laid out for decoding",
+    "temporaries": "temporaries, at the peak",
+    "gradients": "  gradients*",
+    "saved_activations": "  activations kept for backward*",
+    "kv_cache": "  KV cache of prompts and slots*",
+    "decoding_weights": "  weights laid out for decoding*",
 }
 _PLACES = {
     "decoding_loop": "decoding loop",
@@ -354,14 +353,11 @@ def as_text(plan: Plan) -> str:
         "",
         f"{f'memory a {unit}':37}GiB",
     ]
-    # Memory: what is there all the time, then what comes and goes within the program.
-    for name in ARGUMENTS:
+    # Memory.
+    for name in _LABELS:
         if name in plan.memory_gib:
-            lines.append(_gib_line(_LABELS[name], plan.memory_gib[name]))
-    lines.append(_gib_line("temporaries, at the peak", plan.memory_gib["temporaries"]))
-    for name in WITHIN_TEMPORARIES:
-        if name in plan.memory_gib:
-            lines.append(_gib_line(f"  {_LABELS[name]}*", plan.memory_gib[name]))
+            value = plan.memory_gib[name]
+            lines.append(f"{_LABELS[name]:36}{'?' if value is None else f'{value:.2f}':>6}")
     lines.append("  * by arithmetic; not all of them exist at the same time")
     # Collectives by place, and the three that move most. A program that does not fit has not been compiled to its end.
     if plan.fits:
@@ -397,10 +393,6 @@ def as_text(plan: Plan) -> str:
     if plan.advice:
         lines += ["", "to make it fit:", *(f"  {line}" for line in plan.advice)]
     return "\n".join(lines)
-
-
-def _gib_line(label: str, value: float | None) -> str:
-    return f"{label:36}{'?' if value is None else f'{value:.2f}':>6}"
 
 
 def _forecast_lines(plan: Plan) -> list[str]:

@@ -39,22 +39,20 @@ class Phase:
 
     def seconds(self, slice_: Slice) -> float:
         """The longest of computing, memory and interconnect."""
-        chip = slice_.chip
-        return max(
-            self.flops / slice_.device_count / chip.bf16_flops,
-            self.hbm_bytes / chip.hbm_bytes_per_second,
-            self.ici_bytes / chip.ici_bytes_per_second,
-        )
+        return max(self._times(slice_).values())
 
     def bound(self, slice_: Slice) -> str:
         """Which of the three it is."""
+        times = self._times(slice_)
+        return max(times, key=lambda name: times[name])
+
+    def _times(self, slice_: Slice) -> dict[str, float]:
         chip = slice_.chip
-        times = {
+        return {
             "compute": self.flops / slice_.device_count / chip.bf16_flops,
             "memory": self.hbm_bytes / chip.hbm_bytes_per_second,
             "interconnect": self.ici_bytes / chip.ici_bytes_per_second,
         }
-        return max(times, key=lambda name: times[name])
 
 
 def count_phases(
