@@ -410,16 +410,10 @@ class PackConfig(Section):
     input: str  # chat records: JSONL of `SftExample`, or a data set of them
     out: str  # a new folder or gs://bucket/prefix
     tokenizer: str  # a model folder, checkpoint or run, or a folder with tokenizer.json
-    max_length: int = 2048  # tokens of a row
+    max_length: Annotated[int, Field(ge=2)] = 2048  # tokens of a row
     too_long: Literal["set_aside", "cut"] = "set_aside"  # whether longer examples are skipped or cut
-    shard_mib: int = 256  # content of a shard before compression
+    shard_mib: Annotated[int, Field(ge=1)] = 256  # content of a shard before compression
     prompt: PromptSection = field(default_factory=PromptSection)
-
-    def __post_init__(self) -> None:
-        if self.max_length < 2:
-            raise ValueError(f"max_length must be at least 2, not {self.max_length}")
-        if self.shard_mib < 1:
-            raise ValueError(f"shard_mib must be at least 1, not {self.shard_mib}")
 
 
 # What may change when a run resumes, by dotted keys (a section stands for all in it): where things are, how often

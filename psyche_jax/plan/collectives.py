@@ -30,7 +30,7 @@ class Collective:
 
 
 # What moves numbers and computes none.
-_MOVES = (
+_MOVES = {
     "bitcast",
     "concatenate",
     "constant",
@@ -45,7 +45,7 @@ _MOVES = (
     "slice",
     "transpose",
     "tuple",
-)
+}
 
 
 class WeightBytes(NamedTuple):
@@ -95,14 +95,15 @@ def _only_moves(module: Module, instruction: Instruction, elements: int) -> bool
     opcodes = set(_opcodes(module, instruction, elements))
     turned = opcodes & {"copy", "transpose", "convert"}
     # To the chip's own memory as it is: a read ahead.
-    return opcodes <= set(_MOVES) and (bool(turned) or all(array.memory == 0 for array in instruction.arrays))
+    return opcodes <= _MOVES and (bool(turned) or all(array.memory == 0 for array in instruction.arrays))
 
 
 def _opcodes(module: Module, instruction: Instruction, elements: int) -> Iterator[str]:
     """Those of an instruction, of a fusion what it holds, but for what works on much smaller arrays (indices)."""
     if instruction.opcode != "fusion":
         yield instruction.opcode
-    for called in instruction.called("calls") if instruction.opcode == "fusion" else ():
+        return
+    for called in instruction.called("calls"):
         for inner in module.computations.get(called, ()):
             if any(2 * array.elements >= elements for array in inner.arrays):
                 yield from _opcodes(module, inner, elements)

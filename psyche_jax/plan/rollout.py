@@ -104,8 +104,8 @@ def _looks(spans: list[tuple[int, int]], places: int) -> list[int]:
     return found
 
 
-def draw_lengths(text: str | None, count: int, longest: int) -> list[int]:
-    """Lengths of `count` responses, none over `longest`: those that `--lengths` describes, or all as long as can be.
+def draw_lengths(text: str, count: int, longest: int) -> list[int]:
+    """Lengths of `count` responses, none over `longest`, as `--lengths` describes them.
 
     The same ones every time: quantiles of the distribution, in an order that a fixed seed shuffles.
 
@@ -118,8 +118,6 @@ def draw_lengths(text: str | None, count: int, longest: int) -> list[int]:
       UsageError: `text` is of another form, or no distribution is like that.
       UserError: the run has no samples.
     """
-    if text is None:
-        return [longest] * count
     shares = [(number + 0.5) / count for number in range(count)]
     if text and Path(text).is_dir():
         known = sorted(_sampled(Path(text)))

@@ -62,14 +62,14 @@ def count_phases(
 
     `decoding`: the steps that decoding takes; None: those of responses that are all of full length.
     """
-    return _Counter(config, model, mesh, decoding).phases()
+    return _Counter(config, model, mesh).phases(decoding)
 
 
 def count_attention(
     config: PlanConfig, model: ModelConfig, mesh: Mapping[str, int], decoding: Decoding | None = None
 ) -> dict[str, Phase]:
     """What of that is attention, by the phases of a forecast."""
-    return _Counter(config, model, mesh, decoding).attention()
+    return _Counter(config, model, mesh).attention(decoding)
 
 
 def decoding_of(config: GrpoConfig, mesh: Mapping[str, int], lengths: Sequence[int] | None = None) -> Decoding:
@@ -88,9 +88,8 @@ class _Counter:
     config: PlanConfig
     model: ModelConfig
     mesh: Mapping[str, int]
-    given: Decoding | None = None
 
-    def phases(self) -> dict[str, Phase]:
+    def phases(self, decoding: Decoding | None) -> dict[str, Phase]:
         config = self.config
         part = micro_batch(config, self.mesh)
         if isinstance(config, SftConfig):
@@ -101,10 +100,11 @@ class _Counter:
         parts = responses // part.rows
         updates, passes = config.updates_per_step, config.passes_per_step
         scoring = self._forward(part, config.max_new_tokens)
+        while_decoding = replace(self, mesh=decoding_mesh(config, self.mesh))
         phases = {
             "gather_for_decoding": self._decoding_layout(config),
-            "prefill": self._while_decoding(config).prefill(config),
-            "decode": self._while_decoding(config).decode(config),
+            "prefill": while_decoding.prefill(config),
+            "decode": while_decoding.decode(config, decoding or decoding_of(config, self.mesh)),
         }
         if config.objective.kl_coefficient:
             phases["reference"] = parts * scoring
@@ -174,9 +174,6 @@ class _Counter:
         # Reads weights, two moments and the gradient (twice: also for its norm), writes the first three.
         return Phase(15.0 * trained, 8 * trained * _FLOAT32_BYTES / self.mesh["fsdp"] / self.mesh["tensor"], 0.0)
 
-    def _while_decoding(self, config: GrpoConfig) -> "_Counter":
-        return replace(self, mesh=decoding_mesh(config, self.mesh), given=self._decoding(config))
-
     def _decoding_layout(self, config: GrpoConfig) -> Phase:
         chips = self.mesh["fsdp"] * self.mesh["tensor"]
         own = self.model.num_parameters / chips
@@ -191,8 +188,8 @@ class _Counter:
         tokens = prompts / self._places * length
         return Phase(flops, weights + tokens * self._traffic_per_token(), self._reduced_activations(prompts * length))
 
-    def decode(self, config: GrpoConfig) -> Phase:
-        model, tensor, decoding = self.model, self.mesh["tensor"], self._decoding(config)
+    def decode(self, config: GrpoConfig, decoding: Decoding) -> Phase:
+        model, tensor = self.model, self.mesh["tensor"]
         tokens = decoding.tokens - decoding.responses  # the first ones follow from the prompts
         pairs = config.data.max_prompt_length + decoding.attended / max(tokens, 1)
         flops = layers_flops(model, tokens, 1, pairs) + head_flops(model, tokens)
@@ -202,30 +199,27 @@ class _Counter:
         embedding = model.vocab_size * model.hidden_size * self._compute
         weights = (model.num_hidden_layers * layer_weights(model) * self._as_read + embedding) / tensor
         logits = model.vocab_size / tensor * 4 * 3
-        hbm = turns * weights + self.cache_bytes(config) + rows * logits
+        hbm = turns * weights + self.cache_bytes(config, decoding) + rows * logits
         return Phase(flops, hbm, self._reduced_activations(rows * self._places))
 
-    def _decoding(self, config: GrpoConfig) -> Decoding:
-        return decoding_of(config, self.mesh) if self.given is None else self.given
-
-    def cache_bytes(self, config: GrpoConfig) -> float:
+    def cache_bytes(self, config: GrpoConfig, decoding: Decoding) -> float:
         """What decoding reads of the cache: in every step all prompts, or one for each row, and what rows have said."""
-        model, decoding = self.model, self._decoding(config)
+        model = self.model
         numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / self.mesh["tensor"]
         prompts = config.prompts_per_step / self._places
         of_prompts = sum(loop.turns * min(prompts, loop.rows) for loop in decoding.loops)
         places = of_prompts * config.data.max_prompt_length + decoding.attended / self._places
         return places * numbers * self._compute
 
-    def kernel_bytes(self, config: GrpoConfig) -> float:
+    def kernel_bytes(self, decoding: Decoding) -> float:
         """What the kernel of decoding reads of the cache: of each row what it has said, by whole blocks."""
-        model, decoding = self.model, self._decoding(config)
+        model = self.model
         numbers = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim / self.mesh["tensor"]
         # A row's places begin and end within a block: at both ends together a block more is read, at most.
         places = decoding.attended + (decoding.tokens - decoding.responses) * RING_BLOCKS[0]
         return places / self._places * numbers * self._compute
 
-    def attention(self) -> dict[str, Phase]:
+    def attention(self, decoding: Decoding | None) -> dict[str, Phase]:
         """What of the phases is attention, which may be in kernels: its products, or what decoding reads."""
         config = self.config
         part = micro_batch(config, self.mesh)
@@ -240,9 +234,10 @@ class _Counter:
         parts = config.prompts_per_step * config.generations_per_prompt // part.rows
         scored = bool(config.objective.kl_coefficient) + 1 - config.on_policy_prompts / config.prompts_per_step
         scored += config.passes_per_step * (config.objective.top_entropy < 1)
+        while_decoding = replace(self, mesh=decoding_mesh(config, self.mesh))
         return {
             "prefill": self._attention(config.prompts_per_step, config.data.max_prompt_length),
-            "decoding": Phase(0.0, self._while_decoding(config).kernel_bytes(config)),
+            "decoding": Phase(0.0, while_decoding.kernel_bytes(decoding or decoding_of(config, self.mesh))),
             "log_probs": scored * parts * once,
             "updates": config.passes_per_step * parts * update,
         }

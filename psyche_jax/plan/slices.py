@@ -113,6 +113,7 @@ class Slice:
         Raises:
           UserError: libtpu is missing, or too old. UsageError: there is no such slice.
         """
+        # The compiler, which must look for no TPU here.
         if not find_compiler():
             raise UserError(
                 f"libtpu, which holds the TPU compiler, is not installed: in a checkout `make tpu-compiler`, elsewhere "
@@ -131,6 +132,7 @@ class Slice:
 
         set_tpu_flags()  # as in a run
 
+        # The slice, if there is one like that.
         options = dict(self.chip.options)
         if self.chips == 1:  # else the compiler thinks of a host with four
             options["chips_per_host_bounds"] = (1, 1, 1)
@@ -244,7 +246,7 @@ def _near(chip: Chip, chips: int) -> str:
 def use_cpu() -> None:
     """Keep JAX off accelerators in this process; a no-op where it has started already."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    with contextlib.suppress(ImportError, RuntimeError):
-        import jax
+    import jax
 
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])

@@ -221,10 +221,10 @@ def settings(config: PlanConfig, slice_: Slice) -> list[PlanConfig]:
     if least > limit:
         return []
     model, _ = find_architecture(config)
-    room = [(peak, variant) for peak, variant in variants if peak <= (1 - _FREE) * limit]
+    most = (1 - _FREE) * limit
+    room = [(peak, variant) for peak, variant in variants if peak <= most]
     room.sort(key=lambda pair: roofline_seconds(pair[1], model, _mesh(slice_), slice_, None))
     tries: list[PlanConfig] = []
-    most = (1 - _FREE) * limit
     for peak, variant in room:
         if len(tries) < _TRIES and peak <= most:
             tries.append(variant)

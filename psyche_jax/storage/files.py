@@ -245,7 +245,7 @@ def make_folder(folder: Path, setting: str) -> None:
 
 def check_new_folder(path: Path) -> None:
     """Raise UserError if there is something at `path` but an empty folder."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path}: already exists; choose another name or remove it first")
 
 

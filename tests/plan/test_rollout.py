@@ -126,7 +126,6 @@ def test_lengths_of_a_run(tmp_path, capsys):
     (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 1, "tok')
     assert sorted(draw_lengths(str(tmp_path), 6, 512)) == [5, 5, 9, 9, 512, 512]
     assert "samples.jsonl: skipped 4 lines without a number of tokens" in capsys.readouterr().err
-    assert draw_lengths(None, 3, 64) == [64] * 3
 
 
 @pytest.mark.parametrize(
