@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -61,6 +61,12 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that is not a 32-bit number."""
     if not 0 <= seed < 2**32:
         raise UsageError(f"--seed must be from 0 to 4294967295, not {seed}")
+
+
+def say_skipped(records: Iterable[str]) -> None:
+    """Name on stderr the records that are left out."""
+    for record in records:
+        print(f"skipped: {record}", file=sys.stderr)
 
 
 def warn_of_gates(servers: Mapping[str, str | None]) -> None:

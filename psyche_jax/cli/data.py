@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least
+from psyche_jax.cli.arguments import AddVerb, add_config, check_at_least, say_skipped
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.storage.files import in_bucket
 
@@ -96,29 +96,26 @@ def _data(arguments: argparse.Namespace) -> None:
 
     if arguments.deadline is not None and not 0 < arguments.deadline < math.inf:
         raise UsageError(f"--deadline must be positive, not {arguments.deadline}")
-    with buckets.deadline(arguments.deadline):
-        _do(arguments.action, arguments.uri, arguments)
-
-
-def _do(action: str, uri: str, arguments: argparse.Namespace) -> None:
     from psyche_jax.data import dataset
 
-    if action == "ls":
-        for address, manifest in dataset.find_datasets(uri):
-            print(f"{address}: {manifest}")
-    elif action == "verify":
-        manifest, others = dataset.verify_dataset(uri)
-        print(f"{uri}: whole: {manifest}")
-        for name in others:
-            print(f"{uri}: {name} is not part of the data set; you can remove it")
-    elif action == "cat":
-        check_at_least("limit", arguments.limit, 1)
-        for content in dataset.first_records(uri, arguments.limit):
-            print(content)
-    elif action == "import":
-        _import(arguments)
-    else:
-        print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to)}")
+    action, uri = arguments.action, arguments.uri
+    with buckets.deadline(arguments.deadline):
+        if action == "ls":
+            for address, manifest in dataset.find_datasets(uri):
+                print(f"{address}: {manifest}")
+        elif action == "verify":
+            manifest, others = dataset.verify_dataset(uri)
+            print(f"{uri}: whole: {manifest}")
+            for name in others:
+                print(f"{uri}: {name} is not part of the data set; you can remove it")
+        elif action == "cat":
+            check_at_least("limit", arguments.limit, 1)
+            for content in dataset.first_records(uri, arguments.limit):
+                print(content)
+        elif action == "import":
+            _import(arguments)
+        else:
+            print(f"{arguments.to}: {dataset.copy_dataset(uri, arguments.to)}")
 
 
 def _import(arguments: argparse.Namespace) -> None:
@@ -159,8 +156,7 @@ def _import(arguments: argparse.Namespace) -> None:
     for name, manifest in manifests.items():
         print(f"{to}{name and '/'}{name}: {manifest}")
     shown = imported.set_aside[: 10 if in_parts else None]
-    for line in shown:
-        print(f"skipped: {line}", file=sys.stderr)
+    say_skipped(shown)
     if len(shown) < len(imported.set_aside):
         print(f"all {len(imported.set_aside)} are listed in {to}/{SKIPPED}", file=sys.stderr)
     rows = len(imported.set_aside)
@@ -209,8 +205,7 @@ def _pack(arguments: argparse.Namespace) -> None:
     from psyche_jax.data.packing import pack
 
     manifest, set_aside = pack(config)
-    for line in set_aside:
-        print(f"skipped: {line}", file=sys.stderr)
+    say_skipped(set_aside)
     cut = f"; {manifest.packing.cut} cut" if manifest.packing is not None and manifest.packing.cut else ""
     print(f"{config.out}: {manifest}; {len(set_aside)} skipped{cut}")
 
@@ -221,8 +216,7 @@ def _decontaminate(arguments: argparse.Namespace) -> None:
     if not 0 < arguments.near <= 1:
         raise UsageError(f"--near must be above 0 and at most 1, not {arguments.near}")
     result = decontaminate_places(arguments.train, arguments.eval, arguments.out, arguments.near)
-    for line in result.set_aside:
-        print(f"skipped: {line}", file=sys.stderr)
+    say_skipped(result.set_aside)
     summary = result.summary()
     if arguments.json:
         print(json.dumps(summary, ensure_ascii=False))

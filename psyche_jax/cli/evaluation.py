@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from psyche_jax.cli import start
-from psyche_jax.cli.arguments import AddVerb, add_thinking, check_at_least, check_seed, warn_of_gates
+from psyche_jax.cli.arguments import AddVerb, add_thinking, check_at_least, check_seed, say_skipped, warn_of_gates
 from psyche_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def _eval(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and arguments.out.is_dir():
         raise UsageError(f"--out {arguments.out}: is a folder; give the name of a JSON file")
     from psyche_jax.data.dataset import check_readable
-    from psyche_jax.evaluate.benchmarks import read_benchmark, with_shots
+    from psyche_jax.evaluate.benchmarks import look_for_leaks, read_benchmark, with_shots
     from psyche_jax.storage.files import as_path, bucket_errors, make_folder
     from psyche_jax.train.step_folders import check_model
 
@@ -197,17 +197,13 @@ def _eval(arguments: argparse.Namespace) -> None:
         check_readable(arguments.train)
     if arguments.against != "reference" and not Path(arguments.against).is_file():
         raise UsageError(f"--against {arguments.against}: no such file")
-
     if arguments.out is not None:
         make_folder(arguments.out.parent, "--out")
 
     # The questions: read, compared with training data, cut down, given examples.
     benchmark = read_benchmark(arguments.bench)
-    for line in benchmark.set_aside:
-        print(f"skipped: {line}", file=sys.stderr)
+    say_skipped(benchmark.set_aside)
     if arguments.train:
-        from psyche_jax.evaluate.benchmarks import look_for_leaks
-
         benchmark = look_for_leaks(benchmark, arguments.train)
     benchmark = benchmark.only(arguments.cells.split(",") if arguments.cells else None, arguments.limit)
     if arguments.shots:
@@ -244,8 +240,7 @@ def _eval(arguments: argparse.Namespace) -> None:
         judges=judges,
         against=arguments.against,
     )
-    for line in evaluation["set_aside"][len(benchmark.set_aside) :]:
-        print(f"skipped: {line}", file=sys.stderr)
+    say_skipped(evaluation["set_aside"][len(benchmark.set_aside) :])
     summary = {**evaluation["scores"], "set_aside": len(evaluation["set_aside"]), "no_answer": evaluation["no_answer"]}
     if judges:
         summary["empathy"] = evaluation["empathy"]
@@ -342,8 +337,7 @@ def _safety(arguments: argparse.Namespace) -> None:
     measured, bad = measure_safety(
         arguments.posts, arguments.dialogues, arguments.run_folder, not arguments.rules_alone, endpoint
     )
-    for line in bad:
-        print(f"skipped: {line}", file=sys.stderr)
+    say_skipped(bad)
     print(json.dumps(measured, ensure_ascii=False) if arguments.json else "\n".join(safety_lines(measured)))
 
 

@@ -3,12 +3,11 @@
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from psyche_jax.cli.arguments import AddVerb, add_config, warn_of_gates
+from psyche_jax.cli.arguments import AddVerb, add_config, say_skipped, warn_of_gates
 from psyche_jax.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def _print_stages(reports: dict[str, Any], as_json: bool) -> None:
 def _review(arguments: argparse.Namespace) -> None:
     import getpass
 
-    from psyche_jax.synth.review import STORE, ReviewStore
+    from psyche_jax.synth.review import STORE, ReviewStore, serve_review
 
     path = arguments.store / STORE if arguments.store.is_dir() else arguments.store
     if not path.is_file():
@@ -106,12 +105,9 @@ def _review(arguments: argparse.Namespace) -> None:
         print(f"{arguments.export}: {store.export(arguments.export)} items")
     elif arguments.load is not None:
         taken, faults = store.load(arguments.load, who)
-        for line in faults:
-            print(f"skipped: {line}", file=sys.stderr)
+        say_skipped(faults)
         print(f"{path}: {taken} decisions imported, {len(faults)} skipped")
         if faults and not taken:
             raise UserError(f"{arguments.load}: holds no usable decision")
     else:
-        from psyche_jax.synth.review import serve_review
-
         serve_review(store, who, arguments.host, arguments.port, arguments.blind)

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from psyche_jax.cli import start
@@ -147,11 +147,8 @@ def _add_bench(verb: argparse.ArgumentParser) -> None:
             epilog="Each option sets the config key named beside it; with --config it changes the file's value. "
             "docs/measurements/benchmarks.md says what is measured and printed.",
         )
-        add_config(
-            parser,
-            f"settings of {'SFT' if name == 'sft' else 'GRPO'}, such as {'sft' if name == 'sft' else 'grpo'}_7b_v5e16",
-            False,
-        )
+        program = "sft" if name == "sft" else "grpo"
+        add_config(parser, f"settings of {program.upper()}, such as {program}_7b_v5e16", False)
         for option_name, option in {**OPTIONS[name], **MODEL}.items():
             flag = f"--{option_name.replace('_', '-')}"
             default = f"; default {'all' if option.default is None else option.default}"
@@ -214,8 +211,7 @@ def _import(arguments: argparse.Namespace) -> None:
 def _sft(arguments: argparse.Namespace) -> None:
     check_at_least("profile", arguments.profile, 0)
     config = load_config(SftConfig, arguments.config, arguments.overrides)
-    train = config.data.train
-    _check_places(config, [train] if isinstance(train, str) else train, arguments.accept_changed)
+    _check_places(config, arguments.accept_changed)
     start.start_jax(config.distributed)
     from psyche_jax.train.sft import train_sft
 
@@ -225,14 +221,14 @@ def _sft(arguments: argparse.Namespace) -> None:
 def _grpo(arguments: argparse.Namespace) -> None:
     check_at_least("profile", arguments.profile, 0)
     config = load_config(GrpoConfig, arguments.config, arguments.overrides)
-    _check_places(config, [config.data.train], arguments.accept_changed)
+    _check_places(config, arguments.accept_changed)
     start.start_jax(config.distributed)
     from psyche_jax.train.grpo_run import train_grpo
 
     train_grpo(config, arguments.profile, arguments.accept_changed)
 
 
-def _check_places(config: SftConfig | GrpoConfig, train: Iterable[str], accepted: Collection[str]) -> None:
+def _check_places(config: SftConfig | GrpoConfig, accepted: Collection[str]) -> None:
     """See, before JAX starts, that model and data are there and that the run's folder may be used.
 
     In buckets it is not asked here.
@@ -246,7 +242,8 @@ def _check_places(config: SftConfig | GrpoConfig, train: Iterable[str], accepted
     except UserError as error:
         made = "; `psyche demo --out runs/demo` makes it" if config.model.path.startswith("runs/demo/") else ""
         raise UserError(f"{error} (the config's model.path; --set model.path=FOLDER{made})") from error
-    for place in train:
+    train = config.data.train
+    for place in [train] if isinstance(train, str) else train:
         check_readable(place)
     if config.data.evaluation is not None:
         try:
