@@ -1,5 +1,6 @@
 """What a run's folder tells the report: its steps, and its samples side by side."""
 
+import math
 import re
 import shlex
 import statistics
@@ -104,7 +105,7 @@ class RunRecord:
     def remarks(self, say: Speaker = ENGLISH) -> list[str]:
         """What a careful reader would want to be told."""
         found = []
-        if skipped := [line["step"] for line in self.metrics if real(line.get("skipped_updates")) > 0]:
+        if skipped := [line["step"] for line in self.metrics if _real(line.get("skipped_updates")) > 0]:
             phrase = "The loss or gradient was not finite at {count} of {all} steps, first at {first}."
             found.append(say(phrase, count=len(skipped), all=len(self.metrics), first=skipped[0]))
         for key, limit, phrase in _LIMITS:

@@ -11,7 +11,7 @@ from psyche_jax.plan.forecast import forecast
 from psyche_jax.plan.hlo import Module
 from psyche_jax.plan.slices import parse_topology
 
-pytestmark = needs_libtpu
+pytestmark = [needs_libtpu, pytest.mark.usefixtures("optimized")]
 SIZE = 8192
 
 
@@ -22,9 +22,8 @@ def test_cycles_beside_published_peaks(topology, capsys):
 
     def seconds(function, *shapes):
         arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes]
-        return forecast(Module.parse(jax.jit(function).lower(*arrays).compile().as_text()), slice_, {}, {}, ()).totals[
-            1
-        ]
+        program = Module.parse(jax.jit(function).lower(*arrays).compile().as_text())
+        return forecast(program, slice_, {}, {}, ()).totals[1]
 
     square, chip = (SIZE, SIZE), slice_.chip
     flops = 2 * SIZE**3 / seconds(lambda a, b: a @ b, square, square)

@@ -12,11 +12,12 @@ from psyche_jax.cli.training import load_plan_config
 from psyche_jax.model import sharding
 from psyche_jax.model.flops import peak_flops
 from psyche_jax.model.sharding import TRAIN_RULES
+from psyche_jax.plan import report, search
 from psyche_jax.plan.compile import lower, out_of_memory
 from psyche_jax.plan.hlo import Module
 from psyche_jax.plan.slices import CHIPS, parse_topology
 
-pytestmark = needs_libtpu
+pytestmark = [needs_libtpu, pytest.mark.usefixtures("optimized")]
 KEYS = {
     "topology",
     "program",
@@ -106,7 +107,9 @@ def test_adapters_over_a_small_base(program, dtype, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_grpo(tmp_path, capsys):
+def test_grpo(tmp_path, capsys, monkeypatch):
+    kept, compile_lowered = [], report.compile_lowered
+    monkeypatch.setattr(report, "compile_lowered", lambda lowered: kept.append(compile_lowered(lowered)) or kept[0])
     config = write_config(tmp_path, "grpo")
     code, result, _ = plan(capsys, config, "--program", "grpo")
     assert code == 0
@@ -122,7 +125,8 @@ def test_grpo(tmp_path, capsys):
     of_run = result["forecast"]
     assert (of_run["steps"], of_run["steps_are_known"], of_run["dollars_per_chip_hour"]) == (1000, False, 1.2)
     assert of_run["decoding_steps"] == 1 + 2 * 127
-    # Short responses: fewer steps, and no more tokens than there are.
+    # Short responses: fewer steps, and no more tokens than there are. The program is the same.
+    monkeypatch.setattr(report, "compile_lowered", lambda lowered: kept[0])
     wishes = ("--lengths", "mean=20,p90=40", "--steps", "50", "--price", "0.5")
     code, ragged, _ = plan(capsys, config, "--program", "grpo", *wishes)
     assert code == 0
@@ -135,27 +139,19 @@ def test_grpo(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_heads_of_half_the_lanes(tmp_path, capsys, monkeypatch):
-    """As of Qwen2.5-0.5B, Llama-3.2-1B, SmolLM2: splash takes them, and decoding does not turn their cache."""
-    programs, parse = [], Module.parse
-    monkeypatch.setattr(Module, "parse", lambda text: programs.append(text) or parse(text))
-    config = write_config(tmp_path, "grpo", head_dim=64, mesh={"fsdp": 1}, max_new_tokens=256)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decoding_copies_neither_cache_nor_weights(tmp_path, capsys, monkeypatch, head_dim):
+    """Heads of half the lanes are those of Qwen2.5-0.5B, Llama-3.2-1B, SmolLM2: splash takes them too."""
+    texts, parse = [], Module.parse
+    monkeypatch.setattr(Module, "parse", lambda text: texts.append(text) or parse(text))
+    config = write_config(tmp_path, "grpo", head_dim=head_dim, mesh={"fsdp": 1}, max_new_tokens=256)
     code, result, _ = plan(capsys, config, topology="v5e:1x1")
     assert code == 0
     assert result["collectives"]["decoding_loop"]["cache_sized_copies"] == 0
-    assert all(part in programs[0] for part in ("splash_mqa_fwd", "splash_mqa_dkv"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_decoding_reads_a_layers_weights_where_they_lie(tmp_path, capsys, monkeypatch, head_dim):
-    """No matrix is cut out of its stack before its product; cut into heads, those of attention were."""
-    programs, parse = [], Module.parse
-    monkeypatch.setattr(Module, "parse", lambda text: programs.append(parse(text)) or programs[-1])
-    config = write_config(tmp_path, "grpo", head_dim=head_dim, mesh={"fsdp": 1}, max_new_tokens=256)
-    assert plan(capsys, config, topology="v5e:1x1")[0] == 0
+    assert all(part in texts[0] for part in ("splash_mqa_fwd", "splash_mqa_dkv"))
+    # No matrix is cut out of its stack before its product; cut into heads, those of attention were.
     smallest = 2 * head_dim * 256  # that of keys or values
-    instructions = [i for computation in programs[0].computations.values() for i in computation]
+    instructions = [i for computation in parse(texts[0]).computations.values() for i in computation]
     within = [i for i in instructions if "decoding_loop" in i.op_name and i.op_name.endswith("dynamic_slice")]
     assert within, "norms and biases are"
     cut = [i.name for i in within if i.opcode == "fusion" and max(a.elements for a in i.arrays) >= smallest]
@@ -190,7 +186,8 @@ def test_too_large(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_search(tmp_path, capsys):
+def test_search(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(search, "_ENOUGH", 2)
     config = write_config(tmp_path, "sft")
     code = cli.main(["plan", "--config", str(config), "--topology", "v5e:2x2", "--search"])
     out, err = capsys.readouterr()
@@ -221,13 +218,13 @@ def test_memory_of_other_chips(topology):
     slice_ = parse_topology(topology)
     array = jax.ShapeDtypeStruct((2**17, 2**18), "float32", sharding=SingleDeviceSharding(slice_.devices()[0]))
     with pytest.raises(jax.errors.JaxRuntimeError) as refused:
-        jax.jit(lambda x: (x.T @ x).sum()).lower(array).compile()
+        jax.jit(lambda x: x + 1).lower(array).compile()
     _, limit = out_of_memory(str(refused.value))
     assert limit / 2**30 == pytest.approx(slice_.chip.hbm_gib, abs=0.02)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("topology", "devices"), [("v5litepod-1", 1), ("v6e-1", 1), ("tpu7x:2x2x1", 8)])
+@pytest.mark.parametrize(("topology", "devices"), [("v6e-1", 1), ("tpu7x:2x2x1", 8)])
 def test_plans_of_other_slices(topology, devices, tmp_path, capsys):
     """With one chip nothing is sent; of two devices a chip each has its own memory and half of the peak."""
     config = write_config(tmp_path, "sft", mesh={"fsdp": -1})

@@ -174,6 +174,7 @@ def test_settings_become_smaller(program):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.usefixtures("optimized")
 def test_a_cell_through_the_compiler(tmp_path, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "Qwen2.5-0.5B", MODEL)
     out = tmp_path / "which.jsonl"
