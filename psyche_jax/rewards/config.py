@@ -52,6 +52,9 @@ class _Rule:
         if not met:
             raise UsageError(f"reward rule `{self.name}`: `{field}` {problem}; got {getattr(self, field)!r}")
 
+    def _to_tuple(self, field: str) -> None:
+        object.__setattr__(self, field, tuple(getattr(self, field)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PatternRule(_Rule):
@@ -69,6 +72,9 @@ class PatternRule(_Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._to_tuple("flags")
+        known = {"ASCII", "DOTALL", "IGNORECASE", "MULTILINE"}
+        self._require(set(self.flags) <= known, "flags", f"may hold {', '.join(sorted(known))}")
         self._require(2 <= self.max_states <= MAX_STATES, "max_states", f"must be from 2 to {MAX_STATES}")
         try:
             parse(self.pattern, self.re_flags)
@@ -109,8 +115,11 @@ class AnswerSetRule(_Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._to_tuple("markers")
         self._check_named("reading", [self.reading], READINGS)
-        self._check_named("forms", self.forms or (), FORMS)
+        if self.forms is not None:
+            self._to_tuple("forms")
+            self._check_named("forms", self.forms, FORMS)
         self._require(bool(self.markers) and all(self.markers), "markers", "needs at least one, and none may be empty")
         if self.answer_after is not None:
             self._require(bool(self.answer_after), "answer_after", "must not be empty (use null for none)")
@@ -118,8 +127,12 @@ class AnswerSetRule(_Rule):
             self._require(not clash, "answer_after", f"must not contain a marker or be part of one ({clash})")
         letters = LETTERS if self.letters is None else self.letters
         options = set(letters)
-        distinct = bool(options) and options <= set(LETTERS) and len(options) == len(letters)
-        self._require(distinct, "letters", "must be distinct letters from A to Z")
+        self._require(
+            bool(options) and options <= set(LETTERS) and len(options) == len(letters),
+            "letters",
+            "must be distinct letters from A to Z",
+        )
+        self._require(self.credit in ("strict", "elastic"), "credit", "must be `strict` or `elastic`")
         taken = options | {chr(ord(c) + FULL_WIDTH) for c in options}
         taken |= {c.lower() for c in taken} if self.lower_case else set()
         taken |= {"\r", "\n"}
@@ -200,7 +213,7 @@ RewardConfig = Annotated[RuleConfig | FunctionReward, Field(discriminator="rule"
 
 
 def check_rules(rules: Sequence[RuleConfig | FunctionReward]) -> None:
-    """Raises UsageError where two rules share a name."""
+    """Raises UsageError where two rules share a name, or one has the name of no use: `total`."""
     names = [rule.name for rule in rules]
     for name in names:
         if names.count(name) > 1:
