@@ -252,6 +252,9 @@ def _describe(kind: type, error: Any) -> str:
         of_others = [key for key in _ELSEWHERE.get(parts[-1], ()) if key in _keys(kind)]
         hints = [f"did you mean {key!r}?" for key in of_others or nearest or elsewhere]
         return f"unknown key {name!r}; {hints[0] if hints else 'valid keys here: ' + ', '.join(siblings)}"
+    if error["type"] == "invalid_key":
+        section = "".join(f"{part}." for part in parts[:-1])
+        return f"the key {section}{error['input']} is no text, as YAML reads it; put it in quotes, or correct it"
     if error["type"] in ("missing", "missing_argument"):
         return f"the key {name!r} is missing"
     if bound := _BOUNDS.get(error["type"]):

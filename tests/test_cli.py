@@ -146,6 +146,12 @@ def test_wrong_use_exits_2(arguments, capsys):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("verb", ["sft", "bench sft", "pack", "synth"])
+def test_an_empty_name_of_a_config(verb, capsys):
+    code, _, err = ended(capsys, *verb.split(), "--config", "")
+    assert code == 2 and "argument --config: is empty; name a YAML file" in err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [

@@ -229,6 +229,14 @@ def test_broken_yaml(text, tmp_path):
     assert message.startswith(f"{tmp_path / 'c.yaml'}: ")
 
 
+@pytest.mark.parametrize(
+    ("text", "key"), [("1: 2", "1"), ("on: 2", "True"), ("optimizer: {null: 3}", "optimizer.None")]
+)
+def test_keys_that_are_no_text(text, key, tmp_path):
+    said = failure(SftConfig, tmp_path, f"{dump_yaml(LEAST)}{text}\n")
+    assert f"the key {key} is no text, as YAML reads it; put it in quotes" in said
+
+
 @pytest.mark.parametrize("text", ["epochs: 1\nepochs: 2", "optimizer: {warmup: 3}\noptimizer: {beta1: 0.5}"])
 def test_keys_that_stand_twice(text, tmp_path):
     """PyYAML takes the last, and the first setting is lost without a word."""

@@ -23,11 +23,17 @@ def add_config(
     """`--config` and `--set`. `what` says what it is a config of and names one that comes with the package."""
     verb.add_argument(
         "--config",
-        type=Path,
+        type=_config,
         required=required,
         help=f"{what}: a YAML file, or the name of a config that comes with psyche_jax",
     )
     add_set(verb, example)
+
+
+def _config(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; name a YAML file or a config that comes with psyche_jax")
+    return Path(text)
 
 
 def add_set(verb: argparse.ArgumentParser, example: str) -> None:
