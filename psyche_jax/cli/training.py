@@ -15,6 +15,8 @@ from psyche_jax.errors import UsageError, UserError
 from psyche_jax.storage.files import check_new_folder, in_bucket, make_folder, read_json, write_json
 from psyche_jax.train.run_changes import CHANGES
 
+_MOST_BENCH_STEPS = 10_000
+
 
 def add_verbs(add: AddVerb) -> None:
     """Put this module's verbs into the parser."""
@@ -327,6 +329,10 @@ def _bench(arguments: argparse.Namespace) -> None:
 
     for name in ("steps", "warmup"):
         check_at_least(name, getattr(arguments, name), 1)
+    if arguments.steps + arguments.warmup > _MOST_BENCH_STEPS:
+        raise UsageError(
+            f"--steps and --warmup must be at most {_MOST_BENCH_STEPS} together: all batches are made before"
+        )
     check_seed(arguments.seed)
     options = {**OPTIONS[arguments.what], **MODEL}
     given = {name: getattr(arguments, name) for name in options if getattr(arguments, name) is not None}

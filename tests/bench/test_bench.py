@@ -237,6 +237,7 @@ def test_visits_to_the_host_are_seen():
         ("grpo --beta -1", "--beta must be at least 0, not -1.0"),
         ("grpo --beta nan", "options: objective.kl_coefficient"),
         ("sft --steps 0", "--steps must be at least 1, not 0"),
+        ("sft --steps 99999999999999999999", "--steps and --warmup must be at most 10000 together"),
         ("sft --micro-batch 3", "options: micro_batch_size must divide batch_size 8, not 3"),
         ("grpo --prompts 8 --micro-batch 3", "options: micro_batch_prompts must divide minibatch_prompts 8, not 3"),
         ("sft --batch 9", "batch_size: 9 rows cannot be spread over data × fsdp = 8 devices; use a multiple"),
