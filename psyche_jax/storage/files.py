@@ -278,7 +278,9 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         yield partial
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as of a full disk
+            error.filename = str(path)
         _remove(partial)
         raise
 
