@@ -260,7 +260,9 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
             f"{folder / PEFT_CONFIG}: init_lora_weights is {start!r}, which changes the base; let peft convert them to "
             "plain adapters (path_initial_model_for_weight_conversion)"
         )
-    place = base or str(values.get("base_model_name_or_path"))
+    place = values.get("base_model_name_or_path") if base is None else base
+    if not isinstance(place, str) or not place:
+        raise UserError(f"{folder / PEFT_CONFIG}: names no base (base_model_name_or_path); give it with --base")
     try:
         model = open_model(place)
     except UserError as error:
@@ -291,7 +293,8 @@ def _import_adapters(folder: Path, target: Path, kind: np.dtype, base: str | Non
     with _Progress("import", target, number, str(kind), number * kind.itemsize) as progress:
 
         def leaf(path: str) -> StreamedArray:
-            stacked = np.stack([tensors[name] for name in tensor_names(path, layers)]).astype(kind)
+            with np.errstate(over="ignore"):  # what overflows is infinite, and is refused
+                stacked = np.stack([tensors[name] for name in tensor_names(path, layers)]).astype(kind)
             if not all_finite(stacked):
                 raise UserError(f"{folder}: {path} has values that are not finite in {kind}; use other adapters")
             return StreamedArray(stacked.shape, kind, stacked.shape, lambda index: progress.add(stacked[index]))

@@ -95,16 +95,18 @@ def merged(config: ModelConfig, base: Parameters, adapters: Parameters, sharding
 def merged_parts(config: ModelConfig, read: ReadPart, adapters: Parameters) -> ReadPart:
     """The same for parts on the host: what reads them, given what reads those of the base in float32."""
     assert config.adapter is not None
-    factors, scale = traverse_util.flatten_dict(adapters, sep="/"), np.float32(config.adapter.scale)
+    scale = config.adapter.scale
+    factors = traverse_util.flatten_dict(adapters, sep="/")
 
     def part(path: str, index: Index) -> np.ndarray:
         values, module = read(path, index), path.removesuffix("/kernel")
         if f"{module}/lora_a" not in factors:
             return values
         layers, rows, columns = index
-        return values + scale * (
-            factors[f"{module}/lora_b"][layers, rows] @ factors[f"{module}/lora_a"][layers, :, columns]
-        )
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+            return values + np.float32(scale) * (
+                factors[f"{module}/lora_b"][layers, rows] @ factors[f"{module}/lora_a"][layers, :, columns]
+            )
 
     return part
 

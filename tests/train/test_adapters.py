@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -400,6 +401,8 @@ def test_peft_folders_that_cannot_be(runs, tmp_path):
         ({"bias": "all"}, None, "bias is 'all'; only 'none' is supported"),
         ({"peft_type": "IA3"}, None, "does not describe low-rank adapters"),
         ({"base_model_name_or_path": "Qwen/Qwen2.5-7B"}, None, "its base cannot be opened"),
+        ({"base_model_name_or_path": None}, None, "adapter_config.json: names no base"),
+        ({"base_model_name_or_path": ""}, None, "adapter_config.json: names no base"),
         ({"r": 8}, None, "the adapters do not fit the base"),
         ({"r": 0}, None, "rank must be at least 1, not 0"),
     ):
@@ -408,6 +411,12 @@ def test_peft_folders_that_cannot_be(runs, tmp_path):
         assert line in said
         assert len(said.splitlines()) == 1
         assert not (tmp_path / "new").exists()
+    with warnings.catch_warnings():  # NumPy's of an overflow would be a second line
+        warnings.simplefilter("error", RuntimeWarning)
+        path.write_text(json.dumps({**good, "lora_alpha": 1e308}))
+        import_model(tmp_path / "adapters", tmp_path / "huge", "float32")
+        said = refusal(lambda: export_model(str(tmp_path / "huge"), tmp_path / "new", "float32"))
+    assert "has values that are not finite in float32" in said
     path.write_text(json.dumps(good))
     weights = tmp_path / "adapters" / "adapter_model.safetensors"
     arrays = load_file(weights)
