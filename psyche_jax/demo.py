@@ -7,7 +7,7 @@ package, of which it can learn nothing but the form of an answer: there it stays
 """
 
 import itertools
-import math
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -333,7 +333,7 @@ def summarize(out: Path, scores: dict[str, Any], difference: float, compared_wit
         "sft": {"loss_first": sft[0]["loss"], "loss_last": sft[-1]["loss"], "steps": len(sft)},
         "grpo": {
             "reward_first": rewards[0],
-            "reward_last": math.fsum(rewards[-LAST_STEPS:]) / len(rewards[-LAST_STEPS:]),
+            "reward_last": statistics.fmean(rewards[-LAST_STEPS:]),
             "logp_difference_max": max(line["sampling/logp_difference/max"] for line in grpo),
             "steps": len(grpo),
         },

@@ -262,13 +262,12 @@ def _judges(arguments: argparse.Namespace, benchmark: "Benchmark") -> "list[Endp
     for address in arguments.judge:
         if not address.startswith(SCHEMES):
             raise UsageError(f"--judge {address}: must be URL#NAME of an endpoint; `psyche serve` makes one")
-    concurrency = arguments.batch_size or 16
     return [
         Endpoint(
             address,
             max_new_tokens=MAX_TOKENS,
             temperature=0.0,
-            concurrency=concurrency,
+            concurrency=arguments.batch_size or 16,
             names=_parameters(arguments),
             served_as=arguments.served_as,
         )

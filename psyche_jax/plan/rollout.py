@@ -124,8 +124,8 @@ def draw_lengths(text: str, count: int, longest: int) -> list[int]:
         lengths = [known[int(share * len(known))] for share in shares]
     else:
         mu, sigma = _log_normal(text, longest)
-        normal = statistics.NormalDist(mu, sigma) if sigma else None
-        lengths = [round(math.exp(mu if normal is None else normal.inv_cdf(share))) for share in shares]
+        normal = statistics.NormalDist()
+        lengths = [round(math.exp(mu + sigma * normal.inv_cdf(share))) for share in shares]
     random.Random(0).shuffle(lengths)
     return [min(max(1, length), longest) for length in lengths]
 

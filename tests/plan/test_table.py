@@ -42,7 +42,6 @@ def run(out, **filters):
 FEW = {"models": "7B,0.5B", "chips": "v6e-1", "modes": "adapters"}
 
 
-@pytest.mark.slow
 def test_cells_that_are_there_are_skipped(tmp_path, compiled, monkeypatch, capsys):
     out = tmp_path / "which.jsonl"
     assert run(out, **FEW, programs="sft") == 0
