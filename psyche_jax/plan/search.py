@@ -36,6 +36,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     Raises:
       UserError: none fits.
     """
+    # All variants on the mesh of a run, without those that arithmetic rules out.
     lengths = response_lengths(config, wishes)
     devices = slice_.devices()
     sharding = sharding_of(config, devices)
@@ -50,6 +51,7 @@ def search(config: PlanConfig, slice_: Slice, wishes: Wishes) -> Plan:
     limit = slice_.chip.hbm_gib * GIB
     possible = [c for c in candidates if least_peak(c, model, shape) <= limit]
     say(f"{len(candidates)} variants, {len(candidates) - len(possible)} of them too large by arithmetic")
+    # Compiled in turn.
     failed: list[PlanConfig] = []
     fitting: list[tuple[float, Plan]] = []
     for candidate in itertools.islice(not_larger(possible, failed), _MOST_TRIES):

@@ -25,9 +25,7 @@ class Chip:
     """
 
     name: str
-    bf16_flops: float
     hbm_gib: float
-    hbm_bytes_per_second: float
     ici_bytes_per_second: float  # out of one device, all its links together
     accelerator: str  # as the cloud calls it
     per_accelerator_unit: int  # what the cloud counts behind that name: chips, or TensorCores, two a chip
@@ -39,6 +37,16 @@ class Chip:
     options: tuple[tuple[str, Any], ...] = ()
 
     @property
+    def bf16_flops(self) -> float:
+        """The published peak, a second."""
+        return BF16_PEAKS[self.name]
+
+    @property
+    def hbm_bytes_per_second(self) -> float:
+        """The published bandwidth of its memory."""
+        return HBM_BANDWIDTHS[self.name]
+
+    @property
     def clock(self) -> float:
         """Cycles a second, from the peak: what the compiler counts in."""
         return self.bf16_flops / self.multipliers / 2
@@ -46,32 +54,18 @@ class Chip:
 
 SOURCE = "cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}: peak compute, HBM and inter-chip bandwidth per chip"
 _MEGACORE = (("chip_config_name", "megacore"),)  # a chip's two TensorCores as one device
+_FOUR_A_HOST = (("chips_per_host_bounds", (2, 2, 1)),)
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(
-            "v4", BF16_PEAKS["v4"], 30.75, HBM_BANDWIDTHS["v4"], 300e9, "v4", 2, 3, 4096, 8 * 128**2,
-            options=_MEGACORE,
-        ),
-        Chip(
-            "v5e", BF16_PEAKS["v5e"], 15.75, HBM_BANDWIDTHS["v5e"], 200e9, "v5litepod", 1, 2, 256, 4 * 128**2,
-            spellings=("v5lite",),
-        ),
-        Chip(
-            "v5p", BF16_PEAKS["v5p"], 95.74, HBM_BANDWIDTHS["v5p"], 600e9, "v5p", 2, 3, 6144, 8 * 128**2,
-            options=_MEGACORE,
-        ),
-        Chip(
-            "v6e", BF16_PEAKS["v6e"], 31.25, HBM_BANDWIDTHS["v6e"], 400e9, "v6e", 1, 2, 256, 4 * 256**2,
-            spellings=("trillium", "v6lite"), options=(("chips_per_host_bounds", (2, 2, 1)),),
-        ),
+        Chip("v4", 30.75, 300e9, "v4", 2, 3, 4096, 8 * 128**2, options=_MEGACORE),
+        Chip("v5e", 15.75, 200e9, "v5litepod", 1, 2, 256, 4 * 128**2, spellings=("v5lite",)),
+        Chip("v5p", 95.74, 600e9, "v5p", 2, 3, 6144, 8 * 128**2, options=_MEGACORE),
+        Chip("v6e", 31.25, 400e9, "v6e", 1, 2, 256, 4 * 256**2, spellings=("trillium", "v6lite"), options=_FOUR_A_HOST),
         # Ironwood: a chip has 192 GiB, 7,380 GB/s of HBM and 600 GB/s to its neighbours, for two devices.
-        Chip(
-            "tpu7x", BF16_PEAKS["tpu7x"], 94.74, HBM_BANDWIDTHS["tpu7x"], 300e9, "tpu7x", 2, 3, 9216, 4 * 256**2,
-            devices=2, spellings=("v7x", "ironwood"),
-        ),
+        Chip("tpu7x", 94.74, 300e9, "tpu7x", 2, 3, 9216, 4 * 256**2, devices=2, spellings=("v7x", "ironwood")),
     )
-}  # fmt: skip
+}
 # Dollars for an hour of one chip, on demand, where it is cheapest in the United States.
 PRICES = {"v4": 3.22, "v5e": 1.20, "v5p": 4.20, "v6e": 2.70, "tpu7x": 12.00}
 PRICE_SOURCE = "cloud.google.com/tpu/pricing, on demand in the US, as quoted in November 2026"
