@@ -213,7 +213,7 @@ RewardConfig = Annotated[RuleConfig | FunctionReward, Field(discriminator="rule"
 
 
 def check_rules(rules: Sequence[RuleConfig | FunctionReward]) -> None:
-    """Raises UsageError where two rules share a name, or one has the name of no use: `total`."""
+    """Raises UsageError where two rules share a name."""
     names = [rule.name for rule in rules]
     for name in names:
         if names.count(name) > 1:
