@@ -228,7 +228,9 @@ def _rope(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is said of RoPE in one place: `rope_scaling`, or as transformers 5 writes it `rope_parameters`."""
     key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(key) or {}
-    if not isinstance(rope, Mapping) or any(isinstance(value, Mapping) for value in rope.values()):
+    if not isinstance(rope, Mapping):
+        raise _wrong_type(key, rope, "an object")
+    if any(isinstance(value, Mapping) for value in rope.values()):
         raise UserError(f"config.json: {key} differs between layers; only one set for all layers is supported")
     return rope
 

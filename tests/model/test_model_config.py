@@ -250,3 +250,9 @@ def test_stop_tokens_are_those_of_both_files(ours, theirs, expected):
     assert model_config_from_hf(values, {"eos_token_id": theirs}).stop_token_ids == expected
     if theirs is None:
         assert model_config_from_hf(values, {}).stop_token_ids == model_config_from_hf(values).stop_token_ids
+
+
+@pytest.mark.parametrize("value", ["yarn", 4, ["yarn"]])
+def test_a_scaling_that_is_no_object(value):
+    with pytest.raises(UserError, match="wrong type .rope_scaling is .*, not an object"):
+        model_config_from_hf({**hf_config(ARCHITECTURES["Qwen2.5-0.5B"], "float32"), "rope_scaling": value})
