@@ -157,7 +157,7 @@ WRONG = [
     (SftConfig, "checkpoints: {keep: 0}", "keep", "at least 1"),
     (SftConfig, "logging: {samples_every_steps: 0}", "samples_every_steps", "at least 1"),
     (SftConfig, "logging: {tensorboard: 3}", "logging.tensorboard", "3"),
-    (SftConfig, "1: 2", "1: ", "strings"),
+    (SftConfig, "1: 2", "the key 1 is no text", "put it in quotes"),
     (SftConfig, "epochs: yes", "epochs: must be a number", ", not True"),
     (SftConfig, "optimizer: {weight_decay: off}", "optimizer.weight_decay: must be a number", ", not False"),
     (SftConfig, "data: {train: {a: true}}", "data.train.a: must be a number", ", not True"),

@@ -254,5 +254,5 @@ def test_stop_tokens_are_those_of_both_files(ours, theirs, expected):
 
 @pytest.mark.parametrize("value", ["yarn", 4, ["yarn"]])
 def test_a_scaling_that_is_no_object(value):
-    with pytest.raises(UserError, match="wrong type .rope_scaling is .*, not an object"):
+    with pytest.raises(UserError, match=r"wrong type .rope_scaling is .*, not an object"):
         model_config_from_hf({**hf_config(ARCHITECTURES["Qwen2.5-0.5B"], "float32"), "rope_scaling": value})
