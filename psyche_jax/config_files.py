@@ -262,12 +262,9 @@ def _describe(kind: type, error: Any) -> str:
     where = f"{name}: " if name else ""
     if error["type"] == "value_error":
         return where + error["msg"].removeprefix("Value error, ")
-    return f"{where}{_TYPES.get(error['type']) or _must(error['msg'])}, not {error['input']!r}"
-
-
-def _must(message: str) -> str:
-    """A message of pydantic in our words; behind its comma it repeats why."""
-    return message.replace("Input should be", "must be", 1).partition(", unable")[0]
+    # The message of pydantic in our words; behind its comma it repeats why.
+    said = error["msg"].replace("Input should be", "must be", 1).partition(", unable")[0]
+    return f"{where}{_TYPES.get(error['type'], said)}, not {error['input']!r}"
 
 
 def _by_initials(name: str, keys: Sequence[str]) -> list[str]:

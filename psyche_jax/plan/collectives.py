@@ -2,14 +2,14 @@
 bytes; and copies of the cache or of weights while it decodes."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from psyche_jax.plan.hlo import Instruction, Module
 
 _METADATA = re.compile(r"metadata=\{[^}]*\}")
-PLACES = ("decoding_loop", "layer_loop", "other_loops", "once")
+_PLACES = ("decoding_loop", "layer_loop", "other_loops", "once")
 _DECODING_LAYERS = "layers of the decoding loop"  # a part of "decoding_loop"
 
 
@@ -109,11 +109,11 @@ def _opcodes(module: Module, instruction: Instruction, elements: int) -> Iterato
                 yield from _opcodes(module, inner, elements)
 
 
-def summarize(collectives: list[Collective], copies: int = 0) -> dict[str, dict[str, int]]:
+def summarize(collectives: Sequence[Collective], copies: int = 0) -> dict[str, dict[str, int]]:
     """By place: `instructions` in the program, `count` of them executed, `bytes` of all executions, `weight_sized`; and
     in the decoding loop how many `copies` of the cache or of weights there are."""
     result = {}
-    for place in PLACES:
+    for place in _PLACES:
         here = [collective for collective in collectives if collective.place == place]
         result[place] = {
             "instructions": len(here),

@@ -15,7 +15,7 @@ from psyche_jax.data.dataset import open_dataset
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import update_passes
-from psyche_jax.plan.collectives import PLACES, Collective, WeightBytes, find_collectives, find_copies, summarize
+from psyche_jax.plan.collectives import Collective, WeightBytes, find_collectives, find_copies, summarize
 from psyche_jax.plan.compile import (
     FULL_LENGTH,
     GIB,
@@ -118,7 +118,7 @@ class Plan:
             "peak_gib": _gib(self.peak_bytes),
             "limit_gib": _gib(self.limit_bytes),
             "memory_gib": {k: None if v is None else round(v, 4) for k, v in self.memory_gib.items()},
-            "collectives": summarize(list(self.collectives), self.copies),
+            "collectives": summarize(self.collectives, self.copies),
             "flops": sum(phase.flops for phase in self.phases.values()),
             "hbm_bytes": sum(phase.hbm_bytes for phase in self.phases.values()),
             "roofline_seconds": {**seconds, "total": self.seconds},
@@ -362,9 +362,7 @@ def as_text(plan: Plan) -> str:
     # Collectives by place, and the three that move most. A program that does not fit has not been compiled to its end.
     if plan.fits:
         lines += ["", f"{'collectives':20}{'in program':>12}{'executed':>12}{'GiB':>10}{'weight-sized':>14}"]
-        summary = summarize(list(plan.collectives))
-        for place in PLACES:
-            row = summary[place]
+        for place, row in summarize(plan.collectives).items():
             lines.append(
                 f"{_PLACES[place]:20}{row['instructions']:12}{row['count']:12}{row['bytes'] / GIB:10.2f}"
                 f"{row['weight_sized']:14}"

@@ -71,7 +71,6 @@ PRICES = {"v4": 3.22, "v5e": 1.20, "v5p": 4.20, "v6e": 2.70, "tpu7x": 12.00}
 PRICE_SOURCE = "cloud.google.com/tpu/pricing, on demand in the US, as quoted in November 2026"
 _FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _SMALL_SHAPES = ((1, 1, 1), (2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-_EXAMPLES = "v5e:4x4, v6e-8, v5p:2x2x2, tpu7x:2x2x1"
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def parse_topology(text: str) -> Slice:
         hint = f"nearest: {', '.join(nearest)}" if nearest else f"known: {', '.join(CHIPS)}"
         raise UsageError(f"--topology {text}: the chip {match[1]!r} is not known; {hint}")
     if chip is None or match is None:
-        examples = f"try {_EXAMPLES}" if chip is None else _near(chip, 4)
+        examples = "try v5e:4x4, v6e-8, v5p:2x2x2, tpu7x:2x2x1" if chip is None else _near(chip, 4)
         raise UsageError(f"--topology {text}: must be a chip and a shape, or the cloud's name; {examples}")
     shape = tuple(int(size) for size in re.split("[x×*]", match[2]))
     if len(shape) == 1:
