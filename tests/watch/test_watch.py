@@ -97,7 +97,7 @@ def test_a_step_that_is_none_shows_the_newest_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["sft", "grpo"])
-@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308, 10**25])
+@pytest.mark.parametrize("value", [10**300, -(10**300), 1e308, 10**25], ids="{:.0e}".format)
 def test_numbers_beyond_float32_are_shown(kind: str, value: float, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", kind, 4, status="running")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -111,7 +111,7 @@ def test_numbers_beyond_float32_are_shown(kind: str, value: float, tmp_path: Pat
     assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
 
 
-@pytest.mark.parametrize("step", [10**400, -1, "4", True])
+@pytest.mark.parametrize("step", [10**300, -1, "4", True], ids=["large", "negative", "text", "true"])
 def test_a_step_that_cannot_be_is_named(step: object, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=4)
     state = json.loads((run / "state.json").read_text(encoding="utf-8"))
