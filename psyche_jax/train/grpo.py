@@ -41,8 +41,8 @@ from psyche_jax.train.objectives import (
     TokenLoss,
     group_advantages,
     high_entropy_tokens,
-    masked_std,
     policy_loss,
+    reward_metrics,
     sampler_correction,
     token_weights,
     total_rewards,
@@ -488,34 +488,3 @@ class Iteration:
 def _known(old_log_probs: jax.Array | None, on_policy: jax.Array) -> jax.Array:
     """The old policy's log-probs; where the old policy is the current one, those `on_policy`."""
     return on_policy if old_log_probs is None else jnp.where(jnp.isnan(old_log_probs), on_policy, old_log_probs)
-
-
-def reward_metrics(
-    values: dict[str, jax.Array], rewards: jax.Array, counted: jax.Array
-) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """By the names that users of TRL know, of the responses that count; arrays are [prompts, generations].
-
-    Args:
-      values: those of each reward, NaN where absent.
-      rewards: the totals.
-      counted: which responses count.
-
-    Returns:
-      The metrics, and by name which of them are of nothing: no response counts, or none has that reward.
-    """
-    metrics: dict[str, jax.Array] = {}
-    absent: dict[str, jax.Array] = {}
-    for name, value in values.items():
-        present = ~jnp.isnan(value) & counted
-        mean = jnp.sum(value, where=present) / jnp.maximum(present.sum(), 1)
-        squares = jnp.sum((value - mean) ** 2, where=present) / jnp.maximum(present.sum(), 1)
-        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": jnp.sqrt(squares)}
-        absent |= dict.fromkeys((f"rewards/{name}/mean", f"rewards/{name}/std"), ~present.any())
-    groups = counted.any(axis=1)
-    zero = zero_std_groups(rewards, counted) & groups
-    totals = {
-        "reward": jnp.sum(rewards, where=counted) / jnp.maximum(counted.sum(), 1),
-        "reward_std": jnp.sum(masked_std(rewards, counted, axis=1)[:, 0], where=groups) / jnp.maximum(groups.sum(), 1),
-        "frac_reward_zero_std": zero.sum() / jnp.maximum(groups.sum(), 1),
-    }
-    return metrics | totals, absent | dict.fromkeys(totals, ~groups.any())

@@ -69,6 +69,37 @@ def zero_std_groups(rewards: jax.Array, counted: jax.Array | None = None) -> jax
     return most <= jnp.min(rewards, axis=1, where=counted, initial=jnp.inf)
 
 
+def reward_metrics(
+    values: dict[str, jax.Array], rewards: jax.Array, counted: jax.Array
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """By the names that users of TRL know, of the responses that count; arrays are [prompts, generations].
+
+    Args:
+      values: those of each reward, NaN where absent.
+      rewards: the totals.
+      counted: which responses count.
+
+    Returns:
+      The metrics, and by name which of them are of nothing: no response counts, or none has that reward.
+    """
+    metrics: dict[str, jax.Array] = {}
+    absent: dict[str, jax.Array] = {}
+    for name, value in values.items():
+        present = ~jnp.isnan(value) & counted
+        mean = jnp.sum(value, where=present) / jnp.maximum(present.sum(), 1)
+        std = masked_std(value, present, axis=None)[0, 0]
+        metrics |= {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+        absent |= dict.fromkeys((f"rewards/{name}/mean", f"rewards/{name}/std"), ~present.any())
+    groups = counted.any(axis=1)
+    zero = zero_std_groups(rewards, counted) & groups
+    totals = {
+        "reward": jnp.sum(rewards, where=counted) / jnp.maximum(counted.sum(), 1),
+        "reward_std": jnp.sum(masked_std(rewards, counted, axis=1)[:, 0], where=groups) / jnp.maximum(groups.sum(), 1),
+        "frac_reward_zero_std": zero.sum() / jnp.maximum(groups.sum(), 1),
+    }
+    return metrics | totals, absent | dict.fromkeys(totals, ~groups.any())
+
+
 def token_weights(mask: jax.Array, objective: ObjectiveName, micro_batches: int = 1) -> jax.Array:
     """What each token counts, so that the loss is the sum of weight × token loss, however a batch is split.
 
