@@ -3,12 +3,13 @@
 import itertools
 import json
 import shutil
+from functools import partial
 from importlib.resources import files
 
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.bucket import running_bucket
 from support.tiny import save_tokenizer
@@ -17,12 +18,17 @@ from psyche_jax.cli import main
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import TokenizedExample, tokenize_example
 from psyche_jax.data.dataset import (
+    MANIFEST,
+    Packing,
     load_records,
     open_dataset,
+    verify_dataset,
+    write_contents,
     write_dataset,
 )
-from psyche_jax.data.packing import PackConfig, best_fit, pack, packed_row, unpacked_rows
+from psyche_jax.data.packing import PACKED, PackConfig, best_fit, pack, packed_row, unpacked_rows
 from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, write_records
+from psyche_jax.data.streams import batches
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
 from psyche_jax.train.sft import open_examples
@@ -222,3 +228,40 @@ def test_the_command_from_bucket_to_bucket(made, tmp_path, capsys):
     for override, expected in (("max_length=1", "must be at least 2"), ("too_long=x", "too_long"), ("a=1", "'a'")):
         assert main(["pack", "--config", str(tmp_path / "pack.yaml"), "--set", override]) == 2
         assert expected in capsys.readouterr().err
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 10**7), st.sampled_from(["shard", "shard", "manifest"]))
+def test_a_flipped_bit_never_reaches_training(tmp_path, position, which):
+    """Batches are as they were packed, or there is one line that names the file; `verify` always names it."""
+    place = tmp_path / "flipped"
+    if not place.exists():
+        random = np.random.default_rng(0)
+        rows = [
+            packed_row([TokenizedExample(random.integers(0, 150_000, 40, np.int32), np.arange(40) > 9)] * 2)
+            for _ in range(60)
+        ]
+        write_contents(str(place), PACKED, rows, {}, 2500, packing=Packing(80, 120, 4800, 0.0, 0, 0, "", ""))
+
+    def read() -> bytes:
+        dataset = open_dataset(str(place))
+        stream = batches(dataset, 15, 1, partial(unpacked_rows, length=80), range(4))
+        return b"".join(batch[name].tobytes() for batch in stream for name in sorted(batch))
+
+    expected = read()
+    shards = sorted(place.glob("*.array_record"))
+    path = place / MANIFEST if which == "manifest" else shards[position % len(shards)]
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[position % len(whole)] ^= 1 << position % 8
+    path.write_bytes(changed)
+    try:
+        with pytest.raises(UserError, match=path.name):
+            verify_dataset(str(place))
+        try:
+            assert read() == expected
+        except UserError as error:
+            assert path.name in str(error)
+            assert "\n" not in str(error)
+    finally:
+        path.write_bytes(whole)

@@ -257,3 +257,19 @@ def test_what_training_reads():
 def test_answer_mask(letters):
     mask = answer_mask("".join(sorted(letters)))
     assert {chr(65 + bit) for bit in range(32) if mask >> bit & 1} == letters
+
+
+def test_every_bad_line_is_named(tmp_path):
+    path = lines_of(tmp_path / "q.jsonl", "x", QUESTION, {}, QUESTION, [])
+    assert [fault.split(": ")[0] for fault in read_records(Question, path).set_aside] == [
+        f"{path}:{number}" for number in (1, 3, 5)
+    ]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_files_of_windows(encoding, end, tmp_path):
+    text = json.dumps(QUESTION, ensure_ascii=False) + end
+    (tmp_path / "q.jsonl").write_bytes((text + text).encode(encoding))
+    read = read_records(Question, tmp_path / "q.jsonl")
+    assert (len(read.good), read.set_aside) == (2, ())

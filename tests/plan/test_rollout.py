@@ -21,7 +21,7 @@ MODEL = ModelConfig(304, 32, 48, 2, 4, 2, 8, pad_token_id=0, stop_token_ids=tupl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("slots", "parts"), [(16, 1), (5, 1), (None, 2), (24, 2)], ids=str)
+@pytest.mark.parametrize(("slots", "parts"), [(16, 1), (5, 1), (1, 1), (None, 2), (24, 2)], ids=str)
 def test_as_many_steps_as_the_program(slots, parts):
     prompts, each, longest = 8, 4, 20
     sharding = Sharding(make_mesh(1, parts, 1, jax.devices()[:parts]), TRAIN_RULES)

@@ -172,13 +172,14 @@ def test_whatever_the_store_cannot_write_reaches_all_who_wait(tmp_path, text, co
     asyncio.run(work())
 
 
-def test_what_a_server_broke_off_is_asked_again_and_never_a_reply(ask, tmp_path):
+@pytest.mark.parametrize("finish", ["error", "insufficient_system_resource"])
+def test_what_a_server_broke_off_is_asked_again_and_never_a_reply(ask, tmp_path, finish):
     async def work(asker):
-        with pytest.raises(NoReplyError, match="no answer: error"):
+        with pytest.raises(NoReplyError, match=f"no answer: {finish}"):
             await call(asker, "问")
         return asker.client.sent
 
-    assert ask(Odd({"finish_reason": "error"}), work, retries=2) == 3
+    assert ask(Odd({"finish_reason": finish}), work, retries=2) == 3
     assert stored_keys(tmp_path / "calls.sqlite") == {}
 
 
