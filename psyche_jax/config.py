@@ -389,6 +389,11 @@ class GrpoConfig(Section):
         return self.prompts_per_update if self.passes_per_step == 1 else 0
 
     @property
+    def off_policy_share(self) -> float:
+        """How much of a step the old log-probs take a pass for."""
+        return 1 - self.on_policy_prompts / self.prompts_per_step
+
+    @property
     def prompts_per_micro_batch(self) -> int:
         """Prompts whose responses go through forward and backward at once."""
         return self.micro_batch_prompts or self.prompts_per_update

@@ -258,7 +258,7 @@ class Iteration:
         if reference is not None and config.objective.kl_coefficient:
             of_reference = self._fixed_log_probs(without_adapter(self.model), reference, experience)
             experience = experience._replace(reference_log_probs=of_reference)
-        if config.on_policy_prompts < config.prompts_per_step:
+        if config.off_policy_share:
             experience = experience._replace(old_log_probs=self._old_log_probs(policy, experience))
 
         # The updates, `passes_per_step` times through the minibatches of this step.
