@@ -158,7 +158,7 @@ class _Reader:
         beside = 0.0
         for instruction in instructions:
             phase = phase_of(instruction.op_name) or usual
-            before = sum(cost[phase] for phase in PHASES)
+            before = _computed(cost)
             if instruction.opcode in ("while", "conditional", "call"):  # what runs other computations
                 turns = self._turns(instruction, outer)
                 for called in self._called(instruction, phase, seen) if turns else ():
@@ -179,7 +179,7 @@ class _Reader:
                     cost[f"kernels/{phase}"] += 1
 
             # What was begun goes on meanwhile; where it ends, all waits for what is left of it.
-            passed = sum(cost[phase] for phase in PHASES) - before
+            passed = _computed(cost) - before
             for name, left in begun.items():
                 begun[name] = max(0.0, left - passed)
                 passed = max(0.0, passed - left)
@@ -188,7 +188,7 @@ class _Reader:
                 name = next(iter(begun))
                 cost[UNHIDDEN] += begun.pop(name)
                 ended.discard(name)
-        cost[UNHIDDEN] += max(0.0, beside - sum(cost[phase] for phase in PHASES))
+        cost[UNHIDDEN] += max(0.0, beside - _computed(cost))
         return cost
 
     def _called(self, instruction: Instruction, phase: str, seen: set[str]) -> list[dict[str, float]]:
@@ -260,6 +260,10 @@ def _is_decoding_loop(instruction: Instruction) -> bool:
 def _add(cost: dict[str, float], other: Mapping[str, float], times: float = 1) -> None:
     for name, value in other.items():
         cost[name] += times * value
+
+
+def _computed(cost: Mapping[str, float]) -> float:
+    return sum(cost[phase] for phase in PHASES)
 
 
 def _seconds(cost: Mapping[str, float]) -> float:
