@@ -201,7 +201,7 @@ _LARGEST = 2.0**128  # of float32
 
 
 def _in_float32(values: dict[str, Any]) -> dict[str, Any]:
-    """The same with infinity for a number that is none of float32, such as an integer of 400 digits."""
+    """The same with infinity for a number that is none of float32, such as 1e300."""
     held = {name: _in_float32(value) if isinstance(value, dict) else value for name, value in values.items()}
     beyond = {n: v for n, v in held.items() if isinstance(v, int | float) and abs(v) >= _LARGEST}
     return held | {name: math.inf if value > 0 else -math.inf for name, value in beyond.items()}

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, cast
@@ -149,7 +149,8 @@ def read_json(path: Path) -> Any:
       UserError: it is missing, unreadable or no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_int=whole_number)
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text, parse_int=_reader_of_integers(text))
     except (OSError, ValueError, RecursionError) as error:  # numbers of 400 digits, objects within objects
         raise UserError(f"{path}: cannot be read as JSON: {error}") from None
 
@@ -201,14 +202,17 @@ def parsed_json(text: str, encoding: str = "utf-8") -> Any:
     if NO_TEXT.search(text):
         return NotTextError(f"not {encoding} text")
     try:
-        # Where no number can be too long, Python's own way is several times as fast.
-        parse_int = whole_number if _LONG_NUMBER.search(text) else None
-        return json.loads(text, object_pairs_hook=named_once, parse_int=parse_int)
+        return json.loads(text, object_pairs_hook=named_once, parse_int=_reader_of_integers(text))
     except (ValueError, RecursionError) as error:
         return RowError("not JSON", str(error))
 
 
-def whole_number(digits: str) -> int:
+def _reader_of_integers(text: str) -> Callable[[str], int] | None:
+    """Python's own (None), which is several times as fast, where no number of a JSON text can be too long."""
+    return _whole_number if _LONG_NUMBER.search(text) else None
+
+
+def _whole_number(digits: str) -> int:
     """The number, where a float holds one as large: Python compares and draws no other beside floats.
 
     Raises:

@@ -277,8 +277,11 @@ def _identity(folder: Path) -> dict[str, str]:
 
 def _as_text(line: Mapping[str, Any]) -> str:
     """JSON has no NaN and no infinity, which Python would write all the same: they are null."""
-    finite = json.loads(json.dumps(line), parse_constant=lambda _: None)
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    try:
+        return json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n"
+    except ValueError:  # seldom, so that most lines are written once
+        finite = json.loads(json.dumps(line), parse_constant=lambda _: None)
+        return json.dumps(finite, ensure_ascii=False) + "\n"
 
 
 @contextmanager
