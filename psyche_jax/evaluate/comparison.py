@@ -224,8 +224,8 @@ def _rows(
             "step": evaluation.step,
             "count": count,
             "strict": strict,
-            "low": low,
-            "high": high,
+            "low": min(low, strict),  # older evaluations may leave the score out of its interval
+            "high": max(high, strict),
             "change": strict - rows[0]["strict"] if comparable else None,
         }
         row |= {key: part.get(key) for key in (*_OPTIONAL, "deviation")}
