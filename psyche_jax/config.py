@@ -131,6 +131,7 @@ class OptimizerSection(Section):
     beta2: Decay = 0.999  # decay of the squared gradients' mean
     epsilon: PositiveFloat = 1e-8  # added to the denominator
     weight_decay: NonNegativeFloat = 0.0  # for matrices; norms and biases have none
+    mu_dtype: Literal["float32", "bfloat16"] = "float32"  # how the gradients' mean is stored; bfloat16 halves it
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     max_skipped_steps: Count = 3  # stop after this many steps in a row with a non-finite gradient (they are skipped)
 

@@ -172,7 +172,8 @@ class _Counter:
     def _optimizer(self) -> Phase:
         trained = num_trained(self.model)
         # Reads weights, two moments and the gradient (twice: also for its norm), writes the first three.
-        return Phase(15.0 * trained, 8 * trained * _FLOAT32_BYTES / self.mesh["fsdp"] / self.mesh["tensor"], 0.0)
+        each = 6 * _FLOAT32_BYTES + 2 * jnp.dtype(self.config.optimizer.mu_dtype).itemsize
+        return Phase(15.0 * trained, trained * each / self.mesh["fsdp"] / self.mesh["tensor"], 0.0)
 
     def _decoding_layout(self, config: GrpoConfig) -> Phase:
         chips = self.mesh["fsdp"] * self.mesh["tensor"]

@@ -60,17 +60,32 @@ def _warmup(section: OptimizerSection, total: int, updates_per_step: int) -> int
 
 def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm. Weight decay spares vectors (norms and biases)."""
-    return optax.chain(
-        optax.clip_by_global_norm(section.max_grad_norm),
-        optax.adamw(
-            schedule,
-            b1=section.beta1,
-            b2=section.beta2,
-            eps=section.epsilon,
-            weight_decay=section.weight_decay,
-            mask=lambda parameters: jax.tree_util.tree_map_with_path(_is_matrix, parameters),
-        ),
+    adamw = optax.adamw(
+        schedule,
+        b1=section.beta1,
+        b2=section.beta2,
+        eps=section.epsilon,
+        weight_decay=section.weight_decay,
+        mask=lambda parameters: jax.tree_util.tree_map_with_path(_is_matrix, parameters),
     )
+    return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), _mean_stored_in(section.mu_dtype, adamw))
+
+
+def _mean_stored_in(dtype: str, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
+    # Optax's own `mu_dtype` also multiplies in that dtype, in which 0.9 is 0.898.
+    def stored(state: optax.OptState, dtype: str) -> optax.OptState:
+        return optax.tree.set(state, mu=optax.tree.cast(optax.tree.get(state, "mu"), dtype))
+
+    def init(parameters: optax.Params) -> optax.OptState:
+        return stored(adamw.init(parameters), dtype)
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        changes, state = adamw.update(gradients, stored(state, "float32"), parameters)
+        return changes, stored(state, dtype)
+
+    return optax.GradientTransformation(init, update)
 
 
 def trained_shapes(abstract_parameters: Any) -> Any:

@@ -95,6 +95,28 @@ def test_updates_are_those_of_torch_adamw():
             np.testing.assert_allclose(ours[name], parameter.detach().numpy(), atol=2e-6)
 
 
+def test_a_mean_in_bfloat16_is_rounded_only_where_it_is_stored():
+    """Each update reads the stored mean, and uses the new one before it is rounded; the squares stay float32."""
+    random = np.random.default_rng(0)
+    section = OptimizerSection(warmup=0, beta1=0.8, beta2=0.95, epsilon=1e-6, mu_dtype="bfloat16")
+    optimizer = make_optimizer(section, optax.constant_schedule(0.1))
+    parameters = {"weight": jnp.zeros((3, 4))}
+    state = optimizer.init(parameters)
+    weight, mean, squares = np.zeros((3, 4)), np.zeros((3, 4)), np.zeros((3, 4))
+    for step in range(1, 13):
+        gradient = random.uniform(-0.2, 0.2, (3, 4))  # under the norm at which gradients are clipped
+        updates, state = optimizer.update({"weight": jnp.float32(gradient)}, state, parameters)
+        parameters = optax.apply_updates(parameters, updates)
+        mean = 0.8 * mean + 0.2 * gradient
+        squares = 0.95 * squares + 0.05 * gradient**2
+        weight -= 0.1 * mean / (1 - 0.8**step) / (np.sqrt(squares / (1 - 0.95**step)) + 1e-6)
+        mean = mean.astype(jnp.bfloat16).astype(float)
+        np.testing.assert_allclose(parameters["weight"], weight, atol=2e-5)
+    (moments,) = (part for part in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, "mu")) if hasattr(part, "mu"))
+    assert (moments.mu["weight"].dtype, moments.nu["weight"].dtype) == (jnp.bfloat16, jnp.float32)
+    np.testing.assert_array_equal(np.asarray(moments.mu["weight"], float), mean)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     """Neither parameters nor moments; the next one does."""
