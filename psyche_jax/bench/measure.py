@@ -20,7 +20,8 @@ from psyche_jax.model.adapters import initial_adapters, joined, without_adapter
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import generate_counted
 from psyche_jax.model.flops import memory_bandwidth, peak_of_all_devices
-from psyche_jax.model.qwen2 import Execution, Parameters, initialize
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import Execution, initialize
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import check_mesh_fits
 from psyche_jax.plan.compile import sharding_of

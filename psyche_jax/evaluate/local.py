@@ -19,7 +19,8 @@ from psyche_jax.evaluate.tasks import Task
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import Rollout, generate
 from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.model.qwen2 import Execution, Parameters
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import Execution
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.stored_models import identity as identity_of

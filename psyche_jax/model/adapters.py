@@ -1,8 +1,8 @@
 """Low-rank adapters and their base: apart while the adapters train, joined to compute, merged for good.
 
-An adapter adds (alpha / rank) B A to the weights of a linear map (LoRA, arXiv 2106.09685); `Linear` in `model/qwen2.py`
-computes it. A model with adapters has their factors `lora_a` and `lora_b` in its tree of parameters, beside the map's
-own; the *base* is that tree without them.
+An adapter adds (alpha / rank) B A to the weights of a linear map (LoRA, arXiv 2106.09685); `model/linear.py` computes
+it. A model with adapters has their factors `lora_a` and `lora_b` in its tree of parameters, beside the map's own; the
+*base* is that tree without them.
 """
 
 from dataclasses import replace
@@ -16,8 +16,9 @@ from flax import nnx, traverse_util
 
 from psyche_jax.config import AdapterSection, StoredDtype
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.linear import Parameters
 from psyche_jax.model.products import product
-from psyche_jax.model.qwen2 import Parameters, Qwen2, build
+from psyche_jax.model.qwen2 import Qwen2, build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.storage.arrays import Index, ReadPart
 

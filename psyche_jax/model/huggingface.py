@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.model.config import ModelConfig, hf_config, hf_generation_config
-from psyche_jax.model.qwen2 import Parameters, build
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import build
 from psyche_jax.model.sharding import Sharding
 from psyche_jax.model.template_trial import excess
 from psyche_jax.storage.arrays import Index, ReadPart, all_finite, blocks, read_ahead

@@ -1,7 +1,7 @@
 """Linear maps in int8: the weights of each output are whole numbers up to 127, times a float32 scale of that output.
 
 The scale is the largest absolute weight / 127. Embedding, head, norms and biases are not quantized: they are bfloat16.
-`Linear` in `model/qwen2.py` computes with them. Arrays here are NumPy's, on their way from files.
+`Linear` in `model/linear.py` computes with them. Arrays here are NumPy's, on their way from files.
 """
 
 from pathlib import Path

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from psyche_jax.model.kernels import SharedPrompt
+from psyche_jax.model.linear import cast_weights
 from psyche_jax.model.products import weighted
-from psyche_jax.model.qwen2 import Execution, Qwen2, cast_weights
+from psyche_jax.model.qwen2 import Execution, Qwen2
 
 Scores = TypeVar("Scores")
 

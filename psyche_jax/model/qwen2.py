@@ -15,15 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from psyche_jax.config import LINEAR_MAPS, AdapterSection
+from psyche_jax.config import LINEAR_MAPS
 from psyche_jax.model.attention import Source, Weighed, by_head, by_key, highest, joined, masked_scores, weigh
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.kernels import AttentionKernel, SharedPrompt, ring_attention, ring_block, self_attention
-from psyche_jax.model.products import gradients_materialized, materialized, product, weighted, weighted_int8
+from psyche_jax.model.linear import Linear, Parameters, apply, as_multiplied
+from psyche_jax.model.products import gradients_materialized, materialized, product
 from psyche_jax.model.rotary import rotary_tables, rotate
 from psyche_jax.model.sharding import Sharding
 
-Parameters: TypeAlias = dict[str, Any]
 RematPolicy: TypeAlias = Literal["none", "full", "dots"]
 Extra = TypeVar("Extra")
 _FLOAT32 = jnp.dtype("float32")
@@ -62,59 +62,6 @@ class KVCache(NamedTuple):
     key: jax.Array
     value: jax.Array
     rows: tuple[jax.Array, jax.Array] | None = None
-
-
-class Linear(nnx.Module):
-    """Affine maps of all layers; `kernel` [layers, out, in], `bias` [layers, out] or absent.
-
-    A kernel in int8 (`model/int8.py`) counts `kernel_scale` times, float32 [layers, out].
-    With an adapter: also `lora_a` [layers, rank, in] and `lora_b` [layers, out, rank], float32.
-    """
-
-    def __init__(
-        self,
-        key: jax.Array,
-        shape: tuple[int, int, int],
-        axes: tuple[str, str],
-        bias: bool,
-        dtype: jnp.dtype,
-        int8: bool,
-    ) -> None:
-        layers, features, _ = shape
-        self.shape, self.axes = shape, axes
-        self.adapter_scale: float | None = None
-        if int8:
-            kernel = jax.random.randint(key, shape, -127, 128, jnp.int8)
-            scale = jnp.full((layers, features), 0.02 * 3**0.5 / 127)  # of standard deviation 0.02 too
-        else:
-            kernel, scale = 0.02 * jax.random.normal(key, shape, dtype), None
-        self.kernel = nnx.Param(kernel, logical_axes=("layers", *axes))
-        self.kernel_scale = None if scale is None else nnx.Param(scale, logical_axes=("layers", axes[0]))
-        self.bias = nnx.Param(jnp.zeros((layers, features), dtype), logical_axes=("layers", axes[0])) if bias else None
-
-    def add_adapter(self, key: jax.Array, adapter: AdapterSection) -> None:
-        """Have it add alpha / rank · B(A x), which is 0 as long as B is. A begins as in `peft`: uniform, ± 1/√in."""
-        layers, features, inputs = self.shape
-        shape, limit = (layers, adapter.rank, inputs), inputs**-0.5
-        start = jax.random.uniform(key, shape, jnp.float32, -limit, limit)
-        zeros = jnp.zeros((layers, features, adapter.rank), jnp.float32)
-        self.lora_a = nnx.Param(start, logical_axes=("layers", None, self.axes[1]))
-        self.lora_b = nnx.Param(zeros, logical_axes=("layers", self.axes[0], None))
-        self.adapter_scale = adapter.scale
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., in] to [..., out], within a scan that has taken the leading axis away."""
-        # Over flat rows: with several axes of them the CPU compiler transposes activations for the weights' gradient.
-        rows = x.reshape(-1, x.shape[-1])
-        if self.kernel_scale is None:
-            y = weighted(rows, cast_weights(self.kernel[...], x.dtype))
-        else:
-            y = weighted_int8(rows, self.kernel[...], self.kernel_scale[...])
-        if self.adapter_scale is not None:
-            a, b = (cast_weights(factor[...], x.dtype) for factor in (self.lora_a, self.lora_b))
-            y = y + weighted(weighted(rows, a) * self.adapter_scale, b)  # scaled where the array is small
-        y = y.reshape(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -173,9 +120,10 @@ class DecoderLayer(nnx.Module):
         batch, length, _ = x.shape
         normal = materialized(self.input_norm(x, x.dtype))
         # Written before they are cut into heads: else a decoding step on a TPU copies the weights, cut the same way.
-        query = materialized(self.q_proj(normal)).reshape(batch, length, -1, self.head_dim)
-        key = materialized(self.k_proj(normal)).reshape(batch, length, -1, self.head_dim)
-        value = materialized(self.v_proj(normal)).reshape(batch, length, -1, self.head_dim)
+        query, key, value = (
+            materialized(y).reshape(batch, length, -1, self.head_dim)
+            for y in apply(normal, self.q_proj, self.k_proj, self.v_proj)
+        )
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query, x.dtype), self.k_norm(key, x.dtype)
         query, key = rotate(query, rotary), rotate(key, rotary)
@@ -183,15 +131,16 @@ class DecoderLayer(nnx.Module):
         key = sharding.constrain(key, "batch", "sequence", "kv_heads", None)
         value = sharding.constrain(value, "batch", "sequence", "kv_heads", None)
         mixed, extra = attend(query, key, value)
-        attended = self.o_proj(mixed.reshape(batch, length, -1))
+        (attended,) = apply(mixed.reshape(batch, length, -1), self.o_proj)
         attended = sharding.constrain(attended, "batch", "sequence", "activation_embed").astype(jnp.float32)
         normal = materialized(self.post_attention_norm(x + attended, x.dtype))
         # Rounded once: where every step of SiLU is bfloat16, compilers round at places of their own, and sampler and
         # trainer drift apart.
-        gate, up = gradients_materialized(self.gate_proj(normal), self.up_proj(normal))
+        gate, up = gradients_materialized(*apply(normal, self.gate_proj, self.up_proj))
         inner = materialized((jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype))
-        transformed = materialized(self.down_proj(sharding.constrain(inner, "batch", "sequence", "mlp")))
-        return attended + sharding.constrain(transformed, "batch", "sequence", "activation_embed"), extra
+        (transformed,) = apply(sharding.constrain(inner, "batch", "sequence", "mlp"), self.down_proj)
+        transformed = sharding.constrain(materialized(transformed), "batch", "sequence", "activation_embed")
+        return attended + transformed, extra
 
 
 class Qwen2(nnx.Module):
@@ -461,18 +410,6 @@ def take_rows(tree: Any, rows: jax.Array, axis: int = 0) -> Any:
     return jax.tree.map(lambda array: jnp.take(array, rows, axis=axis, mode="clip"), tree)
 
 
-def cast_weights(weights: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """`weights.astype(dtype)`, done in place: within a loop over layers, one layer at a time.
-
-    A cast alone the TPU compiler moves out of a loop (its bfloat16 propagation sees that the loop reads nothing
-    else), so that a second copy of the weights of all layers is held through the program. The rounding to bfloat16's
-    bits before the cast changes no value, and is an operation that the compiler does not move.
-    """
-    if weights.dtype == jnp.float32 and dtype == jnp.bfloat16:
-        weights = jax.lax.reduce_precision(weights, exponent_bits=8, mantissa_bits=7)
-    return weights.astype(dtype)
-
-
 def in_compute_dtype(parameters: Parameters, dtype: jnp.dtype) -> Parameters:
     """`parameters` cast to `dtype`, but for kernels of int8 and their scales."""
 
@@ -496,8 +433,8 @@ def build(config: ModelConfig, dtype: jnp.dtype = _FLOAT32) -> tuple[nnx.GraphDe
 
 
 def bind(config: ModelConfig, parameters: Parameters) -> Qwen2:
-    """The module with `parameters` (a nested dict of arrays) in it; usable inside a jitted function."""
-    return nnx.merge(build(config)[0], parameters)
+    """The module with `parameters` (nested dicts of arrays, `turned` or not) in it; usable inside a jitted function."""
+    return nnx.merge(build(config)[0], as_multiplied(parameters))
 
 
 def initialize(config: ModelConfig, key: jax.Array, sharding: Sharding, dtype: jnp.dtype) -> Parameters:

@@ -17,8 +17,9 @@ import numpy as np
 from psyche_jax.config import Dtype, MeshSection
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import ModelConfig
+from psyche_jax.model.linear import Parameters
 from psyche_jax.model.log_probs import LikeliestScores, likeliest_scores
-from psyche_jax.model.qwen2 import Execution, KVCache, Parameters, bind, take_rows
+from psyche_jax.model.qwen2 import Execution, KVCache, bind, take_rows
 from psyche_jax.model.sampling import keep_nucleus, tempered
 from psyche_jax.model.sharding import DECODE_RULES, Sharding, check_mesh_fits, make_mesh
 from psyche_jax.train.stored_models import StoredModel

@@ -31,8 +31,9 @@ from psyche_jax.config import GrpoConfig
 from psyche_jax.model.adapters import joined, without_adapter
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.decode import Rollout, generate, generate_counted
+from psyche_jax.model.linear import Parameters
 from psyche_jax.model.log_probs import TokenScores, response_hidden, token_scores
-from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import join_rows, split_rows
 from psyche_jax.rewards.score import CompiledRules, score

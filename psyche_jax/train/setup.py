@@ -16,7 +16,8 @@ from psyche_jax.errors import UsageError
 from psyche_jax.model.adapters import as_trained, initial_adapters, num_trained
 from psyche_jax.model.config import ModelConfig, check_architecture
 from psyche_jax.model.huggingface import is_tokenizer, load_tokenizer
-from psyche_jax.model.qwen2 import Execution, Parameters, build
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import Execution, build
 from psyche_jax.model.sharding import Sharding, check_mesh_fits, training_sharding
 from psyche_jax.storage.files import bucket_errors, in_bucket, new_folder, write_text
 from psyche_jax.train.checkpoints import abstract_like

@@ -22,8 +22,9 @@ from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import joined
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.flops import causal_flops, head_flops, update_passes
+from psyche_jax.model.linear import Parameters
 from psyche_jax.model.log_probs import token_scores
-from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.storage.files import as_path
 from psyche_jax.train import hosts
 from psyche_jax.train.checkpoints import checkpoint_metadata

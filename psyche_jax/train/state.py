@@ -11,7 +11,7 @@ from flax import nnx
 
 from psyche_jax.config import OptimizerSection
 from psyche_jax.model.adapters import trained
-from psyche_jax.model.qwen2 import Parameters
+from psyche_jax.model.linear import Parameters, turned, turned_back
 from psyche_jax.model.sharding import Sharding, join_rows, split_rows
 
 
@@ -178,14 +178,16 @@ def accumulate_gradients(
     Returns:
       The loss, the extras of all rows, the gradient.
     """
-    gradient = jax.value_and_grad(loss, has_aux=True)
     if micro_batches == 1:
-        (value, extras), gradients = gradient(parameters, batch)
+        (value, extras), gradients = jax.value_and_grad(loss, has_aux=True)(parameters, batch)
         return value, extras, gradients
 
     # The backward pass adds each layer's gradient to these in place: there never is a second gradient beside them.
+    # They are turned as parameters are, since JAX could not add to them through the turning.
     zeros = jax.tree.map(jnp.zeros_like, parameters)
-    sums = jax.tree.map(jax.new_ref, zeros if places is None else jax.lax.with_sharding_constraint(zeros, places))
+    zeros = zeros if places is None else jax.lax.with_sharding_constraint(zeros, places)
+    sums = jax.tree.map(jax.new_ref, turned(zeros))
+    parameters = turned(parameters)
 
     def add(total: jax.Array, part: Any) -> tuple[jax.Array, Any]:
         pull_back: Any  # jax.VJP, which jax.vjp's type does not say
@@ -194,4 +196,4 @@ def accumulate_gradients(
         return total + value, extras
 
     value, extras = jax.lax.scan(add, jnp.float32(0), split_rows(batch, micro_batches, sharding))
-    return value, join_rows(extras), jax.tree.map(jax.freeze, sums)
+    return value, join_rows(extras), turned_back(jax.tree.map(jax.freeze, sums))

@@ -34,7 +34,8 @@ from psyche_jax.model.huggingface import (
     unsound_tensors,
 )
 from psyche_jax.model.int8 import from_int8, in_int8, original_of
-from psyche_jax.model.qwen2 import Parameters, build
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import build
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.storage.arrays import Index, ReadPart, all_finite
 from psyche_jax.storage.files import absolute, as_path, bucket_errors, in_bucket, new_folder, read_json, write_json

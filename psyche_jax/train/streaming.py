@@ -20,7 +20,8 @@ from orbax.checkpoint import type_handlers
 
 from psyche_jax.errors import UserError, first_reason
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.qwen2 import Parameters, build
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import build
 from psyche_jax.model.sharding import MESH_AXES, TRAIN_RULES, Sharding, parts_of_axes
 from psyche_jax.storage.arrays import Index, ReadPart, blocks, read_ahead
 from psyche_jax.storage.files import absolute

@@ -19,7 +19,8 @@ from psyche_jax.config import StoredDtype
 from psyche_jax.model.adapters import as_trained
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 from psyche_jax.train.stored_models import open_model
 

@@ -13,8 +13,9 @@ from support.optional_torch import torch
 from psyche_jax.model.config import ModelConfig, read_hf_config
 from psyche_jax.model.decode import Rollout, generate
 from psyche_jax.model.huggingface import read_parameters
+from psyche_jax.model.linear import Parameters
 from psyche_jax.model.log_probs import TokenScores, token_scores
-from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
 

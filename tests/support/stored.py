@@ -12,7 +12,8 @@ from support.qwen2_reference import jit
 from support.training_fixtures import execution
 
 from psyche_jax.model.config import ModelConfig
-from psyche_jax.model.qwen2 import Execution, Parameters, bind
+from psyche_jax.model.linear import Parameters
+from psyche_jax.model.qwen2 import Execution, bind
 from psyche_jax.model.sharding import DECODE_RULES
 from psyche_jax.serve.engine import Batch, Engine, RowSettings
 from psyche_jax.train.stored_models import open_model
