@@ -4,7 +4,7 @@ decoding on TPUs, each row's over its own places of a ring."""
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,21 @@ AttentionKernel: TypeAlias = Literal["auto", "xla", "blocked", "splash", "cudnn"
 _QUERY_BLOCK = 128  # of the blocked kernel
 _KEPT_BLOCKS = 8  # beyond so many, the blocked kernel computes scores again in backward instead of keeping them
 _LANES = 128
-_SPLASH_HEAD = 64  # splash pads heads of half the lanes; what else it can pad was not measured
 _SPLASH_BLOCK = 512
 RING_BLOCKS = (256, _LANES)  # of places that the kernel of decoding brings at once
 _RING_BYTES = 8 * 2**20  # of keys and values that it holds in a chip's own memory
+
+
+class _Needs(NamedTuple):
+    """What a kernel for bfloat16 needs: lengths are padded to multiples, what else is missing is refused."""
+
+    platform: str
+    length: int
+    head_dim: int
+
+
+# Splash pads heads of half the lanes; what else it can pad was not measured.
+_NEEDS = {"splash": _Needs("tpu", _LANES, 64), "cudnn": _Needs("gpu", 2, 8)}
 
 
 @dataclass(frozen=True)
@@ -62,8 +73,8 @@ def self_attention(
       query: [batch, sequence, heads, head_dim]; key, value: [batch, sequence, kv_heads, head_dim].
       segments: int32 [batch, sequence]; 0 is padding, whose results are finite and mean nothing.
       kernel: `xla` holds all scores at once; `blocked` leaves out keys that no query of a block may see, and for long
-        rows computes scores again in backward; `splash` is Pallas' kernel for TPUs, `cudnn` that for GPUs, both for
-        bfloat16; `auto` chooses by device, dtype and shape.
+        rows computes scores again in backward; `splash` is Pallas' kernel for TPUs, `cudnn` that for GPUs (not for
+        shared prompts), both for bfloat16; `auto` chooses by device, dtype and shape.
       sharding: splash runs on each device's part, batch over the batch axes and heads over `tensor`.
       shared: rows are a prompt with its responses, which do not see each other.
       interpret: run splash without a TPU, slowly, for tests.
@@ -72,44 +83,53 @@ def self_attention(
       [batch, sequence, heads, head_dim] in the dtype of `query`.
 
     Raises:
-      UsageError: splash cannot work on these shapes, or in float32.
+      UsageError: splash or cudnn cannot work on this device, with this head_dim, or in float32.
     """
     if kernel == "auto":
         kernel = _choose(query, sharding, shared)
-    if kernel == "splash":
-        if not _fits_splash(query):
-            raise UsageError(
-                f"model.attention: splash needs lengths in multiples of {_LANES} and head_dim in multiples of "
-                f"{_SPLASH_HEAD}, not {query.shape[1]} and {query.shape[3]}; use auto"
-            )
-        if query.dtype == jnp.float32 and not interpret:
-            raise UsageError(
-                "model.attention: splash multiplies float32 in one bfloat16 pass; use auto, or "
-                "model.compute_dtype=bfloat16"
-            )
-        return _splash(query, key, value, segments, sharding, shared, interpret)
-    if shared is not None:
+    if shared is not None and kernel != "splash":
         return _shared(query, key, value, segments, "xla" if kernel == "xla" else "blocked", shared)
-    if kernel == "cudnn":
-        return jax.nn.dot_product_attention(
+    if kernel not in _NEEDS:
+        return _causal(query, by_head(key), by_head(value), segments, kernel, None)
+    if not interpret:
+        _check(kernel, query, sharding.platform)
+    # Batches come in lengths of many kinds: one that does not fit must not end a run on its way.
+    length = query.shape[1]
+    behind = ((0, 0), (0, -length % _NEEDS[kernel].length))
+    query, key, value = (jnp.pad(array, (*behind, (0, 0), (0, 0))) for array in (query, key, value))
+    segments = jnp.pad(segments, behind)
+    if kernel == "splash":
+        output = _splash(query, key, value, segments, sharding, shared, interpret)
+    else:
+        output = jax.nn.dot_product_attention(
             query, key, value, mask=causal_mask(segments)[:, None], implementation="cudnn"
         )
-    return _causal(query, by_head(key), by_head(value), segments, kernel, None)
+    return output[:, :length]
+
+
+def _check(kernel: AttentionKernel, query: jax.Array, platform: str) -> None:
+    """Raise UsageError unless `kernel`, of those with needs, can be used."""
+    needs = _NEEDS[kernel]
+    if query.shape[3] % needs.head_dim:
+        reason = f"needs a head_dim in multiples of {needs.head_dim}, not {query.shape[3]}; use auto"
+    elif query.dtype == jnp.float32:
+        reason = "multiplies float32 in one bfloat16 pass; use auto, or model.compute_dtype=bfloat16"
+    elif platform != needs.platform:
+        reason = f"is for a {needs.platform.upper()}, not a {platform.upper()}; use auto"
+    else:
+        return
+    raise UsageError(f"model.attention: {kernel} {reason}")
 
 
 def _choose(query: jax.Array, sharding: Sharding, shared: SharedPrompt | None) -> AttentionKernel:
     platform = sharding.platform
     if query.dtype == jnp.bfloat16:  # these do not multiply float32 as float32
-        if platform == "tpu" and _fits_splash(query):
+        if platform == "tpu" and query.shape[1] % _LANES == 0 and query.shape[3] % _NEEDS["splash"].head_dim == 0:
             return "splash"
-        if platform == "gpu" and shared is None:
+        if platform == "gpu" and query.shape[3] % _NEEDS["cudnn"].head_dim == 0 and shared is None:
             return "cudnn"
     longest = query.shape[1] if shared is None else max(shared.prompt_length, shared.response_length)
     return "blocked" if longest >= 2 * _QUERY_BLOCK else "xla"
-
-
-def _fits_splash(query: jax.Array) -> bool:
-    return query.shape[1] % _LANES == 0 and query.shape[3] % _SPLASH_HEAD == 0
 
 
 def _causal(
@@ -167,18 +187,18 @@ def _shared(
 
 
 class _SharedPromptMask(splash_attention_mask.Mask):
-    """`SharedPrompt` as splash wants it: any block of the mask on demand, never the whole."""
+    """`SharedPrompt` as splash wants it: any block of the mask on demand, never the whole; padded to `length`."""
 
-    def __init__(self, shared: SharedPrompt) -> None:
-        self._shared = shared
+    def __init__(self, shared: SharedPrompt, length: int) -> None:
+        self._shared, self._length = shared, length
 
     @property
     def shape(self) -> tuple[int, int]:
         """Queries and keys."""
-        return self._shared.length, self._shared.length
+        return self._length, self._length
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        queries, keys = (np.arange(self._shared.length)[part] for part in index)
+        queries, keys = (np.arange(self._length)[part] for part in index)
         queries, keys = queries[:, None], keys[None, :]
 
         def response(position: np.ndarray) -> np.ndarray:
@@ -188,10 +208,10 @@ class _SharedPromptMask(splash_attention_mask.Mask):
         return (keys <= queries) & (in_prompt | (response(queries) == response(keys)))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SharedPromptMask) and self._shared == other._shared
+        return isinstance(other, _SharedPromptMask) and (self._shared, self.shape) == (other._shared, other.shape)
 
     def __hash__(self) -> int:
-        return hash(self._shared)
+        return hash((self._shared, self._length))
 
 
 def _splash(
@@ -212,7 +232,7 @@ def _splash(
     if shared is None:
         of_head: splash_attention_mask.Mask = splash_attention_mask.CausalMask((length, length))
     else:
-        of_head = _SharedPromptMask(shared)
+        of_head = _SharedPromptMask(shared, length)
     mask = splash_attention_mask.MultiHeadMask([of_head] * (heads // kv_heads))
     with jax.ensure_compile_time_eval():
         kernel = splash_attention_kernel.make_splash_mqa_single_device(mask, block_sizes=blocks, interpret=interpret)

@@ -28,7 +28,7 @@ def plain(query, key, value, segments):
 
 @pytest.mark.parametrize(
     ("kernel", "length", "head_dim"),
-    [("xla", 130, 16), ("blocked", 600, 8), ("splash", 256, 128), ("splash", 256, 64)],
+    [("xla", 130, 16), ("blocked", 600, 8), ("splash", 256, 128), ("splash", 256, 64), ("splash", 200, 64)],
 )
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
 def test_kernels_agree_with_plain_attention(kernel: AttentionKernel, length, head_dim, mesh):
@@ -64,6 +64,7 @@ def test_kernels_agree_with_plain_attention(kernel: AttentionKernel, length, hea
         ("blocked", SharedPrompt(150, 2, 140), 8),
         ("splash", SharedPrompt(128, 2, 64), 128),
         ("splash", SharedPrompt(128, 2, 64), 64),
+        ("splash", SharedPrompt(48, 3, 50), 64),
     ],
 )
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (1, 2, 2)])
@@ -101,8 +102,39 @@ def test_responses_share_a_prompt(kernel: AttentionKernel, shared: SharedPrompt,
         np.testing.assert_allclose(ours, theirs, atol=5e-5)
 
 
-def test_splash_refuses_what_it_cannot_do():
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "dtype", "reason"),
+    [
+        ("splash", 40, "bfloat16", "splash needs a head_dim in multiples of 64, not 40; use auto"),
+        ("cudnn", 20, "bfloat16", "cudnn needs a head_dim in multiples of 8, not 20; use auto"),
+        ("splash", 64, "float32", "splash multiplies float32 in one bfloat16 pass"),
+        ("cudnn", 64, "float32", "cudnn multiplies float32 in one bfloat16 pass"),
+        ("splash", 64, "bfloat16", "splash is for a TPU, not a CPU; use auto"),
+        ("cudnn", 64, "bfloat16", "cudnn is for a GPU, not a CPU; use auto"),
+    ],
+)
+def test_kernels_refuse_what_they_cannot_do(kernel: AttentionKernel, head_dim, dtype, reason):
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
-    x = jnp.zeros((1, 100, 2, 64))
-    with pytest.raises(UsageError, match="multiples of 128"):
-        self_attention(x, x, x, jnp.ones((1, 100), jnp.int32), "splash", sharding)
+    x = jnp.zeros((1, 100, 2, head_dim), dtype)
+    with pytest.raises(UsageError, match=f"model.attention: {reason}"):
+        self_attention(x, x, x, jnp.ones((1, 100), jnp.int32), kernel, sharding)
+
+
+@pytest.mark.parametrize("length", [6, 7])
+def test_cudnn_gets_even_lengths(length, monkeypatch):
+    """Others it refuses in training, with a traceback; data.max_length may be odd."""
+    at_length, attend = [], jax.nn.dot_product_attention
+
+    def on_a_cpu(query, *rest, implementation, **more):
+        at_length.append((query.shape[1], implementation))
+        return attend(query, *rest, implementation="xla", **more)
+
+    sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 1, length, 2, 8), jnp.bfloat16)
+    segments = jnp.ones((1, length), jnp.int32)
+    expected = self_attention(query, key, value, segments, "xla", sharding)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", on_a_cpu)
+    monkeypatch.setattr(Sharding, "platform", "gpu")
+    found = self_attention(query, key, value, segments, "auto", sharding)
+    assert at_length == [(length + length % 2, "cudnn")]
+    np.testing.assert_allclose(found.astype(float), expected.astype(float), atol=0.02)
