@@ -478,3 +478,18 @@ def test_folders_are_whole_or_absent(place):
         (partial / "x").write_text("x")
         assert not list((place / "empty").iterdir())
     assert (place / "empty" / "x").read_text() == "x"
+
+
+def test_what_a_killed_process_left_of_a_folder_is_removed(place):
+    from psyche_jax.storage.files import new_folder
+
+    left, others = place / "a" / ".new.0123abcd.partial", place / "a" / ".newer.0123abcd.partial"
+    with new_folder(place / "a" / "new") as first:
+        left.mkdir()
+        others.mkdir()
+        (left / "x").write_text("x")
+        with pytest.raises(RuntimeError), new_folder(place / "a" / "new"):
+            assert first.is_dir()  # whoever fills it lives
+            assert not left.exists()
+            raise RuntimeError
+    assert sorted(path.name for path in (place / "a").iterdir()) == [others.name, "new"]

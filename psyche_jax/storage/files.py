@@ -1,6 +1,8 @@
 """Files and folders that are either whole or absent, on disks and in buckets; JSON and JSONL."""
 
 import contextlib
+import fcntl
+import glob
 import json
 import math
 import os
@@ -257,6 +259,8 @@ def check_new_folder(path: Path) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a new folder: yields a partial one beside `path`, which takes that name only if nothing was raised.
 
+    What a process that was killed has left of the same folder is removed first: the kernel's lock tells.
+
     In a bucket, where nothing can be renamed, it yields `path` itself and empties it again if something was raised;
     what makes such a folder whole must be written last.
 
@@ -275,18 +279,39 @@ def new_folder(path: Path) -> Iterator[Path]:
             return
     path = path.resolve()  # "." has no name
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError), _locked(left):
+            _remove(left)
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from None
     try:
-        yield partial
-        partial.replace(path)
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # a disk without locks, where nothing is removed either
+                stack.enter_context(_locked(partial))
+            yield partial
+            partial.replace(path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:  # as of a full disk
             error.filename = str(path)
         _remove(partial)
         raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the kernel's lock of a folder within the block.
+
+    Raises:
+      OSError: another process holds it, the disk has none, or it is no folder.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove(folder: Path) -> None:
