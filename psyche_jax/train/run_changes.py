@@ -38,9 +38,9 @@ def changes(
       old_contents, new_contents: what the run was, and would be, trained on. Where either is not known, the settings
         that say where it is are compared instead.
     """
-    known = bool(old_contents) and bool(new_contents)
+    left_out = {*_without_effect(old), *(FOUND_BY_CONTENT if old_contents and new_contents else ())}
     found: dict[Change, list[str]] = {}
-    was, now = _lasting(old, known), _lasting(new, known)
+    was, now = _lasting(old, left_out), _lasting(new, left_out)
     scored, scores = ({name: values.pop(name) for name in _SCORING if name in values} for values in (was, now))
     if lines := differences(was, now):
         found["config"] = lines
@@ -79,12 +79,24 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"its {name} is {old!r}, not {new!r}"]
 
 
-def _lasting(config: Mapping[str, Any], known: bool) -> dict[str, Any]:
+def _without_effect(config: Mapping[str, Any]) -> set[str]:
+    """The settings that change no number, beyond rounding, of a run with this config."""
+    found = set(EXECUTION_SETTINGS)
+    sections = (config.get(name) for name in ("objective", "dynamic_sampling"))
+    objective, sampling = (section if isinstance(section, dict) else {} for section in sections)
+    if objective.get("name") == "bnpo":
+        found.remove("micro_batch_prompts")
+    if objective.get("kl_coefficient") == 0:  # no reference is read
+        found |= {"reference_dtype", "objective.kl_estimator"}
+    if config.get("adapter") is not None:  # the reference is their base
+        found.add("reference_dtype")
+    if sampling.get("candidate_prompts") is None:
+        found.add("dynamic_sampling.rule")
+    return found
+
+
+def _lasting(config: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
     """A config without what may change; places are spelled in one way."""
-    left_out = {*EXECUTION_SETTINGS, *(FOUND_BY_CONTENT if known else ())}
-    objective = config.get("objective")
-    if isinstance(objective, dict) and objective.get("name") == "bnpo":
-        left_out.remove("micro_batch_prompts")
     kept = _without({"adapter": None, **config}, left_out)  # older runs have no such key
     for section, key in (("model", "path"), ("data", "train"), ("data", "evaluation")):
         if isinstance(values := kept.get(section), dict) and key in values:

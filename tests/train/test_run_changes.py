@@ -24,8 +24,10 @@ from support.training_fixtures import (
 from psyche_jax import cli
 from psyche_jax.cli import start
 from psyche_jax.config import (
+    AdapterSection,
     CheckpointSection,
     DistributedSection,
+    DynamicSamplingSection,
     LoggingSection,
     MeshSection,
     ObjectiveSection,
@@ -306,6 +308,42 @@ def test_a_run_that_was_begun_in_waves_goes_on_in_slots(tiny_root):
     new = config_to_dict(grpo_config(tiny_root, rollout=RolloutSection(8)))
     old = {key: value for key, value in new.items() if key != "rollout"} | {"rollout_waves": 4}
     assert changes(old, new) == {}
+
+
+ADAPTER = {"adapter": AdapterSection()}
+NO_KL = {"objective": ObjectiveSection(kl_coefficient=0)}
+WITHOUT_EFFECT = {
+    "reference_dtype with adapters": (ADAPTER, {"reference_dtype": "bfloat16"}),
+    "reference_dtype": (NO_KL, {"reference_dtype": "bfloat16"}),
+    "objective.kl_estimator": (NO_KL, {"objective": ObjectiveSection(kl_coefficient=0, kl_estimator="k1")}),
+    "dynamic_sampling.rule": ({}, {"dynamic_sampling": DynamicSamplingSection(rule="ascii")}),
+}
+
+
+@pytest.mark.parametrize(("run", "change"), WITHOUT_EFFECT.values(), ids=WITHOUT_EFFECT)
+def test_what_has_no_effect_may_change(run, change, tiny_root):
+    old = grpo_config(tiny_root, **run)
+    assert changes(config_to_dict(old), config_to_dict(dataclasses.replace(old, **change))) == {}
+
+
+@pytest.mark.parametrize(
+    ("run", "change", "line"),
+    [
+        ({}, {"reference_dtype": "bfloat16"}, "its reference_dtype is 'float32', not 'bfloat16'"),
+        (ADAPTER, {"adapter": None, "reference_dtype": "bfloat16"}, "its adapter is"),
+        ({}, {"objective": ObjectiveSection(kl_coefficient=0.05, kl_estimator="k1")}, "its objective.kl_estimator is"),
+        ({}, {"dynamic_sampling": DynamicSamplingSection(16, "ascii")}, "its dynamic_sampling.candidate_prompts is"),
+        (
+            {"dynamic_sampling": DynamicSamplingSection(16, "ascii")},
+            {"dynamic_sampling": DynamicSamplingSection(16, "repetition")},
+            "its dynamic_sampling.rule is 'ascii', not 'repetition'",
+        ),
+    ],
+)
+def test_the_same_settings_where_they_have_one_may_not(run, change, line, tiny_root):
+    old = grpo_config(tiny_root, **run)
+    found = changes(config_to_dict(old), config_to_dict(dataclasses.replace(old, **change)))["config"]
+    assert [one.startswith(line) for one in found] == [True]
 
 
 @pytest.mark.parametrize("what", NUMBERS)
