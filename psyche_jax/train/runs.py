@@ -321,6 +321,7 @@ def open_run(
             if hosts.is_first():  # again: another run may have begun and ended here just now
                 found = check_place(folder, config, contents, accepted)
             old = _rebuilt_state(folder)
+            hosts.wait_for_all("read the run's state")  # which the first process writes from here on
             if hosts.is_first():
                 write_text(folder / "config.yaml", dump_yaml(config))
         # What the run had reached, and what it was trained on so far.

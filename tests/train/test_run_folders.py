@@ -24,7 +24,7 @@ from psyche_jax.cli import start
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
-from psyche_jax.train import sft
+from psyche_jax.train import hosts, runs, sft
 from psyche_jax.train.run_files import read_lines
 from psyche_jax.train.runs import PreemptedError, Run, open_run
 from psyche_jax.train.sft import tokenized
@@ -200,6 +200,18 @@ def test_states_of_a_run(tmp_path):
         assert state["reason"]
         assert "\n" not in state["reason"]
     assert state["environment"]["versions"]["python"]
+
+
+def test_every_process_has_read_the_state_before_the_first_one_writes(tmp_path, monkeypatch):
+    """Else a slow one would find another state than the first did: that of the run that just begins."""
+    with open_run(tmp_path / "run", "grpo", CONFIG, LOGGING):
+        pass
+    order, read, write = [], runs.read_state, runs.write_text
+    monkeypatch.setattr(hosts, "wait_for_all", lambda name: order.append("waits"))
+    monkeypatch.setattr(runs, "read_state", lambda folder: order.append("reads") or read(folder))
+    monkeypatch.setattr(runs, "write_text", lambda *what: order.append("writes") or write(*what))
+    with open_run(tmp_path / "run", "grpo", CONFIG, LOGGING):
+        assert order[order.index("reads") :] == ["reads", "waits", "writes"]
 
 
 @pytest.mark.parametrize(
