@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from psyche_jax.errors import UserError
-from psyche_jax.storage import locks
+from psyche_jax.storage import buckets, locks
 from psyche_jax.storage.files import LOCK_FILE, as_path
 from psyche_jax.storage.locks import LostLockError, locked
 
@@ -77,6 +77,16 @@ def test_a_bucket_locked_by_a_machine_that_is_gone(bucket, capsys):
     with locked(place) as lock:
         lock.confirm()
     assert "watching for up to 2 s whether process 1 on gone" in capsys.readouterr().err
+
+
+def test_the_lock_of_a_whole_bucket_is_where_its_files_are(monkeypatch):
+    """To Google "/lock.json" is another object, in a folder without a name (to the server of these tests it is not)."""
+    asked = mock.Mock(side_effect=UserError("asked"))
+    bucket = mock.Mock(blob=asked)
+    monkeypatch.setattr(buckets, "client", lambda: mock.Mock(bucket=lambda _: bucket))
+    with pytest.raises(UserError, match="asked"), locked(as_path("gs://whole")):
+        raise AssertionError("let in")
+    asked.assert_called_once_with(LOCK_FILE)
 
 
 def test_of_two_that_find_a_lock_stale_one_gets_in(bucket):

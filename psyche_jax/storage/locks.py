@@ -150,7 +150,7 @@ class _BucketLock:
         self._folder = folder
         bucket, prefix = bucket_and_prefix(folder)
         self._bucket = self._tried(lambda _: buckets.client().bucket(bucket))
-        self._name = f"{prefix}/{LOCK_FILE}"
+        self._name = f"{prefix}/{LOCK_FILE}".removeprefix("/")  # of a whole bucket there is no prefix
         self._self = _self()
         self._generation = 0
         self._beats = 0
