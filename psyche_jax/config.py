@@ -110,8 +110,8 @@ class DistributedSection(Section):
 
 @dataclass(frozen=True)
 class PromptSection(Section):
-    """How turns become a prompt: what `render_prompt` adds to bare ones (the published recipe has both parts; the words
-    are ours), and how the chat template is set."""
+    """How turns become a prompt: the text that `render_prompt` adds to them, and how the chat template is set. (The
+    published recipe has both parts of the text; the words are ours.)"""
 
     system: str = "你是一位精通心理学的专家，专业、严谨而富有同理心。"  # system prompt for conversations without one
     instruction: str = (  # before each user turn
@@ -138,10 +138,10 @@ class OptimizerSection(Section):
 
 @dataclass(frozen=True)
 class CheckpointSection(Section):
-    """When checkpoints are written and how many are kept. The last step always is written, the best one kept."""
+    """When checkpoints are written and how many are kept. The last step is always saved, and the best is kept."""
 
     every_steps: Count = 100  # save every this many steps of the run
-    every_seconds: PositiveFloat | None = 600.0  # and before more seconds of work than this could be lost
+    every_seconds: PositiveFloat | None = 600.0  # and before more seconds of work than this could be lost; None: off
     keep: Count = 2  # how many of the latest are kept
     keep_every_hours: PositiveFloat | None = None  # also keep one every this many hours, permanently
 
@@ -267,7 +267,7 @@ class DynamicSamplingSection(Section):
 
 @dataclass(frozen=True)
 class RolloutSection(Section):
-    """How responses are decoded: memory and speed only, the tokens are the same."""
+    """How responses are decoded: memory and speed only; numbers change by rounding alone."""
 
     slots: Count | None = None  # responses decoded at once, a multiple of data × fsdp; None: all
     tensor: Count | None = None  # devices of the fsdp axis that split weights while decoding; None: mesh.tensor

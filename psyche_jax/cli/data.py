@@ -54,7 +54,7 @@ def add_verbs(add: AddVerb) -> None:
     action.add_argument(
         "--format",
         choices=("cpsyexam", "pceb", "smile"),
-        help="of a published data set: a JSON or JSONL file, or a folder or zip of them",
+        help="URI is this data set as published: a JSON or JSONL file, or a folder or zip of them",
     )
     action.add_argument("--report", type=Path, metavar="FILE", help="also write what was skipped and why, as JSON")
     add_action("ls", "list the data sets at or under URI", "gs://my-bucket/data")
@@ -86,7 +86,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--eval", required=True, metavar="URI", help="questions: a data set or a JSONL file")
     verb.add_argument("--out", required=True, metavar="URI", help="where the clean data set is written")
     verb.add_argument(
-        "--near", type=float, default=0.3, metavar="SHARE", help="common text that makes a near copy (default 0.3)"
+        "--near", type=float, default=0.3, metavar="SHARE", help="share of common text in a near copy (default 0.3)"
     )
     verb.add_argument("--json", action="store_true", help="print counts and examples as one JSON object")
 

@@ -49,7 +49,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument("--train", metavar="URI", help="training data: also score without the questions found in it")
     verb.add_argument("--shots", type=int, metavar="N", help="worked examples before each choice question")
     verb.add_argument(
-        "--shots-from", metavar="NAME|FILE", help="where to take them from: a benchmark with the same cells, not scored"
+        "--shots-from", metavar="NAME|FILE", help="where to take them from: a benchmark with the same cells"
     )
     # How they are asked.
     verb.add_argument("--samples", type=int, default=1, metavar="K", help="answers to each question (default 1)")
@@ -87,7 +87,7 @@ def add_verbs(add: AddVerb) -> None:
         action="append",
         default=[],
         metavar="NAME=ITS",
-        help="an endpoint's own name for max_tokens, temperature, top_p or seed (max_tokens=max_completion_tokens); "
+        help="an endpoint's own name for max_tokens, temperature, top_p or seed: max_tokens=max_completion_tokens; "
         "nothing after the = leaves it out; several may be given",
     )
     verb.add_argument(
@@ -95,7 +95,7 @@ def add_verbs(add: AddVerb) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="also accept answers under this model name (a deployment often reports its model's); several may be given",
+        help="also accept answers under this model name, which a deployment may report; several may be given",
     )
     # How it is computed, and where the result goes.
     verb.add_argument("--compute-dtype", choices=("float32", "bfloat16"), default="float32")

@@ -21,7 +21,7 @@ def add_verbs(add: AddVerb) -> None:
     verb.add_argument(
         "model", metavar="MODEL", help="a Hugging Face folder, a checkpoint, a run, or an endpoint: URL[#MODEL]"
     )
-    verb.add_argument("--config", type=Path, help="settings, a YAML file as for serve; see docs/serve.md")
+    verb.add_argument("--config", type=Path, help="a YAML file of settings, as for serve; see docs/config.md")
     add_set(verb, "limits.new_tokens=512")
     verb.add_argument("--system", default="", metavar="TEXT", help="a system prompt in place of the model's own")
     verb.add_argument("--show-reasoning", action="store_true", help="do not fold <think>…</think>")
@@ -34,7 +34,7 @@ def add_verbs(add: AddVerb) -> None:
         "psyche serve runs/demo/grpo --port 8000",
     )
     verb.add_argument("model", metavar="MODEL", help="a Hugging Face folder, a checkpoint or a run")
-    verb.add_argument("--config", type=Path, help="settings, a YAML file; see docs/serve.md")
+    verb.add_argument("--config", type=Path, help="a YAML file of settings; see docs/config.md")
     add_set(verb, "limits.new_tokens=512")
     verb.add_argument("--host", help="default 127.0.0.1; any other address needs a token in PSYCHE_SERVE_TOKEN")
     verb.add_argument("--port", type=int, metavar="N", help="default 8000; 0 takes any free port")
@@ -46,9 +46,11 @@ def _add_conversation(verb: argparse.ArgumentParser) -> None:
     """Options of whatever talks with people."""
     verb.add_argument("--plain", action="store_true", help="add no system prompt and no instruction to the messages")
     add_thinking(verb)
-    verb.add_argument("--region", metavar="CODE", help="region whose hotline people in a crisis are given (default CN)")
+    verb.add_argument("--region", metavar="CODE", help="region whose hotline the crisis gate names (default CN)")
     verb.add_argument("--crisis-log", metavar="FILE", help="log crisis events to this file, without any text")
-    verb.add_argument("--no-crisis-gate", action="store_true", help="let the model alone answer people in a crisis")
+    verb.add_argument(
+        "--no-crisis-gate", action="store_true", help="check neither messages nor replies: the model answers all"
+    )
 
 
 def _chat(arguments: argparse.Namespace) -> None:

@@ -83,7 +83,7 @@ def add_verbs(add: AddVerb) -> None:
     verb = add(
         "plan",
         _plan,
-        "Compile a training program for a TPU slice, without a TPU: does it fit, what does it send, how long?",
+        "Compile a training program for a TPU slice, without a TPU: does it fit, what is exchanged, how fast is it?",
         "psyche plan --config configs/sft_7b_v5e16.yaml --topology v5e:4x4",
     )
     add_config(verb, "settings of SFT or GRPO, such as sft_7b_v5e16", False)

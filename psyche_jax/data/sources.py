@@ -35,7 +35,7 @@ _SAMPLE = 2**20  # bytes from which an encoding is guessed
 class ReadingSection(Section):
     """What the bytes of a source do not say themselves."""
 
-    encoding: str = "utf-8"  # of JSONL, CSV and TSV; a byte order mark is passed over; of Chinese Windows: gb18030
+    encoding: str = "utf-8"  # of JSONL, CSV, TSV (a byte order mark is skipped); gb18030: Chinese Windows
     subset: str | None = None  # of a data set on the hub that has several
     split: str = "train"  # of a data set on the hub
 

@@ -300,8 +300,8 @@ def page(records: Sequence[Record], out: Path) -> str:
         "No figure was measured on a TPU; [plan.md](plan.md) says what a plan is worth and what it leaves out.",
         "",
         "A cell: peak memory of a device; seconds a step, at least and by the compiler's cycles; hours and dollars of",
-        "the paper's run. **no**: it does not fit, with what it would take. With ≥: not compiled; by arithmetic alone",
-        "nothing is against it, but its figures are lower bounds, and it may not fit.",
+        "the paper's run. **no**: it does not fit, and would take this much. With ≥: not compiled; it may fit by",
+        "arithmetic, but the figures are lower bounds, and the compiler may still reject it.",
         "",
         "- SFT: 256 examples of 2,048 tokens a step, 2 epochs of 148,000 (the paper's 75,000 questions and 73,000",
         f"  dialogues, as if all were for SFT): {count_steps(Cell('sft', 'full', 'v6e-8', '7B').config()):,} steps.",
@@ -312,9 +312,9 @@ def page(records: Sequence[Record], out: Path) -> str:
         f"- Prices: {PRICE_SOURCE}.",
         "- Settings, by one rule: `model.remat: full`; `mesh.fsdp` over all devices; weights for decoding split over",
         "  as few devices as keep them under a quarter of the memory. Of micro-batches (GRPO: at most 8 rows a device,",
-        "  SFT 4) and `rollout.slots` (all, half, … a 32nd) the fastest by roofline that leave a tenth of",
-        "  the memory by arithmetic, then smaller ones, at last the least. The file has each cell's settings;",
-        "  `psyche plan --search` may find better ones.",
+        "  SFT 4) and `rollout.slots` (all, half, … a 32nd) the fastest by roofline that leave a tenth of the",
+        "  memory free by arithmetic; if they do not fit, smaller ones, down to the smallest. The file has each",
+        "  cell's settings; `psyche plan --search` may find better ones.",
     ]
     for program in PROGRAMS:
         for mode in MODES:

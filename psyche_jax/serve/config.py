@@ -36,11 +36,11 @@ class LimitsSection(Section):
 class CrisisSection(Section):
     """The gate before generation and the filter after it (docs/crisis.md)."""
 
-    gate: bool = True  # off: every message goes to the model
+    gate: bool = True  # false: neither gate nor filter, every message goes to the model
     region: str = "CN"  # region of the hotline
     log: str | None = None  # file for crisis events, without any text
-    classifier: bool = True  # decides where no explicit rule matches
-    # about messages the gate lets pass: `served`, the model itself; or an endpoint, URL#MODEL
+    classifier: bool = True  # decides, but for attempts, plans and active ideation that a rule has found
+    # who is asked about messages that the gate lets pass: `served` (the served model) or an endpoint, URL#MODEL
     second_opinion: str | None = None
 
     def __post_init__(self) -> None:

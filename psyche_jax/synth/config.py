@@ -24,7 +24,7 @@ class LlmSection(Section):
     temperature: NonNegativeFloat = 0.7  # of sampling
     top_p: PositiveFloat = 0.9  # of sampling
     max_tokens: PositiveInt = 2048  # of one reply
-    parameters: Mapping[str, str | None] = field(default_factory=dict)  # the server's names for ours; null: not sent
+    parameters: Mapping[str, str | None] = field(default_factory=dict)  # the server's parameter names; null: not sent
     timeout_seconds: PositiveFloat = 180.0  # for one whole call
     requests_per_minute: PositiveFloat | None = None  # None: no limit
     tokens_per_minute: PositiveFloat | None = None  # None: no limit
@@ -53,9 +53,9 @@ class CallsSection(Section):
     """How LLMs are called."""
 
     concurrency: PositiveInt = 16  # calls at once, over all LLMs
-    retries: NonNegativeInt = 6  # of one call, after temporary faults
+    retries: NonNegativeInt = 6  # tries again of one call after temporary faults
     first_wait_seconds: PositiveFloat = 1.0  # doubled after each fault; a server's Retry-After takes precedence
-    longest_wait_seconds: PositiveFloat = 60.0  # up to this
+    longest_wait_seconds: PositiveFloat = 60.0  # the longest such wait
     longest_rest_seconds: PositiveFloat = 600.0  # the longest Retry-After that is obeyed in full
     give_up_after: PositiveInt = 20  # stop after this many calls without a reply, or unusable replies in a row
     reasks: NonNegativeInt = 2  # how often to ask again after a malformed reply, naming its fault
@@ -73,8 +73,8 @@ class BudgetSection(Section):
 class SourcesSection(Section):
     """JSONL files: passages `{text, source, licence, meta}`, and dialogues whose replies are rewritten."""
 
-    passages: tuple[str, ...] = ()  # from which questions are made
-    dialogues: tuple[str, ...] = ()  # whose replies are rewritten
+    passages: tuple[str, ...] = ()  # questions are made from these
+    dialogues: tuple[str, ...] = ()  # the replies in these are rewritten
 
     def __post_init__(self) -> None:
         if not self.passages and not self.dialogues:
