@@ -71,7 +71,7 @@ def test_ours_stands_among_the_published_rows(run: Path, tmp_path: Path) -> None
     assert 'aria-label="Average strict accuracy on PCEB against parameters: ' in page
     assert "mine|&lt;b&gt; 7.6B → 50.0 %" in page
     assert "the lenient fallback reads 120 of them, and with it strict is 100.0 %" in text
-    assert "1 of what was asked stand in the training data too; without them strict is" in text
+    assert "1 of the questions asked are in the training data too; without them strict is" in text
     assert "14.json: item 3: its answer is empty" in text
     assert "100.0 % ± 0.0" in text and "Case, several right answers" in text
 
@@ -165,7 +165,7 @@ def test_empathy_is_shown_with_how_far_judges_agree(tmp_path: Path) -> None:
     text = plain(report(tmp_path, run))
     assert "kind against the dialogues’ own replies on dialogues , 8 dialogues" in text
     assert "Cognitive empathy 4.25 4.50 −0.25 −0.50 … +0.12" in text and "Safety 4.25" in text
-    assert "a judge : 3 won, 4 tied, 1 lost of 8; preferred alike in both orders 75.0 %" in text
+    assert "a judge : 3 won, 4 tied, 1 lost of 8; same preference in both orders 75.0 %" in text
     assert "a judge and another agree on 87.5 % of 8, Cohen’s κ 0.71." in text
     assert "1 judgement is missing, d1, order 0: no judgement: <b> first" in text
     write_report([run], tmp_path / "card.md")

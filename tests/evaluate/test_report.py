@@ -79,7 +79,7 @@ def test_a_verdict_stands_beside_the_headline_and_the_way_is_shown(tmp_path: Pat
     text = plain(report(tmp_path, sft, grpo))
     assert "50.0 % grpo not distinguishable from guessing (18.8–81.2 %)" in text
     assert "100.0 % sure better than guessing" in text and "0.0 % wrong worse than guessing" in text
-    assert "From base to grpo : 3 became right, 1 became wrong. So much can be chance." in text
+    assert "From base to grpo : 3 became right, 1 became wrong. The change may be chance." in text
     assert "models/qwen → sft Supervised fine-tuning, 40 steps → grpo GRPO, 60 steps" in text
     write_report([sft, grpo], tmp_path / "card.md")
     assert "- grpo: not distinguishable from guessing." in (tmp_path / "card.md").read_text(encoding="utf-8")
