@@ -1,6 +1,7 @@
 """`psyche plan` of a tiny model on v5e:2x2, through the real TPU compiler, splash attention included."""
 
 import json
+import re
 
 import jax
 import pytest
@@ -251,6 +252,17 @@ def test_sparse_cores_of_v6e_gather_weights(flags, offloaded, tmp_path, monkeypa
     config = load_plan_config(write_config(tmp_path, "sft", mesh={"fsdp": 4}), [], None)
     text = lower(config, parse_topology("v6e:2x2").devices()).lowered.compile().as_text()
     assert ('execution_thread="sparsecore"' in text) == offloaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["sft", "grpo"])
+def test_no_adapter_is_filled_up_to_a_tile(program, tmp_path):
+    """Of B of all layers there is no array whose rank lies along the 128 lanes."""
+    adapter = {"rank": 8, "alpha": 16}
+    config = load_plan_config(write_config(tmp_path, program, adapter=adapter, mesh={}), [], None)
+    text = lower(config, parse_topology("v5e:1x1").devices()).lowered.compile().as_text()
+    of_all_layers = re.findall(r"(?:f32|bf16)\[3,(?:256|512),8\]\{(\d),\d,\d[:}]", text)
+    assert of_all_layers and "2" not in of_all_layers
 
 
 @pytest.mark.slow

@@ -44,9 +44,10 @@ from psyche_jax.data.chat import tokenize_example
 from psyche_jax.data.records import SftExample, read_records
 from psyche_jax.data.streams import pad_examples
 from psyche_jax.errors import UserError
-from psyche_jax.model.adapters import adapters_of, initial_adapters, joined
+from psyche_jax.model.adapters import adapters_of, initial_adapters, joined, merged
 from psyche_jax.model.decode import generate
 from psyche_jax.model.huggingface import load_tokenizer, tensor_names
+from psyche_jax.model.linear import turned, turned_back
 from psyche_jax.model.sampling import Sampling
 from psyche_jax.storage.files import read_json
 from psyche_jax.train.checkpoints import array_differences
@@ -104,6 +105,33 @@ def test_merged_into_the_base_it_is_the_same_model(kind, runs, tmp_path, figure)
     assert np.abs(logits_of(*parameters_at(runs / "model"), TOKENS) - expected).max() > 0.01, "they matter"
     in_memory = open_model(str(runs / kind)).read_merged(execution(8, 2, 2, 2).sharding, FLOAT32)
     figure("adapters merged in memory and on disk", largest_difference(in_memory, whole), 1e-6)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "up_proj"), ("gate_proj", "down_proj")])
+def test_maps_of_one_input_may_have_adapters_or_not(targets, runs, figure):
+    """Each adds its own product, whichever of its neighbours have adapters too."""
+    config, base = parameters_at(runs / "model")
+    adapted = dataclasses.replace(config, adapter=dataclasses.replace(ADAPTER, targets=targets))
+    sharding = execution(1).sharding
+    adapters = initial_adapters(adapted, jax.random.key(1), sharding)
+    keys = iter(jax.random.split(jax.random.key(2), 2 * len(LINEAR_MAPS)))
+    adapters = jax.tree.map(lambda leaf: 0.1 * jax.random.normal(next(keys), leaf.shape), adapters)
+    apart = logits_of(adapted, joined(base, adapters), TOKENS)
+    unadapted = logits_of(config, base, TOKENS)
+    together = logits_of(config, merged(adapted, jax.tree.map(jnp.copy, base), adapters, sharding), TOKENS)
+    assert np.abs(apart - unadapted).max() > 0.01
+    figure("adapters of some maps, merged", np.abs(apart - together).max() / np.abs(apart).max(), 5e-6)
+
+
+def test_turned_and_back(runs):
+    """Whole or alone, adapters compute the same if they are turned already, and come back to the bit."""
+    config, parameters = parameters_at(runs / "sft")
+    assert leaves(turned_back(turned(parameters))) == leaves(parameters)
+    assert leaves(turned(turned(parameters))) == leaves(turned(parameters))
+    for name, values in adapters_of(parameters)["layers"].items():
+        layers, features, rank = values["lora_b"].shape
+        assert turned(parameters)["layers"][name]["lora_b_turned"].shape == (layers, rank, features)
+    assert (logits_of(config, turned(parameters), TOKENS) == logits_of(config, parameters, TOKENS)).all()
 
 
 def test_the_sampler_is_the_trainer_and_the_reference_the_base(runs, figure):
