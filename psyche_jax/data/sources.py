@@ -149,11 +149,12 @@ def _json(name: str, path: Path, _: str) -> Iterator[Row]:
 def _csv(name: str, path: Path, encoding: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     lines = text_lines(path, encoding, newline="", name=name)
-    first = next(lines, "")
+    head = list(islice(lines, _ABOVE))
+    first = next((line for line in head if any(mark in line for mark in ",\t;")), "")  # a title may stand above it
     delimiter = max(",\t;", key=first.count)  # Excel writes semicolons where commas are decimal points
 
     def cells() -> Iterator[_Cells]:
-        reader = csv.reader(chain([first], lines), strict=True, delimiter=delimiter)
+        reader = csv.reader(chain(head, lines), strict=True, delimiter=delimiter)
         while True:
             begin = reader.line_num + 1
             where = f"{name}:{begin}"

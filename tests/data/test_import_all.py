@@ -82,6 +82,7 @@ HEADERS = {
     "English": ("Question,Option 1,Option 2,Correct Answer,Explanation", "q?,x,y,2,because", "B"),
     "from zero": ("stem,choice0,choice1,key", "q?,x,y,0", "A"),
     "letters": ("Problem;a;b;c;Answer;Subject", "q?;x;y;z;c;s", "C"),
+    "semicolons under a title": ("二〇二五年考试\n\n题干;a;b;c;答案", "问, 一, 二, 三, 四?;x;y;z;c", "C"),
     "tabs": ("题干\t选项一\t选项二\t答案", "问\tx\ty\tＢ", "B"),
     "options in one column": ("题目,选项,答案", '问,"A．x\nB．y",B', "B"),
     "options in the stem": ("题目,答案", "问？ A. x B. y,B", "B"),
