@@ -1,10 +1,11 @@
 """What must not change when a run resumes: settings that change its numbers, and what it is trained on."""
 
+import dataclasses
 import os
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
-from psyche_jax.config import EXECUTION_SETTINGS, FOUND_BY_CONTENT
+from psyche_jax.config import EXECUTION_SETTINGS, FOUND_BY_CONTENT, GrpoConfig, SftConfig
 from psyche_jax.storage.files import in_bucket
 
 Change: TypeAlias = Literal["config", "data", "evaluation", "tokenizer", "template", "base", "rewards"]
@@ -66,10 +67,7 @@ def how_to_accept(found: Mapping[Change, list[str]], accepted: Collection[str]) 
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """A line for each value in `old` that `new` has otherwise.
-
-    A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default.
-    """
+    """A line for each value in `old` that `new` has otherwise."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line
@@ -97,11 +95,26 @@ def _without_effect(config: Mapping[str, Any]) -> set[str]:
 
 def _lasting(config: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
     """A config without what may change; places are spelled in one way."""
-    kept = _without({"adapter": None, **config}, left_out)  # older runs have no such key
+    if config:
+        config = _complete(GrpoConfig if "objective" in config else SftConfig, config)
+    kept = _without(config, left_out)
     for section, key in (("model", "path"), ("data", "train"), ("data", "evaluation")):
         if isinstance(values := kept.get(section), dict) and key in values:
             kept[section] = {**values, key: _one_spelling(values[key])}
     return kept
+
+
+def _complete(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default."""
+    result, types = dict(values), get_type_hints(kind)
+    for entry in dataclasses.fields(kind):
+        section = types[entry.name]
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            if isinstance(inner := values.get(entry.name, {}), Mapping):
+                result[entry.name] = _complete(section, inner)
+        elif entry.name not in values and entry.default is not dataclasses.MISSING:
+            result[entry.name] = entry.default
+    return result
 
 
 def _without(values: Mapping[str, Any], left_out: Collection[str], prefix: str = "") -> dict[str, Any]:

@@ -354,6 +354,17 @@ def test_what_changes_the_numbers_may_not(what, tiny_root, verb):
     assert found[0].startswith(f"its {what} is ")
 
 
+@pytest.mark.parametrize("value", ["float32", "bfloat16"])
+def test_a_setting_that_is_newer_than_the_run(value, tiny_root, verb):
+    """The run had what is the default, and goes on with that alone."""
+    config = configs(tiny_root, verb)
+    old = config_to_dict(config)
+    del old["optimizer"]["mu_dtype"]
+    new = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, mu_dtype=value))
+    expected = {} if value == "float32" else {"config": ["its optimizer.mu_dtype is 'float32', not 'bfloat16'"]}
+    assert changes(old, config_to_dict(new)) == expected
+
+
 def test_micro_batches_are_part_of_the_loss_of_bnpo(tiny_root):
     old = grpo_config(tiny_root, objective=ObjectiveSection("bnpo"), micro_batch_prompts=4)
     new = dataclasses.replace(old, micro_batch_prompts=2)
