@@ -279,7 +279,7 @@ def test_bad_questions(bad, expected, place, psyche):
     (place / "bad.jsonl").write_text(json.dumps(record) + "\n")
     code, line = psyche("eval", "model", "--bench", "bad.jsonl")
     assert code == 1
-    assert "bad.jsonl: holds no usable record of Question; the first of 1 faults: bad.jsonl:1: " in line
+    assert "bad.jsonl: holds no usable record of Question; bad.jsonl:1: " in line
     assert expected in line
 
 

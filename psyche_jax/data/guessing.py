@@ -66,12 +66,14 @@ def guess_config(source: str, overrides: Sequence[str] = ()) -> tuple[ImportConf
     if first and not head:
         raise UsageError(f"{first[0][0]}: {first[0][1]}, nor can the rows that follow be read")
     there = list(dict.fromkeys(name for row in head for name in row))
+    if not there:
+        raise UsageError(f"{source}: it holds no rows; is there only a header, or is it in another encoding?")
     columns = {**_columns(there, head, given), **(given.get("columns") or {})}
     if not any(columns.get(form) for form in FORMS):
-        names = ", ".join(there) or "none; is it empty, or in another encoding?"
         how = "name them, for example --set columns.question=… --set columns.answer=…"
         raise UsageError(
-            f"{source}: the header does not say where questions or dialogues are; {how}; columns there: {names}"
+            f"{source}: the header does not say where questions or dialogues are; {how}; "
+            f"columns there: {', '.join(there)}"
         )
     values = {**_forms(columns, head), **given, "columns": columns, "reading": reading}
     config = parse_config(ImportConfig, values, source)

@@ -180,7 +180,9 @@ def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any
 
 def first_of(faults: Sequence[str]) -> str:
     """The end of a message on a source without a good row."""
-    return f"; the first of {len(faults)} faults: {faults[0]}" if faults else ""
+    if not faults:
+        return ""
+    return f"; the first of {len(faults)} faults: {faults[0]}" if len(faults) > 1 else f"; {faults[0]}"
 
 
 def checked(
@@ -230,7 +232,10 @@ def fault_of(error: Exception) -> str:
         return str(error)
     first = error.errors()[0]
     name = ".".join(map(str, first["loc"]))
-    return " ".join(f"{name + ': ' if name else ''}{first['msg'].removeprefix('Value error, ')}".split())
+    said = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "dataclass_type":  # pydantic would name a class of ours
+        said = "must be a JSON object"
+    return " ".join(f"{name + ': ' if name else ''}{said}".split())
 
 
 def turns_of(record: BaseRecord) -> tuple[Message, ...]:

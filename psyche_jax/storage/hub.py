@@ -151,7 +151,7 @@ def _one_line(name: str, revision: str = "") -> Iterator[None]:
         elif isinstance(cause, errors.HFValidationError):
             why = f"is not the name of a repository ({first_reason(cause)})"
         elif status is None and isinstance(cause, errors.HTTPError | ConnectionError):  # also: HF_HUB_OFFLINE
-            how = "set HF_ENDPOINT to a mirror, or copy the model's folder here and give its path"
+            how = "set HF_ENDPOINT to a mirror, or copy the repository's files here and give their path"
             why = f"{_site()} cannot be reached ({type(cause).__name__}); {how}"
         else:
             why = first_reason(error)

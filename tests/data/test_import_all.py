@@ -304,6 +304,14 @@ def test_a_formula_that_was_never_computed_is_no_empty_cell(tmp_path):
     assert whole[HEADER[1]] == "二？"
 
 
+def test_a_table_with_nothing_below_its_header(tmp_path, capsys):
+    for name, content in (("header.csv", "question,A,B,answer\n"), ("empty.csv", "")):
+        (tmp_path / name).write_text(content)
+        assert main(["data", "import", str(tmp_path / name), str(tmp_path / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{name}: it holds no rows" in line
+
+
 def test_each_action_has_help_of_its_own(capsys):
     for action, option in {
         "import": "--hold-out",

@@ -246,3 +246,10 @@ def test_the_command(tmp_path, capsys):
     assert "a.jsonl:2: empty answer" in captured.err
     assert len(load_records(Question, str(tmp_path / "out")).good) == 1
     assert load_pceb(tmp_path / "out").faults == {"not of this format": 1}  # a manifest is JSON, too
+
+
+def test_a_line_that_is_no_object_is_named_in_json_words(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('["stem"]\n')
+    assert main(["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--format", "cpsyexam"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("not of this format (must be a JSON object)")

@@ -102,9 +102,9 @@ def lines_of(path: Path, *lines: object) -> Path:
 BAD_QUESTIONS = {
     "not JSON": ("{", "not JSON"),
     "empty object": ({}, "stem"),
-    "a list": ([1], "dictionary"),
-    "a number": ("5", "dictionary"),
-    "null": ("null", "dictionary"),
+    "a list": ([1], "must be a JSON object"),
+    "a number": ("5", "must be a JSON object"),
+    "null": ("null", "must be a JSON object"),
     "too deep": ("[" * 100_000, "not JSON"),
     "a number too long": ('{"stem": ' + "9" * 5000 + "}", "not JSON"),
     "half a surrogate pair": (json.dumps({**QUESTION, "rationale": "\ud800", "id": "x"}), "surrogates not allowed"),
