@@ -39,6 +39,7 @@ def changes(
       old_contents, new_contents: what the run was, and would be, trained on. Where either is not known, the settings
         that say where it is are compared instead.
     """
+    old, new = _complete_config(old), _complete_config(new)
     left_out = {*_without_effect(old), *(FOUND_BY_CONTENT if old_contents and new_contents else ())}
     found: dict[Change, list[str]] = {}
     was, now = _lasting(old, left_out), _lasting(new, left_out)
@@ -95,13 +96,15 @@ def _without_effect(config: Mapping[str, Any]) -> set[str]:
 
 def _lasting(config: Mapping[str, Any], left_out: Collection[str]) -> dict[str, Any]:
     """A config without what may change; places are spelled in one way."""
-    if config:
-        config = _complete(GrpoConfig if "objective" in config else SftConfig, config)
     kept = _without(config, left_out)
     for section, key in (("model", "path"), ("data", "train"), ("data", "evaluation")):
         if isinstance(values := kept.get(section), dict) and key in values:
             kept[section] = {**values, key: _one_spelling(values[key])}
     return kept
+
+
+def _complete_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _complete(GrpoConfig if "objective" in config else SftConfig, config) if config else config
 
 
 def _complete(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
