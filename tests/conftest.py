@@ -92,7 +92,10 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def figure(record_property: Callable[[str, object], None]) -> Callable[[str, float, float], None]:
-    """`figure(what, value, limit)` fails above the limit; the worst value of each `what` is printed at the end."""
+    """`figure(what, value, limit)` fails above the limit; the worst value of each `what` is printed at the end.
+
+    Sums are rounded otherwise on another CPU: a limit on rounding is some three times what was ever seen, or more.
+    """
 
     def check(what: str, value: float, limit: float) -> None:
         record_property("figure", (what, float(value), limit))

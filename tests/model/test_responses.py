@@ -50,6 +50,6 @@ def test_sharing_the_prompt_changes_nothing(side, remat, mesh, tmp_path, figure)
     ours, log_probs = jax.device_get(gradient(parameters, True))
     expected, expected_log_probs = jax.device_get(gradient(parameters, False))
     difference = np.abs(log_probs - expected_log_probs)[response_mask].max()
-    figure("shared prompt, |Δ log-prob|", difference, 1e-5)
+    figure("shared prompt, |Δ log-prob|", difference, 5e-5)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         figure("shared prompt, gradient relative to its largest", np.abs(one - other).max() / np.abs(other).max(), 1e-5)

@@ -94,7 +94,7 @@ def test_logits_equal_transformers(model, port, text, figure):
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
     difference = worst(logits(port, apart(tokens)), expected)
-    figure("SmolLM2-135M: logits, relative to the largest", difference / np.abs(expected).max(), 1e-5)
+    figure("SmolLM2-135M: logits, relative to the largest", difference / np.abs(expected).max(), 5e-5)
 
 
 @pytest.mark.slow
@@ -165,4 +165,4 @@ def test_sampler_and_trainer_agree(temperature, port, prompts, figure):
     difference = np.abs(trained - log_probs)[mask]
     figure("SmolLM2-135M: sampler to trainer, |Δ log-prob|", difference.max(), 1e-4)
     # A log-prob of 10 is a difference of logits of 20 or so, each with 24 bits.
-    figure("SmolLM2-135M: sampler to trainer, mean |Δ log-prob|", difference.mean(), 1e-5)
+    figure("SmolLM2-135M: sampler to trainer, mean |Δ log-prob|", difference.mean(), 5e-5)

@@ -117,13 +117,13 @@ def test_scores_and_gradients(sizes, remat, model, request, figure):
     config, parameters, execution = read(folder, on(sizes, remat))
     (loss, (scores, logits)), gradients = loss_and_gradient(config, parameters, batch(), execution)
     (one_loss, (one_scores, one_logits)), one_gradients = scores_alone(folder)
-    figure("8 devices to 1: loss", worst(loss, one_loss), 1e-5)
-    figure("8 devices to 1: logits, relative", worst(logits, one_logits) / np.abs(one_logits).max(), 1e-5)
+    figure("8 devices to 1: loss", worst(loss, one_loss), 5e-5)
+    figure("8 devices to 1: logits, relative", worst(logits, one_logits) / np.abs(one_logits).max(), 5e-5)
     real = batch().segments > 0
-    figure("8 devices to 1: log-probs", np.abs(scores.log_probs - one_scores.log_probs)[real].max(), 1e-5)
-    figure("8 devices to 1: entropy", np.abs(scores.entropy - one_scores.entropy)[real].max(), 1e-5)
+    figure("8 devices to 1: log-probs", np.abs(scores.log_probs - one_scores.log_probs)[real].max(), 5e-5)
+    figure("8 devices to 1: entropy", np.abs(scores.entropy - one_scores.entropy)[real].max(), 5e-5)
     pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(one_gradients), strict=True)
-    figure("8 devices to 1: gradients", max(worst(one, other) for one, other in pairs), 1e-5)
+    figure("8 devices to 1: gradients", max(worst(one, other) for one, other in pairs), 5e-5)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_responses(sizes, sampling, model, request, figure):
     rollout, one = sample(config, parameters, batch(), execution, sampling), responses_alone(folder, sampling)
     assert (rollout.tokens == one.tokens).all()
     assert (rollout.mask == one.mask).all()
-    figure("8 devices to 1: sampler's log-probs", worst(rollout.log_probs, one.log_probs), 1e-5)
+    figure("8 devices to 1: sampler's log-probs", worst(rollout.log_probs, one.log_probs), 5e-5)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_micro_batches_change_nothing(micro_batches, one_device, tiny_root, tiny
     for name in ("loss", "grad_norm"):
         values, expected = ([line[name] for line in lines] for lines in (history, one_device[0]))
         figure(f"SFT {name}, micro-batches", np.abs(np.divide(values, expected) - 1).max(), 1e-5)
-    figure("SFT first loss, micro-batches", abs(history[0]["loss"] - one_device[0][0]["loss"]), 1e-6)
+    figure("SFT first loss, micro-batches", abs(history[0]["loss"] - one_device[0][0]["loss"]), 1e-5)
     figure("SFT parameters, micro-batches", largest_difference(parameters, one_device[1]), 1e-4)
 
 
