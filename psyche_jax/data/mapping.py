@@ -43,6 +43,7 @@ _WORDS: Mapping[Kind, str] = {
 }
 KINDS = {word: kind for kind, words in _WORDS.items() for word in words.split()}
 _BEFORE_ANSWER = re.compile(r"^(?:(?:正确|标准|参考)?答案|answer|应选|选)?\s*[是为]?\s*:?\s*", re.IGNORECASE)
+_BETWEEN_LETTERS = re.compile(r"(?:[\s,、;/|.。()\[\]【】&+和与及]|以及|\band\b)+", re.IGNORECASE)
 _TICKS = {  # of a statement: whether it is right
     True: "正确 对 是 √ ✓ ✔ 真 true t yes y right",
     False: "错误 错 否 × ✗ ✘ 假 false f no n wrong 不正确 不对",
@@ -322,12 +323,12 @@ def _check_among(answer: str, options: Mapping[str, str]) -> None:
 
 
 def _letters(part: Any, options: Mapping[str, str]) -> set[str]:
-    """The letters of an answer as people write it: "AC", "A、C", "ac", "（B）", "答案：B。", "B. 正强化", "√"."""
+    """The letters of an answer as people write it: "AC", "A、C", "A和C", "（B）", "答案：B。", "B. 正强化", "√"."""
     written = _same_width(part)
     ticked = {_truth(text): letter for letter, text in options.items()}
     if (truth := _truth(part)) is not None and {True, False} <= {*ticked}:
         return {ticked[truth]}
-    words = [word for word in re.split(r"[\s,、;/|.。()\[\]【】]+", _BEFORE_ANSWER.sub("", written)) if word]
+    words = [word for word in _BETWEEN_LETTERS.split(_BEFORE_ANSWER.sub("", written)) if word]
     in_order = [word.upper() for word in words if list(word) == sorted({*word}) and {*word.upper()} <= {*options}]
     if not options and any(list(word) != sorted({*word}) for word in words):
         raise RowError("the answer is not letters in order", repr(part)[:80])  # "DNA" is none of options

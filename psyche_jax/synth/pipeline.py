@@ -182,8 +182,9 @@ class _Workshop:
         made = (self.folder / stage / "review.jsonl" for stage in ("control", "selection"))
         self.review.keep(question for path in made if path.is_file() for question in iterate(Question, path))
         if waiting := sum(item.decision is None for item in self.review.items()):
+            questions = "1 question waits" if waiting == 1 else f"{waiting} questions wait"
             print(
-                f"{self.verb}: {waiting} questions wait for review: psyche review {self.folder} --who NAME; "
+                f"{self.verb}: {questions} for review: psyche review {self.folder} --who NAME; "
                 "then start again, with another out",
                 file=sys.stderr,
             )

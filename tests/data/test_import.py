@@ -176,6 +176,8 @@ def test_the_key_of_a_prompt_is_among_what_it_lists():
         (listed, "乙", "B"),
         (listed, "BA", "AB"),
         ("哪些？", "A、C", "AC"),
+        ("哪些？", "A和C与D", "ACD"),
+        ("哪些？", "A, B and D", "ABD"),
         ("哪些？", "BD", "BD"),
     ):
         record = record_of({"问": asked, "答": answer}, made)

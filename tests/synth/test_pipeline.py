@@ -388,7 +388,7 @@ def test_what_is_no_longer_made_waits_no_longer(copy, capsys):
         store.decide(Decision(first.id, "accept", "王"))
         capsys.readouterr()
         run_synth(copy)
-        assert "synth: 1 questions wait for review" in capsys.readouterr().err
+        assert "synth: 1 question waits for review" in capsys.readouterr().err
         assert {item.question.id: bool(item.decision) for item in store.items()}[first.id]
         assert sum(item.decision is None for item in store.items()) == 1
 
