@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import psyche_jax
 from psyche_jax.cli import data, evaluation, serving, synthesis, training
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        reason = str(error).splitlines()[0][:200]
+        reason = first_reason(error)
         return _failed(parsed.verb, f"out of memory; use smaller batches or more devices ({reason})")
     return 0
 

@@ -43,7 +43,7 @@ MANIFEST = "manifest.json"
 # Before compression; JSON and tokens shrink to a third or so, and files of 64 to 256 MiB suit buckets.
 SHARD_BYTES = 2**28
 _RECORDS_AT_ONCE = 32  # a bucket takes tens of milliseconds to answer, whatever is asked
-_OPEN_SHARDS = 1024  # a quarter of a MiB each, and three file handles or, read by several threads at once, more
+_OPEN_SHARDS = 1024  # about a fifth of a MiB each, and three file handles or, read by several threads at once, more
 _OPTIONS = "group_size:1,zstd:3"  # a record can be read alone
 
 

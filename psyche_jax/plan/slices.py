@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from psyche_jax.errors import UsageError, UserError
+from psyche_jax.errors import UsageError, UserError, first_reason
 from psyche_jax.model.flops import BF16_PEAKS, HBM_BANDWIDTHS
 
 
@@ -132,7 +132,7 @@ class Slice:
         try:
             topology = topologies.get_topology_desc(platform="tpu", topology_name=self.name, **options)
         except Exception as error:  # whatever libtpu raises, which changes with its version
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_reason(error)
             if "external name" in reason:
                 version = importlib.metadata.version("libtpu")
                 raise UserError(

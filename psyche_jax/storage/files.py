@@ -134,9 +134,16 @@ class GrowingFile:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def flush(self, every: float = 0.0) -> None:
-        """Write what a bucket does not hold yet, if the last time was `every` seconds ago or more."""
-        if len(self._lines) > self._written and time.monotonic() - self._time >= every:
-            self.replace(self._lines)
+        """Write what a bucket does not hold yet, if the last time was `every` seconds ago or more.
+
+        With `every` at 0, a local file is put on its disk, where it survives the machine.
+        """
+        if in_bucket(self.path):
+            if len(self._lines) > self._written and time.monotonic() - self._time >= every:
+                self.replace(self._lines)
+        elif not every and self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:

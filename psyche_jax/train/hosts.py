@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
 from psyche_jax.config import DistributedSection
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 
 
 def initialize(section: DistributedSection) -> None:
@@ -32,7 +32,7 @@ def initialize(section: DistributedSection) -> None:
             initialization_timeout=section.timeout_seconds,
         )
     except (RuntimeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_reason(error)
         raise UserError(
             f"distributed: the other hosts were not found within {section.timeout_seconds} s ({reason}); "
             "start the same command on every host of the slice (gcloud … --worker=all), "

@@ -19,7 +19,7 @@ from psyche_jax.config import CheckpointSection
 from psyche_jax.config_files import parse_yaml_mapping
 from psyche_jax.data.dataset import MANIFEST
 from psyche_jax.data.parts import HELD_OUT
-from psyche_jax.errors import UserError
+from psyche_jax.errors import UserError, first_reason
 from psyche_jax.model.flops import peak_of_all_devices
 from psyche_jax.storage.files import bucket_errors, files_under, in_bucket
 from psyche_jax.train import hosts
@@ -101,7 +101,7 @@ def out_of_memory(settings: str) -> Iterator[None]:
         message = str(error)
         if "RESOURCE_EXHAUSTED" not in message and "Ran out of memory" not in message:
             raise
-        raise UserError(f"out of memory; {settings} ({message.splitlines()[0][:200]})") from None
+        raise UserError(f"out of memory; {settings} ({first_reason(error)})") from None
 
 
 def _memory() -> dict[str, float]:

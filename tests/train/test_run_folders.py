@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import shutil
 import time
 
@@ -24,6 +25,7 @@ from psyche_jax.cli import start
 from psyche_jax.config import CheckpointSection, LoggingSection, MeshSection, OptimizerSection, SftDataSection
 from psyche_jax.errors import UserError
 from psyche_jax.model.huggingface import load_tokenizer
+from psyche_jax.storage.files import GrowingFile
 from psyche_jax.train import hosts, runs, sft
 from psyche_jax.train.run_files import read_lines
 from psyche_jax.train.runs import PreemptedError, Run, open_run
@@ -382,3 +384,15 @@ def test_a_run_goes_on_under_another_mesh_or_a_newer_version(change, tmp_path):
         pass
     with open_run(tmp_path / "run", "sft", {**CONFIG, **change}, LOGGING) as run:
         assert run.folder == tmp_path / "run"
+
+
+def test_what_is_logged_before_a_checkpoint_is_on_its_disk(tmp_path, monkeypatch):
+    """A machine that ends a second later has lost none of it."""
+    on_disk = set()
+    monkeypatch.setattr(os, "fsync", lambda number: on_disk.add(os.fstat(number).st_ino))
+    file = GrowingFile(tmp_path / "metrics.jsonl")
+    file.append("{}\n")
+    file.flush(every=60)
+    assert not on_disk
+    file.flush()
+    assert on_disk == {file.path.stat().st_ino}
