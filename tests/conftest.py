@@ -1,6 +1,7 @@
 """What every test shares: eight virtual CPU devices, the real 135M model, and figures that stay in sight."""
 
 import atexit
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -17,6 +18,8 @@ import pytest
 # Before jax starts, hence here. A test that needs one device takes `jax.devices()[:1]`.
 # Collectives come in one order on all devices, as `psyche` has it.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_cpu_enable_concurrency_optimized_scheduler=false"
+if importlib.metadata.version("jaxlib") == "0.10.2":  # Python 3.11's; later ones do not know the flag
+    _FLAGS += " --xla_cpu_use_fusion_emitters=false"  # programs are compiled in two thirds of the time
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's threads, else one a device: collectives that wait for each other must not hold all of them (a deadlock).
