@@ -282,7 +282,8 @@ def to_tokens(
     used, class_of_known = np.unique(np.append(function, 0), return_inverse=True)  # function 0 stays class 0
     class_of = np.zeros(len(token_bytes), np.int64)
     class_of[with_bytes] = class_of_known[:-1]
-    kinds, which = np.unique(np.stack([effects[i] for i in used], axis=1), return_inverse=True)
+    effect = np.stack([effects[i] for i in used], axis=1)
+    kinds = np.sort(np.unique_values(effect))  # by hashing: tens of millions of numbers, some hundred kinds
     # Where the template has already opened a thought, responses do not start in the first state.
     start, letters = 0, 0
     for byte in opened:
@@ -292,7 +293,7 @@ def to_tokens(
     table = TokenAutomaton(
         class_of=class_of.astype(np.int16 if len(used) <= 2**15 else np.int32),
         next=np.stack([targets[i] for i in used], axis=1).astype(np.int16 if states <= 2**15 else np.int32),
-        effect=which.reshape(-1, len(used)).astype(np.min_scalar_type(len(kinds))) if has_effects else None,
+        effect=np.searchsorted(kinds, effect).astype(np.min_scalar_type(len(kinds))) if has_effects else None,
         effects=kinds if has_effects else None,
         accept=automaton.accept,
         start=np.asarray(start, np.int32),

@@ -19,11 +19,8 @@ def test_graph_agrees_with_reference(name: str, count: int, seed: int, request: 
         assert ACCEPTED.get(rule.name, 0.1) <= outcome.nonzero[rule.name] / count < 0.95, rule.name
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in (("tiny", 5000, 6), ("qwen", 6_000, 5))]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 2000, 9), *SLOW])
+@pytest.mark.parametrize(("name", "count", "seed"), [("tiny", 2000, 9), ("qwen", 2000, 5)])
 def test_graph_agrees_with_reference_on_forms(name: str, count: int, seed: int, request: pytest.FixtureRequest) -> None:
     """The natural reading, each form alone, lower-case letters, markers of one's own."""
     outcome = compare(request.getfixturevalue(name), count, seed, rules=FORM_RULES)
