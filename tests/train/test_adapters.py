@@ -241,7 +241,7 @@ def test_gradients_of_adapters_are_those_of_torch(adapt, known, tiny_root, figur
     for path, gradient in traverse_util.flatten_dict(gradients, sep="/").items():
         reference = np.stack([theirs[n].grad.numpy() for n in tensor_names(path, config.num_hidden_layers)])
         figure(
-            "adapters, gradient against torch, relative to its norm", np.abs(gradient - reference).max() / norm, 5e-6
+            "adapters, gradient against torch, relative to its norm", np.abs(gradient - reference).max() / norm, 1e-6
         )
 
 
