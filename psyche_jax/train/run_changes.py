@@ -111,12 +111,13 @@ def _complete(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """A config on disk is complete: a key that it lacks is newer than the run, which had what is now the default."""
     result, types = dict(values), get_type_hints(kind)
     for entry in dataclasses.fields(kind):
-        section = types[entry.name]
-        if isinstance(section, type) and dataclasses.is_dataclass(section):
-            if isinstance(inner := values.get(entry.name, {}), Mapping):
-                result[entry.name] = _complete(section, inner)
+        named = types[entry.name]
+        section = next((one for one in (named, *get_args(named)) if dataclasses.is_dataclass(one)), None)
+        inner = values.get(entry.name, {} if section is named else None)  # one that may be absent is not made up
+        if isinstance(section, type) and isinstance(inner, Mapping):
+            result[entry.name] = _complete(section, inner)
         elif entry.name not in values and entry.default is not dataclasses.MISSING:
-            result[entry.name] = entry.default
+            result[entry.name] = [*entry.default] if isinstance(entry.default, tuple) else entry.default  # as on disk
     return result
 
 

@@ -365,6 +365,16 @@ def test_a_setting_that_is_newer_than_the_run(value, tiny_root, verb):
     assert changes(old, config_to_dict(new)) == expected
 
 
+def test_a_setting_of_adapters_that_is_newer_than_the_run(tiny_root, verb):
+    config = configs(tiny_root, verb, adapter=AdapterSection(4))
+    old = config_to_dict(config)
+    del old["adapter"]["targets"]
+    assert changes(old, config_to_dict(config)) == {}
+    new = dataclasses.replace(config, adapter=AdapterSection(4, targets=("q_proj",)))
+    ((kind, (line,)),) = changes(old, config_to_dict(new)).items()
+    assert kind == "config" and "adapter.targets" in line
+
+
 def test_micro_batches_are_part_of_the_loss_of_bnpo(tiny_root):
     old = grpo_config(tiny_root, objective=ObjectiveSection("bnpo"), micro_batch_prompts=4)
     new = dataclasses.replace(old, micro_batch_prompts=2)
