@@ -243,6 +243,8 @@ class ObjectiveSection(Section):
     entropy_coefficient: NonNegativeFloat = 0.0  # of an entropy bonus
     top_entropy: Share = 1.0  # below 1: learn only from this share of tokens, those with the highest entropy
     mask_truncated: bool = False  # responses without a stop token are not learned from
+    # Whose log-probs of the old policy count after a step's first update: the trainer's take a forward pass.
+    old_log_probs: Literal["trainer", "sampler"] = "trainer"
     # Weight tokens by the trainer's probability over the sampler's, at most this; None: off.
     sampler_cap: Annotated[float, Field(ge=1)] | None = None
 
@@ -251,6 +253,8 @@ class ObjectiveSection(Section):
             _require(
                 self.name != "cispo", "clip_delta", self.clip_delta, "has no effect with name: cispo; must be null"
             )
+        if self.old_log_probs == "sampler":  # ratios to it contain what this corrects
+            _require(self.sampler_cap is None, "sampler_cap", self.sampler_cap, "needs old_log_probs: trainer")
         if self.kl_coefficient == 0:
             _require(not self.kl_unbiased, "kl_unbiased", self.kl_unbiased, "needs a kl_coefficient above 0")
         if self.kl_estimator == "k2":  # its gradient is the KL's as it is, and is not with the ratio
@@ -386,12 +390,14 @@ class GrpoConfig(Section):
     @property
     def on_policy_prompts(self) -> int:
         """The first prompts of a step, whose one update is that of the policy that sampled: its forward pass gives the
-        old log-probs. Those of the other prompts take a pass of their own."""
+        old log-probs."""
         return self.prompts_per_update if self.passes_per_step == 1 else 0
 
     @property
-    def off_policy_share(self) -> float:
-        """How much of a step the old log-probs take a pass for."""
+    def old_log_probs_share(self) -> float:
+        """How much of a step the old log-probs take a pass of their own for."""
+        if self.objective.old_log_probs == "sampler":
+            return 0.0
         return 1 - self.on_policy_prompts / self.prompts_per_step
 
     @property

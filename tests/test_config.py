@@ -182,6 +182,7 @@ WRONG = [
     (GrpoConfig, "objective: {entropy_coefficient: -1}", "entropy_coefficient", "at least 0"),
     (GrpoConfig, "objective: {top_entropy: 0}", "top_entropy", "above 0"),
     (GrpoConfig, "objective: {sampler_cap: 0.5}", "sampler_cap", "at least 1"),
+    (GrpoConfig, "objective: {sampler_cap: 2, old_log_probs: sampler}", "sampler_cap", "needs old_log_probs: trainer"),
     (GrpoConfig, "objective: {name: mean}", "objective.name", "'mean'"),
     (GrpoConfig, "objective: {scale: std}", "objective.scale", "'std'"),
     (GrpoConfig, "dynamic_sampling: {candidate_prompts: 130}", "candidate_prompts", "multiple of prompts_per_step 128"),

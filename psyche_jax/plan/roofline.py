@@ -108,8 +108,8 @@ class _Counter:
         }
         if config.objective.kl_coefficient:
             phases["reference"] = parts * scoring
-        if config.off_policy_share:
-            phases["old_log_probs"] = config.off_policy_share * parts * scoring
+        if config.old_log_probs_share:
+            phases["old_log_probs"] = config.old_log_probs_share * parts * scoring
         if config.objective.top_entropy < 1:
             phases["entropies"] = passes * parts * scoring
         return {
@@ -233,7 +233,7 @@ class _Counter:
         if isinstance(config, SftConfig):
             return {"updates": config.batch_size // part.rows * update}
         parts = config.prompts_per_step * config.generations_per_prompt // part.rows
-        scored = bool(config.objective.kl_coefficient) + config.off_policy_share
+        scored = bool(config.objective.kl_coefficient) + config.old_log_probs_share
         scored += config.passes_per_step * (config.objective.top_entropy < 1)
         while_decoding = replace(self, mesh=decoding_mesh(config, self.mesh))
         return {

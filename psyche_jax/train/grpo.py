@@ -259,7 +259,7 @@ class Iteration:
         if reference is not None and config.objective.kl_coefficient:
             of_reference = self._fixed_log_probs(without_adapter(self.model), reference, experience)
             experience = experience._replace(reference_log_probs=of_reference)
-        if config.off_policy_share:
+        if config.on_policy_prompts < config.prompts_per_step:
             experience = experience._replace(old_log_probs=self._old_log_probs(policy, experience))
 
         # The updates, `passes_per_step` times through the minibatches of this step.
@@ -339,7 +339,10 @@ class Iteration:
         """Of all responses, NaN where the update that learns from them finds them by itself."""
         first, prompts = self.config.on_policy_prompts, self.config.prompts_per_step
         others = jax.tree.map(lambda leaf: leaf[first * len(leaf) // prompts :], experience)
-        log_probs = self._fixed_log_probs(self.model, policy, others)
+        if self.config.objective.old_log_probs == "sampler":
+            log_probs = jnp.where(others.mask, others.sampler_log_probs, 0.0)  # as `_scores` has them
+        else:
+            log_probs = self._fixed_log_probs(self.model, policy, others)
         missing = len(experience.tokens) - len(log_probs)
         return jnp.pad(log_probs, ((missing, 0), (0, 0)), constant_values=jnp.nan)
 
@@ -454,8 +457,12 @@ class Iteration:
         def mean_update(values: jax.Array) -> jax.Array:
             return jnp.sum(values, where=~history.empty) / jnp.maximum(jnp.sum(~history.empty), 1)
 
-        trainer = _known(experience.old_log_probs, scores.log_probs[0])
-        difference = jnp.abs(trainer - experience.sampler_log_probs) * mask
+        # How far sampler and trainer are apart, where the trainer's log-probs of the policy that sampled are known.
+        trainer, compared = _known(experience.old_log_probs, scores.log_probs[0]), mask
+        if config.objective.old_log_probs == "sampler":  # in the first update alone
+            first = jnp.arange(len(mask)) < config.prompts_per_update * config.generations_per_prompt
+            trainer, compared = scores.log_probs[0], mask & first[:, None]
+        difference = jnp.abs(trainer - experience.sampler_log_probs) * compared
         lengths = rollout.mask.sum(axis=1)
         metrics = {
             "loss": mean_update(history.loss),
@@ -472,8 +479,8 @@ class Iteration:
             "completions/max_length": lengths.max(),
             "completions/clipped_ratio": 1 - finished.mean(),
             "num_tokens": self.config.generations_per_prompt * experience.prompt_mask.sum() + lengths.sum(),
-            "sampling/logp_difference/mean": difference.sum() / tokens,
-            "sampling/logp_difference/max": difference.max(),
+            "sampling/logp_difference/mean": difference.sum() / compared.sum(),  # not a number where there is none
+            "sampling/logp_difference/max": jnp.where(compared.any(), difference.max(), jnp.nan),
         }
         if config.functions or config.objective.mask_truncated or config.dynamic_sampling.candidate_prompts is not None:
             metrics["empty_updates"] = jnp.sum(history.empty)  # otherwise there is always something to learn from

@@ -372,7 +372,7 @@ def step_flops(model: ModelConfig, config: GrpoConfig, metrics: dict[str, Any]) 
     forward = causal_flops(model, config.prompts_per_step, prompt)
     forward += causal_flops(model, responses, response, prompt) + head_flops(model, responses * response)
     trained = update_passes(model.adapter) + (config.objective.top_entropy < 1)
-    fixed = (config.objective.kl_coefficient > 0) + config.off_policy_share
+    fixed = (config.objective.kl_coefficient > 0) + config.old_log_probs_share
     return forward * (1 + fixed + trained * config.passes_per_step)
 
 

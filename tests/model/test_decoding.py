@@ -166,7 +166,7 @@ def surprise(draws, exact):
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
 def test_draws_follow_the_distribution(temperature, port, figure):
     rows, batch = prompts(lengths=(6, 4))
-    draws = 3_000
+    draws = 8_000
     sampling = Sampling(2, temperature=temperature, generations_per_prompt=draws)
     tokens, _, log_probs = rollout(port, batch, sampling)
     for prompt, row in enumerate(rows):

@@ -98,7 +98,8 @@ def test_phases_of_grpo():
     config = load_config(GrpoConfig, CONFIGS / "grpo_7b_v5e16.yaml")
     assert config.rollout == RolloutSection(None, 4)
     mesh = {"data": 1, "fsdp": 16, "tensor": 1}
-    config = dataclasses.replace(config, rollout=RolloutSection(512, 4))
+    assert "old_log_probs" not in count_phases(config, SEVEN, mesh), "they are the sampler's"
+    config = dataclasses.replace(config, rollout=RolloutSection(512, 4), objective=ObjectiveSection())
     phases = count_phases(config, SEVEN, mesh)
     assert list(phases) == [
         "gather_for_decoding",

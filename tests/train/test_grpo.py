@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from support.iterations import FAST, RATE, SEVERAL, Bench, Outcome, bench, outcome
+from support.iterations import FAST, RATE, SEVERAL, Bench, Outcome, bench, compare, outcome
 from support.training_fixtures import RULES, execution, grpo_config, largest_difference
 from test_objectives import plain_advantages
 
@@ -222,6 +222,33 @@ def test_sampler_and_trainer_agree(several, tiny_root, figure):
     for metrics in outcome(tiny_root, several=several).metrics:
         figure("GRPO sampler against trainer, max", metrics["sampling/logp_difference/max"], 2e-5)
         assert 0 <= metrics["sampling/logp_difference/mean"] <= metrics["sampling/logp_difference/max"]
+
+
+@pytest.mark.slow
+def test_the_samplers_log_probs_may_be_the_old_ones(tiny_root, figure):
+    """With them a step gives the same numbers. Ratios are to them after the first update."""
+    objective = dataclasses.replace(SEVERAL["objective"], old_log_probs="sampler")
+    this = Bench(tiny_root, **{**SEVERAL, "objective": objective})
+    compare(this.run(2), outcome(tiny_root, several=True), figure, "the sampler's log-probs")
+    learn, state = jax.jit(this.iteration.learn, compiler_options=FAST), this.state(this.read())
+    sampled = jax.jit(this.iteration.sample, compiler_options=FAST)(
+        state.parameters, this.rules, this.batch, jax.random.key(8)
+    )
+    first = np.arange(len(sampled.rollout.tokens))[:, None] < 4 * this.config.generations_per_prompt
+    metrics = {}
+    for name, rows in (("as they are", False), ("of the first", first), ("of the others", ~first)):
+        log_probs = sampled.rollout.log_probs - 0.05 * sampled.rollout.mask * rows
+        rollout = sampled.rollout._replace(log_probs=log_probs)
+        metrics[name] = jax.device_get(
+            learn(state, this.reference, sampled._replace(rollout=rollout), {})[1]["metrics"]
+        )
+    before, of_first, of_others = metrics.values()
+    assert of_first["sampling/logp_difference/mean"] == pytest.approx(0.05, rel=1e-3)
+    assert of_first["loss"] == before["loss"] and of_first["clip_ratio/high_mean"] == before["clip_ratio/high_mean"]
+    assert of_others["sampling/logp_difference/mean"] == before["sampling/logp_difference/mean"] < 2e-5
+    # Ratios that are 5 % larger: more tokens above its limit, fewer below.
+    assert of_others["clip_ratio/high_mean"] > before["clip_ratio/high_mean"]
+    assert of_others["clip_ratio/low_mean"] < before["clip_ratio/low_mean"]
 
 
 def test_the_reference_stays_where_it_was(tiny_root, figure):
