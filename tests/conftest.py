@@ -40,7 +40,7 @@ hypothesis.settings.load_profile("psyche")
 
 @pytest.fixture(scope="module")
 def optimized() -> Iterator[None]:
-    """Programs compiled as users', each anew: for figures that rest on the compiler."""
+    """Programs optimized as users' are, each compiled anew: for figures that rest on the compiler."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
