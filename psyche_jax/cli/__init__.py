@@ -17,7 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _failed(parsed.verb, str(error), error.exit_code, error.details)
     except KeyboardInterrupt:
-        return _failed(parsed.verb, "interrupted")
+        again = "; start the same command again to go on" if parsed.verb in ("synth", "select", "eval") else ""
+        return _failed(parsed.verb, f"interrupted{again}")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _failed(parsed.verb, f"{where}{error.strerror or error}")

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -298,6 +299,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     from psyche_jax.plan.search import search
 
     wishes = Wishes(arguments.lengths, arguments.steps, arguments.price)
+    if sys.stderr.isatty():
+        print(f"psyche plan: compiling for {slice_.name}; a large model takes minutes", file=sys.stderr)
     plan = (search if arguments.search else make_plan)(config, slice_, wishes)
     print(json.dumps(plan.as_json()) if arguments.json else as_text(plan))
     if not plan.fits:

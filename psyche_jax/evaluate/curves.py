@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import escape
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import Formatter, LogLocator, MaxNLocator, NullFormatter
 
 from psyche_jax.evaluate.formatting import change, duration, number
 from psyche_jax.evaluate.language import ENGLISH, Speaker
@@ -80,6 +80,7 @@ class Metric:
     log: bool = False
     band: tuple[str, str] | None = None  # keys of what bounds the curve
     if_any: bool = False  # leave the chart out where all values are zero
+    exact: bool = False  # there is no noise to smooth
     about: str = ""  # one sentence on how to read it
 
 
@@ -97,13 +98,14 @@ class Chart:
 SFT_METRICS = (
     Metric("Loss", "nats per token", (("loss", "training"), ("evaluation_loss", "evaluation"))),
     Metric("Gradient norm", "norm", (("grad_norm", "before clipping"),)),
-    Metric("Learning rate", "rate", (("learning_rate", "learning rate"),)),
+    Metric("Learning rate", "rate", (("learning_rate", "learning rate"),), exact=True),
     Metric("Throughput", "tokens per second", (("tokens_per_second", "tokens per second"),)),
     Metric("Step time", "seconds", (("step_time", "step"),)),
     Metric(
         "Memory",
         "GiB, peak so far",
         (("memory/device_gib", "fullest device"), ("memory/host_gib", "host process")),
+        exact=True,
     ),
 )
 _RULE = re.compile(r"rewards/(.+)/mean")
@@ -293,6 +295,24 @@ def _series(
     return Series(name, [place for place, _ in having], [float(line[key]) for _, line in having], style, low, high)
 
 
+class _Ticks(Formatter):
+    """Labels of an axis, of as many digits as tell them apart."""
+
+    def __init__(self, unit: float) -> None:
+        self._unit = unit
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return number(value / self._unit)
+
+    def format_ticks(self, values: Sequence[float]) -> list[str]:
+        texts: list[str] = []
+        for digits in range(3, 10):
+            texts = [number(value / self._unit, digits) for value in values]
+            if len({*texts}) == len(texts):
+                break
+        return texts
+
+
 def _draw(
     metric: Metric,
     series: Sequence[Series],
@@ -303,7 +323,7 @@ def _draw(
 ) -> str:
     def plot(axes: Any) -> None:
         for one in series:
-            _draw_series(axes, one)
+            _draw_series(axes, one, 1 if metric.exact else window_of(len(one.values)))
         # A logarithmic axis only where the values span more than a linear one can show.
         values = [value for one in series for value in one.values if math.isfinite(value)]
         if metric.log and values and min(values) > 0 and max(values) / min(values) > 30:
@@ -317,8 +337,8 @@ def _draw(
             axes.set_ylim(-0.03, 1.03)
             axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=across == "step"))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value / unit)))
+        axes.yaxis.set_major_formatter(_Ticks(1))
+        axes.xaxis.set_major_formatter(_Ticks(unit))
         axes.margins(x=0.02)
 
     # Steps, or seconds told in the unit that suits them.
@@ -400,11 +420,10 @@ def _readings(axes: Any, series: Sequence[Series], rows: Sequence[tuple[float, s
     return "".join(parts)
 
 
-def _draw_series(axes: Any, series: Series) -> None:
+def _draw_series(axes: Any, series: Series, window: int) -> None:
     color, dash = SERIES[series.style % COLORS], DASHES[series.style % len(DASHES)]
     steps, values = np.asarray(series.steps, float), np.asarray(series.values, float)
     values = np.where(np.isfinite(values), values, np.nan)
-    window = window_of(len(values))
     if series.low is not None and series.high is not None:
         axes.fill_between(steps, series.low, series.high, color=color, alpha=0.13, linewidth=0)
     few = np.isfinite(values).sum() <= 12

@@ -12,15 +12,15 @@ LONGEST_TEXT = 8000  # characters of a response that the page shows
 _STOP_TOKEN = re.compile(r"\s*<[|｜][^<>]*[|｜]>\s*$")  # `<|im_end|>`, R1-Distill's `<｜end▁of▁sentence｜>`
 
 
-def number(value: float) -> str:
-    """Three significant digits, without an exponent where that stays short."""
+def number(value: float, digits: int = 3) -> str:
+    """So many significant digits, without an exponent where that stays short."""
     size = abs(value)
     if value == 0 or not math.isfinite(value):
         text = f"{value:g}" if value else "0"
     elif 1e-3 <= size < 1e7:
-        text = f"{value:,.0f}" if size >= 1000 else f"{value:.3g}"
+        text = f"{value:,.0f}" if size >= 1000 else f"{value:.{digits}g}"
     else:
-        mantissa, exponent = f"{value:.2e}".split("e")
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         text = f"{float(mantissa):g}e{int(exponent)}"
     return text.replace("-", "−")
 

@@ -166,6 +166,8 @@ def write_report(runs: Sequence[Path], out: Path, title: str = "", language: Lan
     folders = list({folder.resolve(): folder for folder in runs}.values())
     if not folders:
         raise UserError("report: no run was named; give one or more folders made by `psyche sft` or `psyche grpo`")
+    if out.suffix.lower() not in ("", ".html", ".htm", ".md"):
+        raise UserError(f"{out}: a report is HTML or Markdown; give the name of a .html or .md file")
     if out.is_dir():
         raise UserError(f"{out}: is a folder; give the name of an HTML file")
     records = [read_run(folder, name) for folder, name in zip(folders, names(folders), strict=True)]

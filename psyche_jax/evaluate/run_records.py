@@ -122,6 +122,8 @@ class RunRecord:
         absent = []
         if not self.metrics:
             phrase = "This run has no metrics (metrics.jsonl is missing or empty), so no curves and no timings."
+            if self.state.get("status") == "running":
+                phrase = "This run has done no step yet; the first one is compiled before it is made."
             absent.append(say(phrase))
         if self.kind == "grpo" and not self.samples:
             phrase = "This run has no samples (samples.jsonl is missing or empty), so no completions from training."

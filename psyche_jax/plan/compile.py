@@ -2,6 +2,7 @@
 
 import math
 import re
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,6 +111,7 @@ def lower(config: PlanConfig, devices: list[Any]) -> Lowered:
 def compile_lowered(lowered: Lowered) -> Compiled:
     """Run the TPU compiler. A program that is too large for a chip is a result, not an error."""
     started = time.perf_counter()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for the compiler
     try:
         executable = lowered.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -118,6 +120,8 @@ def compile_lowered(lowered: Lowered) -> Compiled:
             raise
         used, limit = out_of_memory(message)
         return Compiled(None, time.perf_counter() - started, used, limit)
+    finally:
+        signal.signal(signal.SIGINT, before)
     memory = executable.memory_analysis()
     return Compiled(executable, time.perf_counter() - started, int(memory.peak_memory_in_bytes), None)
 

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +156,6 @@ def make_table(cells: Sequence[Cell], out: Path) -> None:
     missing = [cell for cell in cells if cell.key() not in done]
     missing.sort(key=_is_possible)  # first what arithmetic decides, in no time
     say(f"{len(cells)} cells, {len(cells) - len(missing)} of them in {out}")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Ctrl-C would wait for the compiler
     write_text(out.with_suffix(".md"), page(read_records(out), out))
     for cell in missing:
         record = {**dataclasses.asdict(cell), "key": cell.key(), **compile_cell(cell)}

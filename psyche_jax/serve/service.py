@@ -396,7 +396,9 @@ class Service:
         """
         last = turns[-1].content
         if len(last.encode()) > self._most_bytes:
-            raise TooLongError(f"the message has {len(last.encode())} bytes: no room in a context of {self._places}")
+            raise TooLongError(
+                f"the message has {len(last.encode())} bytes: too long for a context of {self._places} tokens"
+            )
         prompt = prompt_tokens(self.tokenizer, turns, self._prompt)
         said = _last_said(turns)
         fits = len(prompt) < self._places
@@ -404,7 +406,8 @@ class Service:
         reply = self.gate.reply(said) if self.gate and len(alone) < self._places else None
         if reply is None and not fits:
             raise TooLongError(
-                f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}"
+                f"the conversation has {len(prompt)} tokens: no room to answer in a context of {self._places}; "
+                "begin a new one"
             )
         return _Read(prompt, said, reply)
 

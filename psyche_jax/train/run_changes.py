@@ -57,6 +57,11 @@ def changes(
     return found
 
 
+def is_grpo(config: Mapping[str, Any]) -> bool:
+    """Whether a run with this config is one of GRPO; else it is one of SFT."""
+    return "objective" in config
+
+
 def refused(found: Mapping[Change, list[str]], accepted: Collection[str]) -> list[str]:
     """The lines of the changes that were not accepted."""
     return [line for kind, lines in found.items() if kind not in accepted for line in lines]
@@ -75,7 +80,11 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
             for key in old
             for line in differences(old.get(key), new.get(key), f"{name}.{key}" if name else str(key))
         ]
-    return [] if old == new else [f"its {name} is {old!r}, not {new!r}"]
+    return [] if old == new else [f"its {name} is {_as_yaml(old)}, not {_as_yaml(new)}"]
+
+
+def _as_yaml(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _without_effect(config: Mapping[str, Any]) -> set[str]:
@@ -104,7 +113,7 @@ def _lasting(config: Mapping[str, Any], left_out: Collection[str]) -> dict[str, 
 
 
 def _complete_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    return _complete(GrpoConfig if "objective" in config else SftConfig, config) if config else config
+    return _complete(GrpoConfig if is_grpo(config) else SftConfig, config) if config else config
 
 
 def _complete(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from psyche_jax.config_files import parse_yaml_mapping
 from psyche_jax.errors import RowError, UserError
 from psyche_jax.storage.files import LOCK_FILE, read_json, read_jsonl
-from psyche_jax.train.run_changes import CHANGES, Change, Contents, changes, how_to_accept, refused
+from psyche_jax.train.run_changes import CHANGES, Change, Contents, changes, how_to_accept, is_grpo, refused
 
 STATE = "state.json"
 _MOST_STEPS = 2**53  # which a float counts
@@ -38,7 +38,11 @@ def check_place(
         if early and not state:
             return {}
         known = state.get("contents") if state else contents
-        found = changes(parse_yaml_mapping(config_file), config, known, known if early else contents)
+        old = parse_yaml_mapping(config_file)
+        if old and is_grpo(old) != is_grpo(config):
+            kind = "a GRPO" if is_grpo(old) else "an SFT"
+            raise UserError(f"{folder}: holds {kind} run; choose another run.dir, or remove this one")
+        found = changes(old, config, known, known if early else contents)
         if lines := refused(found, accepted):
             raise UserError(
                 f"{folder}: holds another run ({lines[0]}); choose another run.dir, remove this one, or accept "

@@ -205,6 +205,16 @@ def test_near_copies_of_what_is_held_out_are_left_out_of_training(tmp_path, caps
     assert not decontaminate(parts["questions"], parts["held_out"]).leaked
 
 
+def test_where_all_are_near_what_is_held_out_the_reason_is_said(tmp_path, capsys):
+    texts = (f"{chr(0x4E00 + number)}我最近睡不好，白天没有精神，心里很烦，我该怎么办？" for number in range(8))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f"{json.dumps({'prompt': text, 'response': '慢慢说。'})}\n" for text in texts)
+    )
+    assert main(["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--hold-out", "0.2"]) == 1
+    said = capsys.readouterr().err
+    assert "nothing is left to train on: the other 6 are nearly the same as one of the 2 held out" in said
+
+
 @pytest.mark.parametrize("form", ["dialogue", "prompt"])
 def test_near_copies_of_held_out_conversations_are_left_out_too(form, tmp_path, capsys):
     draw = random.Random(0)

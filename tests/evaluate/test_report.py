@@ -26,7 +26,7 @@ from support.made_up_runs import (
 from psyche_jax import cli
 from psyche_jax.errors import UserError
 from psyche_jax.evaluate.comparison import Evaluation, read_benches, wilson
-from psyche_jax.evaluate.curves import SFT_METRICS, charts, grpo_metrics, moving_mean, number
+from psyche_jax.evaluate.curves import SFT_METRICS, _Ticks, charts, grpo_metrics, moving_mean, number
 from psyche_jax.evaluate.formatting import duration, spoken
 from psyche_jax.evaluate.report import write_report
 from psyche_jax.storage import locks
@@ -298,6 +298,23 @@ def test_a_drawing_has_no_colour_font_or_size_of_its_own() -> None:
     )
     assert "var(--series-1)" in chart.svg and "var(--chart-text)" in chart.svg
     assert chart.summary == "Loss over steps 1 to 59, first → last: training 1 → 0.0169; evaluation never finite"
+
+
+def test_labels_of_an_axis_differ() -> None:
+    assert _Ticks(1).format_ticks([1.805, 1.81, 1.815]) == ["1.805", "1.81", "1.815"]
+    assert _Ticks(60).format_ticks([0, 60, 120]) == ["0", "1", "2"]
+
+
+def test_what_is_exact_is_not_smoothed() -> None:
+    """A moving mean would round off a warm-up's corner, and begin above its first value."""
+    lines = [{"step": step, "loss": 1.0, "learning_rate": min(step, 20) * 1e-5} for step in range(1, 61)]
+    drawn = {chart.metric.title: chart.svg for chart in charts(SFT_METRICS, [("run", lines)])}
+    assert drawn["Loss"].count("<path") > drawn["Learning rate"].count("<path")
+
+
+def test_a_report_is_html_or_markdown(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rep.pdf: a report is HTML or Markdown; give the name of a .html or .md file"):
+        write_report([tmp_path], tmp_path / "rep.pdf")
 
 
 def test_moving_mean() -> None:

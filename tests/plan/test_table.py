@@ -30,7 +30,6 @@ def compiled(monkeypatch):
     cells = []
     monkeypatch.setattr(table, "find_compiler", lambda: True)
     monkeypatch.setattr(table, "_compiler", lambda: "1.2")
-    monkeypatch.setattr(table.signal, "signal", lambda *_: None)
     monkeypatch.setattr(table, "compile_cell", lambda cell: (cells.append(cell), fits(cell))[1])
     return cells
 
@@ -177,7 +176,6 @@ def test_settings_become_smaller(program):
 def test_a_cell_through_the_compiler(tmp_path, monkeypatch):
     monkeypatch.setitem(ARCHITECTURES, "Qwen2.5-0.5B", MODEL)
     out = tmp_path / "which.jsonl"
-    monkeypatch.setattr(table.signal, "signal", lambda *_: None)
     assert run(out, models="0.5B", chips="v5e-1", modes="adapters", programs="sft") == 0
     record = json.loads(out.read_text())
     assert record["fits"] and 0 < record["peak_gib"] < 15.75 and record["seconds"][0] <= record["seconds"][1]

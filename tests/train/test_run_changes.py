@@ -39,7 +39,8 @@ from psyche_jax.errors import UserError
 from psyche_jax.rewards import FunctionReward
 from psyche_jax.train.grpo_run import train_grpo
 from psyche_jax.train.preemption import Stop
-from psyche_jax.train.run_changes import changes
+from psyche_jax.train.run_changes import CHANGES, changes, differences
+from psyche_jax.train.run_files import check_place
 from psyche_jax.train.runs import PreemptedError
 from psyche_jax.train.sft import train_sft
 from psyche_jax.train.step_folders import find_checkpoint, read_checkpoint_metadata
@@ -373,6 +374,21 @@ def test_a_setting_of_adapters_that_is_newer_than_the_run(tiny_root, verb):
     new = dataclasses.replace(config, adapter=AdapterSection(4, targets=("q_proj",)))
     ((kind, (line,)),) = changes(old, config_to_dict(new)).items()
     assert kind == "config" and "adapter.targets" in line
+
+
+def test_a_run_of_the_other_kind_is_never_gone_on_with(root, verb, stopped):
+    """Whatever is accepted."""
+    other = config_to_dict(configs(root, {"sft": "grpo", "grpo": "sft"}[verb]))
+    for early in (True, False):
+        with pytest.raises(UserError, match=f"holds an? {verb.upper()} run; choose another run.dir"):
+            check_place(root / f"{verb}-run", other, None, CHANGES, early)
+
+
+def test_nothing_is_called_null_as_in_yaml():
+    assert differences({"batch_size": 8, "name": None}, {"batch_size": None, "name": "x"}) == [
+        "its batch_size is 8, not null",
+        "its name is null, not 'x'",
+    ]
 
 
 def test_micro_batches_are_part_of_the_loss_of_bnpo(tiny_root):

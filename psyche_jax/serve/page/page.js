@@ -67,6 +67,7 @@ function save() {
 function open(conversation) {
   state.id = conversation?.id ?? newId();
   state.turns = (conversation?.turns ?? []).filter(turn => turn.content);
+  if (state.editing) find("message").value = ""; // it is of another conversation
   state.editing = null;
   sessionStorage.setItem(STORE, state.id);
 }
@@ -186,6 +187,7 @@ function actions(turn) {
   }
   if (turn.role === "user") made.append(button("edit", () => edit(turn)));
   else if (turn === state.turns.at(-1) && !turn.care) made.append(button("again", () => answer(state.turns.slice(0, -1))));
+  if (turn.role === "user" && turn === state.turns.at(-1)) made.append(button("again", () => answer(state.turns))); // its answer was lost
   return made;
 }
 
@@ -331,13 +333,13 @@ async function answer(turns, typed = "") {
       fill(shown, turn);
       if (follow) toEnd();
     }
-    say(words().done);
+    say(turn.end === "length" ? words().length : words().done);
   } catch (error) {
     if (error.name === "AbortError") {
       turn.end = "stopped";
       say(words().stopped);
     } else {
-      say(words().failed + error.message, true);
+      say(words().failed + (error instanceof TypeError ? words().lost : error.message), true); // of fetch, in the browser's words
     }
   }
   clearInterval(clock);
