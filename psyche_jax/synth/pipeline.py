@@ -55,7 +55,7 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
       UserError: as the stages do; a run that ends so resumes when it is started again.
     """
     if stage in (None, "publish"):
-        check_place(config.out)
+        check_place(config.out, config.run.dir, config.run.seed)
     with _open_workshop(config, "synth") as shop:
         for name in STAGES if stage is None else (stage,):
             shop.do(name, _synth_stage(shop, config, name))
@@ -66,7 +66,7 @@ def run_synth(config: SynthConfig, stage: StageName | None = None) -> dict[str, 
 
 def run_select(config: SelectConfig) -> dict[str, Any]:
     """Selection and publication of questions from files; returns the reports of the stages by name."""
-    check_place(config.out)
+    check_place(config.out, config.run.dir, config.run.seed)
     with _open_workshop(config, "select") as shop:
         states = [_state_of(location) for location in config.questions]
         shop.expected = partial(_select_calls, config)

@@ -1,7 +1,9 @@
 """Records for training, as data sets on a disk or in a bucket, with a data card."""
 
+import contextlib
 import json
 import os
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,8 +94,10 @@ def publish(
     return counts
 
 
-def check_place(out: str) -> None:
-    """Ask whether records can go to `out`, before anything is spent on them.
+def check_place(out: str, run: str, seed: int) -> None:
+    """Ask whether records of the run in the folder `run` can go to `out`, before anything is spent on them.
+
+    Records of another run there are warned of: whether this one makes the same is known at its end.
 
     Raises:
       UserError: they cannot.
@@ -106,6 +110,15 @@ def check_place(out: str) -> None:
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"out: {out}: {nearest} is not a writable folder")
+    with contextlib.suppress(ValueError, KeyError, TypeError):  # a card that is none
+        other = json.loads(store.read(CARD_JSON) or b"null")["config"]["run"]
+        if (other["dir"], other["seed"]) != (run, seed):
+            print(
+                f"warning: out: {out} holds records of {other['dir']}, seed {other['seed']}; if this run makes others, "
+                "it ends without publishing them: choose another out",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def as_markdown(card: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from psyche_jax.synth.canned import canned_answer, canned_config, replay_app, se
 from psyche_jax.synth.clean import Cleaner
 from psyche_jax.synth.config import BudgetSection, CleanSection, ControlSection, SelectConfig, SelectionSection
 from psyche_jax.synth.pipeline import run_select, run_synth
+from psyche_jax.synth.publish import check_place
 from psyche_jax.synth.review import Decision, ReviewStore
 from psyche_jax.synth.stages import Outcome, Progress, outcomes, write_stage
 
@@ -314,6 +315,21 @@ def test_a_second_start_asks_and_changes_nothing(made, asked, copy):
     shutil.rmtree(Path(copy.run.dir, "rationales"))  # a stage that is made again finds its replies in the store
     assert run_synth(copy)["rationales"] == reports["rationales"]
     assert sum(asked.values()) == before
+
+
+def test_records_of_another_run_are_warned_of_before_the_first_call(made, capsys):
+    config, _ = made
+    check_place(config.out, config.run.dir, config.run.seed)
+    assert "warning" not in capsys.readouterr().err
+    check_place(config.out, f"{config.run.dir}-2", config.run.seed)
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: out: {config.out} holds records of {config.run.dir}, seed {config.run.seed}; if ")
+    assert "choose another out" in said
+    card = Path(config.out, "card.json")
+    whole = card.read_bytes()
+    card.write_text("[]")
+    check_place(config.out, "another", 0)
+    card.write_bytes(whole)
 
 
 def test_other_records_of_the_same_settings_are_not_taken_for_those_published(copy):
