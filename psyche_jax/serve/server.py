@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from importlib.resources import files
 from itertools import accumulate
+from types import FrameType
 from typing import Any, TypeVar
 
 import fastapi
@@ -86,7 +87,7 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
         ws="none",
         h11_max_incomplete_event_size=65536,
     )
-    server = uvicorn.Server(settings)
+    server = _Server(settings)
     for number in (signal.SIGINT, signal.SIGTERM):
         # Uvicorn takes them while it runs, and raises them again at its end, where they mean nothing more.
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
@@ -96,6 +97,15 @@ def serve(config: ServeConfig, ready: Callable[[str], None] = lambda address: No
         server.run(sockets=[listening])
     finally:
         service.close(config.limits.shutdown_seconds)
+
+
+class _Server(uvicorn.Server):
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Says at the first signal why it does not end at once, where it answers somebody."""
+        if self.server_state.tasks and not self.should_exit:
+            seconds = self.config.timeout_graceful_shutdown
+            print(f"stopping: what is being answered has {seconds} s to end", file=sys.stderr, flush=True)
+        super().handle_exit(sig, frame)
 
 
 def create_app(service: Service, config: ServeConfig, token: str | None = None) -> Guard:

@@ -274,6 +274,7 @@ def test_told_to_stop_it_finishes_what_it_has_begun(tiny_model):
             lines.append(line)
     assert lines[-2] == "data: [DONE]" and sum('"finish_reason":"' in line for line in lines) == 4
     assert running.process.wait(60) == 0 and "Traceback" not in running.log
+    assert "stopping: what is being answered has" in running.log
     with pytest.raises(httpx.ConnectError):
         httpx.get(running.address)
 
