@@ -66,11 +66,13 @@ def import_parts(source: str, target: str, config: ImportConfig, share: float) -
                 if record.id in left_out:
                     notes.note(where, f"nearly the same as a held-out {_NOUNS[type(record)]}")
         if not train:
-            raise UserError(
-                f"{source}: nothing is left to train on: the other {len(records) - len(held)} are nearly the same as "
-                f"one of the {len(held)} held out; set --hold-out 0, or a larger share, so that what most of them "
-                "begin or end with is told from what they say"
-            )
+            why = "all are held out; set a smaller --hold-out"
+            if others := len(records) - len(held):
+                why = (
+                    f"the other {others} are nearly the same as one of the {len(held)} held out; set --hold-out 0, or "
+                    "a larger share, so that what most of them begin or end with is told from what they say"
+                )
+            raise UserError(f"{source}: nothing is left to train on: {why}")
 
         # The folder appears with all its data sets or not at all.
         for record in records:

@@ -282,8 +282,11 @@ def to_tokens(
     used, class_of_known = np.unique(np.append(function, 0), return_inverse=True)  # function 0 stays class 0
     class_of = np.zeros(len(token_bytes), np.int64)
     class_of[with_bytes] = class_of_known[:-1]
-    effect = np.stack([effects[i] for i in used], axis=1)
-    kinds = np.sort(np.unique_values(effect))  # by hashing: tens of millions of numbers, some hundred kinds
+    kind_of, kinds = None, None
+    if has_effects:
+        by_function = np.stack([effects[i] for i in used], axis=1)
+        kinds = np.sort(np.unique_values(by_function))  # by hashing: tens of millions of numbers, some hundred kinds
+        kind_of = np.searchsorted(kinds, by_function).astype(np.min_scalar_type(len(kinds)))
     # Where the template has already opened a thought, responses do not start in the first state.
     start, letters = 0, 0
     for byte in opened:
@@ -293,8 +296,8 @@ def to_tokens(
     table = TokenAutomaton(
         class_of=class_of.astype(np.int16 if len(used) <= 2**15 else np.int32),
         next=np.stack([targets[i] for i in used], axis=1).astype(np.int16 if states <= 2**15 else np.int32),
-        effect=np.searchsorted(kinds, effect).astype(np.min_scalar_type(len(kinds))) if has_effects else None,
-        effects=kinds if has_effects else None,
+        effect=kind_of,
+        effects=kinds,
         accept=automaton.accept,
         start=np.asarray(start, np.int32),
         letters=np.asarray(letters, np.int32),

@@ -213,6 +213,8 @@ def test_where_all_are_near_what_is_held_out_the_reason_is_said(tmp_path, capsys
     assert main(["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--hold-out", "0.2"]) == 1
     said = capsys.readouterr().err
     assert "nothing is left to train on: the other 6 are nearly the same as one of the 2 held out" in said
+    assert main(["data", "import", str(tmp_path / "a.jsonl"), str(tmp_path / "out"), "--hold-out", "0.99"]) == 1
+    assert "nothing is left to train on: all are held out; set a smaller --hold-out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["dialogue", "prompt"])

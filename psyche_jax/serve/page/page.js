@@ -185,9 +185,11 @@ function actions(turn) {
     const text = turn.role === "assistant" ? parts(turn.content).answer : turn.content;
     made.append(button("copy", () => navigator.clipboard.writeText(text).then(() => say(words().copied), () => say("×", true))));
   }
-  if (turn.role === "user") made.append(button("edit", () => edit(turn)));
-  else if (turn === state.turns.at(-1) && !turn.care) made.append(button("again", () => answer(state.turns.slice(0, -1))));
-  if (turn.role === "user" && turn === state.turns.at(-1)) made.append(button("again", () => answer(state.turns))); // its answer was lost
+  const user = turn.role === "user";
+  if (user) made.append(button("edit", () => edit(turn)));
+  if (turn === state.turns.at(-1) && !turn.care) { // of a user: its answer was lost
+    made.append(button("again", () => answer(user ? state.turns : state.turns.slice(0, -1))));
+  }
   return made;
 }
 
@@ -268,12 +270,17 @@ function messages() {
   return state.system.trim() ? [{ role: "system", content: state.system.trim() }, ...said] : said;
 }
 
+// In the page's words, not the browser's.
+function lost(error) {
+  throw error.name === "AbortError" ? error : new Error(words().lost);
+}
+
 // The events of a response, one parsed object after the other.
 async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let waiting = "";
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reader.read().catch(lost);
     if (done) throw new Error(words().lost);
     waiting += value;
     const lines = waiting.split("\n");
@@ -316,7 +323,7 @@ async function answer(turns, typed = "") {
       headers: headers(),
       body: JSON.stringify({ model: state.about.model, messages: messages(), stream: true }),
       signal: state.running.abort.signal,
-    });
+    }).catch(lost);
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -339,7 +346,7 @@ async function answer(turns, typed = "") {
       turn.end = "stopped";
       say(words().stopped);
     } else {
-      say(words().failed + (error instanceof TypeError ? words().lost : error.message), true); // of fetch, in the browser's words
+      say(words().failed + error.message, true);
     }
   }
   clearInterval(clock);
