@@ -356,7 +356,7 @@ def test_adapters_cannot_resume_all_weights(root):
             assert values.pop("adapter", 0) is None
             path.write_text(yaml.safe_dump(values))
         said = refusal(lambda: train_sft(sft_config(root, epochs=1.0, adapter=ADAPTER)))
-        assert "its adapter is None, not {'rank': 4" in said
+        assert "its adapter is null, not {'rank': 4" in said
         assert len(said.splitlines()) == 1, said
 
 
