@@ -132,6 +132,7 @@ class OptimizerSection(Section):
     epsilon: PositiveFloat = 1e-8  # added to the denominator
     weight_decay: NonNegativeFloat = 0.0  # for matrices; norms and biases have none
     mu_dtype: Literal["float32", "bfloat16"] = "float32"  # how the gradients' mean is stored; bfloat16 halves it
+    nu_dtype: Literal["float32", "bfloat16"] = "float32"  # the same of the squares' mean; bfloat16: rounded at random
     max_grad_norm: PositiveFloat = 1.0  # gradients are clipped to this norm
     max_skipped_steps: Count = 3  # stop after this many steps in a row with a non-finite gradient (they are skipped)
 

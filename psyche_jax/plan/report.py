@@ -284,8 +284,9 @@ def advise(
         twice = 2 * decoding["tensor"]
         if mesh["tensor"] == 1 and twice <= 4 and model.num_key_value_heads % twice == 0 and mesh["fsdp"] % twice == 0:
             advice.append(f"rollout.tensor={twice}: decoding splits weights over this many chips only")
-    if config.optimizer.mu_dtype == "float32":
-        advice.append("optimizer.mu_dtype=bfloat16: halves one of AdamW's two moments")
+    for moment in ("mu_dtype", "nu_dtype"):
+        if getattr(config.optimizer, moment) == "float32":
+            advice.append(f"optimizer.{moment}=bfloat16: halves one of AdamW's two moments")
     held = sum(memory_gib.get(name) or 0.0 for name in ("parameters", "optimizer", "reference", "base"))
     if mesh["data"] > 1:
         advice.append(f"mesh.data=1 and mesh.fsdp={places}: spread parameters and optimizer over all chips")

@@ -172,7 +172,9 @@ class _Counter:
     def _optimizer(self) -> Phase:
         trained = num_trained(self.model)
         # Reads weights, two moments and the gradient (twice: also for its norm), writes the first three.
-        each = 6 * _FLOAT32_BYTES + 2 * jnp.dtype(self.config.optimizer.mu_dtype).itemsize
+        section = self.config.optimizer
+        moments = sum(jnp.dtype(dtype).itemsize for dtype in (section.mu_dtype, section.nu_dtype))
+        each = 4 * _FLOAT32_BYTES + 2 * moments
         return Phase(15.0 * trained, trained * each / self.mesh["fsdp"] / self.mesh["tensor"], 0.0)
 
     def _decoding_layout(self, config: GrpoConfig) -> Phase:

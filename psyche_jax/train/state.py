@@ -60,32 +60,51 @@ def _warmup(section: OptimizerSection, total: int, updates_per_step: int) -> int
 
 def make_optimizer(section: OptimizerSection, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW after clipping by the global norm. Weight decay spares vectors (norms and biases)."""
-    adamw = optax.adamw(
-        schedule,
-        b1=section.beta1,
-        b2=section.beta2,
-        eps=section.epsilon,
-        weight_decay=section.weight_decay,
-        mask=lambda parameters: jax.tree_util.tree_map_with_path(_is_matrix, parameters),
+    adamw = optax.chain(
+        _adam(section),
+        optax.add_decayed_weights(
+            section.weight_decay, lambda parameters: jax.tree_util.tree_map_with_path(_is_matrix, parameters)
+        ),
+        optax.scale_by_learning_rate(schedule),
     )
-    return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), _mean_stored_in(section.mu_dtype, adamw))
+    return optax.chain(optax.clip_by_global_norm(section.max_grad_norm), adamw)
 
 
-def _mean_stored_in(dtype: str, adamw: optax.GradientTransformation) -> optax.GradientTransformation:
-    # Optax's own `mu_dtype` also multiplies in that dtype, in which 0.9 is 0.898.
-    def stored(state: optax.OptState, dtype: str) -> optax.OptState:
-        return optax.tree.set(state, mu=optax.tree.cast(optax.tree.get(state, "mu"), dtype))
+def _adam(section: OptimizerSection) -> optax.GradientTransformation:
+    """Adam, whose moments are computed in float32 and stored in the dtypes of `section`.
 
-    def init(parameters: optax.Params) -> optax.OptState:
-        return stored(adamw.init(parameters), dtype)
+    Optax's own `mu_dtype` also multiplies in that dtype, in which 0.9 is 0.898. The mean is rounded to the nearest;
+    the squares' mean, which at a decay of 0.999 changes by less than bfloat16 resolves, up or down at random, so that
+    it is right on average (stochastic rounding, arXiv 1502.02551). The draw depends on the number of the update alone.
+    """
+    adam = optax.scale_by_adam(section.beta1, section.beta2, section.epsilon)
+
+    def stored(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        mu = optax.tree.cast(state.mu, section.mu_dtype)
+        nu = state.nu
+        if section.nu_dtype == "bfloat16":
+            key = jax.random.fold_in(jax.random.key(0), state.count)
+            below = optax.tree.random_like(key, nu, jax.random.bits, jnp.uint16)
+            nu = jax.tree.map(rounded_up_by, nu, below)
+        return state._replace(mu=mu, nu=nu)
+
+    def init(parameters: optax.Params) -> optax.ScaleByAdamState:
+        return stored(adam.init(parameters))
 
     def update(
-        gradients: optax.Updates, state: optax.OptState, parameters: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        changes, state = adamw.update(gradients, stored(state, "float32"), parameters)
-        return changes, stored(state, dtype)
+        gradients: optax.Updates, state: optax.ScaleByAdamState, parameters: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        mu, nu = optax.tree.cast((state.mu, state.nu), "float32")
+        changes, state = adam.update(gradients, state._replace(mu=mu, nu=nu), parameters)
+        return changes, stored(state)
 
     return optax.GradientTransformation(init, update)
+
+
+def rounded_up_by(x: jax.Array, below: jax.Array) -> jax.Array:
+    """`x` float32, not negative, in bfloat16: up where what it cuts off, and `below` uint16, overflow together."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + below.astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def trained_shapes(abstract_parameters: Any) -> Any:

@@ -214,15 +214,17 @@ def run_done(run: Path) -> bool:
     return (run / "state.json").is_file() and read_json(run / "state.json")["status"] == "done"
 
 
-def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None, dtype: str) -> dict[str, Any]:
+def learn(
+    out: Path, seed: int, steps: int, base: Path, rank: int | None, dtype: str, changed: Sequence[str]
+) -> dict[str, Any]:
     """All stages of one seed; returns, and writes, the figures. With a `rank`, adapters are trained in both, over
-    a base in `dtype`."""
+    a base in `dtype`; `changed`: further settings of both."""
     folder = out / f"seed-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     data, sft, grpo, exported = (folder / name for name in ("data", "sft", "grpo", "model"))
     overrides = [f"run.dir={grpo}", f"run.seed={seed}", f"model.path={sft}"]
     overrides += [f"data.train={data / 'rl.jsonl'}", f"data.evaluation={data / 'watched.jsonl'}"]
-    overrides += _adapter(GrpoConfig, GRPO_CONFIG, rank, dtype)
+    overrides += [*_adapter(GrpoConfig, GRPO_CONFIG, rank, dtype), *changed]
     config = load_config(GrpoConfig, GRPO_CONFIG, overrides)
     clock = Clock(folder / "seconds.json")
     if not base.is_dir():
@@ -231,7 +233,7 @@ def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None, dtype:
         make_data(data, seed, steps * config.prompts_per_step)
     if not run_done(sft):
         settings = [f"run.dir={sft}", f"run.seed={seed}", f"model.path={base}", f"data.train={data / 'sft.jsonl'}"]
-        settings += _adapter(SftConfig, SFT_CONFIG, rank, dtype)
+        settings += [*_adapter(SftConfig, SFT_CONFIG, rank, dtype), *changed]
         clock.psyche("sft", "sft", "--config", str(SFT_CONFIG), *_set(settings))
     if not run_done(grpo):
         clock.psyche("grpo", "grpo", "--config", str(GRPO_CONFIG), *_set(overrides))
@@ -263,6 +265,7 @@ def learn(out: Path, seed: int, steps: int, base: Path, rank: int | None, dtype:
         "seed": seed,
         "rank": rank,
         "base_dtype": dtype,
+        "changed": [*changed],
         "grpo_steps": lines[-1]["step"],
         "held_out_prompts": len(records),
         "best_constant_response": round(max(map(keys.count, keys)) / len(keys), 4),
@@ -297,6 +300,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, help="of adapters on all linear maps, with alpha twice as much")
     parser.add_argument("--int8", action="store_true", help="with --rank: the base in int8")
     parser.add_argument("--steps", type=int, default=80, help="of GRPO, 8 prompts each (default 80)")
+    parser.add_argument("--set", action="append", default=[], help="a setting of SFT and GRPO, as psyche takes it")
     arguments = parser.parse_args()
     if arguments.int8 and arguments.rank is None:
         parser.error("--int8 needs --rank: all weights cannot be trained in int8")
@@ -304,7 +308,8 @@ def main() -> None:
     try:
         base = (arguments.base or out / "base").absolute()
         dtype = "int8" if arguments.int8 else "float32"
-        print(json.dumps(learn(out, arguments.seed, arguments.steps, base, arguments.rank, dtype), indent=1))
+        result = learn(out, arguments.seed, arguments.steps, base, arguments.rank, dtype, arguments.set)
+        print(json.dumps(result, indent=1))
     except (UserError, OSError) as error:
         sys.exit(f"learn_smollm2: {error}")
 

@@ -173,7 +173,7 @@ def test_grpo_killed_and_stopped_goes_on(work):
 def test_adapters_killed_go_on(kind, work):
     """Killed without warning between two checkpoints: the same adapters in the end as without.
 
-    Of SFT with a mean of gradients in bfloat16, which is stored as it is.
+    Of SFT with moments in bfloat16, which are stored as they are.
     """
     make = {"sft": sft_config, "grpo": grpo_config}[kind]
     checkpoints = CheckpointSection(every_steps=3, keep=2)
@@ -183,7 +183,8 @@ def test_adapters_killed_go_on(kind, work):
         for run in (f"{kind}-adapters-whole", f"{kind}-adapters-killed")
     ]
     if kind == "sft":
-        made = [replace(config, optimizer=replace(config.optimizer, mu_dtype="bfloat16")) for config in made]
+        halved = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
+        made = [replace(config, optimizer=replace(config.optimizer, **halved)) for config in made]
     whole, command = (Command(kind, config, work) for config in made)
     whole.finish()
     code, said = command.stop(signal.SIGKILL, after=7)

@@ -355,14 +355,15 @@ def test_what_changes_the_numbers_may_not(what, tiny_root, verb):
     assert found[0].startswith(f"its {what} is ")
 
 
+@pytest.mark.parametrize("name", ["mu_dtype", "nu_dtype"])
 @pytest.mark.parametrize("value", ["float32", "bfloat16"])
-def test_a_setting_that_is_newer_than_the_run(value, tiny_root, verb):
+def test_a_setting_that_is_newer_than_the_run(value, name, tiny_root, verb):
     """The run had what is the default, and goes on with that alone."""
     config = configs(tiny_root, verb)
     old = config_to_dict(config)
-    del old["optimizer"]["mu_dtype"]
-    new = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, mu_dtype=value))
-    expected = {} if value == "float32" else {"config": ["its optimizer.mu_dtype is 'float32', not 'bfloat16'"]}
+    del old["optimizer"][name]
+    new = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, **{name: value}))
+    expected = {} if value == "float32" else {"config": [f"its optimizer.{name} is 'float32', not 'bfloat16'"]}
     assert changes(old, config_to_dict(new)) == expected
 
 
