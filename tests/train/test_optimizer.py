@@ -118,8 +118,8 @@ def test_a_mean_in_bfloat16_is_rounded_only_where_it_is_stored():
 
 
 def test_a_squares_mean_in_bfloat16_follows_the_gradients():
-    """A thousandth of what it should change by is less than bfloat16 resolves: rounded to the nearest it would stop, far
-    below where gradients are larger than they were, far above where they are smaller. Drawn, it is right on average."""
+    """An update changes it by a thousandth, less than bfloat16 resolves: rounded to the nearest it would stay too small
+    where gradients grow, and too large where they shrink. Drawn, it is right on average."""
     sections = [OptimizerSection(warmup=0, nu_dtype=dtype) for dtype in ("bfloat16", "float32")]
     parameters = {"weight": jnp.zeros((64, 64)), "bias": jnp.zeros(64)}
     sizes = jax.tree.map(lambda x: jnp.linspace(1e-4, 1e-2, x.size).reshape(x.shape), parameters)
@@ -165,9 +165,10 @@ def test_a_draw_of_an_update_is_that_of_its_number():
         kept.append(state)
     first, second = (optax.tree.get(state, "nu") for state in kept)
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()), "fsdp")
-    for place in (None, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))):
-        spread = jax.tree.map(lambda x: jax.device_put(x, place) if x.ndim else x, (gradients, kept[0], parameters))
-        again = optax.tree.get(jax.jit(optimizer.update)(*spread)[1], "nu")
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+    before = gradients, kept[0], parameters
+    for there in (before, jax.tree.map(lambda x: jax.device_put(x, spread) if x.ndim else x, before)):
+        again = optax.tree.get(jax.jit(optimizer.update)(*there)[1], "nu")
         assert jax.tree.all(jax.tree.map(lambda a, b: (np.asarray(a) == np.asarray(b)).all(), second, again))
     assert not (first["one"] == first["two"]).all()
     assert not ((first["one"] == first["one"].max()) == (second["one"] == second["one"].max())).all()
