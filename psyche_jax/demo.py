@@ -36,6 +36,7 @@ from psyche_jax.config import (
     SftDataSection,
 )
 from psyche_jax.convert import export_model, import_model
+from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import (
     Dialogue,
     Question,
@@ -43,7 +44,6 @@ from psyche_jax.data.records import (
     question_text,
     question_to_rl,
     question_to_sft,
-    read_records,
     write_records,
 )
 from psyche_jax.evaluate.benchmarks import read_benchmark
@@ -180,8 +180,8 @@ def synthesize(out: Path, seed: int) -> None:
 def make_data(folder: Path, seed: int) -> None:
     """Questions on symptoms and sample exam questions, split: for SFT, with some dialogues; for GRPO; held out."""
     samples = Path(str(files("psyche_jax.data") / "samples"))
-    questions = read_records(Question, samples / "questions.jsonl").good
-    dialogues = read_records(Dialogue, samples / "dialogues.jsonl").good
+    questions = load_records(Question, samples / "questions.jsonl").good
+    dialogues = load_records(Dialogue, samples / "dialogues.jsonl").good
     order = np.random.default_rng(seed).permutation(len(questions))
     shuffled = [questions[index] for index in order]
     held_out, sft = shuffled[:24], shuffled[24:]
@@ -353,11 +353,11 @@ def _with_short_rationale(question: Question) -> Question:
 
 
 def _texts(folder: Path) -> Iterator[str]:
-    for record in read_records(SftExample, folder / "sft.jsonl").good:
+    for record in load_records(SftExample, folder / "sft.jsonl").good:
         yield PROMPT.system
         for message in record.messages:
             yield PROMPT.instruction + message.content if message.role == "user" else message.content
-    for question in read_records(Question, folder / "textbook.jsonl").good:
+    for question in load_records(Question, folder / "textbook.jsonl").good:
         yield question_text(question)
 
 

@@ -21,7 +21,8 @@ from psyche_jax import cli, convert
 from psyche_jax.cli import start
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import Message, Question, question_text, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Message, Question, question_text
 from psyche_jax.demo import chat_template
 from psyche_jax.evaluate.local import complete
 from psyche_jax.model.config import RopeScaling
@@ -300,7 +301,7 @@ def test_transformers_says_the_same(exported, monkeypatch):
     stored = open_model(str(exported))
     tokenizer = load_tokenizer(exported)
     samples = Path(str(files("psyche_jax.data") / "samples" / "questions.jsonl"))
-    questions = read_records(Question, samples).good[:3]
+    questions = load_records(Question, samples).good[:3]
     prompts = [prompt_tokens(tokenizer, [Message("user", question_text(q))], PROMPT) for q in questions]
     sharding = Sharding(make_mesh(devices=jax.devices()[:1]), TRAIN_RULES)
     parameters = stored.read_parameters(sharding, jnp.dtype("float32"))

@@ -9,7 +9,8 @@ from support.tiny import save_model
 
 from psyche_jax.config import GrpoConfig, GrpoDataSection, SftConfig
 from psyche_jax.config_files import load_config
-from psyche_jax.data.records import RlPrompt, SftExample, answer_mask, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import RlPrompt, SftExample, answer_mask
 from psyche_jax.rewards.reference import score_response
 
 
@@ -30,9 +31,9 @@ def letters(record):
 
 
 def test_no_set_of_letters_twice(data):
-    sft = read_records(SftExample, data / "sft.jsonl").good
+    sft = load_records(SftExample, data / "sft.jsonl").good
     trained, held_out, watched = (
-        read_records(RlPrompt, data / f"{name}.jsonl").good for name in ("rl", "held_out", "watched")
+        load_records(RlPrompt, data / f"{name}.jsonl").good for name in ("rl", "held_out", "watched")
     )
     assert len({frozenset(letters(r)) for r in (*sft, *trained, *held_out)}) == len(sft) + 400 + len(held_out)
     assert watched == held_out[: len(watched)]
@@ -72,7 +73,7 @@ def test_both_ways_to_score_agree(recipe, data, tmp_path):
     pytest.importorskip("torch")
     save_model(tmp_path / "model")
     config = replace(load_config(GrpoConfig, recipe.GRPO_CONFIG), data=GrpoDataSection("unused", 128))
-    records = read_records(RlPrompt, data / "held_out.jsonl").good[:8]
+    records = load_records(RlPrompt, data / "held_out.jsonl").good[:8]
     here = recipe.score_here(tmp_path / "model", records, config, temperature=0.0)
     there = recipe.score_in_transformers(tmp_path / "model", records, config)
     assert here.tokens == there.tokens

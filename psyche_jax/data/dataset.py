@@ -265,13 +265,13 @@ def read_values(kind: type[BaseRecord], location: str) -> Iterator[tuple[str, An
         yield f"{location}: record {number}", parsed_json(content.decode("utf-8", "surrogateescape"))
 
 
-def load_records(kind: type[Record], location: str) -> Records[Record]:
+def load_records(kind: type[Record], location: str | Path) -> Records[Record]:
     """Records of a JSONL file or of a data set, with a line for each bad one.
 
     Raises:
       UserError: nothing usable is there, or a data set holds records of another kind.
     """
-    return collected(kind, location, read_values(kind, location))
+    return collected(kind, str(location), read_values(kind, str(location)))
 
 
 KINDS: dict[str, type[BaseRecord]] = {kind.__name__: kind for kind in (Question, SftExample, RlPrompt, Dialogue)}

@@ -17,7 +17,7 @@ import pydantic
 
 from psyche_jax.errors import NotTextError, RowError, UserError
 from psyche_jax.rewards.reference import with_thought
-from psyche_jax.storage.files import read_jsonl, write_text
+from psyche_jax.storage.files import write_text
 
 Kind: TypeAlias = Literal["single", "multi"]
 Record = TypeVar("Record", bound="BaseRecord")
@@ -146,15 +146,6 @@ class Records(Generic[Record]):
     good: tuple[Record, ...]
     set_aside: tuple[str, ...]
     faults: Counter[str] = field(default_factory=Counter)
-
-
-def read_records(kind: type[Record], path: Path) -> Records[Record]:
-    """Read a JSONL file of records.
-
-    Raises:
-      UserError: the file is missing, empty, no UTF-8 text, or holds no good record.
-    """
-    return collected(kind, str(path), read_jsonl(path))
 
 
 def collected(kind: type[Record], location: str, values: Iterable[tuple[str, Any]]) -> Records[Record]:

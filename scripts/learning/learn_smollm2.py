@@ -35,7 +35,8 @@ import numpy as np
 from psyche_jax.config import GrpoConfig, SftConfig
 from psyche_jax.config_files import load_config
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import Message, RlPrompt, SftExample, answer_mask, read_records, write_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Message, RlPrompt, SftExample, answer_mask, write_records
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.errors import UserError
 from psyche_jax.model.decode import generate
@@ -240,7 +241,7 @@ def learn(
     if not exported.is_dir():
         clock.psyche("export", "export", str(grpo), str(exported))
 
-    records = read_records(RlPrompt, data / "held_out.jsonl").good
+    records = load_records(RlPrompt, data / "held_out.jsonl").good
     scores_file = folder / "scores.json"
     scores: dict[str, Any] = read_json(scores_file) if scores_file.is_file() else {}
     for name, model in (("base", base), ("sft", sft), ("grpo", grpo)):

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from support.tables import CPSYEXAM, config, imported
 
 from psyche_jax.cli import main
+from psyche_jax.data.dataset import load_records
 from psyche_jax.data.imports import Notes
 from psyche_jax.data.public import load_cpsyexam, load_pceb, load_smile, pceb_essays
-from psyche_jax.data.records import Dialogue, Question, read_records
+from psyche_jax.data.records import Dialogue, Question
 from psyche_jax.evaluate.benchmarks import read_benchmark
 
 OTHERS = (None, True, False, 0, 7, -1.5, [], ["甲"], [None], {}, {"A": None}, [[]], [{}], 10**30, "\ud800")
@@ -189,7 +190,7 @@ def test_rows_by_a_config(tmp_path, record, change):
 def test_records(tmp_path, change):
     path = tmp_path / "a.jsonl"
     path.write_text(f"{json.dumps(QUESTION)}\n{json.dumps(changed(QUESTION, *change))}\n")
-    records = read_records(Question, path)
+    records = load_records(Question, path)
     check(records, f"{path}:2: ", 1, change)
     if change[0] not in (("rationale",), ("meta",)):
         assert len(records.good) == 1, change
@@ -200,7 +201,7 @@ def test_dialogue_records(tmp_path, change):
     path = tmp_path / "a.jsonl"
     row = {"turns": CHAT, "meta": {}, "source": ""}
     path.write_text(f"{json.dumps(row)}\n{json.dumps(changed(row, *change))}\n")
-    check(read_records(Dialogue, path), f"{path}:2: ", 1, change)
+    check(load_records(Dialogue, path), f"{path}:2: ", 1, change)
 
 
 def test_a_bad_essay_is_named_in_the_benchmark(tmp_path: Path):

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from psyche_jax.config import PromptSection
 from psyche_jax.data.chat import opened_text, prompt_tokens, render_prompt, tokenize_example
-from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Dialogue, Message, Question, SftExample, question_to_sft
 from psyche_jax.demo import chat_template
 from psyche_jax.errors import UserError
 
@@ -137,8 +138,8 @@ def test_mask_of_any_text(tiny, pairs, system, instruction):
 
 def test_samples_of_the_package(tokenizer):
     """Prompts are prefixes of examples: what is trained is what generation meets."""
-    dialogues = read_records(Dialogue, SAMPLES / "dialogues.jsonl").good[:8]
-    examples = [question_to_sft(question) for question in read_records(Question, SAMPLES / "questions.jsonl").good[:8]]
+    dialogues = load_records(Dialogue, SAMPLES / "dialogues.jsonl").good[:8]
+    examples = [question_to_sft(question) for question in load_records(Question, SAMPLES / "questions.jsonl").good[:8]]
     examples += [SftExample(dialogue.turns) for dialogue in dialogues]
     # Two single turns make a conversation of two turns.
     examples += [SftExample(one.turns + other.turns) for one, other in itertools.pairwise(dialogues)]

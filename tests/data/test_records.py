@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from psyche_jax.data.dataset import load_records
 from psyche_jax.data.records import (
     Dialogue,
     Message,
@@ -17,7 +18,6 @@ from psyche_jax.data.records import (
     answer_mask,
     question_to_rl,
     question_to_sft,
-    read_records,
     write_records,
 )
 from psyche_jax.errors import NotTextError, RowError, UserError
@@ -75,7 +75,7 @@ records = st.one_of(
 def test_round_trip(tmp_path, written):
     path = tmp_path / "records.jsonl"
     write_records(path, written)
-    read = read_records(type(written[0]), path)
+    read = load_records(type(written[0]), path)
     assert read.set_aside == ()
     assert read.good == tuple(written)
     assert [record.id for record in read.good] == [record.id for record in written]
@@ -139,14 +139,14 @@ BAD_QUESTIONS = {
 @pytest.mark.parametrize(("line", "expected"), BAD_QUESTIONS.values(), ids=BAD_QUESTIONS)
 def test_bad_questions_are_named_and_set_aside(line, expected, tmp_path):
     path = lines_of(tmp_path / "q.jsonl", QUESTION, "", line, QUESTION)
-    read = read_records(Question, path)
+    read = load_records(Question, path)
     assert len(read.good) == 2
     (fault,) = read.set_aside
     assert fault.startswith(f"{path}:3: ")
     assert expected in fault
     assert len(fault.splitlines()) == 1
     with pytest.raises(UserError) as caught:
-        read_records(Question, lines_of(path, line))
+        load_records(Question, lines_of(path, line))
     assert f"{path}:1: " in str(caught.value)
     assert "no usable record of Question" in str(caught.value)
 
@@ -174,35 +174,35 @@ def test_bad_turns(turns, tmp_path):
         (RlPrompt, "messages", {"messages": TURNS[:1], "answer": "A", "kind": "single"}),
     ):
         path = lines_of(tmp_path / "t.jsonl", {**good, key: turns}, good)
-        read = read_records(kind, path)
+        read = load_records(kind, path)
         assert len(read.good) == 1
         assert read.set_aside[0].startswith(f"{path}:1: ")
 
 
 def test_the_last_turn(tmp_path):
     path = lines_of(tmp_path / "t.jsonl", {"messages": TURNS[:1]}, {"messages": TURNS})
-    assert "the last turn must be the assistant's" in read_records(SftExample, path).set_aside[0]
+    assert "the last turn must be the assistant's" in load_records(SftExample, path).set_aside[0]
     key = {"answer": "A", "kind": "single"}
     path = lines_of(tmp_path / "t.jsonl", {"messages": TURNS[:1], **key}, {"messages": TURNS, **key})
-    assert "the last turn must be the user's" in read_records(RlPrompt, path).set_aside[0]
+    assert "the last turn must be the user's" in load_records(RlPrompt, path).set_aside[0]
 
 
 @pytest.mark.parametrize("text", ["", "\n\n  \n"])
 def test_empty(text, tmp_path):
     (tmp_path / "q.jsonl").write_text(text)
     with pytest.raises(UserError, match=r"q\.jsonl: holds no usable record of Question$"):
-        read_records(Question, tmp_path / "q.jsonl")
+        load_records(Question, tmp_path / "q.jsonl")
 
 
 def test_missing_folder_and_other_encodings(tmp_path):
     with pytest.raises(UserError, match=r"absent.jsonl: the data cannot be read \(No such file"):
-        read_records(Question, tmp_path / "absent.jsonl")
-    with pytest.raises(UserError, match=r"the data cannot be read \(Is a directory"):
-        read_records(Question, tmp_path)
+        load_records(Question, tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=r"is not a data set \(nothing is there\)"):
+        load_records(Question, tmp_path)
     path = tmp_path / "gbk.jsonl"
     path.write_bytes(json.dumps(QUESTION, ensure_ascii=False).encode("gbk"))
     with pytest.raises(UserError, match=r"gbk\.jsonl: is not UTF-8 text"):
-        read_records(Question, path)
+        load_records(Question, path)
 
 
 def test_lines_of_json(tmp_path):
@@ -235,7 +235,7 @@ def test_writing_is_one_step(tmp_path):
 
     with pytest.raises(RuntimeError):
         write_records(path, broken())
-    assert read_records(Question, path).good == (question,)
+    assert load_records(Question, path).good == (question,)
     assert [file.name for file in tmp_path.iterdir()] == ["q.jsonl"]
 
 
@@ -261,7 +261,7 @@ def test_answer_mask(letters):
 
 def test_every_bad_line_is_named(tmp_path):
     path = lines_of(tmp_path / "q.jsonl", "x", QUESTION, {}, QUESTION, [])
-    assert [fault.split(": ")[0] for fault in read_records(Question, path).set_aside] == [
+    assert [fault.split(": ")[0] for fault in load_records(Question, path).set_aside] == [
         f"{path}:{number}" for number in (1, 3, 5)
     ]
 
@@ -271,5 +271,5 @@ def test_every_bad_line_is_named(tmp_path):
 def test_files_of_windows(encoding, end, tmp_path):
     text = json.dumps(QUESTION, ensure_ascii=False) + end
     (tmp_path / "q.jsonl").write_bytes((text + text).encode(encoding))
-    read = read_records(Question, tmp_path / "q.jsonl")
+    read = load_records(Question, tmp_path / "q.jsonl")
     assert (len(read.good), read.set_aside) == (2, ())

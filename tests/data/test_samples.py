@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from psyche_jax.data.records import Dialogue, Question, question_text, question_to_rl, question_to_sft, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Dialogue, Question, question_text, question_to_rl, question_to_sft
 from psyche_jax.synth.duplicates import fold
 
 SAMPLES = Path(str(files("psyche_jax.data") / "samples"))
@@ -18,14 +19,14 @@ def objects(name: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def questions() -> tuple[Question, ...]:
-    records = read_records(Question, SAMPLES / "questions.jsonl")
+    records = load_records(Question, SAMPLES / "questions.jsonl")
     assert records.set_aside == ()
     return records.good
 
 
 @pytest.fixture(scope="module")
 def dialogues() -> tuple[Dialogue, ...]:
-    records = read_records(Dialogue, SAMPLES / "dialogues.jsonl")
+    records = load_records(Dialogue, SAMPLES / "dialogues.jsonl")
     assert records.set_aside == ()
     return records.good
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import psyche_jax
@@ -15,9 +16,11 @@ from psyche_jax.model.config import ARCHITECTURES, ModelConfig, published_archit
 from psyche_jax.model.flops import head_flops, layers_flops
 from psyche_jax.model.qwen2 import Execution, bind, build, initialize
 from psyche_jax.model.sharding import TRAIN_RULES, Sharding, make_mesh
-from psyche_jax.plan.compile import estimated_parts, least_peak
+from psyche_jax.plan.compile import estimated_parts, find_architecture, least_peak
 from psyche_jax.plan.roofline import count_attention, count_phases, decoding_of
 from psyche_jax.plan.slices import parse_topology
+from psyche_jax.train.setup import abstract_train_state
+from psyche_jax.train.state import make_optimizer
 
 CONFIGS = Path(psyche_jax.__file__).parents[1] / "configs"
 MESH = {"data": 1, "fsdp": 16, "tensor": 1}
@@ -155,3 +158,17 @@ def test_the_kernel_of_decoding_reads_what_each_row_has_said():
         exact = responses / 16 * (length - 1) * length / 2 * 56 * 1024
         assert exact <= phase.hbm_bytes <= exact + responses / 16 * length * 256 * 56 * 1024
         assert phase.flops == phase.ici_bytes == 0
+
+
+@pytest.mark.parametrize("name", ["grpo_7b_lora_v6e1", "grpo_7b_lora_int8_v5e1", "grpo_7b_lora_v5e8"])
+def test_a_checkpoint_of_adapters_of_seven_billion_takes_less_than_700_mb(name):
+    """It holds what is trained and the optimizer's state."""
+    config = load_config(GrpoConfig, CONFIGS / f"{name}.yaml")
+    assert config.adapter is not None and config.adapter.rank == 32
+    model, _ = find_architecture(config)
+    optimizer = make_optimizer(config.optimizer, optax.constant_schedule(1e-5))
+    sharding = Sharding(make_mesh(1, 1, 1, jax.devices()[:1]), TRAIN_RULES)
+    state, _ = abstract_train_state(model, jnp.dtype(config.model.dtype), sharding, optimizer)
+    sizes = [leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)]
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.parameters)) == 80_740_352
+    assert 600e6 < sum(sizes) < 700e6

@@ -13,7 +13,8 @@ from support.training_fixtures import PROMPT, execution, grpo_config, largest_di
 
 from psyche_jax.config import ObjectiveSection
 from psyche_jax.data.chat import prompt_tokens
-from psyche_jax.data.records import RlPrompt, answer_mask, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import RlPrompt, answer_mask
 from psyche_jax.data.streams import pad_prompts
 from psyche_jax.model.config import read_hf_config
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
@@ -68,7 +69,7 @@ class Bench:
         self.rules = compile_rules(self.config.rules, self.bytes, self.model.stop_token_ids)
         self.optimizer = optimizer or optax.sgd(schedule)
         self.folder = root / "model"
-        records = read_records(RlPrompt, root / "rl.jsonl").good[: self.config.candidates_per_step]
+        records = load_records(RlPrompt, root / "rl.jsonl").good[: self.config.candidates_per_step]
         padded = pad_prompts([prompt_tokens(self.tokenizer, r.messages, PROMPT) for r in records], 64)
         answers = np.asarray([answer_mask(record.answer) for record in records], np.int32)
         batch = {**padded, "answers": answers, "number": np.arange(len(records), dtype=np.int32)}

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche_jax.data.records import Dialogue, Message, Passage, Question, question_text, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Dialogue, Message, Passage, Question, question_text
 from psyche_jax.synth.clean import Cleaner, clean_text
 from psyche_jax.synth.config import CleanSection
 
@@ -82,7 +83,7 @@ def test_the_samples_are_clean():
     for line in (SAMPLES / "passages.jsonl").read_text(encoding="utf-8").splitlines():
         text = json.loads(line)["text"]
         assert clean_text(text, CleanSection())[0] == text
-    for question in read_records(Question, SAMPLES / "questions.jsonl").good:
+    for question in load_records(Question, SAMPLES / "questions.jsonl").good:
         assert set(clean_text(question_text(question), CleanSection())[1]) <= {"punctuation"}
 
 

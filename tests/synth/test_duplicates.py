@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.held_out import measure_held_out
 from support.planted import make_question, measure, near_duplicate, with_options
 
-from psyche_jax.data.records import Question, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Question
 from psyche_jax.errors import UserError
 from psyche_jax.synth.config import ControlSection
 from psyche_jax.synth.duplicates import Duplicates, fold
@@ -36,7 +37,7 @@ def test_other_kinds_of_duplicates_are_found_less_often_and_look_alikes_let_thro
 
 def test_the_samples_are_all_different():
     duplicates = Duplicates(ControlSection())
-    questions = read_records(Question, SAMPLES / "questions.jsonl").good
+    questions = load_records(Question, SAMPLES / "questions.jsonl").good
     assert [question.stem for question in questions if duplicates.find(question)] == []
 
 

@@ -20,7 +20,7 @@ from support.faulty_server import send_answer
 from psyche_jax import cli
 from psyche_jax.config_files import config_to_dict
 from psyche_jax.data.dataset import load_records, open_dataset
-from psyche_jax.data.records import Passage, Question, RlPrompt, SftExample, read_records, write_records
+from psyche_jax.data.records import Passage, Question, RlPrompt, SftExample, write_records
 from psyche_jax.errors import UsageError, UserError
 from psyche_jax.llm.reply import NoReplyError
 from psyche_jax.rewards.reference import think_format
@@ -300,7 +300,7 @@ def test_a_refused_parameter_is_asked_about_once_in_a_run_of_many_stages(tmp_pat
     with serving(picky) as url:
         config = canned_config(tmp_path / "run", tmp_path / "out", url, 0)
         few = tmp_path / "few.jsonl"
-        write_records(few, read_records(Passage, Path(config.sources.passages[0])).good[:3])
+        write_records(few, load_records(Passage, Path(config.sources.passages[0])).good[:3])
         config = replace(config, sources=replace(config.sources, passages=(str(few),), dialogues=()))
         run_synth(replace(config, calls=replace(config.calls, concurrency=1)))
     assert set(refused.values()) == {1} and len(refused) == 4
@@ -372,7 +372,7 @@ def test_reviewed_questions_go_on(copy):
     store.decide(Decision(item.question.id, "accept", "王"))
     reports = run_synth(copy)
     assert (reports["selection"]["counts"]["out/rl"], reports["selection"]["counts"]["out/review"]) == (6, 0)
-    upheld = [q for q in read_records(Question, Path(copy.run.dir, "selection", "rl.jsonl")).good if "review" in q.meta]
+    upheld = [q for q in load_records(Question, Path(copy.run.dir, "selection", "rl.jsonl")).good if "review" in q.meta]
     assert [question.meta["review"]["who"] for question in upheld] == ["王"]
     store.decide(Decision(item.question.id, "reject", "李", note="超纲"))
     reports = run_synth(replace(copy, out=copy.out + "2"))

@@ -12,7 +12,8 @@ import pytest
 from support.tiny import save_model
 
 from psyche_jax.config import RunSection
-from psyche_jax.data.records import Question, read_records, write_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Question, write_records
 from psyche_jax.synth.config import CallsSection, LlmSection, SelectConfig, SelectionSection
 from psyche_jax.synth.pipeline import run_select
 
@@ -36,7 +37,7 @@ def served(model: Path) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_the_split_rule_on_what_local_models_say(tmp_path: Path) -> None:
-    questions = read_records(Question, SAMPLES / "questions.jsonl").good[:4]
+    questions = load_records(Question, SAMPLES / "questions.jsonl").good[:4]
     write_records(tmp_path / "questions.jsonl", questions)
     with ExitStack() as stack:
         llms = []

@@ -41,7 +41,8 @@ from psyche_jax.config import (
 from psyche_jax.config_files import parse_config
 from psyche_jax.convert import export_model, import_model
 from psyche_jax.data.chat import tokenize_example
-from psyche_jax.data.records import SftExample, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import SftExample
 from psyche_jax.data.streams import pad_examples
 from psyche_jax.errors import UserError
 from psyche_jax.model.adapters import adapters_of, initial_adapters, joined, merged
@@ -172,7 +173,7 @@ def test_without_training_the_policy_is_the_base(tiny_root, figure):
 def known(tiny_root):
     """A batch, and a base with adapters whose B is not 0."""
     tokenizer = load_tokenizer(tiny_root / "model")
-    records = read_records(SftExample, tiny_root / "sft.jsonl").good[:8]
+    records = load_records(SftExample, tiny_root / "sft.jsonl").good[:8]
     batch = pad_examples([tokenize_example(tokenizer, record.messages, PROMPT) for record in records], 96)
     config, base = parameters_at(tiny_root / "model")
     config = dataclasses.replace(config, adapter=ADAPTER)

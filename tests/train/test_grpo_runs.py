@@ -13,7 +13,8 @@ from support.training_fixtures import execution, grpo_config, largest_difference
 
 from psyche_jax.config import DynamicSamplingSection, ObjectiveSection
 from psyche_jax.data.chat import opened_text
-from psyche_jax.data.records import Message, RlPrompt, read_records, write_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import Message, RlPrompt, write_records
 from psyche_jax.errors import UserError
 from psyche_jax.model.flops import layer_weights, peak_flops
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters
@@ -212,7 +213,7 @@ def test_what_is_held_out_is_not_trained_on(root):
 def test_prompts_that_are_too_long_are_set_aside_and_counted(train, root, capsys):
     """By name; the others are trained on."""
     long = RlPrompt((Message("user", "很长" * 40),), "A", "single")
-    write_records(root / "rl.jsonl", [long, *read_records(RlPrompt, root / "rl.jsonl").good])
+    write_records(root / "rl.jsonl", [long, *load_records(RlPrompt, root / "rl.jsonl").good])
     assert len(train("run")) == STEPS
     line = f"record {long.id}: "
     assert line in (root / "run" / "set_aside.txt").read_text()

@@ -14,7 +14,8 @@ from test_sft import several, train
 
 from psyche_jax.convert import export_model
 from psyche_jax.data.chat import tokenize_example
-from psyche_jax.data.records import SftExample, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import SftExample
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters, write_weights
 from psyche_jax.train.checkpoints import Checkpoints, checkpoint_metadata
 
@@ -42,7 +43,7 @@ def config(root):
 @pytest.mark.slow
 def test_sft(root, config, figure):
     tokenizer = load_tokenizer(root / "model")
-    records = read_records(SftExample, root / "sft.jsonl").good
+    records = load_records(SftExample, root / "sft.jsonl").good
     batches = several([tokenize_example(tokenizer, record.messages, PROMPT) for record in records])
     ours, parameters = train(root, config, execution(4, *SPLIT), batches, micro_batches=2)
     expected, one_device = train(root, config, execution(1), batches)

@@ -15,7 +15,8 @@ from support.training_fixtures import PROMPT, execution, largest_difference
 
 from psyche_jax.config import OptimizerSection
 from psyche_jax.data.chat import tokenize_example
-from psyche_jax.data.records import SftExample, read_records
+from psyche_jax.data.dataset import load_records
+from psyche_jax.data.records import SftExample
 from psyche_jax.data.streams import pad_examples
 from psyche_jax.model.huggingface import load_tokenizer, read_parameters, tensor_names
 from psyche_jax.model.qwen2 import build
@@ -34,7 +35,7 @@ def tokenizer(tiny_root):
 
 @pytest.fixture(scope="module")
 def examples(tiny_root, tokenizer):
-    records = read_records(SftExample, tiny_root / "sft.jsonl").good
+    records = load_records(SftExample, tiny_root / "sft.jsonl").good
     return [tokenize_example(tokenizer, record.messages, PROMPT) for record in records]
 
 
