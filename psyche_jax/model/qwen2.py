@@ -119,6 +119,7 @@ class DecoderLayer(nnx.Module):
         """
         batch, length, _ = x.shape
         normal = materialized(self.input_norm(x, x.dtype))
+        normal = sharding.constrain(normal, "batch", "sequence", "activation_embed")
         # Written before they are cut into heads: else a decoding step on a TPU copies the weights, cut the same way.
         query, key, value = (
             materialized(y).reshape(batch, length, -1, self.head_dim)
@@ -132,14 +133,15 @@ class DecoderLayer(nnx.Module):
         value = sharding.constrain(value, "batch", "sequence", "kv_heads", None)
         mixed, extra = attend(query, key, value)
         (attended,) = apply(mixed.reshape(batch, length, -1), self.o_proj)
-        attended = sharding.constrain(attended, "batch", "sequence", "activation_embed").astype(jnp.float32)
+        attended = sharding.constrain(attended, "residual_batch", "sequence", "activation_embed").astype(jnp.float32)
         normal = materialized(self.post_attention_norm(x + attended, x.dtype))
+        normal = sharding.constrain(normal, "batch", "sequence", "activation_embed")
         # Rounded once: where every step of SiLU is bfloat16, compilers round at places of their own, and sampler and
         # trainer drift apart.
         gate, up = gradients_materialized(*apply(normal, self.gate_proj, self.up_proj))
         inner = materialized((jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(x.dtype))
         (transformed,) = apply(sharding.constrain(inner, "batch", "sequence", "mlp"), self.down_proj)
-        transformed = sharding.constrain(materialized(transformed), "batch", "sequence", "activation_embed")
+        transformed = sharding.constrain(materialized(transformed), "residual_batch", "sequence", "activation_embed")
         return attended + transformed, extra
 
 
@@ -291,7 +293,7 @@ class Qwen2(nnx.Module):
         rows = "batch" if sharding.rules["embed"] is None else None
         x = self.embedding[...][sharding.constrain(tokens, rows, None)].astype(execution.compute_dtype)
         x = sharding.constrain(x, rows, None, "embed")
-        return sharding.constrain(x, "batch", "sequence", "activation_embed").astype(jnp.float32)
+        return sharding.constrain(x, "residual_batch", "sequence", "activation_embed").astype(jnp.float32)
 
     def _whole(
         self,

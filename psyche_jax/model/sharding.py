@@ -21,6 +21,7 @@ Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 TRAIN_RULES: Rules = MappingProxyType(
     {
         "batch": ("data", "fsdp"),
+        "residual_batch": ("data", "fsdp"),  # rows of what layers add to
         "sequence": None,
         "layers": None,
         "embed": "fsdp",
@@ -39,14 +40,21 @@ TRAIN_RULES: Rules = MappingProxyType(
 SPREAD_RULES: Rules = MappingProxyType(
     {
         **TRAIN_RULES,
-        "batch": ("data", "fsdp", "tensor"),
+        **dict.fromkeys(("batch", "residual_batch"), ("data", "fsdp", "tensor")),
         "embed": ("fsdp", "tensor"),
         **dict.fromkeys(("vocab", "heads", "kv_heads", "mlp")),
     }
 )
-# Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any.
+# Decoding: weights are whole but for the tensor axis, so that no step of the loop gathers any. Between its products,
+# each of the devices that share weights has rows of its own: none computes norms and sums that another computes, too.
 DECODE_RULES: Rules = MappingProxyType(
-    {**TRAIN_RULES, "embed": None, "embed_for_vocab": "tensor", "loss_vocab": "tensor"}
+    {
+        **TRAIN_RULES,
+        "residual_batch": ("data", "fsdp", "tensor"),
+        "embed": None,
+        "embed_for_vocab": "tensor",
+        "loss_vocab": "tensor",
+    }
 )
 
 

@@ -210,10 +210,14 @@ def test_decoding_gathers_no_weights_in_its_loop(sizes, folder):
     tensor = sizes[2]
     config, parameters, execution = read(folder, on(sizes))
     program = sample.lower(config, parameters, batch(), execution, SAMPLING).compile()
-    before = {(shape, "while/body" in name) for shape, name in operations(program, "all-gather")}
-    assert ((2, 88 // tensor, 64), False) in before  # one change of layout, all layers together
-    inside = [shape for shape, looped in before if looped]
-    # Only the 16 tokens, and for each the block of 128 weights that it is drawn from, travel at each step.
+    gathered = operations(program, "all-gather")
+    once = {shape for shape, name in gathered if "while/body" not in name}
+    assert (2, 88 // tensor, 64) in once  # one change of layout, all layers together
+    # Where prompts are read, their vectors travel: each of the devices that share weights has rows of its own.
+    reading = {shape for shape, name in gathered if "layer_loop" in name and "decoding_loop" not in name}
+    assert reading == ({(ROWS // 2, LENGTH, 64)} if tensor > 1 else set())
+    # At each step only the 16 tokens' vectors do, and for each the block of 128 weights that it is drawn from.
+    inside = {shape for shape, name in gathered if "while/body" in name} - reading
     assert all(np.prod(shape) <= 2 * ROWS * 128 for shape in inside), inside
 
 
