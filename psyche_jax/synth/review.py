@@ -164,7 +164,13 @@ class ReviewStore:
         return replace(decided, number=number or 0)
 
     def export(self, path: Path) -> int:
-        """Write the queue as JSONL: one object an item, with its decision (or null) to fill in elsewhere."""
+        """Write the queue as JSONL: one object an item, with its decision (or null) to fill in elsewhere.
+
+        Raises:
+          UserError: there is such a file already, which may hold decisions, or it cannot be written.
+        """
+        if path.exists():
+            raise UserError(f"{path}: already exists, and may hold decisions (--import takes them); choose another name")
         lines = [json.dumps(record_to_json(item), ensure_ascii=False) for item in self.items()]
         write_text(path, "".join(f"{line}\n" for line in lines))
         return len(lines)

@@ -104,8 +104,14 @@ def test_export_and_import_of_reviews(tmp_path, capsys):
     assert "elsewhere.jsonl:4: time: Input should be less than" in err
     found = [(item.decision.verdict, item.decision.who) if item.decision else None for item in store.items()]
     assert found == [("accept", "远方"), ("edit", "我"), None, None]
-    store.export(file)
-    assert store.load(file, "我") == (0, []), "what is stored already is not stored again"
+    before = file.read_bytes()
+    assert cli.main(["review", str(tmp_path), "--export", str(file)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "already exists, and may hold decisions" in line
+    assert file.read_bytes() == before
+    again = file.with_name("again.jsonl")
+    store.export(again)
+    assert store.load(again, "我") == (0, []), "what is stored already is not stored again"
     store.close()
 
 
