@@ -170,7 +170,7 @@ class ReviewStore:
           UserError: there is such a file already, which may hold decisions, or it cannot be written.
         """
         if path.exists():
-            raise UserError(f"{path}: already exists, and may hold decisions (--import takes them); choose another name")
+            raise UserError(f"{path}: already exists, and may hold decisions (for --import); choose another name")
         lines = [json.dumps(record_to_json(item), ensure_ascii=False) for item in self.items()]
         write_text(path, "".join(f"{line}\n" for line in lines))
         return len(lines)
