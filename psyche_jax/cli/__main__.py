@@ -15,7 +15,7 @@ def run() -> int:
     """What the installed command calls."""
     sys.unraisablehook = _hear_interrupts
     if {*sys.argv[1:2]} & start.COMPUTING:
-        start.use_huge_pages()
+        start.set_malloc()
     code = main()
     if code:  # what failed may have left threads that wait much longer (Orbax's, of a save: ten minutes)
         end = threading.Timer(_LINGER_SECONDS, os._exit, [code])

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 _CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "psyche_jax" / "xla"
 _TUNABLES = "GLIBC_TUNABLES"
+# Huge pages; and what is freed is kept for the next step, but for blocks of a gibibyte, which would leave large holes:
+# in one arena, since any other would map and unmap what is larger than itself.
+_MALLOC = {"hugetlb": 1, "mmap_threshold": 2**30, "trim_threshold": 2**30, "arena_max": 1}
+_GLIBC = [2, 35]  # the first that knows the first two
 COMPUTING = {"sft", "grpo", "bench", "demo", "eval", "chat", "serve"}  # the verbs that call `start_jax`
 
 
@@ -53,16 +57,18 @@ def start_jax(distributed: "DistributedSection | None" = None) -> None:
         jax.config.update("jax_enable_compilation_cache", False)
 
 
-def use_huge_pages() -> None:
-    """Where JAX will compute on the CPU: begin this process anew with huge pages for what malloc takes.
+def set_malloc() -> None:
+    """Where JAX will compute on the CPU: begin this process anew with settings for malloc.
 
-    XLA's CPU backend takes the memory of a program's temporaries anew for each call. In pages of 4 KiB their faults
-    are a good part of the time of a small model's step (docs/measurements/benchmarks.md). glibc reads the setting
-    only once, at the start of a process; one that is there already stays.
+    XLA's CPU backend takes the memory of a program's temporaries anew for each call. Page faults for it, and the
+    kernel's zeroing of it, are a good part of the time of a small model's step (docs/measurements/benchmarks.md). glibc
+    reads its settings only once, at the start of a process; those that are there already stay.
     """
-    if platform.libc_ver()[0] == "glibc" and _computes_on_cpu() and _TUNABLES not in os.environ:
-        environment = {**os.environ, _TUNABLES: "glibc.malloc.hugetlb=1"}
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+    name, version = platform.libc_ver()
+    known = name == "glibc" and [int(part) for part in version.split(".") if part.isdecimal()] >= _GLIBC
+    if known and _computes_on_cpu() and _TUNABLES not in os.environ:
+        settings = ":".join(f"glibc.malloc.{setting}={value}" for setting, value in _MALLOC.items())
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, _TUNABLES: settings})
 
 
 def _computes_on_cpu() -> bool:

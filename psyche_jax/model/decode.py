@@ -96,13 +96,14 @@ def generate_counted(
         execution.sharding.constrain(array, "batch", None) for array in (prompt_tokens, prompt_mask)
     )
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
-    hidden, (prompt_key, prompt_value) = model.prefill(
-        prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution
-    )
+    hidden, read = model.prefill(prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution)
     hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
     cut = model.cut(execution)
-    read = (prompt_key, prompt_value) if cut is None else (tuple(prompt_key), tuple(prompt_value))
-    prompts = _Prompts(*read, prompt_mask, prompt_mask.sum(axis=1))
+    prompt_key, prompt_value = map(tuple, read) if cut else read
+    prompts = _Prompts(prompt_key, prompt_value, prompt_mask, prompt_mask.sum(axis=1))
+    if cut:  # all of a rollout's random numbers at once: on a CPU the cipher is a loop of its own in every step
+        responses = len(prompt_tokens) * sampling.generations_per_prompt
+        key = uniform(key, *jnp.indices((responses, sampling.max_new_tokens), jnp.int32))
     decoder = _Decoder(model, cut, sampling, execution, key, prompts)
     if (sampling.slots or 0) % (parts := decoder.parts):
         raise UsageError(f"{sampling.slots} slots cannot be spread over data × fsdp = {parts} devices; use a multiple")
