@@ -117,8 +117,9 @@ def test_grpo(tmp_path, capsys, monkeypatch):
     check(result, "grpo")
     loop = result["collectives"]["decoding_loop"]
     assert loop["weight_sized"] == 0, "no step of decoding gathers weights"
-    # Two sums over `tensor` in each of 3 layers, 128 steps of all responses in 2 halves: at most 10 more a step.
-    assert 2 * 3 * 127 * 2 <= loop["count"] <= (2 * 3 + 10) * 128 * 2
+    # In each of 3 layers two sums over `tensor`, scattered by rows, and two gathers of rows; 128 steps of all responses
+    # in 2 halves: at most 10 more a step.
+    assert 4 * 3 * 127 * 2 <= loop["count"] <= (4 * 3 + 10) * 128 * 2
     assert {"kv_cache", "decoding_weights", "reference"} <= set(result["memory_gib"])
     assert loop["cache_sized_copies"] == 0
     assert any("single bytes" in line for line in result["assumptions"])
