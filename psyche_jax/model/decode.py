@@ -5,6 +5,7 @@ prompts ─► read once ─► the first token of every response
         ─► nothing waits any more, and half of the slots are idle: the others are gathered, and so on
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -17,7 +18,6 @@ from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
 from psyche_jax.model.log_probs import last_positions
 from psyche_jax.model.qwen2 import (
-    Cut,
     Execution,
     KVCache,
     Parameters,
@@ -96,15 +96,12 @@ def generate_counted(
         execution.sharding.constrain(array, "batch", None) for array in (prompt_tokens, prompt_mask)
     )
     positions = jnp.maximum(jnp.cumsum(prompt_mask, axis=1) - 1, 0)
-    hidden, read = model.prefill(prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution)
+    hidden, (prompt_key, prompt_value) = model.prefill(
+        prompt_tokens, prompt_mask.astype(jnp.int32), positions, execution
+    )
     hidden = jnp.take_along_axis(hidden, last_positions(prompt_mask)[:, None, None], axis=1)[:, 0]
-    cut = model.cut(execution)
-    prompt_key, prompt_value = map(tuple, read) if cut else read
     prompts = _Prompts(prompt_key, prompt_value, prompt_mask, prompt_mask.sum(axis=1))
-    if cut:  # all of a rollout's random numbers at once: on a CPU the cipher is a loop of its own in every step
-        responses = len(prompt_tokens) * sampling.generations_per_prompt
-        key = uniform(key, *jnp.indices((responses, sampling.max_new_tokens), jnp.int32))
-    decoder = _Decoder(model, cut, sampling, execution, key, prompts)
+    decoder = _Decoder(model, model.cut_layers(execution), sampling, execution, key, prompts)
     if (sampling.slots or 0) % (parts := decoder.parts):
         raise UsageError(f"{sampling.slots} slots cannot be spread over data × fsdp = {parts} devices; use a multiple")
 
@@ -133,11 +130,11 @@ def loop_sizes(rows: int) -> list[int]:
 
 
 class _Prompts(NamedTuple):
-    """`key`, `value`: of all layers, as in `KVCache`; `allowed`: bool [prompts, prompt_length]; `lengths`: int32
-    [prompts]."""
+    """`key`, `value`: of all layers, [layers, prompts, kv_heads, prompt_length, head_dim]; `allowed`: bool [prompts,
+    prompt_length]; `lengths`: int32 [prompts]."""
 
-    key: Any
-    value: Any
+    key: jax.Array
+    value: jax.Array
     allowed: jax.Array
     lengths: jax.Array
 
@@ -194,7 +191,7 @@ class _Decoder:
     """
 
     model: Qwen2
-    cut: Cut | None  # as `Qwen2.cut` gives it
+    layers: Sequence[Any] | None  # as `Qwen2.cut_layers` gives them
     sampling: Sampling
     execution: Execution
     key: jax.Array
@@ -239,13 +236,10 @@ class _Decoder:
             return _Slots(response, (response < none).astype(jnp.int32), token), jnp.minimum(queue.going, rows)
 
         slots, taken = self.execution.sharding.by_part(fill, queue)
-
-        def empty(read: jax.Array) -> jax.Array:
-            *layers, _, kv_heads, _, head_dim = read.shape
-            own = jnp.zeros((*layers, len(slots.token), kv_heads, self.sampling.max_new_tokens, head_dim), read.dtype)
-            return self.execution.sharding.constrain(own, *(None for _ in layers), "batch", "kv_heads", None, None)
-
-        own = jax.tree.map(empty, self.prompts.key)
+        layers, _, kv_heads, _, head_dim = self.prompts.key.shape
+        shape = (layers, len(slots.token), kv_heads, self.sampling.max_new_tokens, head_dim)
+        own = jnp.zeros(shape, self.prompts.key.dtype)
+        own = self.execution.sharding.constrain(own, None, "batch", "kv_heads", None, None)
         cache = KVCache(self.prompts.key, self.prompts.value, self.prompts.allowed, own, own)
         return _State(jnp.int32(0), slots, taken, self.with_prompts(cache, slots), first)
 
@@ -273,9 +267,9 @@ class _Decoder:
         start = by_part(take_rows, self.prompts.lengths, self.prompt_of(slots.response))
         position, place = start + slots.length - 1, state.step % longest
         token = slots.token
-        hidden, cache = self.model.decode(token, position, place, cache, self.execution, slots.length, self.cut)
+        hidden, cache = self.model.decode(token, position, place, cache, self.execution, slots.length, self.layers)
         part = jnp.arange(len(slots.token)) // (len(slots.token) // self.parts)
-        token, log_prob = self.choose(self.model.logits(hidden, self.cut), slots.response + part * none, slots.length)
+        token, log_prob = self.choose(self.model.logits(hidden), slots.response + part * none, slots.length)
 
         def write(said: _Said, slots: _Slots, token: jax.Array, log_prob: jax.Array) -> _Said:
             at = (slots.response, slots.length)  # a row without a response writes nothing
@@ -331,8 +325,7 @@ class _Decoder:
         def one(carry: tuple[jax.Array, Any, Any]) -> tuple[jax.Array, Any, Any]:
             turn, slots, own = carry
             slots = by_part(lambda slots, moves: move(turn, slots, moves, 0), slots, moves)
-            axis = self.row_axis
-            own = by_part(lambda own, moves: move(turn, own, moves, axis), own, moves, axes=(axis, 0), out=axis)
+            own = by_part(lambda own, moves: move(turn, own, moves, 1), own, moves, axes=(1, 0), out=1)
             return turn + 1, slots, own
 
         count = moves[2].max()
@@ -348,7 +341,7 @@ class _Decoder:
         Where rows are many, that is the prompts as they were read, each for all of its responses at once. Where rows
         are fewer than prompts, each has a copy. `before`: which responses the rows of `cache` were set to, if so.
         """
-        by_part, rows, axis = self.execution.sharding.by_part, len(slots.token) // self.parts, self.row_axis
+        by_part, rows = self.execution.sharding.by_part, len(slots.token) // self.parts
         if rows == self.responses:  # all responses, in their own order
             return cache
         if rows > self.responses // self.sampling.generations_per_prompt:
@@ -362,7 +355,7 @@ class _Decoder:
         read = (self.prompts.key, self.prompts.value)
         allowed = by_part(take_rows, self.prompts.allowed, prompt)
         if before is None:
-            key, value = by_part(partial(take_rows, axis=axis), read, prompt, axes=(axis, 0), out=axis)
+            key, value = by_part(partial(take_rows, axis=1), read, prompt, axes=(1, 0), out=1)
             return cache._replace(prompt_key=key, prompt_value=value, prompt_allowed=allowed)
 
         # Copied one by one, for the rows that decode something new: mostly there are none.
@@ -372,12 +365,12 @@ class _Decoder:
             turn, caches = carry
 
             def one(caches: Any, read: Any, prompt: jax.Array, order: jax.Array, count: jax.Array) -> Any:
-                layers = (slice(None),) * axis
-                to_row = (*layers, jnp.where(turn < count[0], order[turn], rows))
-                of_row = (*layers, prompt[order[turn]])
-                return jax.tree.map(lambda to, of: to.at[to_row].set(of[of_row], mode="drop"), caches, read)
+                row = jnp.where(turn < count[0], order[turn], rows)
+                return jax.tree.map(
+                    lambda to, of: to.at[:, row].set(of[:, prompt[order[turn]]], mode="drop"), caches, read
+                )
 
-            return turn + 1, by_part(one, caches, read, prompt, order, count, axes=(axis, axis, 0, 0, 0), out=axis)
+            return turn + 1, by_part(one, caches, read, prompt, order, count, axes=(1, 1, 0, 0, 0), out=1)
 
         caches = (cache.prompt_key, cache.prompt_value)
         _, (key, value) = jax.lax.while_loop(lambda carry: carry[0] < count.max(), copy, (jnp.int32(0), caches))
@@ -395,11 +388,6 @@ class _Decoder:
     def is_stop(self, token: jax.Array) -> jax.Array:
         """Whether a token ends its response."""
         return jnp.isin(token, jnp.asarray(self.model.config.stop_token_ids, jnp.int32))
-
-    @property
-    def row_axis(self) -> int:
-        """Along which axis of a cache its rows lie: behind that of the layers, where there is one."""
-        return 0 if self.cut else 1
 
     @property
     def parts(self) -> int:

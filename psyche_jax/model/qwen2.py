@@ -48,8 +48,6 @@ class Execution:
 class KVCache(NamedTuple):
     """Keys and values of prompts (one row a prompt) and of what was decoded after them (one row a response).
 
-    Where layers are cut, arrays of all layers are tuples of an array each, without the first axis.
-
     `prompt_key`, `prompt_value`: [layers, prompts, kv_heads, prompt_length, head_dim];
     `prompt_allowed`: bool [prompts, prompt_length], False on padding;
     `key`, `value`: [layers, rows, kv_heads, places, head_dim], of the responses that are decoded: a ring of places.
@@ -58,22 +56,12 @@ class KVCache(NamedTuple):
     int32 [rows], as they are numbered within a part of the batch axes. None: those to one prompt are consecutive rows.
     """
 
-    prompt_key: Any
-    prompt_value: Any
+    prompt_key: jax.Array
+    prompt_value: jax.Array
     prompt_allowed: jax.Array
-    key: Any
-    value: Any
+    key: jax.Array
+    value: jax.Array
     rows: tuple[jax.Array, jax.Array] | None = None
-
-
-class Cut(NamedTuple):
-    """Weights as a loop over decoding steps on one CPU reads them: an array of its own for each, and kernels [in, out].
-
-    `layers`: the parameters of each layer; `head`: [width, vocab].
-    """
-
-    layers: Sequence[Any]
-    head: jax.Array
 
 
 class RMSNorm(nnx.Module):
@@ -221,7 +209,7 @@ class Qwen2(nnx.Module):
         cache: KVCache,
         execution: Execution,
         lengths: jax.Array | None = None,
-        cut: Cut | None = None,
+        layers: Sequence[Any] | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """One decoding step of every row.
 
@@ -232,7 +220,7 @@ class Qwen2(nnx.Module):
           execution: dtype and sharding.
           lengths: int32 [rows], how many places of the ring, up to this one and with it, are the row's own. None:
             all from the first one on.
-          cut: what `cut` gave before the loop that this step is in; the cache is cut, too.
+          layers: what `cut_layers` gave before the loop that this step is in.
 
         Returns:
           Hidden states [rows, width] and the cache with these tokens in it.
@@ -240,8 +228,7 @@ class Qwen2(nnx.Module):
         sharding = execution.sharding
         x = self._embed(tokens[:, None], execution)
         rotary = rotary_tables(positions[:, None], self.config, execution.compute_dtype)
-        lengths = jnp.full(tokens.shape, place + 1) if lengths is None else lengths
-        own = _OwnPlaces(cache.key if cut is None else cache.key[0], execution, place, lengths)
+        own = _OwnPlaces(cache.key, execution, place, jnp.full(tokens.shape, place + 1) if lengths is None else lengths)
         graph, stacked = nnx.split(self.layers)
 
         def to_prompts(tree: Any) -> Any:  # from the order of rows to that of the prompts which they share
@@ -271,39 +258,32 @@ class Qwen2(nnx.Module):
             change, (keys, values) = layer(x.astype(execution.compute_dtype), rotary, mixed, sharding)
             return (x + change, keys, values), None
 
+        carry = (x, cache.key, cache.value)
         with jax.named_scope("layer_loop"):
-            if cut is None:
+            if layers is None:
                 numbers = jnp.arange(self.config.num_hidden_layers)
-                prompts = cache.prompt_key, cache.prompt_value
-                (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), (stacked, numbers, *prompts))
+                carry, _ = jax.lax.scan(body, carry, (stacked, numbers, cache.prompt_key, cache.prompt_value))
             else:
-                written = []
-                for parameters, key, value, *prompt in zip(
-                    cut.layers, cache.key, cache.value, cache.prompt_key, cache.prompt_value, strict=True
-                ):
-                    inputs = jax.tree.map(jnp.transpose, parameters), None, *prompt
-                    (x, *places), _ = body((x, key, value), inputs)
-                    written.append(places)
-                keys, values = zip(*written, strict=True)
+                for number, parameters in enumerate(layers):
+                    prompt = cache.prompt_key[number], cache.prompt_value[number]
+                    carry, _ = body(carry, (parameters, jnp.int32(number), *prompt))
+        x, keys, values = carry
         return self.final_norm(x, execution.compute_dtype)[:, 0], cache._replace(key=keys, value=values)
 
-    def cut(self, execution: Execution) -> Cut | None:
-        """The weights for a loop over decoding steps, where `_unroll` says so, else None.
+    def cut_layers(self, execution: Execution) -> Sequence[Any] | None:
+        """The parameters of each layer, for a loop over decoding steps: where `_unroll` says so, else None.
 
-        The CPU compiler would cut, that is copy, all of them in every step; and its products of few rows would turn
-        each kernel.
+        The CPU compiler would cut, that is copy, all of them in every step.
         """
         if self._unroll(execution) == 1:
             return None
         _, stacked = nnx.split(self.layers)
-        layers = [jax.tree.map(operator.itemgetter(number), stacked) for number in range(self.config.num_hidden_layers)]
-        cut = Cut(layers, self.output_embedding.astype(execution.compute_dtype))
-        return jax.lax.optimization_barrier(jax.tree.map(jnp.transpose, cut))  # else it would be moved into the loop
+        numbers = range(self.config.num_hidden_layers)
+        cut = [jax.tree.map(operator.itemgetter(number), stacked) for number in numbers]
+        return jax.lax.optimization_barrier(cut)  # else it would be moved into the loop
 
-    def logits(self, hidden: jax.Array, cut: Cut | None = None) -> jax.Array:
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., vocab] of `hidden` [..., width]: for a few positions only, never a whole batch."""
-        if cut is not None:
-            return product("...d,dv->...v", hidden, cut.head, jnp.float32)
         return product("...d,vd->...v", hidden, self.output_embedding.astype(hidden.dtype), jnp.float32)
 
     def _embed(self, tokens: jax.Array, execution: Execution) -> jax.Array:
@@ -363,36 +343,34 @@ class _OwnPlaces:
     elsewhere its last places, so many that the longest row finds all of its own."""
 
     def __init__(self, cache: jax.Array, execution: Execution, place: jax.Array, lengths: jax.Array) -> None:
-        *layers, rows, kv_heads, self._all, head_dim = cache.shape
+        layers, rows, kv_heads, self._all, head_dim = cache.shape
         self._place, self._lengths, self._sharding = place, lengths, execution.sharding
-        self._block = ring_block(cache.shape, cache.dtype, execution.attention, execution.sharding) if layers else 0
-        self._parts = execution.sharding.parts("batch") if layers else None
-        self._by_part = (*layers, *self._split(rows), kv_heads, self._all, head_dim)
+        self._block = ring_block(cache.shape, cache.dtype, execution.attention, execution.sharding)
+        parts = execution.sharding.parts("batch")
+        self._by_part = (layers, parts, rows // parts, kv_heads, self._all, head_dim)
         self._sizes = look_sizes(self._all)
         # Where the longest row's places begin at the end of the ring, all of it is looked at.
         longest = lengths.max()
         enough = jnp.asarray(self._sizes) >= longest
         self._choice = jnp.where(longest > place + 1, len(self._sizes) - 1, jnp.argmax(enough))
 
-    def write(self, array: jax.Array, new: jax.Array, layer: jax.Array | None) -> jax.Array:
-        """`array`, keys or values of all layers (None: of one), with `new` [rows, kv_heads, 1, head_dim] at this step's
-        place."""
-        rows, kv_heads, _, head_dim = new.shape
-        index = () if layer is None else (layer,)
-        new = new.reshape(*(1 for _ in index), *self._split(rows), kv_heads, 1, head_dim)
-        start = (*index, *(0 for _ in self._split(rows)), 0, self._place, 0)
+    def write(self, array: jax.Array, new: jax.Array, layer: jax.Array) -> jax.Array:
+        """`array`, keys or values of all layers, with `new` [rows, kv_heads, 1, head_dim] at this step's place."""
+        _, parts, _, kv_heads, _, head_dim = self._by_part
+        new = new.reshape(1, parts, -1, kv_heads, 1, head_dim)
+        start = (layer, 0, 0, 0, self._place, 0)
         written = jax.lax.dynamic_update_slice(array.reshape(self._by_part), new, start).reshape(array.shape)
         # Else what reads it may be fused with the writing, of which there are two then, and neither can be in place.
         return written if self._sharding.platform == "tpu" else jax.lax.optimization_barrier(written)
 
     def weigh(
-        self, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array | None
+        self, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, Weighed]:
         """The largest score of all, given `largest` of other sources, and this one's part by weights relative to it.
 
-        `query` and `largest` as in `attention`; `keys`, `values` and `layer` as in `write`.
+        `query` and `largest` as in `attention`; `keys` and `values` of all layers.
         """
-        if self._block and layer is not None:
+        if self._block:
             return ring_attention(
                 query, largest, keys, values, layer, self._place, self._lengths, self._block, self._sharding
             )
@@ -400,20 +378,12 @@ class _OwnPlaces:
         return jax.lax.switch(self._choice, looks, query, largest, keys, values, layer)
 
     def _look(
-        self,
-        size: int,
-        query: jax.Array,
-        largest: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        layer: jax.Array | None,
+        self, size: int, query: jax.Array, largest: jax.Array, keys: jax.Array, values: jax.Array, layer: jax.Array
     ) -> tuple[jax.Array, Weighed]:
-        *_, kv_heads, _, head_dim = self._by_part
+        _, parts, _, kv_heads, _, head_dim = self._by_part
         rows = len(self._lengths)
-        index, split = () if layer is None else (layer,), self._split(rows)
         first = jnp.clip(self._place + 1 - size, 0, self._all - size)
-        start = (*index, *(0 for _ in split), 0, first, 0)
-        shape = (*(1 for _ in index), *split, kv_heads, size, head_dim)
+        start, shape = (layer, 0, 0, 0, first, 0), (1, parts, rows // parts, kv_heads, size, head_dim)
         key, value = (
             jax.lax.dynamic_slice(array.reshape(self._by_part), start, shape).reshape(rows, kv_heads, size, head_dim)
             for array in (keys, values)
@@ -423,10 +393,6 @@ class _OwnPlaces:
         scores = masked_scores(query, source)
         largest = jnp.maximum(largest, highest(scores, rows))
         return largest, weigh(scores, largest, source, query.dtype)
-
-    def _split(self, rows: int) -> tuple[int, ...]:
-        """The dimensions of rows by part of the batch axes; where layers are cut, there is one part."""
-        return (rows,) if self._parts is None else (self._parts, rows // self._parts)
 
 
 def look_sizes(places: int) -> list[int]:

@@ -95,7 +95,6 @@ def test_the_same_responses(slots, mesh, monkeypatch):
         calls.append(arguments)
         return ring_attention(*arguments, interpret=True)
 
-    monkeypatch.setattr(qwen2, "_UNROLLED_LAYERS", 0)  # all layers' cache in one array, as on TPUs
     monkeypatch.setattr(qwen2, "ring_attention", counted)
     monkeypatch.setattr(qwen2, "ring_block", lambda *arguments: 128)
     ours = decoded()
