@@ -119,7 +119,7 @@ class DecoderLayer(nnx.Module):
         """
         batch, length, _ = x.shape
         normal = materialized(self.input_norm(x, x.dtype))
-        normal = sharding.constrain(normal, "batch", "sequence", "activation_embed")
+        normal = sharding.gather_rows(normal)
         # Written before they are cut into heads: else a decoding step on a TPU copies the weights, cut the same way.
         query, key, value = (
             materialized(y).reshape(batch, length, -1, self.head_dim)
@@ -135,7 +135,7 @@ class DecoderLayer(nnx.Module):
         (attended,) = apply(mixed.reshape(batch, length, -1), self.o_proj)
         attended = sharding.constrain(attended, "residual_batch", "sequence", "activation_embed").astype(jnp.float32)
         normal = materialized(self.post_attention_norm(x + attended, x.dtype))
-        normal = sharding.constrain(normal, "batch", "sequence", "activation_embed")
+        normal = sharding.gather_rows(normal)
         # Rounded once: where every step of SiLU is bfloat16, compilers round at places of their own, and sampler and
         # trainer drift apart.
         gate, up = gradients_materialized(*apply(normal, self.gate_proj, self.up_proj))

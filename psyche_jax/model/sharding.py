@@ -15,6 +15,7 @@ from psyche_jax.errors import UsageError
 from psyche_jax.model.config import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
+GATHER_ROWS = "gather_rows"  # the scope by which `psyche plan` tells such gathers from those of weights
 Rules: TypeAlias = Mapping[str, str | tuple[str, ...] | None]
 
 # Training: parameters and optimizer state are spread over every device (FSDP), weights gathered layer by layer.
@@ -121,6 +122,11 @@ class Sharding:
     def constrain(self, array: jax.Array, *axes: str | None) -> jax.Array:
         """Fix how `array` is laid out on the mesh at this point; what is not divided, the compiler pads."""
         return jax.lax.with_sharding_constraint(array, self.named(*axes))
+
+    def gather_rows(self, array: jax.Array) -> jax.Array:
+        """`array` [batch, sequence, width], from each device's own rows to those of all that share weights."""
+        with jax.named_scope(GATHER_ROWS):
+            return self.constrain(array, "batch", "sequence", "activation_embed")
 
     def parts(self, axis: str) -> int:
         """Into how many parts the rule of `axis` splits a dimension."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from psyche_jax.model.sharding import GATHER_ROWS
 from psyche_jax.plan.hlo import Instruction, Module
 
 _METADATA = re.compile(r"metadata=\{[^}]*\}")
@@ -172,7 +173,9 @@ def _collective(opcode: str, place: str, size: int, times: int, op_name: str, we
     if opcode == "collective-permute":
         least //= 2  # a ring moves all but a chip's own part
     decoding = place in ("decoding_loop", _DECODING_LAYERS)
-    weight_sized = size >= least and not (decoding and opcode == "all-reduce")  # so many activations are reduced
+    # So many activations are reduced, and gathered where each device has rows of its own.
+    activations = decoding and (opcode == "all-reduce" or f"/{GATHER_ROWS}/" in op_name)
+    weight_sized = size >= least and not activations
     return Collective(opcode, "decoding_loop" if decoding else place, size, times, op_name, weight_sized)
 
 

@@ -3,6 +3,8 @@
 
 import dataclasses
 
+import pytest
+
 from psyche_jax.plan.collectives import WeightBytes, find_collectives, summarize
 from psyche_jax.plan.hlo import Module
 
@@ -117,6 +119,16 @@ def test_summary():
 def test_a_gather_in_the_decoding_loop_is_weight_sized():
     summary = summarize(find_collectives(Module.parse(HLO), WeightBytes(256, 8192)))
     assert summary["decoding_loop"]["weight_sized"] == 1
+
+
+@pytest.mark.parametrize(("scope", "found"), [("", 1), ("gather_rows/", 0)])
+def test_a_gather_of_rows_in_the_decoding_loop_is_none_of_weights(scope, found):
+    """The program says which it is: of devices that share weights each has rows of its own."""
+    reduce = "  %all-reduce.8 = "
+    name = f'metadata={{op_name="jit(step)/decoding_loop/while/body/layer_loop/{scope}sharding_constraint"}}'
+    gather = f"  %rows = bf16[256,1,3584]{{2,1,0}} all-gather(%x), channel_id=78, {name}\n"
+    module = Module.parse(HLO.replace(reduce, gather + reduce))
+    assert summarize(find_collectives(module, WeightBytes(4096, 8192)))["decoding_loop"]["weight_sized"] == found
 
 
 def test_beside_the_layers_a_step_of_decoding_has_no_matrices():
